@@ -1,0 +1,67 @@
+# Every target works from a fresh clone: it sets up what it needs and nothing else has to be typed.
+#   make train   the main job: a language model in fp32, then in int8 with an 8-bit optimizer
+#   make test    lint, type check, tests; what CI runs
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FLOOR := .venv-floor
+
+.PHONY: train test lint unit cuda-compile slow gpu bench floor wheel clean
+
+train: $(STAMP)
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+test: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+cuda-compile: $(STAMP)
+	$(BIN)/python -m pytest -m six_architectures $(ARGS)
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+# On a machine with a GPU: its own python with its own CUDA build of torch; nothing is installed.
+gpu:
+	PYTHONPATH=. python -m pytest -m gpu $(ARGS)
+	PYTHONPATH=. python benchmarks/optimizer_step.py
+	PYTHONPATH=. python benchmarks/int8_linear.py
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
+	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/int8_linear.py
+
+# The oldest torch and Lightning the package claims, in an environment of their own.
+floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -p no:cacheprovider $(ARGS)
+
+wheel: $(STAMP)
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd build/wheel && bin/python -I ../../tests/wheel_smoke.py
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	    sys.exit(None if (3, 10) <= v < (3, 14) else "$(PYTHON) is Python %d.%d; 3.10 to 3.13 is needed: " \
+	    "make PYTHON=/path/to/python3.11 ..." % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(FLOOR)/.installed: pyproject.toml constraints-floor.txt
+	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet -c constraints-floor.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(FLOOR) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

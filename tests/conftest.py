@@ -1,0 +1,52 @@
+"""What every test gets: a fixed seed, poisoned uninitialised memory, and no silent skip.
+
+Tests that need something special carry a marker. Those that plain ``pytest`` leaves out are counted in the closing
+lines, with the make target that runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Left out unless -m names the marker: marker -> the make target that runs it.
+ON_REQUEST = {"gpu": "make gpu", "six_architectures": "make cuda-compile", "slow": "make slow"}
+_left_out = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.option.markexpr
+    if "gpu" in asked and not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu: torch sees no CUDA device here; run it on a machine with a GPU")
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    counts: dict[str, int] = {}
+    for item in items:
+        marker = next((m for m in ON_REQUEST if item.get_closest_marker(m) and m not in asked), None)
+        if marker is None or any(item.nodeid in str(a) for a in config.args if "::" in str(a)):
+            kept.append(item)
+        else:
+            dropped.append(item)
+            counts[marker] = counts.get(marker, 0) + 1
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+    config.stash[_left_out] = counts
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for marker, count in config.stash.get(_left_out, {}).items():
+        terminalreporter.write_line(f"left out: {count} tests marked {marker}; `{ON_REQUEST[marker]}` runs them")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Fixes the seed and fills ``torch.empty`` with NaN (or the largest integer), so that an output element that a
+    kernel forgets to write cannot pass for a right one."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
