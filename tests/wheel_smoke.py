@@ -14,7 +14,9 @@ import lowbit_lightning
 from lowbit_lightning import kernels
 
 assert sys.prefix in (lowbit_lightning.__file__ or ""), f"imported the checkout: {lowbit_lightning.__file__}"
-sources = {f.name.rsplit(".", 1)[-1] for f in files("lowbit_lightning.kernels").joinpath("src").iterdir() if f.is_file()}
+sources = {
+    f.name.rsplit(".", 1)[-1] for f in files("lowbit_lightning.kernels").joinpath("src").iterdir() if f.is_file()
+}
 assert {"h", "cpp", "cu"} <= sources, f"kernel sources missing from the wheel: it has {sorted(sources)}"
 
 x = torch.randn(8, 512)

@@ -1,0 +1,224 @@
+"""The order of the layers, the public names, and what importing the package may not do."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lowbit_lightning"
+
+# Unit -> layer. A unit is a module or folder of the package; the parts of kernels/ and state/ are units of their own,
+# because an order holds inside them too. A unit may import what lies in a lower layer, and inside its own layer only
+# what SAME_LAYER names.
+LAYERS = {
+    "kernels.formats": 0,
+    "kernels.rules": 0,
+    "kernels.compile": 0,
+    "kernels.reference": 0,
+    "kernels.cpu": 0,
+    "kernels.cuda": 0,
+    "kernels": 0,
+    "state.blocks": 1,
+    "state.pages": 1,
+    "state.shards": 1,
+    "state": 1,
+    "optim": 2,
+    "layers": 2,
+    "convert": 3,
+    "memory": 3,
+    "precision": 4,
+    "strategies": 4,
+    "callbacks": 4,
+    "cli": 5,
+    "": 5,
+}
+SAME_LAYER = {
+    "kernels.reference": {"kernels.formats", "kernels.rules"},
+    "kernels.cpu": {"kernels.compile", "kernels.formats", "kernels.rules"},
+    "kernels.cuda": {"kernels.compile", "kernels.formats", "kernels.rules"},
+    "kernels": {"kernels.formats", "kernels.rules", "kernels.reference", "kernels.cpu", "kernels.cuda"},
+    "state.pages": {"state.blocks"},
+    "state.shards": {"state.blocks"},
+    "state": {"state.blocks", "state.pages", "state.shards"},
+}
+LIGHTNING_FROM = 4  # below this layer nothing knows of Lightning
+
+BACKENDS = ("reference", "cpu", "cuda")
+OPS = (
+    "quantize_blockwise",
+    "dequantize_blockwise",
+    "optimizer_step",
+    "optimizer_norms",
+    "quantize_rowwise",
+    "quantize_colwise",
+    "int8_matmul",
+)
+
+PUBLIC: dict[str, list[str]] = {}
+
+
+def unit_of(module: str) -> str:
+    """'kernels.cuda.launch' -> 'kernels.cuda'; 'optim.base' -> 'optim'; '' -> ''."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in LAYERS:
+            return ".".join(parts[:length])
+    return module
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(module: str, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import statement in the file, those inside functions included."""
+    package = ["lowbit_lightning", *module.split(".")] if module else ["lowbit_lightning"]
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                target = f"{prefix}.{alias.name}"
+                yield node.lineno, target if is_module(target) else prefix
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def test_every_module_has_a_layer() -> None:
+    unknown = [module for module, _ in modules() if unit_of(module) not in LAYERS]
+    assert not unknown, f"not in the table of layers: {unknown}"
+
+
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for module, path in modules():
+        importer = unit_of(module)
+        for line, target in imports(module, path):
+            where = f"{path.relative_to(ROOT)}:{line}"
+            top = target.split(".")[0]
+            if top in ("lightning", "pytorch_lightning", "torchmetrics") and LAYERS[importer] < LIGHTNING_FROM:
+                wrong.append(f"{where}: layer {LAYERS[importer]} knows nothing of {top}")
+            if top != "lowbit_lightning":
+                continue
+            imported = unit_of(target.removeprefix("lowbit_lightning").lstrip("."))
+            if imported == importer or LAYERS[imported] < LAYERS[importer]:
+                continue
+            if imported not in SAME_LAYER.get(importer, set()) and importer != "":
+                wrong.append(f"{where}: {importer} (layer {LAYERS[importer]}) imports {imported or 'the root'}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_order_test_sees_relative_and_local_imports(tmp_path: Path) -> None:
+    source = tmp_path / "formats.py"
+    source.write_text(
+        "def f():\n    from ..optim import Adam\n    import lowbit_lightning.layers\n    from . import cpu\n"
+    )
+    found = {target for _, target in imports("kernels.formats", source)}
+    assert {"lowbit_lightning.optim", "lowbit_lightning.layers"} <= found
+    assert any(target.startswith("lowbit_lightning.kernels") for target in found)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backends_have_equal_signatures(op: str) -> None:
+    signatures = {}
+    for backend in BACKENDS:
+        function = getattr(importlib.import_module(f"lowbit_lightning.kernels.{backend}"), op)
+        signatures[backend] = [
+            (p.name, p.kind, p.default, p.annotation) for p in inspect.signature(function).parameters.values()
+        ]
+    for backend in BACKENDS[1:]:
+        assert signatures[backend] == signatures["reference"], f"{op}: {backend} differs from reference"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_names_are_pinned(name: str) -> None:
+    module = importlib.import_module(f"lowbit_lightning{name and '.'}{name}")
+    assert list(module.__all__) == PUBLIC[name]
+    assert list(module.__all__) == sorted(module.__all__), "__all__ is sorted"
+    missing = [public for public in module.__all__ if not hasattr(module, public)]
+    assert not missing
+
+
+def test_importing_starts_nothing() -> None:
+    """No compiler, no subprocess, no GPU, and none of the heavy optional packages before they are used."""
+    script = """
+        import sys
+        import lightning, torch, torchmetrics
+        before = set(sys.modules)
+        started = []
+        sys.addaudithook(lambda event, args: started.append((event, args[:1]))
+                         if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork") else None)
+        import lowbit_lightning
+        from lowbit_lightning import kernels, optim
+        new = set(sys.modules) - before
+        heavy = ("deepspeed", "cuda.core", "cuda.bindings", "jsonargparse", "bitsandbytes", "torchao", "triton")
+        found = sorted(m for m in new if m in heavy or m.startswith(tuple(h + "." for h in heavy)))
+        assert not found, f"imported: {found}"
+        assert not started, f"started: {started}"
+        assert not torch.cuda.is_initialized()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_does_not_need_omegaconf_or_cuda() -> None:
+    """Libraries that only examples or a GPU need are not asked for by the package itself."""
+    script = """
+        import sys
+        for name in ("omegaconf", "cuda", "cuda.core", "cuda.bindings", "deepspeed", "jsonargparse"):
+            sys.modules[name] = None
+        import lowbit_lightning
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_line_is_longer_than_120_columns() -> None:
+    suffixes = {".py", ".h", ".cpp", ".cu", ".inc", ".toml", ".yaml", ".yml", ".txt"}
+    folders = [ROOT / name for name in ("lowbit_lightning", "tests", "examples", "benchmarks")]
+    files = [p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes]
+    files += [p for p in ROOT.iterdir() if p.suffix in suffixes or p.name == "Makefile"]
+    assert len(files) > 10
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert not long, f"longer than 120 columns: {long}"
+
+
+def test_version_is_said_once() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    package = importlib.import_module("lowbit_lightning")
+    declared = next(
+        line.split('"')[1]
+        for line in (ROOT / "pyproject.toml").read_text().splitlines()
+        if line.startswith("version =")
+    )
+    assert package.__version__ == declared
+    try:
+        installed = version("lowbit-lightning")
+    except PackageNotFoundError:  # run from a checkout with PYTHONPATH=.
+        return
+    assert installed == declared
