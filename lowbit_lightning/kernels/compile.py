@@ -1,0 +1,294 @@
+"""The just-in-time compiler: text in, a loaded host library or a CUDA binary out.
+
+Nothing is compiled when the package is built or imported. A kernel is a text; the first use compiles it on the machine
+that runs it, for that machine, and keeps the result (cache.py). The name of an entry is a hash of everything that
+decides its content: the text with its headers, the flags, the compiler and its version, and the processor or GPU
+architecture. So a new compiler, another node of a cluster or an edited header is a miss and never a wrong hit.
+
+    library = host_library(source_text("blockwise.cpp"))       # C++, by $CXX, c++, g++ or clang++, called by ctypes
+    binary = cubin(source_text("blockwise.cu"), "sm_90")       # CUDA C++, by NVRTC; needs neither nvcc nor a driver
+
+Both compilers get the flags that the arithmetic contract needs: no contraction of a * b + c into one rounding,
+correctly rounded division and square root, subnormal numbers kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import io
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit_lightning.kernels import cache
+
+SOURCES = Path(__file__).resolve().parent / "src"
+NVRTC_HINT = (
+    "pip install 'cuda-core>=1.2,<2' and, unless a CUDA build of torch 2.11 or newer has brought them,"
+    " 'cuda-bindings>=13.0.3,<14' 'cuda-toolkit[cudart,nvrtc]==13.*' (12 in place of 13 for a CUDA 12 driver)"
+)
+_HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"')
+_libraries: dict[str, ctypes.CDLL] = {}
+_lock = threading.Lock()
+
+
+class CompileError(RuntimeError):
+    """A kernel did not compile. ``command`` is what was run, ``log`` all that the compiler said."""
+
+    def __init__(self, message: str, command: str = "", log: str = "") -> None:
+        tail = "\n".join(log.strip().splitlines()[-40:])
+        super().__init__("\n".join(part for part in (message, command and f"command: {command}", tail) if part))
+        self.command = command
+        self.log = log
+
+
+class CompilerNotFound(CompileError):
+    """There is no C++ compiler, or no NVRTC, on this machine."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Source text
+
+
+def source_text(*names: str, prelude: str = "") -> str:
+    """``prelude``, then the named files of ``kernels/src``, as one text that needs no include path.
+
+    Our own ``#include "x.h"`` is replaced by the file, once each; ``#include <...>`` stays. ``#line`` markers make the
+    compilers name the right file and line.
+    """
+    seen: set[str] = set()
+    parts = [prelude.rstrip("\n") + "\n"] if prelude else []
+    parts += [_inlined(name, seen) for name in names]
+    return "".join(parts)
+
+
+def _inlined(name: str, seen: set[str]) -> str:
+    if name in seen:
+        return ""
+    seen.add(name)
+    out = [f'#line 1 "{name}"']
+    for number, line in enumerate((SOURCES / name).read_text(encoding="utf-8").splitlines(), start=1):
+        include = _INCLUDE.match(line)
+        if include:
+            out += [_inlined(include[1], seen) + f'#line {number + 1} "{name}"']
+        elif line.strip() != "#pragma once":  # it would warn in a main file, and each header is here once anyway
+            out += [line]
+        else:
+            out += [""]
+    return "\n".join(out) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Host C++
+
+
+def host_library(text: str, *, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Compile C++ for this processor and load it; the same text and flags give the same library.
+
+    ``flags`` follow the standard ones, so they win. OpenMP is on (``_OPENMP`` is defined) where the library would
+    share the runtime that torch has already loaded; otherwise the text has to bring its own threads.
+
+    Raises CompilerNotFound without a compiler, CompileError with the compiler's log when the text is wrong.
+    """
+    compiler = host_compiler()
+    with _lock:
+        threads = ("-fopenmp",) if _shares_openmp(compiler) else ()
+        try:
+            return _host_library(text, compiler, threads + flags)
+        except CompileError as error:
+            # GCC without its OpenMP headers or specs. Any other mistake in the text is reported as it stands.
+            if not (threads and re.search(r"omp\.h|gomp|fopenmp", error.log)):
+                raise
+        return _host_library(text, compiler, flags)
+
+
+def host_compiler() -> tuple[str, ...]:
+    """The command of the host C++ compiler: $CXX if that is set, else the first of c++, g++, clang++."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        path = shutil.which(command[0])
+        if path:
+            return (path, *command[1:])
+    tried = f"$CXX = {os.environ['CXX']!r}" if named else "$CXX (not set), c++, g++, clang++"
+    raise CompilerNotFound(
+        f"no C++ compiler: tried {tried}. Install g++ or clang++, or set CXX; without one the CPU kernels fall back to"
+        " the slow plain-torch reference."
+    )
+
+
+def _host_library(text: str, compiler: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.CDLL:
+    command = (*compiler, *_HOST_FLAGS, _tune(), *flags)
+    key = _key("host", text, *command, _version(compiler), *_processor(), *platform.libc_ver())
+    if key in _libraries:
+        return _libraries[key]
+    name = f"{key}.so"
+    entry = cache.find(name)
+    if entry is not None:
+        try:
+            _libraries[key] = ctypes.CDLL(str(entry))
+            return _libraries[key]
+        except OSError:  # intact but not loadable here: written under another system image
+            pass
+    entry = cache.store(name, _compile_host(text, command))
+    _libraries[key] = ctypes.CDLL(str(entry))
+    return _libraries[key]
+
+
+def _compile_host(text: str, command: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="lowbit_lightning-") as scratch:
+        source, out = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
+        source.write_text(text, encoding="utf-8")
+        full = (*command, str(source), "-o", str(out))
+        done = subprocess.run(full, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise CompileError("the host compiler refused a kernel.", shlex.join(full), done.stderr + done.stdout)
+        return out.read_bytes()
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> str:
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise CompileError("the host compiler does not work.", shlex.join([*compiler, "--version"]), done.stderr)
+    return done.stdout
+
+
+@functools.cache
+def _processor() -> tuple[str, ...]:
+    """What -march=native looks at, so that a cache shared by unlike nodes never gives one the other's code."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return (platform.machine(), platform.processor(), platform.platform())
+    wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU ")
+    return (platform.machine(), *(line for line in first.splitlines() if line.startswith(wanted)))
+
+
+def _tune() -> str:
+    # Clang on ARM knows only -mcpu=native; on x86 -march is the one that chooses instructions.
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
+
+
+def _shares_openmp(compiler: tuple[str, ...]) -> bool:
+    """Whether an object built with -fopenmp would use an OpenMP runtime that this process has already loaded.
+
+    Two runtimes in one process means two thread pools that fight for the cores, so without sharing we go without.
+    """
+    runtime = "libomp.so" if "clang" in _version(compiler).lower() else "libgomp.so.1"
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return False
+    try:
+        ctypes.CDLL(runtime, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A CUDA binary for one architecture, and what the compiler said about it (``resources`` reads it)."""
+
+    code: bytes
+    log: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes, as ptxas reports it: bytes, but for the number of registers per thread."""
+
+    registers: int
+    shared: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+
+def cubin(text: str, arch: str, *, flags: tuple[str, ...] = ()) -> Cubin:
+    """Compile CUDA C++ to a binary for ``arch`` ("sm_90"). ``flags`` are macros: "-DNAME" or "-DNAME=VALUE".
+
+    Raises CompilerNotFound without NVRTC, CompileError with the compiler's log when the text is wrong.
+    """
+    version = _nvrtc_version()
+    key = _key("cuda", text, arch, *flags, version)
+    entry = cache.find(f"{key}.cubin")
+    if entry is None:
+        made = _compile_cuda(text, arch, flags, version)
+        log = made.log.encode()
+        cache.store(f"{key}.cubin", made.code + log + len(log).to_bytes(8, "little"))
+        return made
+    content = cache.body(entry)
+    length = int.from_bytes(content[-8:], "little")
+    return Cubin(content[: -8 - length], content[-8 - length : -8].decode())
+
+
+def resources(log: str) -> dict[str, Resources]:
+    """Kernel name -> what it takes, from the log of a Cubin."""
+
+    def number(pattern: str, part: str) -> int:
+        match = re.search(pattern, part)
+        return int(match[1]) if match else 0  # ptxas leaves out what is zero
+
+    return {
+        part.split("'", 1)[0]: Resources(
+            registers=number(r"Used (\d+) registers", part),
+            shared=number(r"(\d+) bytes smem", part),
+            stack=number(r"(\d+) bytes stack frame", part),
+            spill_stores=number(r"(\d+) bytes spill stores", part),
+            spill_loads=number(r"(\d+) bytes spill loads", part),
+        )
+        for part in log.split("Compiling entry function '")[1:]
+    }
+
+
+@functools.cache
+def _nvrtc_version() -> str:
+    """NVRTC's version; of the copy that this process has loaded, which may be torch's and older than the newest."""
+    try:
+        from cuda.bindings import nvrtc
+        from cuda.core import Program  # noqa: F401  (the compile below needs it)
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # ImportError, or the loader's own kinds when the library is missing
+        raise CompilerNotFound(f"NVRTC, the CUDA compiler, is not available ({error}). {NVRTC_HINT}") from error
+    return f"{major}.{minor}"
+
+
+def _compile_cuda(text: str, arch: str, flags: tuple[str, ...], version: str) -> Cubin:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name="kernel.cu",
+        arch=arch,
+        std="c++17",
+        fma=False,
+        ftz=False,
+        prec_div=True,
+        prec_sqrt=True,
+        ptxas_options=["-v"],
+        define_macro=[flag.removeprefix("-D") for flag in flags] or None,
+    )
+    log = io.StringIO()
+    try:
+        code = Program(text, "c++", options).compile("cubin", logs=log).code
+    except Exception as error:  # cuda.core's NVRTCError carries the log in its text
+        command = f"nvrtc {version} " + shlex.join(option.decode() for option in options.as_bytes("nvrtc"))
+        raise CompileError(f"NVRTC refused a kernel for {arch}.", command, log.getvalue() + str(error)) from error
+    return Cubin(bytes(code), log.getvalue())
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()[:32]

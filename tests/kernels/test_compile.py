@@ -1,0 +1,375 @@
+"""The JIT and its cache. The two vector additions at the top are the manual of ``compile.py``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowbit_lightning.kernels import cache, compile
+
+ADD = r"""
+extern "C" void add(long n, const float* a, const float* b, float* out) {
+    for (long i = 0; i < n; i++) out[i] = a[i] + b[i];
+}
+"""
+
+ADD_CUDA = r"""
+extern "C" __global__ void add(int n, const float* a, const float* b, float* out) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = a[i] + b[i];
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and a process that remembers nothing of earlier ones."""
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(compile, "_libraries", {})
+    for name, fresh in (("_judged", {}), ("_warned", set()), ("_private", None)):
+        monkeypatch.setattr(cache, name, fresh)
+    yield tmp_path / "cache"
+    if cache._private:
+        cache._remove(*cache._private)
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "_libraries", {})
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a compilation fails the test: what is asked for must come from the cache."""
+
+    def refuse(*args: object) -> bytes:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compile, "_compile_host", refuse)
+    monkeypatch.setattr(compile, "_compile_cuda", refuse)
+
+
+def call_add(library: ctypes.CDLL) -> None:
+    a, b, out = np.arange(5, dtype="f4"), np.full(5, 10, "f4"), np.zeros(5, "f4")
+    library.add(ctypes.c_long(5), *(ctypes.c_void_p(x.ctypes.data) for x in (a, b, out)))
+    np.testing.assert_array_equal(out, a + b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manual
+
+
+def test_host_vector_add() -> None:
+    call_add(compile.host_library(ADD))
+
+
+def test_cuda_vector_add() -> None:
+    made = compile.cubin(ADD_CUDA, "sm_90")
+    assert made.code.startswith(b"\x7fELF")
+    add = compile.resources(made.log)["add"]
+    assert 4 <= add.registers <= 40
+    assert (add.stack, add.spill_stores, add.spill_loads, add.shared) == (0, 0, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Source text
+
+
+def test_source_text_inlines_our_headers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "SOURCES", tmp_path)
+    (tmp_path / "a.h").write_text("#pragma once\nstatic const int A = 1;\n")
+    (tmp_path / "b.h").write_text('#include <cstddef>\n#include "a.h"\nstatic const int B = A + 1;\n')
+    (tmp_path / "k.cpp").write_text('#include "a.h"\n  #include "b.h"\nextern "C" int value() { return A + B + C; }\n')
+    text = compile.source_text("k.cpp", prelude="#define C 4")
+    assert text.count("static const int A") == 1
+    assert compile.host_library(text).value() == 7
+
+
+def test_a_message_names_the_file_and_line_of_the_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "SOURCES", tmp_path)
+    (tmp_path / "a.h").write_text("static const int A = 1;\n")
+    (tmp_path / "k.cpp").write_text('// one\n#include "a.h"\n// three\nint broken() { return A + missing; }\n')
+    with pytest.raises(compile.CompileError, match=r"k\.cpp:4:"):
+        compile.host_library(compile.source_text("k.cpp", prelude="#define X\n#define Y\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def test_host_compile_error_carries_the_log_and_the_command() -> None:
+    with pytest.raises(compile.CompileError, match="undeclared_thing") as caught:
+        compile.host_library("int f() { return undeclared_thing; }")
+    assert "undeclared_thing" in caught.value.log
+    assert "-ffp-contract=off" in caught.value.command
+
+
+def test_cuda_compile_error_carries_the_log_and_the_command() -> None:
+    with pytest.raises(compile.CompileError, match="undeclared_thing") as caught:
+        compile.cubin('extern "C" __global__ void f(float* a) { *a = undeclared_thing; }', "sm_90")
+    assert "undeclared_thing" in caught.value.log
+    assert "--fmad=false" in caught.value.command
+
+
+def test_a_long_log_is_shortened_in_the_message_only() -> None:
+    text = "".join(f"int f{i}() {{ return undeclared_{i}; }}\n" for i in range(100))
+    with pytest.raises(compile.CompileError) as caught:
+        compile.host_library(text)
+    assert "undeclared_0" in caught.value.log
+    assert "undeclared_99" in str(caught.value)
+    assert len(str(caught.value).splitlines()) < 50
+
+
+def test_unknown_architecture_is_a_compile_error() -> None:
+    with pytest.raises(compile.CompileError, match="sm_20"):
+        compile.cubin(ADD_CUDA, "sm_20")
+
+
+def test_no_compiler_says_what_was_tried_and_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(compile.CompilerNotFound, match=r"no-such-compiler.*Install g\+\+"):
+        compile.host_library(ADD)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(compile.CompilerNotFound, match=r"clang\+\+"):
+        compile.host_library(ADD)
+
+
+def test_no_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)  # importing it raises ImportError
+    compile._nvrtc_version.cache_clear()
+    with pytest.raises(compile.CompilerNotFound, match="pip install 'cuda-core"):
+        compile.cubin(ADD_CUDA, "sm_90")
+
+
+def test_importing_needs_neither_cuda_python_nor_a_compiler() -> None:
+    script = f"""
+        import sys
+        sys.modules["cuda"] = None
+        {_BARE_PACKAGE}
+        from lowbit_lightning.kernels import cache, compile
+        assert not [m for m in sys.modules if m.startswith("cuda.")]
+    """
+    done = _python(script, PATH="")
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: hits and misses
+
+
+def test_same_text_is_the_same_library_and_a_new_process_compiles_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = compile.host_library(ADD)
+    assert compile.host_library(ADD) is library
+    first = compile.cubin(ADD_CUDA, "sm_90")
+    assert sorted(p.suffix for p in place.iterdir()) == [".cubin", ".so"]
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    new_process(monkeypatch)
+    no_compiler(monkeypatch)
+    call_add(compile.host_library(ADD))
+    assert compile.cubin(ADD_CUDA, "sm_90") == first
+
+
+def test_flags_compiler_and_processor_are_part_of_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile.host_library(ADD)
+    compile.host_library(ADD, flags=("-DX",))
+    monkeypatch.setattr(compile, "_version", lambda compiler: "another compiler")
+    compile.host_library(ADD)
+    monkeypatch.setattr(compile, "_processor", lambda: ("another processor",))
+    compile.host_library(ADD)
+    assert len(list(place.iterdir())) == 4
+
+
+def test_architecture_macros_and_nvrtc_are_part_of_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile.cubin(ADD_CUDA, "sm_90")
+    compile.cubin(ADD_CUDA, "sm_80")
+    compile.cubin(ADD_CUDA, "sm_80", flags=("-DX=1",))
+    monkeypatch.setattr(compile, "_nvrtc_version", lambda: "0.0")
+    compile.cubin(ADD_CUDA, "sm_90")
+    assert len(list(place.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+def test_a_corrupt_entry_is_a_miss_and_is_replaced(place: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    compile.host_library(ADD)
+    (entry,) = place.iterdir()
+    good = entry.read_bytes()
+    bad = {"truncated": good[:-100], "emptied": b"", "flipped": good[:2000] + bytes([good[2000] ^ 1]) + good[2001:]}
+    entry.unlink()  # a new file: the process still executes the old one
+    entry.write_bytes(bad[damage])
+    new_process(monkeypatch)
+    call_add(compile.host_library(ADD))
+    assert cache.find(entry.name) is not None
+
+
+def test_an_intact_entry_that_does_not_load_is_compiled_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile.host_library(ADD)
+    (entry,) = place.iterdir()
+    entry.unlink()
+    cache.store(entry.name, b"\x7fELF for some other system")
+    new_process(monkeypatch)
+    call_add(compile.host_library(ADD))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: what is refused, and what happens then
+
+
+def assert_works_with_one_warning(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """Both compilers work, one warning gives the reason, and the substitute is private and used again."""
+
+    def both() -> None:
+        call_add(compile.host_library(ADD))
+        compile.cubin(ADD_CUDA, "sm_90")
+
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
+        both()
+    assert len(caught) == 1
+    assert cache._private is not None
+    private = cache._private[1]
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert len(list(private.iterdir())) == 2
+    new_process(monkeypatch)
+    no_compiler(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call_add(compile.host_library(ADD))
+
+
+def test_a_directory_of_another_user_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile.host_library(ADD)
+    (entry,) = place.iterdir()
+    monkeypatch.setattr(cache, "_judged", {})
+    monkeypatch.setattr(cache, "_user", lambda: place.stat().st_uid + 1)
+    new_process(monkeypatch)
+    before = entry.stat().st_mtime_ns
+    assert_works_with_one_warning(monkeypatch, "refused: it belongs to user")
+    assert [p.name for p in place.iterdir()] == [entry.name]
+    assert entry.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777, 0o1777])
+def test_a_directory_that_others_may_write_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
+    place.mkdir()
+    place.chmod(mode)
+    assert_works_with_one_warning(monkeypatch, f"mode {mode:04o} lets others write it")
+    assert not list(place.iterdir())
+
+
+def test_an_unwritable_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").write_text("a file where the home directory should be: nobody, root included, can write in it")
+    monkeypatch.delenv(cache.ENVIRONMENT_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert_works_with_one_warning(monkeypatch, "cannot be created")
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cache.ENVIRONMENT_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without an entry
+    assert_works_with_one_warning(monkeypatch, "no home directory")
+
+
+def test_a_cache_that_becomes_unwritable(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile.host_library(ADD, flags=("-DEARLIER",))
+    monkeypatch.setattr(compile, "_libraries", {})
+    write = cache._write
+
+    def full_disk(where: Path, name: str, content: bytes) -> Path:
+        if where == place:
+            raise OSError(28, "No space left on device")
+        return write(where, name, content)
+
+    monkeypatch.setattr(cache, "_write", full_disk)
+    assert_works_with_one_warning(monkeypatch, "cannot be written .No space left")
+    call_add(compile.host_library(ADD, flags=("-DEARLIER",)))  # entries that are there are still good
+
+
+def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cache.ENVIRONMENT_VARIABLE)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.directory() == tmp_path / "xdg" / "lowbit_lightning"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache.directory() == tmp_path / "home" / ".cache" / "lowbit_lightning"
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "~/mine")
+    assert cache.directory() == tmp_path / "home" / "mine"
+
+
+def test_the_private_directory_is_removed_at_exit(tmp_path: Path) -> None:
+    script = f"""
+        import sys, warnings
+        {_BARE_PACKAGE}
+        from lowbit_lightning.kernels import cache
+        warnings.simplefilter("ignore")
+        print(cache.store("x", b"y"))
+    """
+    done = _python(script, **{cache.ENVIRONMENT_VARIABLE: "/proc/nowhere"})
+    assert done.returncode == 0, done.stderr
+    entry = Path(done.stdout.strip())
+    assert entry.name == "x"
+    assert not entry.parent.exists()
+
+
+def test_four_processes_starting_at_once(tmp_path: Path, place: Path) -> None:
+    (tmp_path / "add.cpp").write_text(ADD)
+    (tmp_path / "add.cu").write_text(ADD_CUDA)
+    script = f"""
+        import ctypes, pathlib, sys, time
+        {_BARE_PACKAGE}
+        from lowbit_lightning.kernels import compile
+        here = pathlib.Path({str(tmp_path)!r})
+        compiled = []
+        for name in ("_compile_host", "_compile_cuda"):
+            real = getattr(compile, name)
+            setattr(compile, name, lambda *a, real=real, name=name: (compiled.append(name), real(*a))[1])
+        pathlib.Path(here, f"ready{{sys.argv[1]}}").touch()
+        while len(list(here.glob("ready*"))) < 4:
+            time.sleep(0.01)
+        for _ in range(2):
+            library = compile.host_library((here / "add.cpp").read_text())
+            made = compile.cubin((here / "add.cu").read_text(), "sm_90")
+        x = (ctypes.c_float * 3)(1, 2, 3)
+        library.add(ctypes.c_long(3), x, x, x)
+        assert list(x) == [2, 4, 6] and made.code[:4] == bytes([127]) + b"ELF"
+        assert len(compiled) == len(set(compiled)), compiled
+    """
+    command = [sys.executable, "-c", _dedent(script)]
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(4)]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 4, errors
+    assert sorted(p.suffix for p in place.iterdir()) == [".cubin", ".so"]  # and no temporary file is left
+
+
+# The package without its __init__ files, which import torch and Lightning: what a subprocess here does not need.
+_BARE_PACKAGE = "\n        ".join(
+    ["import types"]
+    + [
+        f"m = sys.modules[{name!r}] = types.ModuleType({name!r}); m.__path__ = [{str(path)!r}]"
+        for name, path in (
+            ("lowbit_lightning", compile.SOURCES.parents[1]),
+            ("lowbit_lightning.kernels", compile.SOURCES.parent),
+        )
+    ]
+)
+
+
+def _dedent(script: str) -> str:
+    return textwrap.dedent(script)
+
+
+def _python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _dedent(script)], env={**os.environ, **environment}, capture_output=True, text=True
+    )
