@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowbit_lightning.kernels import cache, compile
+from lowbit_lightning.kernels import compile
+from lowbit_lightning.kernels.compile import cache
 
 ADD = r"""
 extern "C" void add(long n, const float* a, const float* b, float* out) {
@@ -155,7 +156,7 @@ def test_importing_needs_neither_cuda_python_nor_a_compiler() -> None:
         import sys
         sys.modules["cuda"] = None
         {_BARE_PACKAGE}
-        from lowbit_lightning.kernels import cache, compile
+        from lowbit_lightning.kernels.compile import cache
         assert not [m for m in sys.modules if m.startswith("cuda.")]
     """
     done = _python(script, PATH="")
@@ -311,7 +312,7 @@ def test_the_private_directory_is_removed_at_exit(tmp_path: Path) -> None:
     script = f"""
         import sys, warnings
         {_BARE_PACKAGE}
-        from lowbit_lightning.kernels import cache
+        from lowbit_lightning.kernels.compile import cache
         warnings.simplefilter("ignore")
         print(cache.store("x", b"y"))
     """

@@ -29,9 +29,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit_lightning.kernels import cache
+from lowbit_lightning.kernels.compile import cache
 
-SOURCES = Path(__file__).resolve().parent / "src"
+SOURCES = Path(__file__).resolve().parents[1] / "src"
 NVRTC_HINT = (
     "pip install 'cuda-core>=1.2,<2' and, unless a CUDA build of torch 2.11 or newer has brought them,"
     " 'cuda-bindings>=13.0.3,<14' 'cuda-toolkit[cudart,nvrtc]==13.*' (12 in place of 13 for a CUDA 12 driver)"
