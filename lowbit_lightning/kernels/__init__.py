@@ -1,0 +1,388 @@
+"""The ops: validate once, pick the backend by device, count calls.
+
+Backends are modules of equal functions: ``reference`` (plain torch, anywhere), ``cpu`` (C++ by the host's compiler)
+and ``cuda`` (CUDA C++ by NVRTC). Nothing is compiled or loaded before the first call on a device.
+``LOWBIT_LIGHTNING_BACKEND=reference`` forces the reference everywhere, ``use_backend`` does so for a block of code.
+
+Every op is registered with ``torch.library`` in the namespace ``lowbit_lightning``, with a fake implementation and
+its mutated arguments, so that autograd, ``torch.compile`` and version counters know what it touches.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels import formats, rules
+from lowbit_lightning.kernels.arguments import FLOATS, StepArguments
+from lowbit_lightning.kernels.compile import CompilerNotFound
+
+__all__ = [
+    "StepArguments",
+    "calls",
+    "dequantize_blockwise",
+    "int8_matmul",
+    "optimizer_norms",
+    "optimizer_step",
+    "quantize_blockwise",
+    "quantize_colwise",
+    "quantize_rowwise",
+    "reset_calls",
+    "use_backend",
+]
+
+BACKENDS = ("reference", "cpu", "cuda")
+LONGEST_INT8_SUM = (2**31 - 1) // 127**2
+"""Products of two int8 in [-127, 127] that an int32 holds in the worst case: 133,144."""
+
+_calls: Counter[tuple[str, str]] = Counter()
+_forced: list[str] = []
+
+
+# -- backends --------------------------------------------------------------------------------------------------------
+
+
+def calls() -> dict[tuple[str, str], int]:
+    """How often each op ran on each backend since the last ``reset_calls``: ``{("int8_matmul", "cpu"): 12}``."""
+    return dict(_calls)
+
+
+def reset_calls() -> None:
+    """Set all counts of ``calls`` to zero."""
+    _calls.clear()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on the backend ``name`` ("reference", "cpu" or "cuda"), whatever the device."""
+    _load(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.remove(name)
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    module = import_module(f"{__name__}.{name}")
+    if name != "reference":
+        module.load()
+    return module
+
+
+@cache
+def _backend_name(device_type: str) -> str:
+    name = os.environ.get("LOWBIT_LIGHTNING_BACKEND") or (device_type if device_type in BACKENDS else "reference")
+    reason = f"there is no backend for device type {device_type!r}"
+    try:
+        _load(name)
+    except CompilerNotFound as error:
+        name, reason = "reference", str(error)
+    if name == "reference" and "LOWBIT_LIGHTNING_BACKEND" not in os.environ:
+        warnings.warn(
+            f"lowbit_lightning uses its plain-torch reference on {device_type}, which is many times slower: {reason}",
+            stacklevel=2,
+        )
+    return name
+
+
+def _run(op: str, device: torch.device, *arguments):
+    name = _forced[-1] if _forced else _backend_name(device.type)
+    _calls[op, name] += 1
+    return getattr(_load(name), op)(*arguments)
+
+
+def _mutated(tensors: list[Tensor]) -> None:
+    """Bump version counters: autograd must see that a saved tensor was overwritten by a kernel."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+# -- block-wise quantisation -----------------------------------------------------------------------------------------
+
+
+def quantize_blockwise(
+    x: Tensor, codebook: str | Tensor = "dynamic_signed", block_size: int = formats.DEFAULT_BLOCK_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Quantise a tensor to 8-bit codes, block by block inside its rows (a row: everything behind dimension 0).
+
+    Args:
+        x: float32, float16 or bfloat16, of any shape.
+        codebook: a name that ``formats.codebook`` knows, or a sorted float32 vector of 2 to 256 values in [-1, 1]
+        that ends at 1.
+        block_size: a power of two from 32 to 4096.
+
+    Returns:
+        codes (uint8, x's shape) and scales (float32, ``[rows, ceil(row_length / block_size)]``; signed where the
+        codebook has no -1).
+
+    Raises:
+        TypeError, ValueError: naming the argument and what is allowed.
+    """
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    formats.check_block_size(block_size)
+    name, values = _codebook(codebook, x.device)
+    return torch.ops.lowbit_lightning.quantize_blockwise(x, name, values, block_size)
+
+
+def dequantize_blockwise(
+    codes: Tensor,
+    scales: Tensor,
+    codebook: str | Tensor = "dynamic_signed",
+    block_size: int = formats.DEFAULT_BLOCK_SIZE,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The inverse of ``quantize_blockwise``: ``codebook[codes] * scales``, of the codes' shape, in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what is allowed.
+    """
+    formats.check_block_size(block_size)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+    expected = formats.BlockGrid.of(codes.shape, block_size).scales_shape
+    if scales.dtype != torch.float32 or tuple(scales.shape) != expected or scales.device != codes.device:
+        raise ValueError(
+            f"scales must be float32 of shape {expected} on {codes.device} for codes of shape {tuple(codes.shape)} in "
+            f"blocks of {block_size}, got {scales.dtype} of shape {tuple(scales.shape)} on {scales.device}"
+        )
+    name, values = _codebook(codebook, codes.device)
+    return torch.ops.lowbit_lightning.dequantize_blockwise(codes, scales, name, values, block_size, dtype)
+
+
+def _codebook(codebook: str | Tensor, device: torch.device) -> tuple[str, Tensor | None]:
+    if isinstance(codebook, str):
+        if codebook in formats.MAPS:
+            return codebook, None
+        return "custom", formats.codebook(codebook).to(device)
+    formats.check_codebook(codebook)
+    return "custom", codebook.to(device)
+
+
+def _quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
+    return _run("quantize_blockwise", x.device, x.contiguous(), codebook, values, block_size)
+
+
+def _quantize_blockwise_fake(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
+    scales = x.new_empty(formats.BlockGrid.of(x.shape, block_size).scales_shape, dtype=torch.float32)
+    return torch.empty(x.shape, dtype=torch.uint8, device=x.device), scales
+
+
+def _dequantize_blockwise(
+    codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    arguments = codes.contiguous(), scales.contiguous(), codebook, values, block_size, dtype
+    return _run("dequantize_blockwise", codes.device, *arguments)
+
+
+def _dequantize_blockwise_fake(
+    codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+
+
+# -- optimizer step --------------------------------------------------------------------------------------------------
+
+
+def optimizer_step(arguments: StepArguments, norms: Tensor | None = None) -> None:
+    """One optimizer step for all parameters of a group, in place; see ``StepArguments`` and
+    ``reference.optimizer_step``.
+
+    ``norms``: what ``optimizer_norms`` returned, summed over the ranks that share a parameter; only for rules with
+    norms.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is changed.
+    """
+    arguments.check()
+    rule = rules.get(arguments.rule)
+    expected = (len(arguments.params), len(rule.norms))
+    if rule.norms and (norms is None or tuple(norms.shape) != expected):
+        raise ValueError(
+            f"norms must be float64 of shape {expected} for rule {rule.name!r}; optimizer_norms gives them"
+        )
+    torch.ops.lowbit_lightning.optimizer_step(*_flatten(arguments), norms if rule.norms else None)
+
+
+def optimizer_norms(arguments: StepArguments) -> Tensor:
+    """Sums of squares of what the rule wants norms of: float64 ``[n, len(rule.norms)]``, in a fixed order of
+    summation.
+
+    The first phase of rules with a trust ratio; reads the arguments and changes nothing.
+    """
+    arguments.check()
+    return torch.ops.lowbit_lightning.optimizer_norms(*_flatten(arguments))
+
+
+def _flatten(a: StepArguments) -> tuple:
+    states, scales = [t for s in a.states for t in s], [t for s in a.scales for t in s]
+    tensors = a.rule, a.params, a.grads, a.steps, states, scales, a.hyper, a.block_size, a.lr, a.unscale, a.clip, a.skip
+    return *tensors, a.seed, a.ordinals, a.offsets, a.maximize, a.stochastic_rounding
+
+
+def _unflatten(rule, params, grads, steps, states, scales, hyper, block_size, *rest) -> StepArguments:
+    n, count = len(params), len(rules.get(rule).states)
+    nested = [[flat[s * n : (s + 1) * n] for s in range(count)] for flat in (states, scales)]
+    return StepArguments(rule, params, grads, steps, nested[0], nested[1], list(hyper), block_size, *rest)
+
+
+def _optimizer_step(*flat) -> None:
+    arguments, norms = _unflatten(*flat[:-1]), flat[-1]
+    originals = arguments.params
+    arguments.params = [p if p.is_contiguous() else p.contiguous() for p in originals]
+    arguments.grads = [g if g.is_contiguous() else g.contiguous() for g in arguments.grads]
+    for indices in arguments.specialisations():
+        chosen = norms if norms is None else norms[indices].contiguous()
+        _run("optimizer_step", arguments.device, arguments.select(indices), chosen)
+    for original, p in zip(originals, arguments.params, strict=True):
+        if p is not original:
+            original.copy_(p)
+    _mutated([*originals, *arguments.steps, *flat[4], *flat[5]])
+
+
+def _optimizer_norms(*flat) -> Tensor:
+    arguments = _unflatten(*flat)
+    arguments.params = [p.contiguous() for p in arguments.params]
+    arguments.grads = [g.contiguous() for g in arguments.grads]
+    result = _optimizer_norms_fake(*flat).zero_()
+    for indices in arguments.specialisations():
+        result[indices] = _run("optimizer_norms", arguments.device, arguments.select(indices))
+    return result
+
+
+def _optimizer_norms_fake(rule, params, *_) -> Tensor:
+    device = params[0].device if params else None
+    return torch.empty(len(params), len(rules.get(rule).norms), dtype=torch.float64, device=device)
+
+
+# -- int8 ------------------------------------------------------------------------------------------------------------
+
+
+def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 ``[R, C]`` and float32 scales ``[R]`` (absmax / 127) of a float32, float16 or bfloat16 matrix ``[R,
+    C]``."""
+    _check_matrix(x)
+    return torch.ops.lowbit_lightning.quantize_rowwise(x)
+
+
+def quantize_colwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``quantize_rowwise`` of ``x.T``: int8 ``[C, R]``, contiguous, and float32 scales ``[C]``, of a float matrix
+    ``[R, C]``."""
+    _check_matrix(x)
+    return torch.ops.lowbit_lightning.quantize_colwise(x)
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(a @ b.T) * a_scales[:, None] * b_scales (+ bias)``, summed in int32.
+
+    Args:
+        a, b: int8 ``[M, K]`` and ``[N, K]``.
+        a_scales, b_scales: float32 ``[M]`` and ``[N]``.
+        bias: float ``[N]`` or None.
+        out_dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``. Above K = 133,144, where int32 could overflow, partial sums are added in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what is allowed.
+    """
+    if a.dtype != torch.int8 or b.dtype != torch.int8:
+        raise TypeError(f"a and b must be int8, got {a.dtype} and {b.dtype}")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a and b must be [M, K] and [N, K], got {tuple(a.shape)} and {tuple(b.shape)}")
+    for name, scales, length in (("a_scales", a_scales, a.shape[0]), ("b_scales", b_scales, b.shape[0])):
+        if scales.dtype != torch.float32 or tuple(scales.shape) != (length,):
+            raise ValueError(
+                f"{name} must be float32 of shape ({length},), got {scales.dtype} of {tuple(scales.shape)}"
+            )
+    if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (b.shape[0],)):
+        raise ValueError(
+            f"bias must be a float vector of shape ({b.shape[0]},), got {bias.dtype} of {tuple(bias.shape)}"
+        )
+    if out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}")
+    return torch.ops.lowbit_lightning.int8_matmul(a, b, a_scales, b_scales, bias, out_dtype)
+
+
+def _check_matrix(x: Tensor) -> None:
+    if x.dtype not in FLOATS or x.ndim != 2:
+        raise TypeError(f"x must be a float32, float16 or bfloat16 matrix, got {x.dtype} of shape {tuple(x.shape)}")
+
+
+def _quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _run("quantize_rowwise", x.device, x.contiguous())
+
+
+def _quantize_rowwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _quantize_colwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _run("quantize_colwise", x.device, x.contiguous())
+
+
+def _quantize_colwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantize_rowwise_fake(x.T)
+
+
+def _int8_matmul(a, b, a_scales, b_scales, bias, out_dtype) -> Tensor:
+    a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
+    if a.shape[1] <= LONGEST_INT8_SUM:
+        return _run("int8_matmul", a.device, a, b, a_scales, b_scales, bias, out_dtype)
+    total = a.new_zeros(a.shape[0], b.shape[0], dtype=torch.float32)
+    for a_part, b_part in zip(a.split(LONGEST_INT8_SUM, 1), b.split(LONGEST_INT8_SUM, 1), strict=True):
+        parts = a_part.contiguous(), b_part.contiguous()
+        total += _run("int8_matmul", a.device, *parts, a_scales, b_scales, None, torch.float32)
+    return (total if bias is None else total + bias.float()).to(out_dtype)
+
+
+def _int8_matmul_fake(a, b, a_scales, b_scales, bias, out_dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+# -- registration ----------------------------------------------------------------------------------------------------
+
+_STEP = (
+    "str rule, Tensor{a} params, Tensor[] grads, Tensor{b} steps, Tensor{c} states, Tensor{d} scales, float[] hyper, "
+    "int block_size, Tensor? lr, Tensor? unscale, Tensor? clip, Tensor? skip, int seed, int[] ordinals, int[] offsets, "
+    "bool maximize, bool stochastic_rounding"
+)
+_SCHEMAS = {
+    "quantize_blockwise": "(Tensor x, str codebook, Tensor? values, int block_size) -> (Tensor, Tensor)",
+    "dequantize_blockwise": "(Tensor codes, Tensor scales, str codebook, Tensor? values, int block_size, "
+    "ScalarType dtype) -> Tensor",
+    "optimizer_step": f"({_STEP.format(a='(a!)[]', b='(b!)[]', c='(c!)[]', d='(d!)[]')}, Tensor? norms) -> ()",
+    "optimizer_norms": f"({_STEP.format(a='[]', b='[]', c='[]', d='[]')}) -> Tensor",
+    "quantize_rowwise": "(Tensor x) -> (Tensor, Tensor)",
+    "quantize_colwise": "(Tensor x) -> (Tensor, Tensor)",
+    "int8_matmul": "(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias, ScalarType out_dtype) "
+    "-> Tensor",
+}
+_library = torch.library.Library("lowbit_lightning", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    _fake = globals().get(f"_{_name}_fake", lambda *_: None)
+    torch.library.register_fake(f"lowbit_lightning::{_name}", _fake, lib=_library)

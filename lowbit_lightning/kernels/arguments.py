@@ -1,0 +1,156 @@
+"""The optimizer step's argument block, complete for every rule and backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels import rules
+from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, BlockGrid, check_block_size
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class StepArguments:
+    """What one optimizer step reads and writes, for the n parameters of a group.
+
+    ``params``, ``grads``: n tensors of equal shapes, float32, float16 or bfloat16. ``steps``: n 0-d float32 tensors,
+    the number of steps taken so far. ``states[s][i]``: state s of parameter i, of the parameter's shape: uint8
+    codes, or float32. ``scales[s][i]``: float32 of ``BlockGrid.scales_shape`` for codes; unused (any tensor) for
+    float32.
+
+    ``hyper``: the rule's hyperparameters in its order, as Python floats. Optional 0-d float32 tensors on the
+    parameters' device, read there without a synchronisation: ``lr`` replaces ``hyper``'s; ``unscale`` and ``clip``
+    multiply the gradients;
+    ``skip``: non-zero means that nothing happens, step counts included.
+
+    ``seed``, ``ordinals`` (a number per parameter) and ``offsets`` (the global index of each parameter's first
+    element, for shards) key the random words of ``stochastic_rounding`` (bfloat16 parameters only). ``maximize``
+    negates the gradients.
+    """
+
+    rule: str
+    params: list[Tensor]
+    grads: list[Tensor]
+    steps: list[Tensor]
+    states: list[list[Tensor]]
+    scales: list[list[Tensor]]
+    hyper: list[float]
+    block_size: int = DEFAULT_BLOCK_SIZE
+    lr: Tensor | None = None
+    unscale: Tensor | None = None
+    clip: Tensor | None = None
+    skip: Tensor | None = None
+    seed: int = 0
+    ordinals: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    maximize: bool = False
+    stochastic_rounding: bool = False
+
+    def __post_init__(self) -> None:
+        self.ordinals = self.ordinals or list(range(len(self.params)))
+        self.offsets = self.offsets or [0] * len(self.params)
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def grid(self, i: int) -> BlockGrid:
+        """The block grid of parameter i."""
+        return BlockGrid.of(self.params[i].shape, self.block_size)
+
+    def select(self, indices: list[int]) -> StepArguments:
+        """The same step for some of the parameters."""
+
+        def pick(items: list) -> list:
+            return [items[i] for i in indices]
+
+        return replace(
+            self,
+            params=pick(self.params),
+            grads=pick(self.grads),
+            steps=pick(self.steps),
+            states=[pick(s) for s in self.states],
+            scales=[pick(s) for s in self.scales],
+            ordinals=pick(self.ordinals),
+            offsets=pick(self.offsets),
+        )
+
+    def specialisations(self) -> list[list[int]]:
+        """Indices of the parameters, grouped so that dtypes are equal in a group: one launch each."""
+        groups: dict[tuple, list[int]] = {}
+        for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
+            if p.numel():
+                groups.setdefault((p.dtype, g.dtype, *[s[i].dtype for s in self.states]), []).append(i)
+        return list(groups.values())
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError, naming the argument, before anything is changed."""
+        rule = rules.get(self.rule)
+        check_block_size(self.block_size)
+        if len(self.hyper) != len(rule.hyper):
+            raise ValueError(f"hyper must hold {rule.hyper} for rule {rule.name!r}, got {len(self.hyper)} values")
+        if len(self.states) != len(rule.states) or len(self.scales) != len(rule.states):
+            raise ValueError(f"states and scales must hold {rule.state_names} for rule {rule.name!r}")
+        n = len(self.params)
+        for name in ("grads", "steps", "ordinals", "offsets"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(
+                    f"{name} must have one entry for each of the {n} params, got {len(getattr(self, name))}"
+                )
+        for i in range(n):
+            self._check_parameter(i, rule)
+        for name in ("lr", "unscale", "clip", "skip"):
+            value = getattr(self, name)
+            if value is None or not n:
+                continue
+            if value.dtype != torch.float32 or value.numel() != 1 or value.device != self.device:
+                raise ValueError(
+                    f"{name} must be one float32 value on {self.device}, got {value.dtype} of shape "
+                    f"{tuple(value.shape)} on {value.device}"
+                )
+
+    def _check_parameter(self, i: int, rule: rules.Rule) -> None:
+        p, g = self.params[i], self.grads[i]
+        if p.device != self.device:
+            raise ValueError(f"params[{i}] is on {p.device} and params[0] on {self.device}; a step takes one device")
+        if g.layout != torch.strided:
+            raise ValueError(f"grads[{i}] is {g.layout}; sparse gradients are not supported: use sparse=False")
+        if p.dtype not in FLOATS or g.dtype not in FLOATS:
+            raise TypeError(
+                f"params[{i}] and grads[{i}] must be float32, float16 or bfloat16, got {p.dtype} and {g.dtype}"
+            )
+        if self.stochastic_rounding and p.dtype == torch.float16:
+            raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16")
+        if g.shape != p.shape:
+            raise ValueError(f"grads[{i}] must have the parameter's shape {tuple(p.shape)}, got {tuple(g.shape)}")
+        self._check_place("grads", i, g)
+        self._check_place("steps", i, self.steps[i])
+        for s, name in enumerate(rule.state_names):
+            self._check_state(name, i, self.states[s][i], self.scales[s][i])
+
+    def _check_state(self, name: str, i: int, state: Tensor, scales: Tensor) -> None:
+        if state.dtype not in (torch.uint8, torch.float32):
+            raise TypeError(f"{name}[{i}] must be uint8 codes or float32, got {state.dtype}")
+        shape = self.params[i].shape
+        if state.shape != shape:
+            raise ValueError(f"{name}[{i}] must have the parameter's shape {tuple(shape)}, got {tuple(state.shape)}")
+        self._check_place(name, i, state)
+        if state.dtype != torch.uint8:
+            return
+        expected = self.grid(i).scales_shape
+        if scales.dtype != torch.float32 or tuple(scales.shape) != expected:
+            raise ValueError(
+                f"scales of {name}[{i}] must be float32 of shape {expected} for a parameter of shape {tuple(shape)} in "
+                f"blocks of {self.block_size}, got {scales.dtype} of shape {tuple(scales.shape)}"
+            )
+        self._check_place(f"scales of {name}", i, scales)
+
+    def _check_place(self, name: str, i: int, tensor: Tensor) -> None:
+        if tensor.device != self.device:
+            raise ValueError(f"{name}[{i}] is on {tensor.device}; all tensors of a step must be on {self.device}")
+        if name != "grads" and not tensor.is_contiguous():
+            raise ValueError(f"{name}[{i}] must be contiguous, got strides {tensor.stride()}")

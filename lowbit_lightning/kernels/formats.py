@@ -1,0 +1,197 @@
+"""The 8-bit formats: code maps (codebooks) and the block grid.
+
+A tensor is quantised block by block: a block's values are divided by the block's scale and each quotient is
+stored as the index (the *code*) of a value near it in a sorted table of at most 256 values (the *codebook*).
+
+**The dynamic maps** spread their codes over seven decades, so that a value far below its block's maximum keeps a
+relative precision. Decade ``d`` (0 to 6) covers ``10**(d-7)`` to ``10**(d-6)`` with ``P`` equal steps, ``P = 2**d``
+for the signed map and ``2**(d+1)`` for the unsigned one, and its codes are the middles of the steps; 0 and 1.0
+complete the map (Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization"). Number the non-negative
+codes by ``f``, with ``f = |code - 127|`` (signed) and ``f = code + 1`` (unsigned): decade ``d`` is exactly ``P <= f
+< 2 P``. So ``floor(log2 f)`` *is* the decade, and inside it the value is linear in ``f``. Encoding and decoding need
+no table of 256 entries: one look-up among nine pairs (slope, offset), one multiplication, one addition. The slopes
+and offsets stand here once; ``reference.py`` and ``src/dynamic_map.h`` use them.
+
+**The scale carries a sign** where the codebook has no -1: a signed block is divided by its element of largest
+magnitude *with its sign*, so that this element is 1.0 exactly and re-quantising changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAPS = ("dynamic_signed", "dynamic_unsigned")
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE, DEFAULT_BLOCK_SIZE = 32, 4096, 256
+SMALLEST_SCALE = 2.0**-126
+"""A block that is not all zero has a scale of at least this magnitude: its reciprocal is finite."""
+DECADES = 7
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The blocks of a tensor: ``block_size`` consecutive elements inside one row.
+
+    A row is everything behind dimension 0; a tensor with fewer than two dimensions is one row. The last block of a
+    row may be short. Cutting a tensor along dimension 0 never cuts a block.
+    """
+
+    rows: int
+    row_length: int
+    block_size: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...] | torch.Size, block_size: int = DEFAULT_BLOCK_SIZE) -> BlockGrid:
+        if len(shape) < 2:
+            return cls(1, prod(shape), block_size)
+        return cls(shape[0], prod(shape[1:]), block_size)
+
+    @property
+    def blocks_per_row(self) -> int:
+        return -(-self.row_length // self.block_size)
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        return self.rows, self.blocks_per_row
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise ValueError unless ``block_size`` is a power of two from 32 to 4096."""
+    if not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(
+            f"block_size must be a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}, got {block_size}; "
+            f"the default is {DEFAULT_BLOCK_SIZE}"
+        )
+
+
+@dataclass(frozen=True)
+class DynamicMap:
+    """The constants of a dynamic map, all float32. ``f`` is the number of a non-negative code (see the module).
+
+    ``decode_slope``, ``decode_offset``: by ``e = floor(log2 n)``, 0 to 8, with ``n = 2 f + 1`` (signed) or ``n = f``
+    (unsigned): ``value = n * slope[e] + offset[e]``; e = 0 is zero, e = 8 is 1.0, and e = d + 1 is decade d.
+    ``thresholds``: between decades d and d + 1, six. ``encode_slope``, ``encode_offset``, ``encode_limit``: by
+    decade, ``f = floor(min(x * slope[d] + offset[d], limit[d]))``. ``low``: signed: at most this encodes to zero;
+    unsigned: a positive value is raised to this. ``high``: more than this encodes to 1.0.
+    """
+
+    signed: bool
+    decode_slope: np.ndarray
+    decode_offset: np.ndarray
+    thresholds: np.ndarray
+    encode_slope: np.ndarray
+    encode_offset: np.ndarray
+    encode_limit: np.ndarray
+    low: np.float32
+    high: np.float32
+
+    @property
+    def zero_code(self) -> int:
+        return 127 if self.signed else 0
+
+
+@cache
+def dynamic_map(name: str) -> DynamicMap:
+    """The constants of ``"dynamic_signed"`` or ``"dynamic_unsigned"``."""
+    signed = name == "dynamic_signed"
+    decade = np.arange(DECADES)
+    steps = 2.0 ** (decade + (0 if signed else 1))  # P
+    unit = 10.0 ** (decade - 6.0)  # the upper end of the decade
+    slope, offset = 0.9 * unit / steps, unit * (0.1 + 0.9 * (0.5 - steps) / steps)  # value = f * slope + offset
+    if signed:  # in terms of n = 2 f + 1
+        slope, offset = slope / 2, offset - slope / 2
+    first, last = unit * (0.1 + 0.45 / steps), unit * (1 - 0.45 / steps)  # a decade's smallest and largest code
+    f32 = np.float32
+    return DynamicMap(
+        signed=signed,
+        decode_slope=np.array([0, *slope, 0], f32),
+        decode_offset=np.array([0, *offset, 1], f32),
+        thresholds=((last[:-1] + first[1:]) / 2).astype(f32),
+        encode_slope=(steps / (0.9 * unit)).astype(f32),
+        encode_offset=(steps * 8 / 9).astype(f32),
+        encode_limit=(2 * steps - 0.5).astype(f32),
+        low=f32(first[0] / 2 if signed else first[0]),
+        high=f32((last[-1] + 1) / 2),
+    )
+
+
+@cache
+def _dynamic_values(name: str) -> np.ndarray:
+    constants = dynamic_map(name)
+    code = np.arange(256)
+    n = 2 * np.abs(code - 127) + 1 if constants.signed else code + 1
+    e = np.frexp(n.astype(np.float64))[1] - 1  # floor(log2 n)
+    magnitude = n.astype(np.float32) * constants.decode_slope[e] + constants.decode_offset[e]  # two float32 roundings
+    return np.where(code < constants.zero_code, -magnitude, magnitude).astype(np.float32)
+
+
+def codebook(name: str) -> Tensor:
+    """The values of a named map, float32, sorted ascending; a new tensor on the CPU.
+
+    ``"dynamic_signed"``, ``"dynamic_unsigned"`` (256 values), ``"linear"`` (255 values k/127), ``"linear_unsigned"``
+    (256 values k/255), ``"nf4"`` (QLoRA's NormalFloat: Dettmers et al., 2023, appendix E), ``"fp4"`` (sign, two bits
+    of exponent, one of mantissa, as bitsandbytes orders by value), ``"nf2"``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name in MAPS:
+        return torch.from_numpy(_dynamic_values(name).copy())
+    if name not in _STATIC:
+        raise ValueError(
+            f"codebook must be one of {sorted([*MAPS, *_STATIC])} or a sorted float32 tensor, got {name!r}"
+        )
+    return torch.tensor(_STATIC[name], dtype=torch.float32)
+
+
+_FP4 = (0.0052083333, 0.1666666667, 0.25, 0.3333333333, 0.5, 0.6666666667, 1.0)
+_STATIC: dict[str, tuple[float, ...]] = {
+    "linear": tuple(k / 127 for k in range(-127, 128)),
+    "linear_unsigned": tuple(k / 255 for k in range(256)),
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (*(-x for x in reversed(_FP4)), 0.0, *_FP4),
+    "nf2": (-1.0, 0.0, 0.3333333333, 1.0),
+}
+
+
+def check_codebook(values: Tensor) -> None:
+    """Raise unless ``values`` is a strictly ascending float32 vector of 2 to 256 finite values that contains 1.0."""
+    if values.dtype != torch.float32 or values.ndim != 1 or not 2 <= values.numel() <= 256:
+        raise ValueError(
+            "codebook must be a float32 vector of 2 to 256 values, "
+            f"got {values.dtype} of shape {tuple(values.shape)}; convert it by .float().flatten()"
+        )
+    if not bool(torch.isfinite(values).all()) or not bool((values.diff() > 0).all()):
+        raise ValueError("codebook must be finite and strictly ascending; sort it and remove duplicates")
+    if float(values[-1]) != 1.0 or float(values[0]) < -1.0:
+        raise ValueError(
+            "codebook must lie in [-1, 1] and end at 1.0 (a block's scale), "
+            f"got [{float(values[0])}, {float(values[-1])}]; divide it by its largest value"
+        )
+
+
+def cpp_tables() -> str:
+    """C++ text: the constants of both dynamic maps, as hexadecimal floats, for ``src/dynamic_map.h``."""
+    return "\n".join(_cpp_struct(name.title().replace("_", ""), dynamic_map(name)) for name in MAPS)
+
+
+def _cpp_struct(name: str, constants: DynamicMap) -> str:
+    arrays = ("decode_slope", "decode_offset", "thresholds", "encode_slope", "encode_offset", "encode_limit")
+    lines = [f"struct {name}Constants {{", f"    static constexpr bool is_signed = {str(constants.signed).lower()};"]
+    for field in ("low", "high"):
+        lines.append(f"    static constexpr float {field} = {float(getattr(constants, field)).hex()}f;")
+    for field in arrays:
+        values = getattr(constants, field)
+        text = ", ".join(f"{float(v).hex()}f" for v in values)
+        lines.append(f"    static constexpr float {field}[{len(values)}] = {{{text}}};")
+    return "\n".join([*lines, "};"])

@@ -1,0 +1,268 @@
+"""The optimizers' update rules, one text each, for every backend.
+
+A rule's text is legal Python *and* legal C++: assignments of ``+ - * /`` expressions and the functions named below.
+Python runs it on torch tensors (the reference), the host compiler on SIMD vectors, NVRTC on single floats. A rule
+has up to three parts, in this order:
+
+* ``scalars``, in double, once per parameter and step: everything that does not depend on the element, such as bias
+  corrections. It sees the hyperparameters and ``step`` (1 on the first step). Functions: ``power(x, step)``,
+  ``sqrt``, ``where(condition, a, b)``. Every name that it defines, and every hyperparameter, is a float32 in the
+  parts below.
+* ``direction``, in float32, on every element: sees ``p`` (the parameter), ``g`` (the gradient) and the states, and
+  changes the states. Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``. No number stands in it:
+  numbers are scalars.
+* ``finish``, in float32: changes ``p``. Rules that need norms (LAMB, LARS) name the values of ``direction`` whose
+  2-norms over the whole parameter they want in ``norms``, and compute ``norm_scalars`` from them (as ``p_norm``,
+  ``update_norm``, ...; ``ratio(a, b)`` is a / b, or 1 where either is not positive).
+
+Operations are rounded one by one (no fused multiply-add), in the order written, so that backends agree to the bit.
+A new rule is a new entry of ``RULES``: no backend changes.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from textwrap import indent
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """One state of an optimizer: its name in ``optimizer.state[p]`` and whether it can be negative."""
+
+    name: str
+    non_negative: bool = False
+
+    @property
+    def codebook(self) -> str:
+        return "dynamic_unsigned" if self.non_negative else "dynamic_signed"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule; the module's docstring says what its texts may contain."""
+
+    name: str
+    hyper: tuple[str, ...]
+    states: tuple[State, ...]
+    finish: str
+    direction: str = ""
+    scalars: str = ""
+    norms: tuple[str, ...] = ()
+    norm_scalars: str = ""
+    _code: dict[str, CodeType] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for part in ("scalars", "direction", "finish", "norm_scalars"):
+            text = "\n".join(line.strip() for line in getattr(self, part).splitlines() if line.strip())
+            object.__setattr__(self, part, text and text + "\n")
+            self._code[part] = compile(text, f"<rule {self.name}.{part}>", "exec")
+        if any(isinstance(node, ast.Constant) for node in ast.walk(ast.parse(self.direction + self.finish))):
+            raise ValueError(f"rule {self.name!r}: a number in a float32 part; make it a scalar")
+
+    @cached_property
+    def elementwise_scalars(self) -> tuple[str, ...]:
+        """Names of the scalars that ``direction`` and ``finish`` use: the float32 scalars of a kernel, in this
+        order."""
+        known = (*self.hyper, *_targets(self.scalars), *_targets(self.norm_scalars))
+        used = {n.id for n in ast.walk(ast.parse(self.direction + self.finish)) if isinstance(n, ast.Name)}
+        return tuple(name for name in known if name in used)
+
+    # -- Python ------------------------------------------------------------------------------------------------------
+
+    def compute_scalars(self, hyper: list[float], step: float, norms: tuple[float, ...] | None) -> dict[str, float]:
+        """The scalars in double; ``norms`` are the 2-norms named by ``self.norms``, or None before they are known."""
+        names: dict[str, Any] = {**_DOUBLE_FUNCTIONS, **dict(zip(self.hyper, hyper, strict=True)), "step": step}
+        exec(self._code["scalars"], names)
+        if norms is not None:
+            names |= {f"{name}_norm": value for name, value in zip(self.norms, norms, strict=True)}
+            exec(self._code["norm_scalars"], names)
+        return {name: names[name] for name in self.elementwise_scalars if name in names}
+
+    def run(
+        self, part: str, values: dict[str, Tensor], scalars: dict[str, float], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Run ``direction`` or ``finish`` on float32 tensors; returns all names after it."""
+        names: dict[str, Any] = {**_TENSOR_FUNCTIONS, **values}
+        names |= {k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in scalars.items()}
+        exec(self._code[part], names)
+        return {k: v for k, v in names.items() if isinstance(v, Tensor)}
+
+    # -- C++ ---------------------------------------------------------------------------------------------------------
+
+    def cpp(self) -> str:
+        """C++ text: ``RULE_*`` constants, ``struct Scalars``, ``rule_scalars``, ``rule_direction``, ``rule_finish``.
+
+        It expects ``LB_FN`` (function qualifiers), ``power`` and ``ratio`` for doubles, and for the value type ``V``
+        the functions named in the module's docstring.
+        """
+        names = self.elementwise_scalars
+        temporaries = [t for t in _targets(self.direction + self.finish) if t not in ("p", "g", *self.state_names)]
+        load = [f"V& {name} = s[{i}];" for i, name in enumerate(self.state_names)]
+        load += [f"V& {name} = t[{i}];" for i, name in enumerate(temporaries)]
+        load += [f"const float {name} = c.{name};" for name in names]
+        hyper = [f"const double {name} = hyper[{i}];" for i, name in enumerate(self.hyper)]
+        norms = [f"    const double {name}_norm = sqrt(square_sums[{i}]);" for i, name in enumerate(self.norms)]
+        late = _targets(self.norm_scalars)
+        body = "template <class V> LB_FN void rule_{part}(const Scalars& c, V& p, V& g, V* s, V* t) {{\n{text}\n}}"
+        lines = [
+            f"// generated from rules.py: {self.name}",
+            f"constexpr int RULE_STATES = {len(self.states)}, RULE_HYPER = {len(self.hyper)};",
+            f"constexpr int RULE_NORMS = {len(self.norms)}, RULE_TEMPORARIES = {len(temporaries)};",
+            "constexpr bool RULE_NON_NEGATIVE[4] = {"
+            + ", ".join([str(s.non_negative).lower() for s in self.states] + ["false"] * (4 - len(self.states)))
+            + "};",
+            "struct Scalars { " + " ".join(f"float {name};" for name in names) + " };",
+            "LB_FN Scalars rule_scalars(const double* hyper, double step, const double* square_sums) {",
+            *[f"    {line}" for line in hyper],
+            _cpp_statements(self.scalars, "double "),
+            *[f"    double {name} = 0;" for name in late],
+            *(["    if (square_sums) {", *norms, _cpp_statements(self.norm_scalars, ""), "    }"] if norms else []),
+            "    Scalars c;",
+            *[f"    c.{name} = (float){name};" for name in names],
+            "    return c;\n}",
+            body.format(
+                part="direction", text=indent("\n".join(load), "    ") + "\n" + _cpp_statements(self.direction, "")
+            ),
+            body.format(part="finish", text=indent("\n".join(load), "    ") + "\n" + _cpp_statements(self.finish, "")),
+            "template <class V> LB_FN void rule_norm_values(V& p, V* t, V* n) {",
+            *[f"    n[{i}] = {'p' if n == 'p' else f't[{temporaries.index(n)}]'};" for i, n in enumerate(self.norms)],
+            "}",
+        ]
+        return "\n".join(line for line in lines if line) + "\n"
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return tuple(state.name for state in self.states)
+
+
+def _targets(text: str) -> list[str]:
+    """The names that a text assigns, in order, once each."""
+    names = [t.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign) for t in n.targets]  # type: ignore[attr-defined]
+    return list(dict.fromkeys(names))
+
+
+def _cpp_statements(text: str, declare: str) -> str:
+    return "\n".join(f"    {declare}{line};" for line in text.splitlines())
+
+
+def power(x: float, n: float) -> float:
+    """``x ** n`` for an integer n >= 0, by squaring: the same roundings in Python, C++ and CUDA, unlike ``pow``."""
+    result, remaining = 1.0, int(n)
+    while remaining:
+        if remaining & 1:
+            result *= x
+        x *= x
+        remaining >>= 1
+    return result
+
+
+def ratio(a: float, b: float) -> float:
+    """The trust ratio a / b; 1 where either norm is not positive."""
+    return a / b if a > 0 and b > 0 else 1.0
+
+
+def _where(condition: bool, a: float, b: float) -> float:
+    return a if condition else b
+
+
+_DOUBLE_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "power": power,
+    "sqrt": math.sqrt,
+    "where": _where,
+    "ratio": ratio,
+}
+_TENSOR_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "sqrt": torch.sqrt,
+    "sign": torch.sign,
+    "absolute": torch.abs,
+    "maximum": torch.maximum,
+    "where": torch.where,
+}
+
+_MOMENTUM = State("momentum_buffer")
+_EXP_AVG, _EXP_AVG_SQ = State("exp_avg"), State("exp_avg_sq", non_negative=True)
+
+_SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay")
+# torch's first step copies the gradient into the buffer: no dampening then.
+_SGD_SCALARS = "gain = where(step == 1, 1.0, 1 - dampening)"
+_SGD_DIRECTION = """
+    g = g + weight_decay * p
+    momentum_buffer = momentum * momentum_buffer + gain * g
+"""
+_ADAM_SCALARS = """
+    rest1 = 1 - beta1
+    rest2 = 1 - beta2
+    step_size = lr / (1 - power(beta1, step))
+    root_correction = 1 / sqrt(1 - power(beta2, step))
+"""
+_ADAM_DIRECTION = """
+    exp_avg = exp_avg + (g - exp_avg) * rest1
+    exp_avg_sq = exp_avg_sq * beta2 + g * g * rest2
+"""
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "sgd",
+            hyper=("lr", "weight_decay"),
+            states=(),
+            direction="g = g + weight_decay * p",
+            finish="p = p - lr * g",
+        ),
+        Rule(
+            "sgd_momentum",
+            hyper=_SGD_HYPER,
+            states=(_MOMENTUM,),
+            scalars=_SGD_SCALARS,
+            direction=_SGD_DIRECTION,
+            finish="p = p - lr * momentum_buffer",
+        ),
+        Rule(
+            "sgd_nesterov",
+            hyper=_SGD_HYPER,
+            states=(_MOMENTUM,),
+            scalars=_SGD_SCALARS,
+            direction=_SGD_DIRECTION,
+            finish="p = p - lr * (g + momentum * momentum_buffer)",
+        ),
+        # Loshchilov & Hutter, 2019, in torch's order: decay first.
+        Rule(
+            "adamw",
+            hyper=("lr", "beta1", "beta2", "eps", "weight_decay"),
+            states=(_EXP_AVG, _EXP_AVG_SQ),
+            scalars="decay = 1 - lr * weight_decay" + _ADAM_SCALARS,
+            direction="p = p * decay" + _ADAM_DIRECTION,
+            finish="p = p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_correction + eps)",
+        ),
+        # You et al., 2020, algorithm 2, phi the identity.
+        Rule(
+            "lamb",
+            hyper=("lr", "beta1", "beta2", "eps", "weight_decay"),
+            states=(_EXP_AVG, _EXP_AVG_SQ),
+            scalars=_ADAM_SCALARS + "correction = 1 / (1 - power(beta1, step))",
+            direction=_ADAM_DIRECTION
+            + "update = exp_avg * correction / (sqrt(exp_avg_sq) * root_correction + eps) + weight_decay * p",
+            finish="p = p - trusted * update",
+            norms=("p", "update"),
+            norm_scalars="trusted = lr * ratio(p_norm, update_norm)",
+        ),
+    )
+}
+"""Every rule by name."""
+
+
+def get(name: str) -> Rule:
+    """The rule of that name. Raises ValueError for an unknown one."""
+    if name not in RULES:
+        raise ValueError(f"rule must be one of {sorted(RULES)}, got {name!r}")
+    return RULES[name]
