@@ -165,8 +165,8 @@ def test_importing_starts_nothing() -> None:
         import lightning, torch, torchmetrics
         before = set(sys.modules)
         started = []
-        sys.addaudithook(lambda event, args: started.append((event, args[:1]))
-                         if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork") else None)
+        processes = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
+        sys.addaudithook(lambda event, args: started.append((event, args[:1])) if event in processes else None)
         import lowbit_lightning
         from lowbit_lightning import kernels, optim
         new = set(sys.modules) - before

@@ -1,0 +1,164 @@
+"""The main job, small: what it refuses, what it reads, and that it trains, compares and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_gpt", EXAMPLES / "train_gpt.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_gpt"] = module  # OmegaConf looks the dataclass' annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+train_gpt = load()
+
+
+def test_yaml_file_lists_every_default() -> None:
+    written = OmegaConf.to_container(OmegaConf.load(EXAMPLES / "train_gpt.yaml"))
+    assert written == dataclasses.asdict(train_gpt.Settings())
+
+
+def test_full_is_larger_and_known() -> None:
+    full, default = train_gpt.parse(["--full"]), train_gpt.Settings()
+    assert full.layers >= 12
+    assert full.width >= 512
+    assert full.out != default.out
+
+
+def test_command_line_goes_over_config_goes_over_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("width: 64\nsteps: 20\n")
+    settings = train_gpt.parse(["--config", str(config), "--steps", "40", "--learning-rate", "1e-4", "--no-progress"])
+    assert (settings.width, settings.steps, settings.learning_rate) == (64, 40, 1e-4)
+    assert settings.progress is False
+    assert settings.layers == train_gpt.Settings().layers
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("widht: 64", "widht"),
+        ("width: wide", "wide"),
+        ("steps: 250\nvalidate_every: 100", "steps=250"),
+        ("width: 30", "width=30"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, line: str, said: str) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(line)
+    with pytest.raises(SystemExit, match=said):
+        train_gpt.parse(["--config", str(config)])
+
+
+def test_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_gpt.parse(["--widht", "64"])
+    assert "--widht" in capsys.readouterr().err
+
+
+def test_absent_config_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"nowhere\.yaml"):
+        train_gpt.parse(["--config", "nowhere.yaml"])
+
+
+def test_text_of_a_folder_is_the_same_in_any_creation_order(tmp_path: Path) -> None:
+    for folder, names in (("a", "xyz"), ("b", "zyx")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "f.txt").write_text(name * 3)
+    first, second = (train_gpt.read_text(str(tmp_path / folder)) for folder in "ab")
+    assert first == second
+    assert sorted(first.split(b"\n")) == [b"xxx", b"yyy", b"zzz"]
+
+
+def test_standard_library_is_there() -> None:
+    text = train_gpt.read_text("")
+    assert len(text) > 5_000_000
+    assert b"import " in text
+
+
+@pytest.mark.parametrize("content", [b"", b"too short"])
+def test_too_little_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"at least 1290"):
+        train_gpt.Text(train_gpt.Settings(text=str(path)))
+    with pytest.raises(SystemExit, match="no such file"):
+        train_gpt.Text(train_gpt.Settings(text=str(tmp_path / "absent")))
+
+
+def test_windows_are_slices_and_repeat() -> None:
+    text = torch.arange(250, dtype=torch.uint8)
+    settings = train_gpt.Settings(context=8, batch=3)
+    one, two = (train_gpt.Windows(text, settings, 5, seed=4) for _ in range(2))
+    for i in range(len(one)):
+        window = one[i]
+        assert torch.equal(window, two[i])
+        assert window.shape == (3, 9)
+        assert torch.equal(window - window[:, :1], torch.arange(9).expand(3, 9))
+
+
+def result(loss: float, ran: int, predicted: int, int8_layers: int = 8) -> dict[str, object]:
+    return {"val_loss": loss, "int8_layers": int8_layers, "int8_matmuls": ran, "int8_matmuls_predicted": predicted}
+
+
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [
+        (result(2.019, 48, 48), None),
+        (result(2.021, 48, 48), "validation loss"),
+        (result(1.979, 48, 48), "validation loss"),
+        (result(float("nan"), 48, 48), "validation loss"),
+        (result(2.0, 47, 48), "47 int8 matmuls"),
+        (result(2.0, 0, 0, int8_layers=0), "0 int8 matmuls"),
+    ],
+)
+def test_a_bad_outcome_is_said(low: dict[str, object], said: str | None) -> None:
+    found = train_gpt.complaints(result(2.0, 0, 0, 0), low, 0.01)
+    assert [said in text for text in found] == ([True] if said else [])
+
+
+SMALL = """
+    --width 64 --layers 2 --heads 2 --context 32 --batch 4 --steps 20 --warmup 4 --validate-every 10
+    --validation-batches 3 --tolerance 0.05 --no-progress
+"""
+
+
+def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
+    status = train_gpt.main([*SMALL.split(), "--text", str(text), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert "int8 matmuls predicted" in printed.out
+
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    plain, low = results["runs"]
+    assert plain["int8_matmuls"] == plain["int8_layers"] == 0
+    assert low["int8_layers"] == 8  # two blocks of four; the head stays in high precision
+    assert low["int8_matmuls"] == 3 * 8 * 20 + 8 * 2 * 3
+    assert low["train_losses"][0] == pytest.approx(plain["train_losses"][0], rel=2e-3), "another start or other data"
+    assert low["val_perplexity"] == pytest.approx(2.718281828 ** low["val_loss"], rel=0.02)
+    for run in (plain, low):
+        assert run["train_losses"][-1] < 0.8 * run["train_losses"][0]
+        assert (tmp_path / "out" / run["name"] / "checkpoints" / "last.ckpt").exists()
+        assert (tmp_path / "out" / run["name"] / "csv" / "metrics.csv").exists()
+    assert low["parameter_bytes"] == plain["parameter_bytes"]
+    assert low["optimizer_state_bytes"] < 0.5 * plain["optimizer_state_bytes"]
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
