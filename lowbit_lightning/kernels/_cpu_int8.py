@@ -1,0 +1,100 @@
+"""The int8 ops on CPU: src/int8.cpp, compiled on first use, called through ctypes.
+
+Equal to reference.py to the bit: the quantisers divide, multiply and round in the same order, and the product is exact
+in int32 before it is scaled. (torch's own int8 engines are not used: oneDNN's scale in another order, saturate on
+processors without VNNI, and were measured slower than the kernel here; src/int8_gemm.h says how that works.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.compile import host_library, source_text
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SLOW = "no int8 instructions"
+_MANY = 1 << 15  # elements or sums below which a second thread costs more than it saves
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_QUANTIZE = [_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT]
+_MATMUL = [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT]
+
+
+@cache
+def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled kernels, with their argument types; ``flags`` choose another instruction set, for tests."""
+    compiled = host_library(source_text("int8.cpp"), flags=flags)
+    compiled.lb_int8_instructions.restype = ctypes.c_char_p
+    compiled.lb_int8_matmul_workspace.restype = _LONG
+    compiled.lb_int8_matmul_workspace.argtypes = [_LONG, _LONG, _LONG]
+    for name in ("lb_quantize_rowwise", "lb_quantize_colwise"):
+        getattr(compiled, name).restype, getattr(compiled, name).argtypes = None, _QUANTIZE
+    compiled.lb_int8_matmul.restype, compiled.lb_int8_matmul.argtypes = None, _MATMUL
+    if instructions(compiled) == SLOW and not flags:
+        warnings.warn(
+            "this processor has none of the instructions for int8 products that lowbit_lightning knows (AVX2 or newer):"
+            " int8_matmul gives the same numbers, at about the speed of float32",
+            stacklevel=2,
+        )
+    return compiled
+
+
+def instructions(compiled: ctypes.CDLL) -> str:
+    """The instruction set that the product was compiled for, as ``int8_gemm.h`` names it."""
+    return compiled.lb_int8_instructions().decode()
+
+
+def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``reference.quantize_rowwise``."""
+    q = torch.empty(x.shape, dtype=torch.int8)
+    scales = torch.empty(x.shape[0], dtype=torch.float32)
+    _quantize(library().lb_quantize_rowwise, x, q, scales)
+    return q, scales
+
+
+def quantize_colwise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``reference.quantize_colwise``."""
+    q = torch.empty(x.shape[1], x.shape[0], dtype=torch.int8)
+    scales = torch.empty(x.shape[1], dtype=torch.float32)
+    _quantize(library().lb_quantize_colwise, x, q, scales)
+    return q, scales
+
+
+def int8_matmul(
+    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """See ``reference.int8_matmul``."""
+    (m, k), n = a.shape, b.shape[0]
+    out = torch.empty(m, n, dtype=out_dtype)
+    workspace = torch.empty(library().lb_int8_matmul_workspace(m, n, k), dtype=torch.uint8)
+    bias = None if bias is None else bias.float().contiguous()
+    library().lb_int8_matmul(
+        a.data_ptr(),
+        b.data_ptr(),
+        m,
+        n,
+        k,
+        a_scales.data_ptr(),
+        b_scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        DTYPES[out_dtype],
+        workspace.data_ptr(),
+        _threads(m * n),
+    )
+    return out
+
+
+def _quantize(kernel, x: Tensor, q: Tensor, scales: Tensor) -> None:
+    rows, columns = x.shape
+    threads = _threads(x.numel())
+    kernel(x.data_ptr(), DTYPES[x.dtype], rows, columns, q.data_ptr(), scales.data_ptr(), threads)
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _MANY else 1
