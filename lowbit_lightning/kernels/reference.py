@@ -67,7 +67,7 @@ def _to_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def _from_blocks(blocks: Tensor, grid: BlockGrid) -> Tensor:
-    return blocks.reshape(grid.rows, -1)[:, : grid.row_length].contiguous()
+    return blocks.flatten(1)[:, : grid.row_length].contiguous()
 
 
 def _block_scales(blocks: Tensor, has_negative: bool, carries_sign: bool) -> Tensor:

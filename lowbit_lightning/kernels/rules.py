@@ -116,7 +116,8 @@ class Rule:
         lines = [
             f"// generated from rules.py: {self.name}",
             f"constexpr int RULE_STATES = {len(self.states)}, RULE_HYPER = {len(self.hyper)};",
-            f"constexpr int RULE_NORMS = {len(self.norms)}, RULE_TEMPORARIES = {len(temporaries)};",
+            f"constexpr int RULE_TEMPORARIES = {len(temporaries)};",
+            f"#define RULE_NORMS {len(self.norms)}",
             "constexpr bool RULE_NON_NEGATIVE[4] = {"
             + ", ".join([str(s.non_negative).lower() for s in self.states] + ["false"] * (4 - len(self.states)))
             + "};",
@@ -180,8 +181,13 @@ _DOUBLE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": _where,
     "ratio": ratio,
 }
+def _sqrt(x: Tensor) -> Tensor:
+    # Correctly rounded, by way of double: torch.sqrt of float32 on the CPU may be MKL's, which is not.
+    return x.double().sqrt().float()
+
+
 _TENSOR_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "sqrt": torch.sqrt,
+    "sqrt": _sqrt,
     "sign": torch.sign,
     "absolute": torch.abs,
     "maximum": torch.maximum,

@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,27 +61,28 @@ class CompilerNotFound(CompileError):
 # Source text
 
 
-def source_text(*names: str, prelude: str = "") -> str:
+def source_text(*names: str, prelude: str = "", generated: Mapping[str, str] | None = None) -> str:
     """``prelude``, then the named files of ``kernels/src``, as one text that needs no include path.
 
-    Our own ``#include "x.h"`` is replaced by the file, once each; ``#include <...>`` stays. ``#line`` markers make the
-    compilers name the right file and line.
+    Our own ``#include "x.h"`` is replaced by the file, once each, or by ``generated["x.h"]``; ``#include <...>`` stays.
+    ``#line`` markers make the compilers name the right file and line.
     """
     seen: set[str] = set()
     parts = [prelude.rstrip("\n") + "\n"] if prelude else []
-    parts += [_inlined(name, seen) for name in names]
+    parts += [_inlined(name, seen, generated or {}) for name in names]
     return "".join(parts)
 
 
-def _inlined(name: str, seen: set[str]) -> str:
+def _inlined(name: str, seen: set[str], generated: Mapping[str, str]) -> str:
     if name in seen:
         return ""
     seen.add(name)
     out = [f'#line 1 "{name}"']
-    for number, line in enumerate((SOURCES / name).read_text(encoding="utf-8").splitlines(), start=1):
+    text = generated[name] if name in generated else (SOURCES / name).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), start=1):
         include = _INCLUDE.match(line)
         if include:
-            out += [_inlined(include[1], seen) + f'#line {number + 1} "{name}"']
+            out += [_inlined(include[1], seen, generated) + f'#line {number + 1} "{name}"']
         elif line.strip() != "#pragma once":  # it would warn in a main file, and each header is here once anyway
             out += [line]
         else:

@@ -1,0 +1,40 @@
+// Encode and decode of the 8-bit dynamic maps: the maths of formats.py, once for every compiled backend.
+//
+// V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or DynamicUnsignedConstants, generated
+// from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for its V and I:
+//   splat<V>(float), splat<I>(int), to_float(I), to_int(V) (towards zero), to_bits(V), from_bits(I), where(mask, a, b), absolute(V), minimum(V, V), maximum(V, V)
+//   decode_line<C>(V n, V& slope, V& offset)                 the pair of e = floor(log2 n), 0 to 8
+//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit)   the triple of the number of thresholds below magnitude
+// Every operation is rounded by itself, in this order, as in reference.py.
+#pragma once
+
+template <class C, class V, class I> LB_FN V decode(I code) {
+    V slope, offset;
+    if (C::is_signed) {
+        const I distance = code - 127;
+        const I sign = distance >> 31;
+        const V n = to_float(((distance ^ sign) - sign) * 2 + 1);
+        decode_line<C>(n, slope, offset);
+        return from_bits(to_bits(n * slope + offset) ^ (sign << 31));
+    }
+    const V n = to_float(code + 1);
+    decode_line<C>(n, slope, offset);
+    return n * slope + offset;
+}
+
+// The code of x in a block whose scale's reciprocal is `inverse`.
+template <class C, class V, class I> LB_FN I encode(V x, float inverse) {
+    V slope, offset, limit;
+    const V y = x * inverse;
+    const V magnitude = C::is_signed ? absolute(y) : maximum(y, splat<V>(C::low));
+    encode_line<C>(magnitude, slope, offset, limit);
+    I f = to_int(minimum(magnitude * slope + offset, limit));
+    if (C::is_signed) {
+        const I sign = to_bits(y) >> 31;
+        f = where(magnitude > C::low, f, splat<I>(0));
+        f = where(y > C::high, splat<I>(128), f);
+        return 127 + ((f ^ sign) - sign);
+    }
+    f = where(magnitude > C::high, splat<I>(256), f);
+    return where(x > 0.0f, f - 1, splat<I>(0));
+}

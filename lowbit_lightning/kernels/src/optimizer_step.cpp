@@ -1,0 +1,245 @@
+// The fused optimizer step on the CPU: decode, update, re-encode and write in one pass over memory, all parameters of a group in one call.
+//
+// The text is specialised by macros: PARAM and GRAD (float, Half, BFloat16), BLOCK (elements), CODED (bit s: state s is 8-bit codes),
+// STOCHASTIC (0 or 1); and by the rule's generated text.
+#include "vec.h"
+#include "parallel.h"
+#include "blocks.h"
+#include "philox.h"
+#include "rule_scalars.h"
+#include "rule.h"  // generated from rules.py
+#include <algorithm>
+#include <vector>
+
+constexpr int64_t CHUNK = 32768 / BLOCK;  // blocks that a thread takes at a time
+constexpr int STATES = RULE_STATES ? RULE_STATES : 1;
+constexpr int TEMPORARIES = RULE_TEMPORARIES ? RULE_TEMPORARIES : 1;
+constexpr bool coded(int s) { return CODED >> s & 1; }
+
+// One parameter; the layout is that of the rows of int64 that cpu.py builds.
+struct Parameter {
+    PARAM* p;
+    const GRAD* g;
+    float* step;
+    void* state[3];
+    float* scales[3];
+    int64_t rows, row_length, ordinal, offset;
+
+    int64_t blocks_per_row() const { return (row_length + BLOCK - 1) / BLOCK; }
+    int64_t blocks() const { return rows * blocks_per_row(); }
+};
+
+// What the whole call shares; the layout is that of cpu.py's ctypes structure.
+struct Call {
+    const Parameter* parameters;
+    int64_t count;
+    const double* hyper;
+    const float *lr, *unscale, *clip, *skip;
+    const double* square_sums;  // [count][RULE_NORMS], or null
+    uint64_t seed;
+    int32_t maximize, threads;
+};
+
+struct Position {
+    int64_t start;  // of the block in the parameter
+    int64_t block;  // its number in the parameter
+    int n;          // its length
+};
+
+// The gradients' factor: unscale * clip, negated to maximize.
+static float factor_of(const Call& call) {
+    float factor = 1.0f;
+    if (call.unscale) factor *= *call.unscale;
+    if (call.clip) factor *= *call.clip;
+    return call.maximize ? -factor : factor;
+}
+
+static Scalars scalars_of(const Call& call, int64_t i, double step, const double* square_sums) {
+    double hyper[RULE_HYPER];
+    std::copy(call.hyper, call.hyper + RULE_HYPER, hyper);
+    if (call.lr) hyper[0] = *call.lr;
+    return rule_scalars(hyper, step, square_sums ? square_sums + i * RULE_NORMS : nullptr);
+}
+
+// Calls body(parameter index, position) for every block of every parameter, shared among threads.
+template <class F> static void for_blocks(const Call& call, const F& body) {
+    std::vector<int64_t> first(call.count + 1, 0);
+    for (int64_t i = 0; i < call.count; ++i) first[i + 1] = first[i] + call.parameters[i].blocks();
+    const int64_t total = first[call.count];
+    parallel_for((total + CHUNK - 1) / CHUNK, call.threads, [&](int64_t chunk) {
+        const int64_t begin = chunk * CHUNK, end = std::min(total, begin + CHUNK);
+        int64_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+        for (int64_t b = begin; b < end; ++b) {
+            while (b >= first[i + 1]) ++i;
+            const Parameter& q = call.parameters[i];
+            const int64_t block = b - first[i], row = block / q.blocks_per_row(), column = block % q.blocks_per_row() * BLOCK;
+            body(i, Position{row * q.row_length + column, block, (int)std::min<int64_t>(BLOCK, q.row_length - column)});
+        }
+    });
+}
+
+template <int S> LB_FN V load_state(const Parameter& q, const Position& at, int i, int count) {
+    if constexpr (coded(S)) {
+        typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
+        return decode<C, V, I>(load_codes((const uint8_t*)q.state[S] + at.start + i, count)) * q.scales[S][at.block];
+    } else {
+        return load((const float*)q.state[S] + at.start + i, count);
+    }
+}
+template <int S = 0> LB_FN void load_states(const Parameter& q, const Position& at, int i, int count, V* s) {
+    if constexpr (S < RULE_STATES) {
+        s[S] = load_state<S>(q, at, i, count);
+        load_states<S + 1>(q, at, i, count, s);
+    }
+}
+
+// The new values of a block's coded states, until their scales are known.
+struct Pending {
+    alignas(64) float values[STATES][BLOCK];
+    Extremes seen[STATES];
+};
+
+template <int S = 0> LB_FN void keep_states(const Parameter& q, const Position& at, int i, int count, const V* s, Pending& pending) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (coded(S)) {
+            const V kept = first_lanes(s[S], count);
+            store(pending.values[S] + i, kept, W);
+            pending.seen[S].see(kept);
+        } else {
+            store((float*)q.state[S] + at.start + i, s[S], count);
+        }
+        keep_states<S + 1>(q, at, i, count, s, pending);
+    }
+}
+
+// An element any of whose coded states is not finite has them all set to zero.
+static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending) {
+    for (auto& seen : pending.seen) seen = Extremes();
+    for (int i = 0; i < n; i += W) {
+        I finite = splat<I>(-1);
+        for (int s = 0; s < RULE_STATES; ++s)
+            if (coded(s)) finite &= (I)(to_bits(absolute(load(pending.values[s] + i, W))) < INFINITY_BITS);
+        for (int s = 0; s < RULE_STATES; ++s) {
+            if (!coded(s)) continue;
+            const V kept = from_bits(to_bits(load(pending.values[s] + i, W)) & finite);
+            store(pending.values[s] + i, kept, W);
+            pending.seen[s].see(kept);
+        }
+    }
+}
+
+template <int S = 0> LB_FN void encode_states(const Parameter& q, const Position& at, const Pending& pending) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (coded(S)) {
+            typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
+            const float scale = pending.seen[S].scale(C::is_signed);
+            q.scales[S][at.block] = scale;
+            encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)q.state[S] + at.start);
+        }
+        encode_states<S + 1>(q, at, pending);
+    }
+}
+
+#if STOCHASTIC
+LB_FN I random_words(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t index) {
+    Philox block = philox(seed, ordinal, step, index >> 3);
+    I words;
+    for (int j = 0; j < W; ++j, ++index) {
+        if (j && index % 8 == 0) block = philox(seed, ordinal, step, index >> 3);
+        words[j] = (int32_t)random_word(block, index);
+    }
+    return words;
+}
+#endif
+
+LB_FN void store_parameter(const Call& call, const Parameter& q, const Position& at, int i, int count, V p) {
+#if STOCHASTIC
+    const uint64_t index = (uint64_t)(q.offset + at.start + i);
+    const I words = random_words(call.seed, (uint32_t)q.ordinal, (uint32_t)(int64_t)*q.step, index);
+    const I bits = to_bits(p);
+    const Halves rounded = upper_halves(bits + words), nearest = narrow_bfloat16(p);
+    const auto finite = __builtin_convertvector((I)((bits & 0x7fffffff) < INFINITY_BITS), Halves);
+    store_raw(q.p + at.start + i, (Halves)((rounded & finite) | (nearest & ~finite)), count);
+#else
+    store(q.p + at.start + i, p, count);
+#endif
+}
+
+LB_FN void update_vector(
+    const Call& call, const Parameter& q, const Scalars& c, float factor, const Position& at, int i, int count, Pending& pending) {
+    V s[STATES], t[TEMPORARIES];
+    V p = load(q.p + at.start + i, count), g = load(q.g + at.start + i, count) * factor;
+    load_states(q, at, i, count, s);
+    rule_direction(c, p, g, s, t);
+    rule_finish(c, p, g, s, t);
+    keep_states(q, at, i, count, s, pending);
+    store_parameter(call, q, at, i, count, p);
+}
+
+static void update_block(const Call& call, const Parameter& q, const Scalars& c, float factor, const Position& at) {
+    Pending pending;
+    int i = 0;
+    for (; i + W <= at.n; i += W) update_vector(call, q, c, factor, at, i, W, pending);
+    if (i < at.n) update_vector(call, q, c, factor, at, i, at.n - i, pending);
+    bool finite = true;
+    for (int s = 0; s < RULE_STATES; ++s)
+        if (coded(s)) finite = finite && pending.seen[s].finite();
+    if (!finite) drop_non_finite(at.n, pending);
+    encode_states(q, at, pending);
+}
+
+extern "C" void optimizer_step(const Call* call) {
+    if (call->skip && *call->skip != 0.0f) return;
+    std::vector<Scalars> scalars(call->count);
+    for (int64_t i = 0; i < call->count; ++i) {
+        float& step = *call->parameters[i].step;
+        step += 1.0f;
+        scalars[i] = scalars_of(*call, i, step, call->square_sums);
+    }
+    const float factor = factor_of(*call);
+    for_blocks(*call, [&](int64_t i, const Position& at) { update_block(*call, call->parameters[i], scalars[i], factor, at); });
+}
+
+#if RULE_NORMS
+template <class T> static T fold_halves(T* x, int n) {
+    for (int half = n / 2; half; half /= 2)
+        for (int j = 0; j < half; ++j) x[j] += x[j + half];
+    return x[0];
+}
+
+// Folds the sums of a parameter's blocks in groups of 256 until one is left.
+static double fold_blocks(std::vector<double>& sums) {
+    while (sums.size() > 1) {
+        sums.resize((sums.size() + 255) / 256 * 256, 0.0);
+        for (size_t group = 0; group < sums.size() / 256; ++group) sums[group] = fold_halves(&sums[group * 256], 256);
+        sums.resize(sums.size() / 256);
+    }
+    return sums.empty() ? 0.0 : sums[0];
+}
+
+// out: [count][RULE_NORMS]
+extern "C" void optimizer_norms(const Call* call, double* out) {
+    std::vector<Scalars> scalars(call->count);
+    std::vector<std::vector<double>> sums(call->count * RULE_NORMS);
+    for (int64_t i = 0; i < call->count; ++i) {
+        scalars[i] = scalars_of(*call, i, *call->parameters[i].step + 1.0, nullptr);
+        for (int k = 0; k < RULE_NORMS; ++k) sums[i * RULE_NORMS + k].resize(call->parameters[i].blocks());
+    }
+    const float factor = factor_of(*call);
+    for_blocks(*call, [&](int64_t index, const Position& at) {
+        const Parameter& q = call->parameters[index];
+        alignas(64) float squares[RULE_NORMS][BLOCK] = {};
+        for (int i = 0; i < at.n; i += W) {
+            const int count = std::min(W, at.n - i);
+            V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
+            V p = load(q.p + at.start + i, count), g = load(q.g + at.start + i, count) * factor;
+            load_states(q, at, i, count, s);
+            rule_direction(scalars[index], p, g, s, t);
+            rule_norm_values(p, t, n);
+            for (int k = 0; k < RULE_NORMS; ++k) store(squares[k] + i, n[k] * n[k], count);
+        }
+        for (int k = 0; k < RULE_NORMS; ++k) sums[index * RULE_NORMS + k][at.block] = fold_halves(squares[k], BLOCK);
+    });
+    for (size_t k = 0; k < sums.size(); ++k) out[k] = fold_blocks(sums[k]);
+}
+#endif

@@ -1,0 +1,11 @@
+// The functions of double that the rules' scalar parts may use, as in rules.py.
+#pragma once
+
+// x ** n for an integer n >= 0, by squaring: the same roundings everywhere, unlike pow.
+LB_FN double power(double x, double n) {
+    double result = 1.0;
+    for (long long remaining = (long long)n; remaining; remaining >>= 1, x *= x)
+        if (remaining & 1) result *= x;
+    return result;
+}
+LB_FN double ratio(double a, double b) { return a > 0 && b > 0 ? a / b : 1.0; }

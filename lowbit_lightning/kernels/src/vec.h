@@ -1,0 +1,228 @@
+// The CPU backend's vector shim: one float vector V as wide as the processor, its int32 twin I, and what dynamic_map.h and the rules
+// need of them. GCC's and Clang's vector types give + - * / and comparisons; the rest differs by instruction set and stands here.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define LB_FN static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float V __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+template <class M, class T> LB_FN T where(M mask, T a, T b) { return mask ? a : b; }
+LB_FN V to_float(I x) { return __builtin_convertvector(x, V); }
+LB_FN I to_int(V x) { return __builtin_convertvector(x, I); }
+LB_FN I to_bits(V x) { return (I)x; }
+LB_FN V from_bits(I x) { return (V)x; }
+LB_FN V absolute(V x) { return from_bits(to_bits(x) & 0x7fffffff); }
+template <class T, class S> LB_FN T splat(S x) { return x - T{}; }
+// -1, 0, 1; NaN stays NaN, as in torch.sign
+LB_FN V sign(V x) {
+    const V one = from_bits((to_bits(x) & (int32_t)0x80000000) | 0x3f800000);
+    return where(x != 0.0f, where(x == x, one, x), V{});
+}
+
+// maximum(a, b) is a > b ? a : b
+#if defined(__AVX512F__)
+LB_FN V maximum(V a, V b) { return _mm512_max_ps(a, b); }
+LB_FN V minimum(V a, V b) { return _mm512_min_ps(a, b); }
+LB_FN V sqrt(V x) { return _mm512_sqrt_ps(x); }
+LB_FN I maximum(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#else
+LB_FN V maximum(V a, V b) { return where(a > b, a, b); }
+LB_FN V minimum(V a, V b) { return where(a < b, a, b); }
+LB_FN I maximum(I a, I b) { return where(a > b, a, b); }
+#if defined(__AVX2__)
+LB_FN V sqrt(V x) { return _mm256_sqrt_ps(x); }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+LB_FN V sqrt(V x) { return (V)vsqrtq_f32((float32x4_t)x); }
+#else
+LB_FN V sqrt(V x) {
+    for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+}
+#endif
+#endif
+
+// x in the first `count` lanes, zero behind
+LB_FN V first_lanes(V x, int count) {
+    if (count == W) return x;
+    for (int i = count; i < W; ++i) x[i] = 0.0f;
+    return x;
+}
+
+LB_FN float highest(V x) {
+    float top = x[0];
+    for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+LB_FN int32_t highest(I x) {
+    int32_t top = x[0];
+    for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+// ---- look-ups in small tables, and the lines of the dynamic maps
+
+struct alignas(64) Table { float at[16]; };
+struct alignas(64) Binades { float threshold[32]; int32_t decade[32]; };
+
+// table.at[index & 15]
+LB_FN V lookup(const Table& table, I index) {
+#if defined(__AVX512F__)
+    return _mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table.at));
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table.at), (__m256i)index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table.at + 8), (__m256i)index);
+    return _mm256_blendv_ps(low, high, (__m256)(index << 28));
+#else
+    V result;
+    for (int i = 0; i < W; ++i) result[i] = table.at[index[i] & 15];
+    return result;
+#endif
+}
+
+// Indexed by the low four bits of a float's exponent field: 127 + e is entry (15 + e) & 15.
+constexpr Table by_exponent(const float (&line)[9]) {
+    Table table{};
+    for (int e = 0; e < 9; ++e) table.at[(15 + e) & 15] = line[e];
+    return table;
+}
+constexpr Table by_decade(const float (&line)[7]) {
+    Table table{};
+    for (int d = 0; d < 7; ++d) table.at[d] = line[d];
+    return table;
+}
+
+// For the binade of each exponent field from 96 to 127: the decade that it begins in, and the threshold inside it, if any.
+template <class C> constexpr Binades binades() {
+    Binades result{};
+    float low = 1.0f;
+    for (int field = 127; field >= 96; --field, low /= 2) {
+        result.threshold[field & 31] = __builtin_inff();
+        for (int d = 0; d < 6; ++d) {
+            if (C::thresholds[d] < low) result.decade[field & 31]++;
+            else if (C::thresholds[d] < 2 * low) result.threshold[field & 31] = C::thresholds[d];
+        }
+    }
+    return result;
+}
+
+template <class C> struct Lines {
+    static constexpr Table decode_slope = by_exponent(C::decode_slope), decode_offset = by_exponent(C::decode_offset);
+    static constexpr Table slope = by_decade(C::encode_slope), offset = by_decade(C::encode_offset);
+    static constexpr Table limit = by_decade(C::encode_limit);
+    static constexpr Binades by_binade = binades<C>();
+};
+
+template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
+    const I field = to_bits(n) >> 23;
+    slope = lookup(Lines<C>::decode_slope, field);
+    offset = lookup(Lines<C>::decode_offset, field);
+}
+
+template <class C> LB_FN I decade_of(V magnitude) {
+#if defined(__AVX512F__)
+    const Binades& table = Lines<C>::by_binade;
+    const __m512i field = (__m512i)(to_bits(magnitude) >> 23);
+    const V threshold =
+        _mm512_permutex2var_ps(_mm512_load_ps(table.threshold), field, _mm512_load_ps(table.threshold + 16));
+    const I decade = (I)_mm512_permutex2var_epi32(
+        _mm512_load_si512(table.decade), field, _mm512_load_si512(table.decade + 16));
+    return decade - (I)(magnitude > threshold);
+#else
+    I decade{};
+    for (int d = 0; d < 6; ++d) decade -= (I)(magnitude > C::thresholds[d]);
+    return decade;
+#endif
+}
+
+template <class C> LB_FN void encode_line(V magnitude, V& slope, V& offset, V& limit) {
+    const I decade = decade_of<C>(magnitude);
+    slope = lookup(Lines<C>::slope, decade);
+    offset = lookup(Lines<C>::offset, decade);
+    limit = lookup(Lines<C>::limit, decade);
+}
+
+// ---- loads and stores of W elements, or of the first `count`
+
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+template <class T> LB_FN T load_raw(const void* from, int count) {
+    T x{};
+    if (count == W) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, sizeof x / W * count);
+    return x;
+}
+template <class T> LB_FN void store_raw(void* to, const T& x, int count) {
+    if (count == W) memcpy(to, &x, sizeof x);
+    else memcpy(to, &x, sizeof x / W * count);
+}
+
+LB_FN V widen_half(Halves x) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps((__m256i)x);
+#elif defined(__AVX2__) && defined(__F16C__)
+    return _mm256_cvtph_ps((__m128i)x);
+#else
+    V result;
+    for (int i = 0; i < W; ++i) {
+        _Float16 h;
+        const uint16_t bits = x[i];
+        memcpy(&h, &bits, 2);
+        result[i] = (float)h;
+    }
+    return result;
+#endif
+}
+LB_FN Halves narrow_half(V x) {
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Halves result;
+    for (int i = 0; i < W; ++i) {
+        const _Float16 h = (_Float16)x[i];
+        uint16_t bits;
+        memcpy(&bits, &h, 2);
+        result[i] = bits;
+    }
+    return result;
+#endif
+}
+LB_FN Halves upper_halves(I bits) { return __builtin_convertvector((bits >> 16) & 0xffff, Halves); }
+// to nearest, ties to even; a NaN keeps its upper bits and stays one
+LB_FN Halves narrow_bfloat16(V x) {
+    const I bits = to_bits(x);
+    const I rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return upper_halves(where(x == x, rounded, bits | 0x400000));
+}
+
+LB_FN V load(const float* p, int count) { return load_raw<V>(p, count); }
+LB_FN V load(const Half* p, int count) { return widen_half(load_raw<Halves>(p, count)); }
+LB_FN V load(const BFloat16* p, int count) {
+    return from_bits(__builtin_convertvector(load_raw<Halves>(p, count), I) << 16);
+}
+LB_FN void store(float* p, V x, int count) { store_raw(p, x, count); }
+LB_FN void store(Half* p, V x, int count) { store_raw(p, narrow_half(x), count); }
+LB_FN void store(BFloat16* p, V x, int count) { store_raw(p, narrow_bfloat16(x), count); }
+LB_FN I load_codes(const uint8_t* p, int count) { return __builtin_convertvector(load_raw<Bytes>(p, count), I); }
+LB_FN void store_codes(uint8_t* p, I x, int count) { store_raw(p, __builtin_convertvector(x, Bytes), count); }
