@@ -188,9 +188,12 @@ def _notes(module: nn.Module) -> tuple[str, ...]:
 
 def _stacked(names: Iterable[str]) -> str:
     """'blocks.*.qkv (6), head': names that differ only in numbers are taken together."""
-    kinds: dict[str, list[str]] = {}
+    stacks: dict[tuple[str, ...], list[list[str]]] = {}
     for name in names:
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        kinds.setdefault(kind, []).append(name or "(the module itself)")
-    parts = [f"{kind} ({len(members)})" if len(members) > 1 else members[0] for kind, members in kinds.items()]
-    return ", ".join(parts) or "none"
+        parts = name.split(".")
+        stacks.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
+    shown = []
+    for members in stacks.values():
+        name = ".".join(part[0] if len(set(part)) == 1 else "*" for part in zip(*members, strict=True))
+        shown.append(f"{name} ({len(members)})" if len(members) > 1 else name or "(the module itself)")
+    return ", ".join(shown) or "none"
