@@ -1,5 +1,6 @@
 // Row-wise and column-wise int8 quantisation and the scaled int8 product: what the ops mean is said in reference.py.
 #include "int8_gemm.h"
+#include <vector>
 
 // ---- quantisation
 
@@ -49,51 +50,102 @@ static void quantize_rows(const T* x, int64_t rows, int64_t columns, int8_t* q, 
     });
 }
 
-constexpr int STRIP = 64 / W * W, DEPTH = 64;  // columns of a strip; rows turned at a time: a cache line of the result
+// Columns: one reading for the largest magnitudes, one that scales, rounds and turns. Both take memory in the order in which it lies:
+// strips of columns that would stay in a cache between the readings lie a page apart, and fall into a few of its sets.
+constexpr int64_t TILE = 64;         // rows and columns turned at a time: 64 rows are a cache line of the result
+constexpr int64_t STRIP = 2048;      // columns whose largest magnitudes so far stay in the L1 cache
+constexpr int64_t STREAM = 4 << 20;  // a result larger than this does not pass through the caches
 
-// DEPTH rows (fewer: `rows`) of W columns (fewer: `width`) of x, scaled, rounded and turned: q[column * stride + row]
-template <class T>
-LB_FN void turn(const T* x, int64_t pitch, int rows, int width, V inverse, I keep, int8_t* q, int64_t stride) {
-    uint32_t words[DEPTH / 4][W], columns[W][DEPTH / 4];
-    for (int r = 0; r < DEPTH; r += 4) {
-        I word{};
-        for (int i = 0; i < 4 && r + i < rows; ++i)
-            word |= (rounded(load(x + (r + i) * pitch, width), inverse) & keep) << (8 * i);
-        memcpy(words[r / 4], &word, sizeof word);
-    }
-    for (int c = 0; c < W; ++c)
-        for (int r = 0; r < DEPTH / 4; ++r) columns[c][r] = words[r][c];
-    for (int c = 0; c < width; ++c) memcpy(q + c * stride, columns[c], rows);
-}
-
-// One strip of `width` columns: the second reading of x comes from the cache
-template <class T>
-static void quantize_strip(const T* x, int64_t rows, int64_t pitch, int width, int8_t* q, float* scales) {
-    I top[STRIP / W]{};
-    for (int64_t r = 0; r < rows; ++r)
-        for (int c = 0; c < width; c += W)
-            top[c / W] = maximum(top[c / W], to_bits(absolute(load(x + r * pitch + c, (int)least(W, width - c)))));
-    V inverse[STRIP / W];
-    I keep[STRIP / W];  // no byte of a NaN's payload gets through
-    for (int c = 0; c < width; ++c) {
-        const Scale s = scale_of(top[c / W][c % W]);
-        scales[c] = s.scale;
-        inverse[c / W][c % W] = s.inverse;
-        keep[c / W][c % W] = s.inverse == 0.0f ? 0 : 255;
-    }
-    for (int64_t r = 0; r < rows; r += DEPTH)
-        for (int c = 0; c < width; c += W) {
-            const int depth = (int)least(DEPTH, rows - r), wide = (int)least(W, width - c);
-            turn(x + r * pitch + c, pitch, depth, wide, inverse[c / W], keep[c / W], q + c * rows + r, rows);
+// tops[c] = largest magnitude in column c of x, as bits
+template <class T> static void column_tops(const T* x, int64_t rows, int64_t columns, int32_t* tops) {
+    memset(tops, 0, 4 * columns);
+    for (int64_t first = 0; first < columns; first += STRIP)
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t last = least(columns, first + STRIP);
+            for (int64_t c = first; c < last; c += W) {
+                const int count = (int)least(W, last - c);
+                const I seen = to_bits(absolute(load(x + r * columns + c, count)));
+                store_raw(tops + c, maximum(load_raw<I>(tops + c, count), seen), count);
+            }
         }
 }
 
+// 64 bytes, past the caches where the instruction set and the address allow it
+LB_FN void store_line(int8_t* to, const uint32_t* line, bool stream) {
+#if defined(__AVX512F__)
+    if (stream) return _mm512_stream_si512((__m512i*)to, _mm512_load_si512(line));
+#elif defined(__AVX2__)
+    if (stream) {
+        _mm256_stream_si256((__m256i*)to, _mm256_load_si256((const __m256i*)line));
+        return _mm256_stream_si256((__m256i*)to + 1, _mm256_load_si256((const __m256i*)line + 1));
+    }
+#endif
+    memcpy(to, line, 64);
+}
+LB_FN void finish_stream() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+template <class T> struct Columns {
+    const T* x;
+    int64_t rows, columns;
+    const float* inverses;
+    int8_t* q;
+    bool stream;
+
+    // The tile at row r, column c: q[column][row] from x[row][column]. WHOLE: all TILE rows and columns exist.
+    template <bool WHOLE> void turn(int64_t r, int64_t c) const {
+        const int64_t depth = WHOLE ? TILE : least(TILE, rows - r), width = WHOLE ? TILE : least(TILE, columns - c);
+        alignas(64) uint32_t words[TILE / 4][TILE], line[TILE / 4];
+        for (int64_t j = 0; j < width; j += W) {
+            const int count = WHOLE ? W : (int)least(W, width - j);
+            const V inverse = load(inverses + c + j, count);
+            const I keep = (I)(inverse != 0.0f);  // no byte of a NaN's payload gets through
+            for (int64_t i = 0; i < depth; i += 4) {
+                I word{};
+                for (int64_t k = 0; k < 4; ++k)
+                    if (WHOLE || i + k < depth)
+                        word |= (rounded(load(x + (r + i + k) * columns + c + j, count), inverse) & 255) << (8 * k);
+                word &= keep;
+                memcpy(&words[i / 4][j], &word, sizeof word);
+            }
+        }
+        for (int64_t j = 0; j < width; ++j) {
+            for (int64_t i = 0; i < TILE / 4; ++i) line[i] = words[i][j];
+            int8_t* to = q + (c + j) * rows + r;
+            if (WHOLE) store_line(to, line, stream);
+            else memcpy(to, line, depth);
+        }
+    }
+    void turn_rows(int64_t r) const {
+        for (int64_t c = 0; c < columns; c += TILE) {
+            if (r + TILE <= rows && c + TILE <= columns) turn<true>(r, c);
+            else turn<false>(r, c);
+        }
+        finish_stream();
+    }
+};
+
 template <class T>
 static void quantize_columns(const T* x, int64_t rows, int64_t columns, int8_t* q, float* scales, int threads) {
-    parallel_for((columns + STRIP - 1) / STRIP, threads, [&](int64_t strip) {
-        const int64_t c = strip * STRIP;
-        quantize_strip(x + c, rows, columns, (int)least(STRIP, columns - c), q + c * rows, scales + c);
+    const int64_t parts = least(threads, (rows + TILE - 1) / TILE) + (rows == 0), share = (rows + parts - 1) / parts;
+    std::vector<int32_t> tops(parts * columns);
+    std::vector<float> inverses(columns);
+    parallel_for(parts, threads, [&](int64_t p) {
+        const int64_t first = least(rows, p * share);
+        column_tops(x + first * columns, least(rows, first + share) - first, columns, &tops[p * columns]);
     });
+    for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t p = 1; p < parts; ++p) tops[c] = tops[c] < tops[p * columns + c] ? tops[p * columns + c] : tops[c];
+        const Scale s = scale_of(tops[c]);
+        scales[c] = s.scale;
+        inverses[c] = s.inverse;
+    }
+    const bool stream = rows * columns > STREAM && rows % 64 == 0 && (uintptr_t)q % 64 == 0;
+    const Columns<T> all{x, rows, columns, inverses.data(), q, stream};
+    parallel_for((rows + TILE - 1) / TILE, threads, [&](int64_t block) { all.turn_rows(block * TILE); });
 }
 
 // ---- the product
@@ -133,10 +185,12 @@ static void product(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int6
 extern "C" {
 const char* lb_int8_instructions() { return LB_DOT_NAME; }
 
-void lb_quantize_rowwise(const void* x, int dtype, int64_t rows, int64_t columns, int8_t* q, float* scales, int threads) {
+void lb_quantize_rowwise(const void* x, int dtype, int64_t rows, int64_t columns, int8_t* q, float* scales,
+                          int threads) {
     LB_BY_DTYPE(dtype, quantize_rows((const T*)x, rows, columns, q, scales, threads))
 }
-void lb_quantize_colwise(const void* x, int dtype, int64_t rows, int64_t columns, int8_t* q, float* scales, int threads) {
+void lb_quantize_colwise(const void* x, int dtype, int64_t rows, int64_t columns, int8_t* q, float* scales,
+                          int threads) {
     LB_BY_DTYPE(dtype, quantize_columns((const T*)x, rows, columns, q, scales, threads))
 }
 int64_t lb_int8_matmul_workspace(int64_t M, int64_t N, int64_t K) { return Workspace::bytes(M, N, K); }
