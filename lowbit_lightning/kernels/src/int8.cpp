@@ -19,7 +19,7 @@ static Scale scale_of(int32_t bits) {
 }
 
 // The int8 is the low byte. |x * inverse| is below 127.5 by the choice of inverse, so there is nothing to clamp.
-LB_FN I rounded(V x, V inverse) { return to_bits(x * inverse + ROUND); }
+LB_FN I rounded(V x, V inverse) { return to_bits(x * inverse + ROUND) & 255; }
 
 template <class T> static void quantize_row(const T* x, int64_t n, int8_t* q, float* scale) {
     I top{}, top2{};
@@ -50,8 +50,9 @@ static void quantize_rows(const T* x, int64_t rows, int64_t columns, int8_t* q, 
     });
 }
 
-// Columns: one reading for the largest magnitudes, one that scales, rounds and turns. Both take memory in the order in which it lies:
-// strips of columns that would stay in a cache between the readings lie a page apart, and fall into a few of its sets.
+// Columns: one reading for the largest magnitudes, one that scales, rounds and turns. Both take memory in the order in
+// which it lies: strips of columns that would stay in a cache between the readings lie a page apart, and fall into a few
+// of its sets.
 constexpr int64_t TILE = 64;         // rows and columns turned at a time: 64 rows are a cache line of the result
 constexpr int64_t STRIP = 2048;      // columns whose largest magnitudes so far stay in the L1 cache
 constexpr int64_t STREAM = 4 << 20;  // a result larger than this does not pass through the caches
@@ -107,7 +108,7 @@ template <class T> struct Columns {
                 I word{};
                 for (int64_t k = 0; k < 4; ++k)
                     if (WHOLE || i + k < depth)
-                        word |= (rounded(load(x + (r + i + k) * columns + c + j, count), inverse) & 255) << (8 * k);
+                        word |= rounded(load(x + (r + i + k) * columns + c + j, count), inverse) << (8 * k);
                 word &= keep;
                 memcpy(&words[i / 4][j], &word, sizeof word);
             }
