@@ -22,8 +22,10 @@ PACKAGE = ROOT / "lowbit_lightning"
 LAYERS = {
     "kernels.formats": 0,
     "kernels.rules": 0,
+    "kernels.arguments": 0,
     "kernels.compile": 0,
     "kernels.reference": 0,
+    "kernels._cpu_int8": 0,
     "kernels.cpu": 0,
     "kernels.cuda": 0,
     "kernels": 0,
@@ -41,11 +43,15 @@ LAYERS = {
     "cli": 5,
     "": 5,
 }
+# What every backend may use; they share nothing else, so that any of them can be read, or left out, alone.
+BACKEND_BASE = {"kernels.arguments", "kernels.compile", "kernels.formats", "kernels.rules"}
 SAME_LAYER = {
-    "kernels.reference": {"kernels.formats", "kernels.rules"},
-    "kernels.cpu": {"kernels.compile", "kernels.formats", "kernels.rules"},
-    "kernels.cuda": {"kernels.compile", "kernels.formats", "kernels.rules"},
-    "kernels": {"kernels.formats", "kernels.rules", "kernels.reference", "kernels.cpu", "kernels.cuda"},
+    "kernels.arguments": {"kernels.formats", "kernels.rules"},
+    "kernels.reference": BACKEND_BASE - {"kernels.compile"},
+    "kernels._cpu_int8": BACKEND_BASE,
+    "kernels.cpu": BACKEND_BASE | {"kernels._cpu_int8"},
+    "kernels.cuda": BACKEND_BASE,
+    "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed
     "state.pages": {"state.blocks"},
     "state.shards": {"state.blocks"},
     "state": {"state.blocks", "state.pages", "state.shards"},
