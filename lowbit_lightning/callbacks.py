@@ -24,7 +24,8 @@ Limitations
     - Worker processes draw augmentations from generators of their own, which no checkpoint sees. With
       ``replay_workers=True`` the batches already used are loaded again and dropped, which puts them where they were.
     - ``persistent_workers=True`` is refused: such workers keep their generators over epochs.
-    - A checkpoint inside a window of accumulated gradients has lost those; the callback warns when it is saved.
+    - A checkpoint inside a window of accumulated gradients has lost those, and one saved after ``max_steps`` ended an
+      epoch early is, for Lightning, past that epoch; the callback warns when it is saved.
     - What a hook draws between the last batch and the next fetch is drawn again after a resume, or never.
     - Generators that a dataset or a model keeps for itself are theirs to save.
 """
@@ -78,7 +79,7 @@ class DeterministicResume(Callback):
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         unfinished = progress.ready - progress.processed  # saved inside a step: that batch will be fetched again
         readers = _readers(trainer) or self._readers
-        _warn_of_lost_gradients(trainer, progress.processed)
+        _warn_of_inexact_places(trainer, progress.processed)
         between = self._at_fetch if unfinished else self._between
         mine = {
             "rng": _rng_state(self._device) if between is None else between,
@@ -348,9 +349,17 @@ def _generators(loader: DataLoader) -> list[torch.Generator]:
     return list(unique.values())
 
 
-def _warn_of_lost_gradients(trainer: L.Trainer, processed: int) -> None:
-    window = trainer.accumulate_grad_batches
-    if trainer.training and processed % window and processed != trainer.num_training_batches:
+def _warn_of_inexact_places(trainer: L.Trainer, processed: int) -> None:
+    window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    if not 0 < processed < batches:
+        return
+    if 0 < trainer.max_steps <= trainer.global_step and epochs.ready == epochs.processed:
+        rank_zero_warn(
+            f"max_steps ended the epoch after batch {processed} of {batches}, and Lightning will resume with the next "
+            "epoch; to resume inside this one, save at the step itself (ModelCheckpoint(every_n_train_steps=...))"
+        )
+    elif trainer.training and processed % window:
         rank_zero_warn(
             f"checkpoint after batch {processed} of the epoch, inside a window of {window} accumulated batches: their "
             "gradients are not saved, so a resumed run differs; save after an optimizer step"

@@ -43,7 +43,8 @@ class Noisy(Dataset):
 class Model(L.LightningModule):
     def __init__(self, loader: Any, validate: bool = True) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
+        self.first = nn.Linear(32, 32)
+        self.net = nn.Sequential(self.first, nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
         self.loader, self.validate = loader, validate
         self.losses: list[tuple[int, int, float]] = []
 
@@ -55,7 +56,8 @@ class Model(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = torch.cat(list(batch.values())) if isinstance(batch, dict) else batch
-        loss = self.net(x).square().mean() + (np.random.rand() + random.random()) * self.net[0].weight.square().mean()
+        decay = np.random.rand() + random.random()
+        loss = self.net(x).square().mean() + decay * self.first.weight.square().mean()
         self.losses.append((self.current_epoch, batch_idx, loss.item()))
         return loss
 
@@ -131,7 +133,7 @@ def compare(
     return through, resumed
 
 
-SAVES = {
+SAVES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "mid-epoch": ({"every_n_train_steps": 4}, (1, 6)),
     "at the last batch": ({"every_n_train_steps": 9}, (1, 4)),
     "after a validation inside the epoch": ({"monitor": "val", "save_on_train_epoch_end": False}, (1, 6)),
@@ -234,18 +236,21 @@ def test_several_loaders_of_different_lengths(tmp_path: Path) -> None:
     compare(tmp_path, make, {"every_n_train_steps": 4}, (1, 6), DeterministicResume())
 
 
-def test_saved_after_max_steps(tmp_path: Path) -> None:
-    """The other way of stopping: fit returns in the middle of an epoch, then the user saves."""
+def test_stopped_by_max_steps(tmp_path: Path) -> None:
+    """A checkpoint of the last step resumes inside the epoch; one saved after fit is, for Lightning, past it."""
     seeded(0)
     through = Model(loader)
     trainer(tmp_path, DeterministicResume(), max_epochs=2).fit(through)
     seeded(0)
-    first = trainer(tmp_path, DeterministicResume(), max_epochs=2, max_steps=5)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5)
+    first = trainer(tmp_path, DeterministicResume(), checkpoint, max_epochs=2, max_steps=5)
     first.fit(Model(loader))
-    first.save_checkpoint(tmp_path / "five.ckpt")
+    with pytest.warns(UserWarning, match="max_steps ended the epoch after batch 5 of 9"):
+        first.save_checkpoint(tmp_path / "late.ckpt")
     seeded(1)
     resumed = Model(loader)
-    trainer(tmp_path, DeterministicResume(), max_epochs=2).fit(resumed, ckpt_path=tmp_path / "five.ckpt")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    trainer(tmp_path, DeterministicResume(), max_epochs=2).fit(resumed, ckpt_path=checkpoint.best_model_path)
     assert resumed.losses == through.losses[5:]
 
 
@@ -271,7 +276,7 @@ def test_saved_inside_a_step(tmp_path: Path) -> None:
 
 
 def test_checkpoint_is_readable_with_weights_only(tmp_path: Path) -> None:
-    run = trainer(tmp_path, DeterministicResume(), max_epochs=1, max_steps=2)
+    run = trainer(tmp_path, DeterministicResume(), max_epochs=1)
     run.fit(Model(loader))
     run.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
@@ -341,7 +346,7 @@ def test_stateful_loaders_are_left_to_lightning(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, DeterministicResume(), max_epochs=1, max_steps=2)
+    run = trainer(tmp_path, DeterministicResume(), max_epochs=1)
     run.fit(Model(loader))
     run.save_checkpoint(tmp_path / "a.ckpt")
     other = DataLoader(Noisy(), 2, shuffle=True)
