@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def _backend_name(device_type: str) -> str:
     return name
 
 
-def _run(op: str, device: torch.device, *arguments):
+def _run(op: str, device: torch.device, *arguments: Any) -> Any:
     name = _forced[-1] if _forced else _backend_name(device.type)
     _calls[op, name] += 1
     return getattr(_load(name), op)(*arguments)
@@ -234,13 +235,14 @@ def _flatten(a: StepArguments) -> tuple:
     return *tensors, a.seed, a.ordinals, a.offsets, a.maximize, a.stochastic_rounding
 
 
-def _unflatten(rule, params, grads, steps, states, scales, hyper, block_size, *rest) -> StepArguments:
+def _unflatten(*flat: Any) -> StepArguments:
+    rule, params, grads, steps, states, scales, hyper, block_size, *rest = flat
     n, count = len(params), len(rules.get(rule).states)
     nested = [[flat[s * n : (s + 1) * n] for s in range(count)] for flat in (states, scales)]
     return StepArguments(rule, params, grads, steps, nested[0], nested[1], list(hyper), block_size, *rest)
 
 
-def _optimizer_step(*flat) -> None:
+def _optimizer_step(*flat: Any) -> None:
     arguments, norms = _unflatten(*flat[:-1]), flat[-1]
     originals = arguments.params
     arguments.params = [p if p.is_contiguous() else p.contiguous() for p in originals]
@@ -248,13 +250,16 @@ def _optimizer_step(*flat) -> None:
     for indices in arguments.specialisations():
         chosen = norms if norms is None else norms[indices].contiguous()
         _run("optimizer_step", arguments.device, arguments.select(indices), chosen)
+    for p, step in zip(arguments.params, arguments.steps, strict=True):
+        if not p.numel():  # an empty shard: its count keeps pace with the other ranks'
+            step.add_(1.0 if arguments.skip is None else (arguments.skip == 0).float().reshape(()))
     for original, p in zip(originals, arguments.params, strict=True):
         if p is not original:
             original.copy_(p)
     _mutated([*originals, *arguments.steps, *flat[4], *flat[5]])
 
 
-def _optimizer_norms(*flat) -> Tensor:
+def _optimizer_norms(*flat: Any) -> Tensor:
     arguments = _unflatten(*flat)
     arguments.params = [p.contiguous() for p in arguments.params]
     arguments.grads = [g.contiguous() for g in arguments.grads]
@@ -264,7 +269,7 @@ def _optimizer_norms(*flat) -> Tensor:
     return result
 
 
-def _optimizer_norms_fake(rule, params, *_) -> Tensor:
+def _optimizer_norms_fake(rule: str, params: list[Tensor], *_: Any) -> Tensor:
     device = params[0].device if params else None
     return torch.empty(len(params), len(rules.get(rule).norms), dtype=torch.float64, device=device)
 
@@ -347,7 +352,9 @@ def _quantize_colwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize_rowwise_fake(x.T)
 
 
-def _int8_matmul(a, b, a_scales, b_scales, bias, out_dtype) -> Tensor:
+def _int8_matmul(
+    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
     if a.shape[1] <= LONGEST_INT8_SUM:
         return _run("int8_matmul", a.device, a, b, a_scales, b_scales, bias, out_dtype)
@@ -358,7 +365,9 @@ def _int8_matmul(a, b, a_scales, b_scales, bias, out_dtype) -> Tensor:
     return (total if bias is None else total + bias.float()).to(out_dtype)
 
 
-def _int8_matmul_fake(a, b, a_scales, b_scales, bias, out_dtype) -> Tensor:
+def _int8_matmul_fake(
+    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
 
 

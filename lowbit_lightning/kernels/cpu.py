@@ -1,7 +1,7 @@
 """The CPU backend: C++ from ``src/``, compiled by the host's compiler on first use and called through ctypes.
 
-The optimizer step is compiled once for each combination of rule, dtypes, coded states and block size that occurs, so that nothing
-is decided inside its loop; the cache makes that a matter of the first run on a machine.
+The optimizer step is compiled once for each combination of rule, dtypes, coded states and block size that occurs, so
+that nothing is decided inside its loop; the cache makes that a matter of the first run on a machine.
 """
 
 from __future__ import annotations

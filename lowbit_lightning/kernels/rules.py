@@ -181,6 +181,8 @@ _DOUBLE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": _where,
     "ratio": ratio,
 }
+
+
 def _sqrt(x: Tensor) -> Tensor:
     # Correctly rounded, by way of double: torch.sqrt of float32 on the CPU may be MKL's, which is not.
     return x.double().sqrt().float()
@@ -204,6 +206,7 @@ _SGD_DIRECTION = """
     g = g + weight_decay * p
     momentum_buffer = momentum * momentum_buffer + gain * g
 """
+_ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")
 _ADAM_SCALARS = """
     rest1 = 1 - beta1
     rest2 = 1 - beta2
@@ -244,16 +247,25 @@ RULES: dict[str, Rule] = {
         # Loshchilov & Hutter, 2019, in torch's order: decay first.
         Rule(
             "adamw",
-            hyper=("lr", "beta1", "beta2", "eps", "weight_decay"),
+            hyper=_ADAM_HYPER,
             states=(_EXP_AVG, _EXP_AVG_SQ),
             scalars="decay = 1 - lr * weight_decay" + _ADAM_SCALARS,
             direction="p = p * decay" + _ADAM_DIRECTION,
             finish="p = p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_correction + eps)",
         ),
+        # Reddi et al., 2018: the largest second moment so far.
+        Rule(
+            "adamw_amsgrad",
+            hyper=_ADAM_HYPER,
+            states=(_EXP_AVG, _EXP_AVG_SQ, State("max_exp_avg_sq", non_negative=True)),
+            scalars="decay = 1 - lr * weight_decay" + _ADAM_SCALARS,
+            direction="p = p * decay" + _ADAM_DIRECTION + "max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)",
+            finish="p = p - step_size * exp_avg / (sqrt(max_exp_avg_sq) * root_correction + eps)",
+        ),
         # You et al., 2020, algorithm 2, phi the identity.
         Rule(
             "lamb",
-            hyper=("lr", "beta1", "beta2", "eps", "weight_decay"),
+            hyper=_ADAM_HYPER,
             states=(_EXP_AVG, _EXP_AVG_SQ),
             scalars=_ADAM_SCALARS + "correction = 1 / (1 - power(beta1, step))",
             direction=_ADAM_DIRECTION

@@ -94,27 +94,24 @@ template <int S = 0> LB_FN void load_states(const Parameter& q, const Position& 
 }
 
 // The new values of a block's coded states, until their scales are known.
-struct Pending {
-    alignas(64) float values[STATES][BLOCK];
-    Extremes seen[STATES];
-};
+struct Pending { alignas(64) float values[STATES][BLOCK]; };
 
-template <int S = 0> LB_FN void keep_states(const Parameter& q, const Position& at, int i, int count, const V* s, Pending& pending) {
+template <int S = 0> LB_FN void keep_states(const Parameter& q, const Position& at, int i, int count, const V* s, Pending& pending, Extremes* seen) {
     if constexpr (S < RULE_STATES) {
         if constexpr (coded(S)) {
             const V kept = first_lanes(s[S], count);
             store(pending.values[S] + i, kept, W);
-            pending.seen[S].see(kept);
+            seen[S].see(kept);
         } else {
             store((float*)q.state[S] + at.start + i, s[S], count);
         }
-        keep_states<S + 1>(q, at, i, count, s, pending);
+        keep_states<S + 1>(q, at, i, count, s, pending, seen);
     }
 }
 
 // An element any of whose coded states is not finite has them all set to zero.
-static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending) {
-    for (auto& seen : pending.seen) seen = Extremes();
+static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending, Extremes* seen) {
+    std::fill(seen, seen + STATES, Extremes());
     for (int i = 0; i < n; i += W) {
         I finite = splat<I>(-1);
         for (int s = 0; s < RULE_STATES; ++s)
@@ -123,20 +120,20 @@ static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending) {
             if (!coded(s)) continue;
             const V kept = from_bits(to_bits(load(pending.values[s] + i, W)) & finite);
             store(pending.values[s] + i, kept, W);
-            pending.seen[s].see(kept);
+            seen[s].see(kept);
         }
     }
 }
 
-template <int S = 0> LB_FN void encode_states(const Parameter& q, const Position& at, const Pending& pending) {
+template <int S = 0> LB_FN void encode_states(const Parameter& q, const Position& at, const Pending& pending, const Extremes* seen) {
     if constexpr (S < RULE_STATES) {
         if constexpr (coded(S)) {
             typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
-            const float scale = pending.seen[S].scale(C::is_signed);
+            const float scale = seen[S].scale(C::is_signed);
             q.scales[S][at.block] = scale;
             encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)q.state[S] + at.start);
         }
-        encode_states<S + 1>(q, at, pending);
+        encode_states<S + 1>(q, at, pending, seen);
     }
 }
 
@@ -166,26 +163,30 @@ LB_FN void store_parameter(const Call& call, const Parameter& q, const Position&
 }
 
 LB_FN void update_vector(
-    const Call& call, const Parameter& q, const Scalars& c, float factor, const Position& at, int i, int count, Pending& pending) {
+    const Call& call, const Parameter& q, const Scalars& c, float factor, const Position& at, int i, int count, Pending& pending, Extremes* seen) {
     V s[STATES], t[TEMPORARIES];
     V p = load(q.p + at.start + i, count), g = load(q.g + at.start + i, count) * factor;
     load_states(q, at, i, count, s);
     rule_direction(c, p, g, s, t);
     rule_finish(c, p, g, s, t);
-    keep_states(q, at, i, count, s, pending);
+    keep_states(q, at, i, count, s, pending, seen);
     store_parameter(call, q, at, i, count, p);
 }
 
 static void update_block(const Call& call, const Parameter& q, const Scalars& c, float factor, const Position& at) {
     Pending pending;
+    Extremes seen[STATES];
     int i = 0;
-    for (; i + W <= at.n; i += W) update_vector(call, q, c, factor, at, i, W, pending);
-    if (i < at.n) update_vector(call, q, c, factor, at, i, at.n - i, pending);
+    for (; i + W <= at.n; i += W) update_vector(call, q, c, factor, at, i, W, pending, seen);
+    if (i < at.n) update_vector(call, q, c, factor, at, i, at.n - i, pending, seen);
     bool finite = true;
-    for (int s = 0; s < RULE_STATES; ++s)
-        if (coded(s)) finite = finite && pending.seen[s].finite();
-    if (!finite) drop_non_finite(at.n, pending);
-    encode_states(q, at, pending);
+    for (int s = 0; s < RULE_STATES; ++s) finite = finite && seen[s].finite();
+    if (!finite) {
+        Extremes again[STATES];  // not `seen`: its address stays here, so that it lives in registers above
+        drop_non_finite(at.n, pending, again);
+        std::copy(again, again + STATES, seen);
+    }
+    encode_states(q, at, pending, seen);
 }
 
 extern "C" void optimizer_step(const Call* call) {

@@ -176,6 +176,45 @@ template <class T> LB_FN void store_raw(void* to, const T& x, int count) {
     else memcpy(to, &x, sizeof x / W * count);
 }
 
+// Widening and narrowing by one instruction each: GCC before 13 takes __builtin_convertvector apart, lane by lane.
+LB_FN I widen(Bytes x) {
+#if defined(__AVX512F__)
+    return (I)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+    return (I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)x));
+#else
+    return __builtin_convertvector(x, I);
+#endif
+}
+LB_FN I widen(Halves x) {
+#if defined(__AVX512F__)
+    return (I)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (I)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, I);
+#endif
+}
+LB_FN Halves narrow_to_halves(I x) {  // of values from 0 to 65535
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+    return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#else
+    return __builtin_convertvector(x, Halves);
+#endif
+}
+LB_FN Bytes narrow_to_bytes(I x) {  // of values from 0 to 255
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+    const __m128i halves = (__m128i)narrow_to_halves(x);
+    return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
+#else
+    return __builtin_convertvector(x, Bytes);
+#endif
+}
+
 LB_FN V widen_half(Halves x) {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps((__m256i)x);
@@ -208,7 +247,7 @@ LB_FN Halves narrow_half(V x) {
     return result;
 #endif
 }
-LB_FN Halves upper_halves(I bits) { return __builtin_convertvector((bits >> 16) & 0xffff, Halves); }
+LB_FN Halves upper_halves(I bits) { return narrow_to_halves((bits >> 16) & 0xffff); }
 // to nearest, ties to even; a NaN keeps its upper bits and stays one
 LB_FN Halves narrow_bfloat16(V x) {
     const I bits = to_bits(x);
@@ -219,10 +258,10 @@ LB_FN Halves narrow_bfloat16(V x) {
 LB_FN V load(const float* p, int count) { return load_raw<V>(p, count); }
 LB_FN V load(const Half* p, int count) { return widen_half(load_raw<Halves>(p, count)); }
 LB_FN V load(const BFloat16* p, int count) {
-    return from_bits(__builtin_convertvector(load_raw<Halves>(p, count), I) << 16);
+    return from_bits(widen(load_raw<Halves>(p, count)) << 16);
 }
 LB_FN void store(float* p, V x, int count) { store_raw(p, x, count); }
 LB_FN void store(Half* p, V x, int count) { store_raw(p, narrow_half(x), count); }
 LB_FN void store(BFloat16* p, V x, int count) { store_raw(p, narrow_bfloat16(x), count); }
-LB_FN I load_codes(const uint8_t* p, int count) { return __builtin_convertvector(load_raw<Bytes>(p, count), I); }
-LB_FN void store_codes(uint8_t* p, I x, int count) { store_raw(p, __builtin_convertvector(x, Bytes), count); }
+LB_FN I load_codes(const uint8_t* p, int count) { return widen(load_raw<Bytes>(p, count)); }
+LB_FN void store_codes(uint8_t* p, I x, int count) { store_raw(p, narrow_to_bytes(x), count); }

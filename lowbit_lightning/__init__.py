@@ -1,0 +1,13 @@
+"""lowbit_lightning: train in low-bit arithmetic under PyTorch Lightning, with optimizer state in 8 bits.
+
+Importing it makes ``precision="int8-mixed"`` known to ``lightning.Trainer`` and ``lightning.Fabric``. It touches no
+GPU and starts no compiler.
+"""
+
+from lowbit_lightning import callbacks, convert, kernels, layers, optim, precision
+from lowbit_lightning.precision import Int8MixedPrecision
+
+__all__ = ["Int8MixedPrecision", "callbacks", "convert", "kernels", "layers", "optim", "precision"]
+__version__ = "0.1.0"
+
+precision.register()

@@ -1,0 +1,397 @@
+"""Optimizers whose states are kept in 8 bits, with torch.optim's signatures and semantics.
+
+``LowBitOptimizer`` does everything but the mathematics: it creates, converts, saves and loads states, and hands all
+parameters of a group to one fused step. An optimizer is a rule in ``kernels/rules.py`` and a short class here that
+names it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels import rules
+from lowbit_lightning.kernels.arguments import FLOATS
+from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, check_block_size
+from lowbit_lightning.state import blocks, shards
+from lowbit_lightning.state.blocks import StateFormat
+
+__all__ = ["LAMB", "SGD", "AdamW", "LowBitOptimizer", "Options"]
+
+_OWN = ("bits", "min_size", "block_size", "state_format")
+"""Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes, for all parameters or as keys of a param group.
+
+    ``bits`` (8): 8, or 32 for float32 states. ``min_size`` (4096): parameters with fewer elements, or rows shorter
+    than 64, keep 32-bit states; a row is everything behind dimension 0. ``block_size`` (256): elements that share a
+    scale. ``maximize`` (False). ``stochastic_rounding`` (False): round bfloat16 parameters up or down at random,
+    without bias, keyed by ``seed`` (0). ``skip_nonfinite`` (False): skip a whole step, on the device, when any
+    gradient is not finite.
+
+    ``foreach``, ``fused``, ``capturable`` are accepted for torch's sake: every step is one fused call with its step
+    counts on the device. ``differentiable`` must be False.
+    """
+
+    bits: int
+    min_size: int
+    block_size: int
+    maximize: bool
+    stochastic_rounding: bool
+    seed: int
+    skip_nonfinite: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+_DEFAULTS: dict[str, Any] = {
+    "bits": 8,
+    "min_size": 4096,
+    "block_size": DEFAULT_BLOCK_SIZE,
+    "maximize": False,
+    "stochastic_rounding": False,
+    "seed": 0,
+    "skip_nonfinite": False,
+}
+_TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
+
+
+class LowBitOptimizer(Optimizer):
+    """Base of all optimizers here. Subclasses define ``_rule`` and their constructor.
+
+    ``state[p]`` holds ``step`` (0-d float32) and, for every state of the rule, either ``NAME`` (float32) or
+    ``NAME_codes`` (uint8) and ``NAME_scales`` (float32); DTensors where p is one. A group's ``state_format``
+    describes the 8-bit ones in a checkpoint. Changing a group's ``bits`` converts its states at the next step.
+
+    Raises:
+        ValueError, TypeError: for a hyperparameter or option out of range, naming it, before anything is changed.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
+        unknown = set(options) - set(_DEFAULTS) - set(_TORCH_ONLY)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got unknown options {sorted(unknown)}; known: {sorted(_DEFAULTS)}")
+        if options.get("differentiable"):
+            raise ValueError("differentiable=True is not supported: the fused step has no gradient; use torch.optim")
+        own = {**_DEFAULTS, **{k: v for k, v in options.items() if k in _DEFAULTS}}
+        super().__init__(params, {**defaults, **own, "state_format": None})
+
+    # -- what a subclass says ----------------------------------------------------------------------------------------
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        """The name of the rule for a group."""
+        raise NotImplementedError
+
+    # -- groups ------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its keys overrule the defaults. See ``torch.optim.Optimizer``."""
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for i, p in enumerate(group["params"]):
+            if p.dtype not in FLOATS:
+                self.param_groups.pop()
+                raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
+        group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
+        if group["stochastic_rounding"] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
+            warnings.warn("stochastic_rounding has no effect: no parameter of the group is bfloat16", stacklevel=3)
+
+    def _rule_of(self, group: dict[str, Any]) -> rules.Rule:
+        return rules.get(self._rule(group))
+
+    def _bits(self, p: Tensor, group: dict[str, Any]) -> int:
+        """The bits that p's states are to have."""
+        fits = group["bits"] == 8 and blocks.fits_grid(p.shape, group["min_size"]) and shards.keeps_grid(p)
+        return 8 if fits else 32
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient. ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ordinal = 0
+        work = []
+        for group in self.param_groups:
+            chosen = [(ordinal + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            ordinal += len(group["params"])
+            for _, p in chosen:
+                _check_gradient(p)
+            work.append((group, chosen))
+        skip = self._skip_flag(work)
+        for group, chosen in work:
+            for device in dict.fromkeys(p.device for _, p in chosen):
+                self._step_group(group, [(i, p) for i, p in chosen if p.device == device], device, skip)
+        return loss
+
+    def _step_group(
+        self, group: dict[str, Any], chosen: list[tuple[int, Tensor]], device: torch.device, skip: Tensor | None
+    ) -> None:
+        rule = self._rule_of(group)
+        self._keep_format(group, rule)
+        entries = [self._entries(p, group, rule) for _, p in chosen]
+        states, scales = [], []
+        for state in rule.states:
+            coded = [blocks.is_coded(e, state.name) for e in entries]
+            names = [blocks.codes_name(state.name) if c else state.name for c in coded]
+            states.append([shards.local(e[name]) for e, name in zip(entries, names, strict=True)])
+            pairs = zip(entries, coded, strict=True)
+            scales.append([shards.local(e[blocks.scales_name(state.name)]) if c else e["step"] for e, c in pairs])
+        lr, hyper = _hyper(rule, group, device)
+        arguments = kernels.StepArguments(
+            rule=rule.name,
+            params=[shards.local(p) for _, p in chosen],
+            grads=[shards.local(p.grad) for _, p in chosen],  # type: ignore[arg-type]
+            steps=[e["step"] for e in entries],
+            states=states,
+            scales=scales,
+            hyper=hyper,
+            block_size=group["block_size"],
+            lr=lr,
+            skip=None if skip is None else skip.to(device),
+            seed=group["seed"],
+            ordinals=[i for i, _ in chosen],
+            offsets=[shards.first_index(p) for _, p in chosen],
+            maximize=group["maximize"],
+            stochastic_rounding=group["stochastic_rounding"],
+        )
+        norms = None
+        if rule.norms:
+            norms = shards.sum_over_shards([p for _, p in chosen], kernels.optimizer_norms(arguments))
+        kernels.optimizer_step(arguments, norms)
+
+    def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Tensor]:
+        """``state[p]``, created, or converted to the bits that the group asks for."""
+        entries = self.state[p]
+        bits = self._bits(p, group)
+        if "step" not in entries:
+            entries["step"] = torch.zeros((), dtype=torch.float32, device=shards.local(p).device)
+        for state in rule.states:
+            coded = blocks.is_coded(entries, state.name)
+            if not coded and state.name not in entries:
+                entries.update(blocks.create(p, state, bits, group["block_size"]))
+            elif coded != (bits == 8):
+                saved = StateFormat.parse(group["state_format"])
+                _replace(entries, state.name, blocks.convert(p, state, entries, saved, bits, group["block_size"]))
+        return entries
+
+    def _keep_format(self, group: dict[str, Any], rule: rules.Rule) -> None:
+        """Requantise all states of a group whose ``block_size`` was changed."""
+        saved, wanted = StateFormat.parse(group["state_format"]), StateFormat.of(rule, group["block_size"])
+        if saved.block_size != wanted.block_size:
+            for p in group["params"]:
+                for state in rule.states:
+                    if blocks.is_coded(self.state.get(p, {}), state.name):
+                        new = blocks.convert(p, state, self.state[p], saved, 8, wanted.block_size)
+                        _replace(self.state[p], state.name, new)
+        group["state_format"] = wanted.to_dict()
+
+    def _skip_flag(self, work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]]) -> Tensor | None:
+        """One float on a device: 1 if any gradient is not finite. None where no group asks for it."""
+        if not any(group["skip_nonfinite"] for group, _ in work):
+            return None
+        params = [p for _, chosen in work for _, p in chosen]
+        grads = [shards.local(p.grad) for p in params]  # type: ignore[arg-type]
+        grads = [g for g in grads if g.numel()]
+        if not grads:
+            return None
+        norms = torch._foreach_norm(grads, float("inf"))
+        largest = torch.stack([norm.to(grads[0].device, torch.float32) for norm in norms])
+        return shards.any_rank(params, 1.0 - torch.isfinite(largest).all().float())
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` of this or of the twin in torch.optim returned.
+
+        States come back to the bit where their form is this optimizer's, and are converted (8 to 32 bits, 32 to 8,
+        another block size) where it is not. Everything but ``bits``, ``min_size`` and ``block_size`` is taken from
+        the checkpoint.
+
+        Raises:
+            ValueError: for an unknown format version, or states that do not fit; nothing has been changed then.
+        """
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
+
+        # torch's method casts every state to its parameter's dtype. It gets none; they come in behind it.
+        def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._convert_saved(saved))
+            pairs = zip(saved["param_groups"], self.param_groups, strict=False)
+            groups = [{**theirs, **{key: ours[key] for key in _OWN}} for theirs, ours in pairs]
+            return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
+
+        def put_states(_: Optimizer) -> None:
+            self.state.update(loaded)
+
+        before = self.register_load_state_dict_pre_hook(take_states)
+        after = self.register_load_state_dict_post_hook(put_states, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _convert_saved(self, saved: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """The saved states in this optimizer's form, by parameter."""
+        result: dict[Tensor, dict[str, Tensor]] = {}
+        for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=False):
+            saved_format = theirs.get("state_format")
+            parsed = None if saved_format is None else StateFormat.parse(saved_format)
+            rule = self._rule_of({**ours, **theirs})
+            for key, p in zip(theirs["params"], ours["params"], strict=False):
+                if key in saved["state"]:
+                    result[p] = self._convert_entries(p, saved["state"][key], parsed, rule, ours)
+        return result
+
+    def _convert_entries(
+        self, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule, group: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        step = torch.as_tensor(entries.get("step", 1.0), dtype=torch.float32)  # torch's SGD keeps no count
+        converted = {"step": shards.local(step).reshape(()).to(shards.local(p).device)}
+        for state in rule.states:
+            if state.name in entries and entries[state.name] is None:  # torch's SGD before its first step
+                continue
+            converted.update(blocks.convert(p, state, entries, saved, self._bits(p, group), group["block_size"]))
+        known = {
+            *converted,
+            *(n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))),
+        }
+        return {**{k: v for k, v in entries.items() if k not in known}, **converted}
+
+
+def _replace(entries: dict[str, Tensor], name: str, new: dict[str, Tensor]) -> None:
+    for old in (name, blocks.codes_name(name), blocks.scales_name(name)):
+        entries.pop(old, None)
+    entries.update(new)
+
+
+def _hyper(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tuple[Tensor | None, list[float]]:
+    """The learning rate if it is a tensor on the device, and the rule's hyperparameters as floats."""
+    values = dict(group)
+    if "betas" in group:
+        values |= {f"beta{i + 1}": beta for i, beta in enumerate(group["betas"])}
+    lr = values["lr"]
+    on_device = isinstance(lr, Tensor) and lr.device == device
+    if on_device:
+        values["lr"] = 0.0
+    return (lr.detach().float() if on_device else None), [float(values[name]) for name in rule.hyper]
+
+
+def _check_gradient(p: Tensor) -> None:
+    grad = p.grad
+    assert grad is not None
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({grad.layout}); "
+            "build its embedding with sparse=False"
+        )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if group["bits"] not in (8, 32):
+        raise ValueError(f"bits must be 8 or 32, got {group['bits']!r}")
+    if not isinstance(group["min_size"], int) or group["min_size"] < 0:
+        raise ValueError(f"min_size must be a number of elements, 0 or more, got {group['min_size']!r}")
+    check_block_size(group["block_size"])
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        if name in group and not float(group[name]) >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {group[name]}")
+    for i, beta in enumerate(group.get("betas", ())):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+
+
+class SGD(LowBitOptimizer):
+    """Stochastic gradient descent, with momentum and Nesterov's variant; semantics of ``torch.optim.SGD``.
+
+    One state, ``momentum_buffer``; none without momentum. Args: as ``torch.optim.SGD``, and ``Options``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "nesterov": nesterov}, options)
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        if not group["momentum"]:
+            return "sgd"
+        return "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See ``LowBitOptimizer``."""
+        group = {**self.defaults, **param_group}
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov=True needs momentum > 0 and dampening 0, "
+                f"got momentum={group['momentum']}, dampening={group['dampening']}"
+            )
+        super().add_param_group(param_group)
+
+
+class AdamW(LowBitOptimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019); semantics of ``torch.optim.AdamW``: decay first.
+
+    States ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` with amsgrad. Args: as ``torch.optim.AdamW``, and
+    ``Options``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, defaults, options)
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        return "adamw_amsgrad" if group["amsgrad"] else "adamw"
+
+
+class LAMB(LowBitOptimizer):
+    """Layer-wise adaptive moments for large batches (You et al., 2020): AdamW with a trust ratio ||p|| / ||update||.
+
+    Norms are of whole parameters, summed over the ranks that share one. States ``exp_avg``, ``exp_avg_sq``. Args: as
+    ``AdamW``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, options)
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        return "lamb"

@@ -1,0 +1,134 @@
+"""The two forms of an optimizer state in ``optimizer.state[p]``, and the ways between them.
+
+In 32 bits a state is one float32 tensor under its own name: ``exp_avg``. In 8 bits it is two tensors under names
+that cannot be mistaken for it: ``exp_avg_codes`` (uint8, the parameter's shape) and ``exp_avg_scales`` (float32, one
+per block). The map follows from whether the state can be negative. ``StateFormat`` is what a checkpoint says about
+this; with it a state of another form, or of another block size, is converted when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels.formats import BlockGrid, dynamic_map
+from lowbit_lightning.kernels.rules import Rule, State
+from lowbit_lightning.state import shards
+
+VERSION = 1
+SHORTEST_ROW = 64
+"""Rows shorter than this would pay more for their scales than their codes save: they stay in 32 bits."""
+
+
+def fits_grid(shape: torch.Size | tuple[int, ...], min_size: int) -> bool:
+    """Whether a parameter of this *global* shape is kept in 8 bits: the same answer on every rank and world size."""
+    return prod(shape) >= min_size and BlockGrid.of(shape).row_length >= SHORTEST_ROW
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """What a checkpoint says of its 8-bit states: version, block size, and each state's map (which tells its
+    sign)."""
+
+    maps: Mapping[str, str]
+    block_size: int
+    version: int = VERSION
+
+    @classmethod
+    def of(cls, rule: Rule, block_size: int) -> StateFormat:
+        return cls({state.name: state.codebook for state in rule.states}, block_size)
+
+    @classmethod
+    def parse(cls, saved: Mapping[str, Any]) -> StateFormat:
+        """Raise ValueError for a version that this library does not know."""
+        if saved.get("version") != VERSION:
+            raise ValueError(
+                f"the checkpoint's optimizer state has format version {saved.get('version')!r}; this library reads "
+                f"version {VERSION}: update lowbit_lightning, or save again with a version that reads it"
+            )
+        return cls(dict(saved["maps"]), int(saved["block_size"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def codes_name(name: str) -> str:
+    return f"{name}_codes"
+
+
+def scales_name(name: str) -> str:
+    return f"{name}_scales"
+
+
+def create(p: Tensor, state: State, bits: int, block_size: int) -> dict[str, Tensor]:
+    """Entries of a state of zeros for the parameter p (a tensor or a DTensor), keyed by name."""
+    local = shards.local(p)
+    if bits == 32:
+        zeros = torch.zeros(local.shape, dtype=torch.float32, device=local.device)
+        return {state.name: shards.like(p, zeros, p.shape)}
+    zero_code = dynamic_map(state.codebook).zero_code
+    codes = torch.full(local.shape, zero_code, dtype=torch.uint8, device=local.device)
+    grid = BlockGrid.of(local.shape, block_size)
+    scales = torch.zeros(grid.scales_shape, dtype=torch.float32, device=local.device)
+    return _coded(p, state, codes, scales, block_size)
+
+
+def is_coded(entries: Mapping[str, Any], name: str) -> bool:
+    """Whether the state ``name`` is in its 8-bit form."""
+    return codes_name(name) in entries
+
+
+def convert(
+    p: Tensor, state: State, entries: Mapping[str, Tensor], saved: StateFormat | None, bits: int, block_size: int
+) -> dict[str, Tensor]:
+    """The state's entries in the wanted form, from entries in any form; the same tensors where nothing changes.
+
+    ``saved`` describes coded entries. Raises ValueError if they are missing, malformed, or ``saved`` is.
+    """
+    if is_coded(entries, state.name):
+        if saved is None:
+            raise ValueError(f"{codes_name(state.name)} comes without a state_format in its param group; cannot decode")
+        codes = _placed(p, entries[codes_name(state.name)], p.shape, torch.uint8, codes_name(state.name))
+        shape = BlockGrid.of(p.shape, saved.block_size).scales_shape
+        scales = _placed(p, entries[scales_name(state.name)], shape, torch.float32, scales_name(state.name))
+        same_map = saved.maps.get(state.name) == state.codebook
+        if bits == 8 and saved.block_size == block_size and same_map:
+            return _coded(p, state, codes, scales, block_size)
+        if state.name not in saved.maps:
+            raise ValueError(f"the checkpoint's state_format names no map for {state.name}: {dict(saved.maps)}")
+        values = kernels.dequantize_blockwise(codes, scales, saved.maps[state.name], saved.block_size)
+    elif state.name in entries:
+        values = _placed(p, entries[state.name], p.shape, torch.float32, state.name)
+    else:
+        raise ValueError(f"the checkpoint holds neither {state.name} nor {codes_name(state.name)}: {sorted(entries)}")
+    if bits == 32:
+        return {state.name: shards.like(p, values, p.shape)}
+    return _coded(p, state, *kernels.quantize_blockwise(values, state.codebook, block_size), block_size)
+
+
+def _coded(p: Tensor, state: State, codes: Tensor, scales: Tensor, block_size: int) -> dict[str, Tensor]:
+    return {
+        codes_name(state.name): shards.like(p, codes, p.shape),
+        scales_name(state.name): shards.like(p, scales, BlockGrid.of(p.shape, block_size).scales_shape),
+    }
+
+
+def _placed(p: Tensor, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+    """The local part of a saved tensor on p's device, checked."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} for a parameter of shape {tuple(p.shape)}, got {tuple(value.shape)}"
+        )
+    if dtype == torch.uint8 and value.dtype != torch.uint8:
+        raise ValueError(
+            f"{name} must be uint8, got {value.dtype}: something cast the codes on their way, as torch's own "
+            "Optimizer.load_state_dict does; load the checkpoint into a lowbit_lightning optimizer"
+        )
+    part = shards.part_of(p, value)
+    return part.to(device=shards.local(p).device, dtype=dtype).contiguous()
