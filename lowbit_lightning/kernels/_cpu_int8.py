@@ -37,8 +37,8 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiled.lb_int8_matmul.restype, compiled.lb_int8_matmul.argtypes = None, _MATMUL
     if instructions(compiled) == SLOW and not flags:
         warnings.warn(
-            "this processor has none of the instructions for int8 products that lowbit_lightning knows (AVX2 or newer):"
-            " int8_matmul gives the same numbers, at about the speed of float32",
+            "lowbit_lightning knows no instructions for int8 products on this processor: int8_matmul gives the same"
+            " numbers, but not faster than float32; precision='bf16-mixed' or '32-true' may train faster here",
             stacklevel=2,
         )
     return compiled

@@ -11,7 +11,7 @@
 //   AVX-512 VNNI, AVX-VNNI   4    int8      vpdpbusd: unsigned times signed, so B is stored + 128, and every sum starts
 //                                           at minus 128 times the sum of A's row. Sums wrap around: only the true one
 //                                           has to fit 32 bits
-//   AVX-512 BW, AVX2         2    int16     vpmaddwd. (vpmaddubsw takes int8 but saturates: 2 * 255 * 127 > 32767)
+//   AVX-512 BW, AVX2, SSE2   2    int16     vpmaddwd. (vpmaddubsw takes int8 but saturates: 2 * 255 * 127 > 32767)
 //   other                    1    int32     vector multiply and add
 #pragma once
 #include "parallel.h"
@@ -37,6 +37,12 @@ LB_FN I dot(I sums, I a, I b) { return sums + (I)_mm512_madd_epi16((__m512i)a, (
 typedef int16_t Element;
 constexpr int GROUP = 2, OFFSET = 0, MR = 6, NV = 2;
 LB_FN I dot(I sums, I a, I b) { return sums + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#elif defined(__SSE2__) && !defined(__AVX2__)
+#include <emmintrin.h>
+#define LB_DOT_NAME "SSE2"
+typedef int16_t Element;
+constexpr int GROUP = 2, OFFSET = 0, MR = 4, NV = 2;
+LB_FN I dot(I sums, I a, I b) { return sums + (I)_mm_madd_epi16((__m128i)a, (__m128i)b); }
 #else
 #define LB_DOT_NAME "no int8 instructions"
 typedef int32_t Element;
