@@ -1,0 +1,333 @@
+"""Int8Linear against float64, and against everything that wraps, copies or compiles a layer."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowbit_lightning import kernels
+from lowbit_lightning.layers import Int8Linear, Products, int8_linear_grad_input, int8_linear_grad_weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+K, N = 64, 48
+
+
+def matmuls() -> int:
+    return sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
+
+
+def layer(**settings: Any) -> Int8Linear:
+    return Int8Linear(K, N, **settings)
+
+
+def product_bound(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """What int8 with one scale per row may be off by, element for element, in ``a @ b.T`` rounded to ``dtype``.
+
+    Each element of a and b is off by at most half its row's scale (layers.py derives the rest); scales, their product
+    and the result are rounded once each.
+    """
+    a, b = a.double(), b.double()
+    a_scale, b_scale = a.abs().amax(1, keepdim=True) / 127, b.abs().amax(1, keepdim=True).T / 127
+    half = 0.5 * (1 + 1e-5)
+    quantised = half * (a.abs().sum(1, keepdim=True) * b_scale + b.abs().sum(1, keepdim=True).T * a_scale)
+    quantised = quantised + a.shape[1] * half**2 * a_scale * b_scale
+    return quantised + (torch.finfo(dtype).eps + 1e-6) * ((a @ b.T).abs() + quantised)
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    excess = (actual.double() - expected).abs() - bound
+    if excess.max() > 0:
+        where = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        raise AssertionError(f"at {where}: {actual[where]} should be {expected[where]} up to {bound[where]}")
+
+
+# -- the arithmetic --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_three_products_against_float64(dtype: torch.dtype) -> None:
+    linear = layer(dtype=dtype)
+    x = (torch.randn(40, K) * torch.logspace(-2, 2, 40).unsqueeze(1)).to(dtype).requires_grad_()
+    dy = torch.randn(40, N).to(dtype)
+    y = linear(x)
+    y.backward(dy)
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    assert linear.bias.grad is not None
+    assert (y.dtype, x.grad.dtype, linear.weight.grad.dtype) == (dtype, dtype, dtype)
+
+    x64, w64, b64, dy64 = (
+        x.detach().double(),
+        linear.weight.detach().double(),
+        linear.bias.detach().double(),
+        dy.double(),
+    )
+    bias_rounding = torch.finfo(dtype).eps * b64.abs()
+    assert_within(y.detach(), x64 @ w64.T + b64, product_bound(x64, w64, dtype) + bias_rounding)
+    assert_within(x.grad, dy64 @ w64, product_bound(dy64, w64.T, dtype))
+    assert_within(linear.weight.grad, dy64.T @ x64, product_bound(dy64.T, x64.T, dtype))
+    torch.testing.assert_close(linear.bias.grad.double(), dy64.sum(0), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_error_is_that_of_eight_bits() -> None:
+    """Neither the bound's worst case nor suspiciously exact: about 1 % of the norm on normal data."""
+    linear = Int8Linear(512, 128)
+    nn.init.normal_(linear.weight)
+    x = torch.randn(256, 512)
+    exact = nn.functional.linear(x, linear.weight, linear.bias)
+    error = ((linear(x) - exact).norm() / exact.norm()).item()
+    assert 0.005 < error < 0.02
+
+
+@pytest.mark.parametrize("product", ["forward", "grad_input", "grad_weight"])
+def test_each_product_switches_alone(product: str) -> None:
+    linear = layer(**{product: "high"})
+    x = torch.randn(16, K, requires_grad=True)
+    dy = torch.randn(16, N)
+    kernels.reset_calls()
+    y = linear(x)
+    y.backward(dy)
+    assert matmuls() == 2
+    grad, weight_grad = x.grad, linear.weight.grad
+    assert grad is not None
+    assert weight_grad is not None
+    exact = {
+        "forward": (y, nn.functional.linear(x, linear.weight, linear.bias)),
+        "grad_input": (grad, dy @ linear.weight),
+        "grad_weight": (weight_grad, dy.T @ x),
+    }
+    for name, (actual, expected) in exact.items():
+        relative = ((actual - expected).norm() / expected.norm()).item()
+        assert (relative < 1e-6) == (name == product), f"{name}: off by {relative}"
+
+
+@pytest.mark.parametrize(
+    ("needs_input", "needs_weight", "expected"), [(True, True, 3), (False, True, 2), (True, False, 2)]
+)
+def test_count_of_products(needs_input: bool, needs_weight: bool, expected: int) -> None:
+    linear = layer()
+    linear.weight.requires_grad_(needs_weight)
+    kernels.reset_calls()
+    linear(torch.randn(8, K, requires_grad=needs_input)).sum().backward()
+    assert matmuls() == expected
+    assert (linear.weight.grad is not None) == needs_weight
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_runs_in_int8(context: Any) -> None:
+    linear = layer().eval()
+    x = torch.randn(8, K)
+    trained = layer_output = linear(x)
+    kernels.reset_calls()
+    with context():
+        layer_output = linear(x)
+    assert matmuls() == 1
+    assert torch.equal(layer_output, trained.detach())
+
+
+@pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K), (0, K), (2, 0, K), (1, 1, 1, K)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    linear = layer()
+    x = torch.randn(*shape, requires_grad=True)
+    y = linear(x)
+    assert y.shape == (*shape[:-1], N)
+    y.sum().backward()
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    assert x.grad.shape == x.shape
+    rows = x.detach().reshape(-1, K) if x.numel() else torch.zeros(0, K)
+    if x.numel():
+        assert torch.equal(y.reshape(-1, N), linear(rows))
+    else:
+        assert not linear.weight.grad.any()
+        assert not linear.bias.grad.any()  # type: ignore[union-attr]
+
+
+def test_no_bias_and_strided_operands() -> None:
+    linear = layer(bias=False)
+    x, dy = torch.randn(K, 24).T, torch.randn(N, 24).T
+    x.requires_grad_()
+    y = linear(x)
+    y.backward(dy)
+    dense = x.detach().contiguous().requires_grad_()
+    other = copy.deepcopy(linear)
+    other.weight.grad = None
+    other(dense).backward(dy.contiguous())
+    assert torch.equal(y, other(dense))
+    assert torch.equal(x.grad, dense.grad)  # type: ignore[arg-type]
+    assert torch.equal(linear.weight.grad, other.weight.grad)  # type: ignore[arg-type]
+
+
+def test_a_bad_row_shows_and_harms_no_other() -> None:
+    linear = layer()
+    x = torch.randn(4, K)
+    clean = linear(x)
+    x[1, 3] = float("inf")
+    y = linear(x)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    linear = layer()
+    x = torch.randn(8, K, requires_grad=True)
+    kernels.reset_calls()
+    with torch.autocast("cpu", dtype):
+        y = linear(x)
+    y.float().sum().backward()
+    assert matmuls() == 3
+    assert y.dtype == dtype
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    assert (x.grad.dtype, linear.weight.grad.dtype) == (torch.float32, torch.float32)
+    exact = nn.functional.linear(x, linear.weight, linear.bias)
+    assert ((y - exact).norm() / exact.norm()).item() < 0.03
+
+
+# -- what wraps a layer ----------------------------------------------------------------------------------------------
+
+
+def backward_of(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+    return y.detach(), *grads
+
+
+def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, b), f"result {i} differs by {(a - b).abs().max()}"
+
+
+@pytest.mark.parametrize("products", [{}, {"forward": "high", "grad_weight": "high"}])
+def test_compiled_equals_eager(products: Any) -> None:
+    module = nn.Sequential(layer(**products), nn.Identity(), Int8Linear(N, K))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for batch in (8, 24):
+        x = torch.randn(batch, 3, K)
+        expected = backward_of(module, x)
+        before = matmuls()
+        actual = backward_of(compiled, x)
+        assert matmuls() - before == (6 if not products else 4)
+        assert_equal(actual, expected)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_equals_eager() -> None:
+    module = nn.Sequential(layer(), nn.GELU(), Int8Linear(N, K))
+    x = torch.randn(8, 3, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = backward_of(module, x)
+        actual = backward_of(torch.compile(module, fullgraph=True), x)
+    for a, b in zip(actual, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.02
+
+
+def test_ops_pass_opcheck() -> None:
+    x, weight, bias = torch.randn(6, K, requires_grad=True), torch.randn(N, K, requires_grad=True), torch.randn(N)
+    torch.library.opcheck(torch.ops.lowbit_lightning.int8_linear.default, (x, weight, bias, True, True, True))
+    torch.library.opcheck(torch.ops.lowbit_lightning.int8_linear.default, (x, weight, None, False, True, False))
+    dy = torch.randn(6, N)
+    torch.library.opcheck(int8_linear_grad_input, (dy, weight.detach(), torch.bfloat16))
+    torch.library.opcheck(int8_linear_grad_weight, (dy, x.detach(), torch.float32))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    module = nn.Sequential(layer(), nn.GELU(), Int8Linear(N, K))
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.module, x, use_reentrant=reentrant)
+
+    x = torch.randn(8, K)
+    expected = backward_of(module, x)
+    again = x.clone().requires_grad_()
+    module.zero_grad()
+    y = Checkpointed()(again)
+    y.square().sum().backward()
+    assert_equal((y, again.grad, *(p.grad for p in module.parameters())), expected)  # type: ignore[arg-type]
+
+
+def test_gradients_accumulate() -> None:
+    linear = layer()
+    first, second = torch.randn(8, K), torch.randn(8, K)
+    parts = [backward_of(linear, x)[2] for x in (first, second)]
+    for x in (first, second):
+        linear(x).square().sum().backward()
+    assert torch.equal(linear.weight.grad, parts[0] + parts[1])  # type: ignore[arg-type]
+
+
+def test_tied_weights_sum_their_gradients() -> None:
+    one, two = Int8Linear(K, K), Int8Linear(K, K)
+    two.weight = one.weight
+    x = torch.randn(8, K)
+    (one(x).sum() + two(x).sum()).backward()
+    assert one.weight.grad is two.weight.grad
+    assert torch.allclose(one.weight.grad, 2 * backward_sum(one, x))  # type: ignore[arg-type]
+
+
+def backward_sum(linear: Int8Linear, x: Tensor) -> Tensor:
+    return torch.autograd.grad(linear(x).sum(), linear.weight)[0]
+
+
+def test_copies() -> None:
+    linear = layer(grad_weight="high")
+    buffer = io.BytesIO()
+    torch.save(linear, buffer)
+    buffer.seek(0)
+    x = torch.randn(4, K)
+    for copied in (copy.deepcopy(linear), torch.load(buffer, weights_only=False)):
+        assert type(copied) is Int8Linear
+        assert copied.products == Products(grad_weight="high")
+        assert_equal(backward_of(copied, x), backward_of(linear, x))
+
+
+def test_state_dict_is_that_of_a_linear() -> None:
+    plain, linear = nn.Linear(K, N), layer()
+    assert list(linear.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(linear.state_dict())
+    linear.load_state_dict(plain.state_dict())
+    assert "int8: forward, grad_input, grad_weight" in repr(linear)
+
+
+# -- misuse ----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input() -> None:
+    linear = layer()
+    with pytest.raises(ValueError, match=r"input must be of shape \[\.\.\., 64\], got \(4, 63\)"):
+        linear(torch.randn(4, 63))
+    with pytest.raises(ValueError, match="input must be of shape"):
+        linear(torch.tensor(1.0))
+    with pytest.raises(
+        TypeError, match=r"must have the weight's dtype, torch\.float32, outside autocast, got .*bfloat16"
+    ):
+        linear(torch.randn(4, K, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match="must have the weight's dtype"):
+        linear(torch.ones(4, K, dtype=torch.int64))
+    with pytest.raises(ValueError, match="input is on meta but the weight on cpu"):
+        linear(torch.randn(4, K, device="meta"))
+    with pytest.raises(TypeError, match=r"weight must be float32, float16 or bfloat16, got torch\.float64"):
+        layer().double()(torch.randn(4, K).double())
+    with pytest.raises(ValueError, match="grad_input must be 'int8' or 'high', got 'int4'"):
+        layer(grad_input="int4")
+
+
+def test_second_derivatives_are_refused() -> None:
+    linear = layer()
+    x = torch.randn(4, K, requires_grad=True)
+    (grad,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
