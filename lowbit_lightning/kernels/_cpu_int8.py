@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,21 @@ SLOW = "no int8 instructions"
 _MANY = 1 << 15  # elements or sums below which a second thread costs more than it saves
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_QUANTIZE = [_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT]
-_MATMUL = [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT]
+_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT]
+_MATMUL: list[Any] = [
+    _POINTER,
+    _POINTER,
+    _LONG,
+    _LONG,
+    _LONG,
+    _POINTER,
+    _POINTER,
+    _POINTER,
+    _POINTER,
+    _INT,
+    _POINTER,
+    _INT,
+]
 
 
 @cache
@@ -90,7 +105,7 @@ def int8_matmul(
     return out
 
 
-def _quantize(kernel, x: Tensor, q: Tensor, scales: Tensor) -> None:
+def _quantize(kernel: Callable[..., None], x: Tensor, q: Tensor, scales: Tensor) -> None:
     rows, columns = x.shape
     threads = _threads(x.numel())
     kernel(x.data_ptr(), DTYPES[x.dtype], rows, columns, q.data_ptr(), scales.data_ptr(), threads)
