@@ -1,0 +1,140 @@
+"""The ops as torch sees them: registration, fake implementations, counting, the choice of a backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from lowbit_lightning import kernels
+
+OPS = torch.ops.lowbit_lightning
+
+
+def step_arguments(n: int = 2) -> tuple:
+    """Flat arguments of the op optimizer_step: SGD with momentum on n small matrices, 8-bit."""
+    params = [torch.randn(3, 70) for _ in range(n)]
+    states = [torch.full((3, 70), 127, dtype=torch.uint8) for _ in range(n)]
+    scales = [torch.zeros(3, 1) for _ in range(n)]
+    steps = [torch.zeros(()) for _ in range(n)]
+    grads = [torch.randn(3, 70) for _ in range(n)]
+    hyper = [0.1, 0.9, 0.0, 0.0]
+    optional = [None] * 4
+    keys = [0, list(range(n)), [0] * n, False, False]
+    return ("sgd_momentum", params, grads, steps, states, scales, hyper, 256, *optional, *keys)
+
+
+def lamb_arguments() -> tuple:
+    """Flat arguments of the op optimizer_norms: LAMB on one small matrix, 32-bit."""
+    tensors = [[torch.randn(3, 70)], [torch.randn(3, 70)], [torch.zeros(())]]
+    states = [torch.zeros(3, 70), torch.zeros(3, 70)]
+    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0]
+    return ("lamb", *tensors, states, [torch.zeros(0)] * 2, hyper, 256, *[None] * 4, 0, [0], [0], False, False)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("quantize_blockwise", lambda: (torch.randn(3, 70), "dynamic_signed", None, 64)),
+        (
+            "dequantize_blockwise",
+            lambda: (
+                *kernels.quantize_blockwise(torch.randn(3, 70), block_size=64),
+                *("dynamic_signed", None, 64, torch.bfloat16),
+            ),
+        ),
+        ("quantize_rowwise", lambda: (torch.randn(3, 70),)),
+        ("quantize_colwise", lambda: (torch.randn(3, 70),)),
+        (
+            "int8_matmul",
+            lambda: (
+                *(torch.randint(-127, 128, (n, 16), dtype=torch.int8) for n in (3, 5)),
+                *(torch.rand(3), torch.rand(5), None, torch.float32),
+            ),
+        ),
+        ("optimizer_step", lambda: (*step_arguments(), None)),
+        ("optimizer_norms", lambda: lamb_arguments()),
+    ],
+)
+def test_registered_as_torch_wants_it(op: str, arguments: object) -> None:
+    assert callable(arguments)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(OPS, op).default, arguments(), test_utils=tests)
+
+
+def test_calls_are_counted_by_backend() -> None:
+    kernels.reset_calls()
+    kernels.quantize_rowwise(torch.randn(2, 3))
+    with kernels.use_backend("reference"):
+        kernels.quantize_rowwise(torch.randn(2, 3))
+        kernels.quantize_rowwise(torch.randn(2, 3))
+    assert kernels.calls() == {("quantize_rowwise", "cpu"): 1, ("quantize_rowwise", "reference"): 2}
+    kernels.reset_calls()
+    assert kernels.calls() == {}
+
+
+def test_calls_are_counted_under_compile() -> None:
+    compiled = torch.compile(lambda x: kernels.quantize_rowwise(x)[0] * 2, fullgraph=True, backend="aot_eager")
+    kernels.reset_calls()
+    for _ in range(3):
+        compiled(torch.randn(2, 3))
+    assert kernels.calls() == {("quantize_rowwise", "cpu"): 3}
+
+
+def test_a_step_is_seen_by_version_counters() -> None:
+    flat = step_arguments(1)
+    p = flat[1][0].requires_grad_()
+    loss = (p * p).sum()
+    with torch.no_grad():
+        OPS.optimizer_step(*flat, None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'tpu'"), kernels.use_backend("tpu"):
+        pass
+
+
+def test_long_sums_are_split() -> None:
+    """127 * 127 * 140000 is more than an int32 holds."""
+    k = 140_000
+    a = torch.full((1, k), 127, dtype=torch.int8)
+    result = kernels.int8_matmul(a, a, torch.ones(1), torch.ones(1), torch.ones(1))
+    assert result.item() == pytest.approx(127 * 127 * k + 1, rel=1e-7)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter without a C++ compiler on its path."""
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", **environment},
+    )
+
+
+STEP_TWICE = """
+    import torch
+    from lowbit_lightning import kernels
+    for _ in range(2):
+        kernels.quantize_blockwise(torch.randn(2, 300))
+    print(kernels.calls())
+"""
+
+
+def test_without_a_compiler_the_reference_serves_and_says_so_once(tmp_path: object) -> None:
+    done = run(STEP_TWICE, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "{('quantize_blockwise', 'reference'): 2}" in done.stdout
+    assert done.stderr.count("many times slower") == 1
+    assert "compiler" in done.stderr
+
+
+def test_the_reference_on_request_is_silent(tmp_path: object) -> None:
+    done = run(STEP_TWICE, HOME=str(tmp_path), LOWBIT_LIGHTNING_BACKEND="reference")
+    assert "{('quantize_blockwise', 'reference'): 2}" in done.stdout
+    assert "slower" not in done.stderr

@@ -1,0 +1,279 @@
+"""The fused step on every backend of this machine: bit for bit against the reference, and the reference against
+float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels import StepArguments, reference, rules
+from lowbit_lightning.kernels.formats import BlockGrid, dynamic_map
+
+HYPER = {
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+    "momentum": 0.9,
+    "dampening": 0.1,
+}
+SHAPES = ((7, 700), (300,), (3, 5, 77), (16, 256), (9, 33), (1,))
+
+
+def fresh(
+    rule: str, shapes: tuple[tuple[int, ...], ...], bits: list[int], dtype: torch.dtype, block_size: int, **options: Any
+) -> StepArguments:
+    """Arguments for new parameters; ``bits`` by state."""
+    states, scales = [], []
+    for state, state_bits in zip(rules.get(rule).states, bits, strict=False):
+        zero = dynamic_map(state.codebook).zero_code
+        if state_bits == 8:
+            states.append([torch.full(s, zero, dtype=torch.uint8) for s in shapes])
+            scales.append([torch.zeros(BlockGrid.of(s, block_size).scales_shape) for s in shapes])
+        else:
+            states.append([torch.zeros(s) for s in shapes])
+            scales.append([torch.zeros(0) for _ in shapes])
+    return StepArguments(
+        rule,
+        params=[torch.randn(s).to(dtype) for s in shapes],
+        grads=[torch.zeros(s) for s in shapes],
+        steps=[torch.zeros(()) for _ in shapes],
+        states=states,
+        scales=scales,
+        hyper=[HYPER[name] for name in rules.get(rule).hyper],
+        block_size=block_size,
+        **options,
+    )
+
+
+def run(arguments: StepArguments, backend: str, steps: int, grad_dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """All that the steps wrote, from deep copies of the arguments."""
+
+    def copies(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.clone() for t in tensors]
+
+    a = replace(
+        arguments,
+        params=copies(arguments.params),
+        steps=copies(arguments.steps),
+        states=[copies(s) for s in arguments.states],
+        scales=[copies(s) for s in arguments.scales],
+    )
+    generator = torch.Generator().manual_seed(seed)
+    norms = None
+    with kernels.use_backend(backend):
+        for number in range(steps):
+            spread = [torch.exp(2 * torch.randn(p.shape, generator=generator)) for p in a.params]
+            a.grads = [(torch.randn(s.shape, generator=generator) * s).to(grad_dtype) for s in spread]
+            if number == 1:
+                a.grads[0].view(-1)[3] = float("nan")
+                a.grads[0].view(-1)[-1] = float("inf")
+            norms = kernels.optimizer_norms(a) if rules.get(a.rule).norms else None
+            kernels.optimizer_step(a, norms)
+    states, scales = [t for s in a.states for t in s], [t for s in a.scales for t in s]
+    return [*a.params, *a.steps, *states, *scales, *([] if norms is None else [norms])]
+
+
+def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+        assert x.dtype == y.dtype
+        same = (x == y) | (x.isnan() & y.isnan() if x.is_floating_point() else torch.zeros_like(x == y))
+        bad = (~same).nonzero()
+        assert not len(bad), f"tensor {i}: first difference at {bad[0].tolist()}: {x[~same][0]} against {y[~same][0]}"
+
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("bits", [8, 32])
+def test_cpu_equals_reference_to_the_bit(rule: str, bits: int) -> None:
+    arguments = fresh(rule, SHAPES, [bits] * 3, torch.float32, 256)
+    expected = run(arguments, "reference", 3, torch.float32, seed=1)
+    assert_same_bits(run(arguments, "cpu", 3, torch.float32, seed=1), expected)
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES)
+@pytest.mark.parametrize("block_size", [32, 256, 4096])
+def test_dtypes_and_block_sizes(dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int) -> None:
+    arguments = fresh("adamw", SHAPES, [8, 8], dtype, block_size)
+    expected = run(arguments, "reference", 3, grad_dtype, seed=2)
+    assert_same_bits(run(arguments, "cpu", 3, grad_dtype, seed=2), expected)
+
+
+@pytest.mark.parametrize("bits", [[8, 32], [32, 8]])
+def test_each_state_has_its_own_bits(bits: list[int]) -> None:
+    arguments = fresh("adamw", SHAPES, bits, torch.float32, 256)
+    expected = run(arguments, "reference", 3, torch.float32, seed=3)
+    assert_same_bits(run(arguments, "cpu", 3, torch.float32, seed=3), expected)
+
+
+def test_factors_maximize_and_lr_on_the_device() -> None:
+    scalars = {name: torch.tensor(value) for name, value in (("lr", 0.013), ("unscale", 0.37), ("clip", 0.9))}
+    arguments = fresh("lamb", SHAPES, [8, 8], torch.float32, 256, maximize=True, **scalars)
+    expected = run(arguments, "reference", 3, torch.float32, seed=4)
+    assert_same_bits(run(arguments, "cpu", 3, torch.float32, seed=4), expected)
+    plain = fresh("lamb", SHAPES, [8, 8], torch.float32, 256)
+    plain.params = arguments.params
+    assert not torch.equal(run(plain, "cpu", 3, torch.float32, seed=4)[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_skip_changes_nothing(backend: str) -> None:
+    arguments = fresh("adamw", SHAPES, [8, 8], torch.float32, 256, skip=torch.ones(()))
+    before = [*arguments.params, *arguments.steps, *arguments.states[0], *arguments.scales[1]]
+    after = run(arguments, backend, 2, torch.float32, seed=5)
+    n = len(SHAPES)
+    assert_same_bits(after[: 3 * n], before[: 3 * n])
+    arguments.skip = torch.zeros(())
+    assert run(arguments, backend, 2, torch.float32, seed=5)[n].item() == 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_non_finite_gradient_hurts_nobody_else(backend: str) -> None:
+    results = []
+    for poison in (False, True):
+        a = fresh("adamw", ((2, 512),), [8, 8], torch.float32, 256)
+        a.params = [torch.ones(2, 512)]
+        with kernels.use_backend(backend):
+            for _ in range(3):
+                a.grads = [torch.linspace(-1, 1, 1024).view(2, 512).clone()]
+                if poison:
+                    a.grads[0][1, 7] = float("nan")
+                else:
+                    a.grads[0][1, 7] = 0.0
+                kernels.optimizer_step(a)
+        results.append(a)
+    clean, poisoned = results
+    assert poisoned.params[0][1, 7].isnan()
+    assert poisoned.states[0][0][1, 7] == 127
+    assert poisoned.states[1][0][1, 7] == 0
+    for s in range(2):
+        assert torch.equal(clean.states[s][0], poisoned.states[s][0])
+        assert torch.equal(clean.scales[s][0], poisoned.scales[s][0])
+    others = torch.ones(2, 512, dtype=torch.bool)
+    others[1, 7] = False
+    assert torch.equal(clean.params[0][others], poisoned.params[0][others])
+
+
+def test_norms_are_sums_of_squares() -> None:
+    arguments = fresh("lamb", SHAPES, [8, 8], torch.float32, 256)
+    arguments.grads = [torch.randn(s) for s in SHAPES]
+    for backend in ("reference", "cpu"):
+        with kernels.use_backend(backend):
+            norms = kernels.optimizer_norms(arguments)
+        expected = torch.stack([p.double().square().sum() for p in arguments.params])
+        torch.testing.assert_close(norms[:, 0], expected, rtol=1e-6, atol=0)
+
+
+# -- random words ----------------------------------------------------------------------------------------------------
+
+
+def philox_scalar(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 in Python integers, as the paper has it."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def test_philox_known_answers() -> None:
+    """The published test vectors of Random123."""
+    assert philox_scalar([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 0xFFFFFFFF
+    assert philox_scalar([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**24), st.integers(0, 2**40))
+def test_random_words_are_philox(seed: int, ordinal: int, step: int, offset: int) -> None:
+    words = reference.random_words(seed, ordinal, step, offset, 11, torch.device("cpu"))
+    for i, word in enumerate(words.tolist()):
+        group, index = divmod(offset + i, 8)
+        block = philox_scalar([group % 2**32, group >> 32, step, ordinal], [seed % 2**32, seed >> 32])
+        assert word == block[index // 2] >> 16 * (index % 2) & 0xFFFF
+
+
+@pytest.mark.parametrize("offset", [0, 5, 2**33 + 3])
+def test_stochastic_rounding_is_equal_on_backends(offset: int) -> None:
+    options = {
+        "stochastic_rounding": True,
+        "seed": 2**63 - 5,
+        "offsets": [offset + 1000 * i for i in range(len(SHAPES))],
+    }
+    arguments = fresh("adamw", SHAPES, [8, 8], torch.bfloat16, 256, **options)
+    expected = run(arguments, "reference", 3, torch.bfloat16, seed=6)
+    assert_same_bits(run(arguments, "cpu", 3, torch.bfloat16, seed=6), expected)
+
+
+# -- bad arguments ---------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_are_named_before_anything_changes() -> None:
+    good = fresh("adamw", ((3, 70),), [8, 8], torch.float32, 256)
+
+    def bad(**changes: Any) -> StepArguments:
+        return replace(good, **changes)
+
+    sparse = torch.zeros(3, 70).to_sparse()
+    cases: list[tuple[StepArguments, type[Exception], str]] = [
+        (bad(rule="adamx"), ValueError, "rule must be one of .* got 'adamx'"),
+        (bad(block_size=7), ValueError, "block_size .* got 7"),
+        (bad(hyper=[1.0]), ValueError, "hyper must hold"),
+        (bad(grads=[]), ValueError, "grads must have one entry"),
+        (bad(grads=[torch.zeros(70, 3)]), ValueError, r"grads\[0\] must have the parameter's shape \(3, 70\)"),
+        (bad(grads=[sparse]), ValueError, "sparse gradients are not supported"),
+        (bad(params=[torch.zeros(3, 70, dtype=torch.float64)]), TypeError, "got torch.float64"),
+        (bad(states=good.states[:1]), ValueError, "states and scales must hold"),
+        (bad(scales=[[torch.zeros(3, 2)], good.scales[1]]), ValueError, r"scales of exp_avg\[0\] must be float32 of"),
+        (bad(states=[[torch.zeros(3, 70).half()], good.states[1]]), TypeError, "must be uint8 codes or float32"),
+        (bad(lr=torch.zeros(2)), ValueError, "lr must be one float32 value"),
+        (
+            bad(params=[torch.zeros(3, 70).half()], stochastic_rounding=True),
+            TypeError,
+            "stochastic_rounding serves bfloat16",
+        ),
+        (bad(rule="lamb"), ValueError, r"norms must be float64 of shape \(1, 2\)"),
+        (bad(states=[[torch.zeros(70, 3, dtype=torch.uint8).t()], good.states[1]]), ValueError, "must be contiguous"),
+        (bad(grads=[torch.zeros(3, 70, device="meta")]), ValueError, "is on meta"),
+    ]
+    before = good.params[0].clone()
+    for arguments, error, message in cases:
+        with pytest.raises(error, match=message):
+            kernels.optimizer_step(arguments)
+    assert torch.equal(good.params[0], before)
+    assert good.steps[0] == 0
+
+
+def test_dtypes_may_differ_within_a_call() -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float32]
+    parts = [fresh("adamw", ((3, 70),), [8, 8], dtype, 256) for dtype in dtypes]
+    together = StepArguments(
+        "adamw",
+        *([t for part in parts for t in getattr(part, name)] for name in ("params", "grads", "steps")),
+        *(
+            [list(itertools.chain(*(getattr(part, name)[s] for part in parts))) for s in range(2)]
+            for name in ("states", "scales")
+        ),
+        parts[0].hyper,
+    )
+    result = run(together, "cpu", 2, torch.float32, seed=8)
+    expected = run(together, "reference", 2, torch.float32, seed=8)
+    assert_same_bits(result, expected)
+    assert [t.dtype for t in result[:3]] == dtypes
