@@ -1,0 +1,88 @@
+"""Two DDP ranks on gloo: train through; stop in the middle of an epoch and resume; report losses and weights.
+
+Lightning starts the second rank by running this file again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lowbit_lightning
+from lowbit_lightning import kernels
+from lowbit_lightning.callbacks import DeterministicResume
+
+
+class Model(L.LightningModule):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+        self.seed = seed
+        self.losses: list[float] = []
+
+    def on_fit_start(self) -> None:
+        torch.manual_seed(self.seed + self.global_rank)  # each rank drops out on its own
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class SaveAt(L.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(model: Model, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        precision="int8-mixed",  # type: ignore[arg-type]
+        accelerator="cpu",
+        strategy="ddp",
+        devices=2,
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[DeterministicResume(), *callbacks],
+    )
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    trainer.fit(model, DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 4, shuffle=True), **settings)
+    return trainer
+
+
+def report(model: Model) -> dict[str, Any]:
+    return {"losses": model.losses, "weights": [p.double().sum().item() for p in model.parameters()]}
+
+
+def main(folder: Path) -> None:
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    assert lowbit_lightning.precision.NAME == "int8-mixed"
+    kernels.reset_calls()
+    through, resumed = Model(seed=1), Model(seed=99)
+    trainer = fit(through, SaveAt(3, folder / "three.ckpt"))
+    matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
+    fit(resumed, ckpt_path=folder / "three.ckpt", weights_only=False)
+    result = {"matmuls": matmuls, "through": report(through), "resumed": report(resumed)}
+    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
