@@ -142,8 +142,12 @@ SAVES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 }
 
 
-@pytest.mark.parametrize("limit", [{}, {"max_epochs": -1, "max_steps": 27}], ids=["epochs", "steps"])
-@pytest.mark.parametrize("save", SAVES)
+BY_STEPS = {"max_epochs": -1, "max_steps": 27}
+
+
+@pytest.mark.parametrize(
+    ("save", "limit"), [*((save, {}) for save in SAVES), ("mid-epoch", BY_STEPS), ("at the epoch's end", BY_STEPS)]
+)
 def test_losses_to_the_bit(tmp_path: Path, save: str, limit: dict[str, Any]) -> None:
     arguments, stop = SAVES[save]
     through, resumed = compare(tmp_path, loader, arguments, stop, DeterministicResume(), val_check_interval=3, **limit)
@@ -165,6 +169,30 @@ def test_without_the_callback_the_losses_differ(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="your dataloader is not resumable"):
         trainer(tmp_path).fit(resumed, ckpt_path=checkpoint.best_model_path)
     assert resumed.losses != through.losses[-len(resumed.losses) :]
+
+
+def test_an_epochs_end_needs_no_callback_where_nothing_is_random(tmp_path: Path) -> None:
+    def make() -> DataLoader:
+        return DataLoader(Noisy(noise=False), BATCH)
+
+    class Plain(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.net.eval()  # no dropout
+            loss = self.net(batch).square().mean()
+            self.losses.append((self.current_epoch, batch_idx, loss.item()))
+            return loss
+
+    seeded(0)
+    through = Plain(make)
+    trainer(tmp_path).fit(through)
+    seeded(0)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt")
+    trainer(tmp_path, checkpoint, max_epochs=1).fit(Plain(make))
+    seeded(1)
+    resumed = Plain(make)
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    trainer(tmp_path).fit(resumed, ckpt_path=checkpoint.best_model_path)
+    assert resumed.losses == through.losses[9:]
 
 
 def test_batches_already_used_are_not_loaded_again(tmp_path: Path) -> None:

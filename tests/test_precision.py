@@ -351,7 +351,7 @@ def test_pytorch_lightning_is_refused_where_it_was_imported_first(monkeypatch: p
 
 @pytest.mark.multiprocess
 def test_two_ranks(tmp_path: Path) -> None:
-    """DDP and DeterministicResume under it; tests/programs/two_ranks.py says what each rank reports."""
+    """DDP with DeterministicResume, and FSDP2; tests/programs/two_ranks.py says what each rank reports."""
     program = ROOT / "tests" / "programs" / "two_ranks.py"
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=240
@@ -361,6 +361,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert first["through"]["weights"] == second["through"]["weights"]
     assert first["through"]["losses"] != second["through"]["losses"]
     for rank in (first, second):
+        assert rank["sharded"] == []
         assert rank["matmuls"] == 2 * 8 * (2 + 3)
         assert len(rank["resumed"]["losses"]) == 2 * 8 - 3
         assert rank["resumed"]["losses"] == rank["through"]["losses"][3:]

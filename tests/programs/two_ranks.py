@@ -1,10 +1,12 @@
-"""Two DDP ranks on gloo: train through; stop in the middle of an epoch and resume; report losses and weights.
+"""Two ranks on gloo, started by Lightning, which runs this file again for the second.
 
-Lightning starts the second rank by running this file again.
+Under DDP: train through; stop in the middle of an epoch and resume; report losses and weights. Then, in the same
+process group, swapped layers under FSDP2 against the same layers alone.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -14,10 +16,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import lowbit_lightning
-from lowbit_lightning import kernels
+from lowbit_lightning import convert, kernels
 from lowbit_lightning.callbacks import DeterministicResume
 
 
@@ -72,6 +76,22 @@ def report(model: Model) -> dict[str, Any]:
     return {"losses": model.losses, "weights": [p.double().sum().item() for p in model.parameters()]}
 
 
+def sharded_gradients_differ() -> list[str]:
+    """Names whose gradient under FSDP2 isn't that of the unsharded model, bit for bit (equal batches: equal means)."""
+    torch.manual_seed(5)
+    alone = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 33))
+    report = convert.swap_linears(alone, output_layer=None)
+    sharded = copy.deepcopy(alone)
+    for layer in (sharded[0], sharded[2], sharded):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    assert convert.swap_linears(sharded, output_layer=None) == report, "a sharded layer counts as swapped"
+    x = torch.randn(6, 32)
+    for model in (alone, sharded):
+        model(x).square().sum().backward()
+    pairs = zip(alone.named_parameters(), sharded.parameters(), strict=True)
+    return [name for (name, p), q in pairs if not torch.equal(p.grad, q.grad.full_tensor())]  # type: ignore
+
+
 def main(folder: Path) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     assert lowbit_lightning.precision.NAME == "int8-mixed"
@@ -79,8 +99,9 @@ def main(folder: Path) -> None:
     through, resumed = Model(seed=1), Model(seed=99)
     trainer = fit(through, SaveAt(3, folder / "three.ckpt"))
     matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
-    fit(resumed, ckpt_path=folder / "three.ckpt", weights_only=False)
-    result = {"matmuls": matmuls, "through": report(through), "resumed": report(resumed)}
+    fit(resumed, ckpt_path=folder / "three.ckpt")
+    result: dict[str, Any] = {"matmuls": matmuls, "through": report(through), "resumed": report(resumed)}
+    result["sharded"] = sharded_gradients_differ()
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
