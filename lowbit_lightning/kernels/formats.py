@@ -73,14 +73,16 @@ def check_block_size(block_size: int) -> None:
 class DynamicMap:
     """The constants of a dynamic map, all float32. ``f`` is the number of a non-negative code (see the module).
 
-    ``decode_slope``, ``decode_offset``: by ``e = floor(log2 n)``, 0 to 8, with ``n = 2 f + 1`` (signed) or ``n = f``
-    (unsigned): ``value = n * slope[e] + offset[e]``; e = 0 is zero, e = 8 is 1.0, and e = d + 1 is decade d.
-    ``thresholds``: between decades d and d + 1, six. ``encode_slope``, ``encode_offset``, ``encode_limit``: by
-    decade, ``f = floor(min(x * slope[d] + offset[d], limit[d]))``. ``low``: signed: at most this encodes to zero;
-    unsigned: a positive value is raised to this. ``high``: more than this encodes to 1.0.
+    ``decode_slope``, ``decode_offset``: nine lines, ``value = n * slope[k] + offset[k]`` with ``n = f + 0.5`` (signed)
+    or ``n = f`` (unsigned) and ``k = floor(log2 n) - first_exponent``; k = 0 is zero, k = 8 is 1.0, k = d + 1 is
+    decade d. ``thresholds``: between decades d and d + 1, and the one above which a value encodes to 1.0 (decade 7,
+    so to speak). ``encode_slope``, ``encode_offset``, ``encode_limit``: eight lines by decade,
+    ``f = floor(min(x * slope[d] + offset[d], limit[d]))``. ``low``: signed: at most this encodes to zero; unsigned: a
+    positive value is raised to this.
     """
 
     signed: bool
+    first_exponent: int
     decode_slope: np.ndarray
     decode_offset: np.ndarray
     thresholds: np.ndarray
@@ -88,7 +90,6 @@ class DynamicMap:
     encode_offset: np.ndarray
     encode_limit: np.ndarray
     low: np.float32
-    high: np.float32
 
     @property
     def zero_code(self) -> int:
@@ -103,20 +104,20 @@ def dynamic_map(name: str) -> DynamicMap:
     steps = 2.0 ** (decade + (0 if signed else 1))  # P
     unit = 10.0 ** (decade - 6.0)  # the upper end of the decade
     slope, offset = 0.9 * unit / steps, unit * (0.1 + 0.9 * (0.5 - steps) / steps)  # value = f * slope + offset
-    if signed:  # in terms of n = 2 f + 1
-        slope, offset = slope / 2, offset - slope / 2
+    if signed:  # in terms of n = f + 0.5
+        offset = offset - slope / 2
     first, last = unit * (0.1 + 0.45 / steps), unit * (1 - 0.45 / steps)  # a decade's smallest and largest code
     f32 = np.float32
     return DynamicMap(
         signed=signed,
+        first_exponent=-1 if signed else 0,
         decode_slope=np.array([0, *slope, 0], f32),
         decode_offset=np.array([0, *offset, 1], f32),
-        thresholds=((last[:-1] + first[1:]) / 2).astype(f32),
-        encode_slope=(steps / (0.9 * unit)).astype(f32),
-        encode_offset=(steps * 8 / 9).astype(f32),
-        encode_limit=(2 * steps - 0.5).astype(f32),
+        thresholds=((last + [*first[1:], 1]) / 2).astype(f32),
+        encode_slope=np.array([*(steps / (0.9 * unit)), 0], f32),
+        encode_offset=np.array([*(steps * 8 / 9), 2 * steps[-1]], f32),
+        encode_limit=np.array([*(2 * steps - 0.5), 2 * steps[-1]], f32),
         low=f32(first[0] / 2 if signed else first[0]),
-        high=f32((last[-1] + 1) / 2),
     )
 
 
@@ -124,9 +125,9 @@ def dynamic_map(name: str) -> DynamicMap:
 def _dynamic_values(name: str) -> np.ndarray:
     constants = dynamic_map(name)
     code = np.arange(256)
-    n = 2 * np.abs(code - 127) + 1 if constants.signed else code + 1
-    e = np.frexp(n.astype(np.float64))[1] - 1  # floor(log2 n)
-    magnitude = n.astype(np.float32) * constants.decode_slope[e] + constants.decode_offset[e]  # two float32 roundings
+    n = (np.abs(code - 127) + 0.5 if constants.signed else code + 1).astype(np.float32)
+    line = np.frexp(n)[1] - 1 - constants.first_exponent
+    magnitude = n * constants.decode_slope[line] + constants.decode_offset[line]  # two float32 roundings
     return np.where(code < constants.zero_code, -magnitude, magnitude).astype(np.float32)
 
 
@@ -188,8 +189,8 @@ def cpp_tables() -> str:
 def _cpp_struct(name: str, constants: DynamicMap) -> str:
     arrays = ("decode_slope", "decode_offset", "thresholds", "encode_slope", "encode_offset", "encode_limit")
     lines = [f"struct {name}Constants {{", f"    static constexpr bool is_signed = {str(constants.signed).lower()};"]
-    for field in ("low", "high"):
-        lines.append(f"    static constexpr float {field} = {float(getattr(constants, field)).hex()}f;")
+    lines.append(f"    static constexpr int first_exponent = {constants.first_exponent};")
+    lines.append(f"    static constexpr float low = {float(constants.low).hex()}f;")
     for field in arrays:
         values = getattr(constants, field)
         text = ", ".join(f"{float(v).hex()}f" for v in values)

@@ -90,7 +90,7 @@ def _encode(x: Tensor, inverse: Tensor, codebook: str, values: Tensor | None) ->
     def line(name: str) -> Tensor:
         return torch.from_numpy(getattr(constants, name)).to(x.device)
 
-    low, high = float(constants.low), float(constants.high)
+    low = float(constants.low)
     y = x * inverse
     magnitude = y.abs() if constants.signed else y.clamp(min=low)
     decade = torch.bucketize(magnitude, line("thresholds"))
@@ -98,9 +98,7 @@ def _encode(x: Tensor, inverse: Tensor, codebook: str, values: Tensor | None) ->
     f = torch.minimum(f, line("encode_limit")[decade]).int()
     if constants.signed:
         f = torch.where(magnitude > low, f, 0)
-        f = torch.where(y > high, 128, f)
-        return torch.where(y < 0, 127 - f, 127 + f).to(torch.uint8)
-    f = torch.where(magnitude > high, 256, f)
+        return torch.where(y < 0, 127 - f, 127 + f).clamp(min=0).to(torch.uint8)
     return torch.where(x > 0, f - 1, 0).to(torch.uint8)
 
 

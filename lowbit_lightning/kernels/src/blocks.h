@@ -4,7 +4,7 @@
 #include "dynamic_map.h"
 
 constexpr float SMALLEST_SCALE = 0x1p-126f;
-constexpr int32_t INFINITY_BITS = 0x7f800000;
+constexpr uint32_t INFINITY_BITS = 0x7f800000;
 
 LB_FN float not_too_small(float scale) {
     if (scale == 0.0f) return 0.0f;
@@ -16,23 +16,21 @@ LB_FN float reciprocal(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale
 template <bool NON_NEGATIVE> struct MapOf { typedef DynamicSignedConstants Constants; };
 template <> struct MapOf<true> { typedef DynamicUnsignedConstants Constants; };
 
-// What a pass over a block's values collects for its scale.
+// What a pass over a block's values collects for its scale. NON_NEGATIVE: no value is below zero (but a NaN may be any).
 struct Extremes {
-    V high{};  // of the values, never below 0
-    I top{};   // of the magnitudes' bits: at least INFINITY_BITS if any is not finite
-    void see(V x) {
-        top = maximum(top, to_bits(absolute(x)));
-        high = maximum(x, high);
+    V high{};  // of the values, never below 0; only where they can be negative
+    I top{};   // of the magnitudes' bits, unsigned: at least INFINITY_BITS if any is not finite
+    template <bool NON_NEGATIVE> void see(V x) {
+        top = unsigned_maximum(top, NON_NEGATIVE ? to_bits(x) : to_bits(absolute(x)));
+        if (!NON_NEGATIVE) high = maximum(x, high);
     }
-    bool finite() const { return highest(top) < INFINITY_BITS; }
-    // Signed: the value of largest magnitude, positive on a tie. Unsigned: the largest value.
-    float scale(bool is_signed) const {
-        const float high_value = highest(high);
-        if (!is_signed) return not_too_small(high_value);
-        const int32_t bits = highest(top);
+    bool finite() const { return highest_unsigned(top) < INFINITY_BITS; }
+    // The value of largest magnitude, positive on a tie.
+    template <bool NON_NEGATIVE> float scale() const {
+        const uint32_t bits = highest_unsigned(top);
         float magnitude;
         memcpy(&magnitude, &bits, 4);
-        return not_too_small(high_value == magnitude ? high_value : -magnitude);
+        return not_too_small(NON_NEGATIVE || highest(high) == magnitude ? magnitude : -magnitude);
     }
 };
 

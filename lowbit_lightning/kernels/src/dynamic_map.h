@@ -2,20 +2,19 @@
 //
 // V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or DynamicUnsignedConstants, generated
 // from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for its V and I:
-//   splat<V>(float), splat<I>(int), to_float(I), to_int(V) (towards zero), to_bits(V), from_bits(I), where(mask, a, b), absolute(V), minimum(V, V), maximum(V, V)
-//   decode_line<C>(V n, V& slope, V& offset)                 the pair of e = floor(log2 n), 0 to 8
-//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit)   the triple of the number of thresholds below magnitude
+//   splat<V>(float), splat<I>(int), to_float(I), to_int(V) (towards zero), to_bits(V), from_bits(I), where(mask, a, b), absolute(V), minimum(V, V), maximum(V, V), maximum(I, I)
+//   decode_line<C>(V n, V& slope, V& offset)                     line k = floor(log2 n) - C::first_exponent, 0 to 8
+//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit)   line d = the number of thresholds below magnitude, 0 to 7
 // Every operation is rounded by itself, in this order, as in reference.py.
 #pragma once
 
 template <class C, class V, class I> LB_FN V decode(I code) {
     V slope, offset;
     if (C::is_signed) {
-        const I distance = code - 127;
-        const I sign = distance >> 31;
-        const V n = to_float(((distance ^ sign) - sign) * 2 + 1);
+        const V distance = to_float(code - 127);
+        const V n = absolute(distance) + 0.5f;
         decode_line<C>(n, slope, offset);
-        return from_bits(to_bits(n * slope + offset) ^ (sign << 31));
+        return from_bits(to_bits(n * slope + offset) ^ (to_bits(distance) & (int32_t)0x80000000));
     }
     const V n = to_float(code + 1);
     decode_line<C>(n, slope, offset);
@@ -32,9 +31,7 @@ template <class C, class V, class I> LB_FN I encode(V x, float inverse) {
     if (C::is_signed) {
         const I sign = to_bits(y) >> 31;
         f = where(magnitude > C::low, f, splat<I>(0));
-        f = where(y > C::high, splat<I>(128), f);
-        return 127 + ((f ^ sign) - sign);
+        return maximum(127 + ((f ^ sign) - sign), splat<I>(0));  // there is no -1.0: its neighbour is the nearest
     }
-    f = where(magnitude > C::high, splat<I>(256), f);
     return where(x > 0.0f, f - 1, splat<I>(0));
 }

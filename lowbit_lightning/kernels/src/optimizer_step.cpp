@@ -101,7 +101,7 @@ template <int S = 0> LB_FN void keep_states(const Parameter& q, const Position& 
         if constexpr (coded(S)) {
             const V kept = first_lanes(s[S], count);
             store(pending.values[S] + i, kept, W);
-            seen[S].see(kept);
+            seen[S].see<RULE_NON_NEGATIVE[S]>(kept);
         } else {
             store((float*)q.state[S] + at.start + i, s[S], count);
         }
@@ -110,18 +110,23 @@ template <int S = 0> LB_FN void keep_states(const Parameter& q, const Position& 
 }
 
 // An element any of whose coded states is not finite has them all set to zero.
-static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending, Extremes* seen) {
-    std::fill(seen, seen + STATES, Extremes());
+static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending) {
     for (int i = 0; i < n; i += W) {
         I finite = splat<I>(-1);
         for (int s = 0; s < RULE_STATES; ++s)
-            if (coded(s)) finite &= (I)(to_bits(absolute(load(pending.values[s] + i, W))) < INFINITY_BITS);
+            if (coded(s)) finite &= (I)(to_bits(absolute(load(pending.values[s] + i, W))) < (int32_t)INFINITY_BITS);
         for (int s = 0; s < RULE_STATES; ++s) {
             if (!coded(s)) continue;
-            const V kept = from_bits(to_bits(load(pending.values[s] + i, W)) & finite);
-            store(pending.values[s] + i, kept, W);
-            seen[s].see(kept);
+            store(pending.values[s] + i, from_bits(to_bits(load(pending.values[s] + i, W)) & finite), W);
         }
+    }
+}
+
+template <int S = 0> LB_FN void see_again(int n, const Pending& pending, Extremes* seen) {
+    if constexpr (S < RULE_STATES) {
+        seen[S] = Extremes();
+        for (int i = 0; i < n && coded(S); i += W) seen[S].see<RULE_NON_NEGATIVE[S]>(load(pending.values[S] + i, W));
+        see_again<S + 1>(n, pending, seen);
     }
 }
 
@@ -129,7 +134,7 @@ template <int S = 0> LB_FN void encode_states(const Parameter& q, const Position
     if constexpr (S < RULE_STATES) {
         if constexpr (coded(S)) {
             typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
-            const float scale = seen[S].scale(C::is_signed);
+            const float scale = seen[S].scale<RULE_NON_NEGATIVE[S]>();
             q.scales[S][at.block] = scale;
             encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)q.state[S] + at.start);
         }
@@ -155,7 +160,7 @@ LB_FN void store_parameter(const Call& call, const Parameter& q, const Position&
     const I words = random_words(call.seed, (uint32_t)q.ordinal, (uint32_t)(int64_t)*q.step, index);
     const I bits = to_bits(p);
     const Halves rounded = upper_halves(bits + words), nearest = narrow_bfloat16(p);
-    const auto finite = __builtin_convertvector((I)((bits & 0x7fffffff) < INFINITY_BITS), Halves);
+    const auto finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITY_BITS) & 0xffff);
     store_raw(q.p + at.start + i, (Halves)((rounded & finite) | (nearest & ~finite)), count);
 #else
     store(q.p + at.start + i, p, count);
@@ -182,9 +187,8 @@ static void update_block(const Call& call, const Parameter& q, const Scalars& c,
     bool finite = true;
     for (int s = 0; s < RULE_STATES; ++s) finite = finite && seen[s].finite();
     if (!finite) {
-        Extremes again[STATES];  // not `seen`: its address stays here, so that it lives in registers above
-        drop_non_finite(at.n, pending, again);
-        std::copy(again, again + STATES, seen);
+        drop_non_finite(at.n, pending);
+        see_again(at.n, pending, seen);
     }
     encode_states(q, at, pending, seen);
 }

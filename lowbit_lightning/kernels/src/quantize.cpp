@@ -29,23 +29,25 @@ template <class F> static void for_blocks(const Grid& grid, int threads, const F
     });
 }
 
-// The block as floats in `buffer`, padded with zeros to a multiple of W, non-finite values replaced by zero.
-template <class T> static Extremes gather(const T* x, int n, float* buffer) {
+// The block's scale; its values as floats in `buffer`, padded with zeros to a multiple of W, non-finite ones replaced by zero, and,
+// for a map without negative values, negative ones too.
+template <bool NON_NEGATIVE, class T> static float gather(const T* x, int n, float* buffer) {
     Extremes seen;
     for (int i = 0; i < n; i += W) {
-        const V v = load(x + i, std::min(W, n - i));
+        V v = load(x + i, std::min(W, n - i));
+        if (NON_NEGATIVE) v = maximum(v, V{});
         store(buffer + i, v, W);
-        seen.see(v);
+        seen.see<NON_NEGATIVE>(v);
     }
-    if (seen.finite()) return seen;
+    if (seen.finite()) return seen.scale<NON_NEGATIVE>();
     seen = Extremes();
     for (int i = 0; i < n; i += W) {
         V v = load(buffer + i, W);
-        v = where(to_bits(absolute(v)) < INFINITY_BITS, v, V{});
+        v = where(to_bits(absolute(v)) < (int32_t)INFINITY_BITS, v, V{});
         store(buffer + i, v, W);
-        seen.see(v);
+        seen.see<NON_NEGATIVE>(v);
     }
-    return seen;
+    return seen.scale<NON_NEGATIVE>();
 }
 
 template <class T, class C> static void quantize_dynamic(const T* x, const Grid& grid, uint8_t* codes, float* scales, int threads) {
@@ -53,7 +55,7 @@ template <class T, class C> static void quantize_dynamic(const T* x, const Grid&
         alignas(64) float buffer[MAX_BLOCK];
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
-        scales[b] = gather(x + start, n, buffer).scale(C::is_signed);
+        scales[b] = gather<!C::is_signed>(x + start, n, buffer);
         encode_block<C>(buffer, n, scales[b], codes + start);
     });
 }
@@ -69,7 +71,7 @@ static void quantize_custom(const T* x, const Grid& grid, const Codebook& book, 
         alignas(64) float buffer[MAX_BLOCK];
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
-        const float scale = gather(x + start, n, buffer).scale(book.has_negative);
+        const float scale = book.has_negative ? gather<false>(x + start, n, buffer) : gather<true>(x + start, n, buffer);
         scales[b] = book.carries_sign ? scale : fabsf(scale);
         const float inverse = reciprocal(scales[b]);
         for (int i = 0; i < n; ++i) {

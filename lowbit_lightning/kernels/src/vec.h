@@ -67,16 +67,24 @@ LB_FN V first_lanes(V x, int count) {
     return x;
 }
 
+#if defined(__AVX512F__)
+LB_FN I unsigned_maximum(I a, I b) { return (I)_mm512_max_epu32((__m512i)a, (__m512i)b); }
+LB_FN float highest(V x) { return _mm512_reduce_max_ps(x); }
+LB_FN uint32_t highest_unsigned(I x) { return _mm512_reduce_max_epu32((__m512i)x); }
+#else
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+LB_FN I unsigned_maximum(I a, I b) { return where((U)a > (U)b, a, b); }
 LB_FN float highest(V x) {
     float top = x[0];
     for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
     return top;
 }
-LB_FN int32_t highest(I x) {
-    int32_t top = x[0];
-    for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
+LB_FN uint32_t highest_unsigned(I x) {
+    uint32_t top = (uint32_t)x[0];
+    for (int i = 1; i < W; ++i) top = (uint32_t)x[i] > top ? (uint32_t)x[i] : top;
     return top;
 }
+#endif
 
 // ---- look-ups in small tables, and the lines of the dynamic maps
 
@@ -98,15 +106,15 @@ LB_FN V lookup(const Table& table, I index) {
 #endif
 }
 
-// Indexed by the low four bits of a float's exponent field: 127 + e is entry (15 + e) & 15.
-constexpr Table by_exponent(const float (&line)[9]) {
+// Indexed by the low four bits of a float's exponent field.
+constexpr Table by_exponent(const float (&line)[9], int first_exponent) {
     Table table{};
-    for (int e = 0; e < 9; ++e) table.at[(15 + e) & 15] = line[e];
+    for (int k = 0; k < 9; ++k) table.at[(127 + first_exponent + k) & 15] = line[k];
     return table;
 }
-constexpr Table by_decade(const float (&line)[7]) {
+constexpr Table by_decade(const float (&line)[8]) {
     Table table{};
-    for (int d = 0; d < 7; ++d) table.at[d] = line[d];
+    for (int d = 0; d < 8; ++d) table.at[d] = line[d];
     return table;
 }
 
@@ -116,7 +124,7 @@ template <class C> constexpr Binades binades() {
     float low = 1.0f;
     for (int field = 127; field >= 96; --field, low /= 2) {
         result.threshold[field & 31] = __builtin_inff();
-        for (int d = 0; d < 6; ++d) {
+        for (int d = 0; d < 7; ++d) {
             if (C::thresholds[d] < low) result.decade[field & 31]++;
             else if (C::thresholds[d] < 2 * low) result.threshold[field & 31] = C::thresholds[d];
         }
@@ -125,7 +133,8 @@ template <class C> constexpr Binades binades() {
 }
 
 template <class C> struct Lines {
-    static constexpr Table decode_slope = by_exponent(C::decode_slope), decode_offset = by_exponent(C::decode_offset);
+    static constexpr Table decode_slope = by_exponent(C::decode_slope, C::first_exponent);
+    static constexpr Table decode_offset = by_exponent(C::decode_offset, C::first_exponent);
     static constexpr Table slope = by_decade(C::encode_slope), offset = by_decade(C::encode_offset);
     static constexpr Table limit = by_decade(C::encode_limit);
     static constexpr Binades by_binade = binades<C>();
@@ -148,7 +157,7 @@ template <class C> LB_FN I decade_of(V magnitude) {
     return decade - (I)(magnitude > threshold);
 #else
     I decade{};
-    for (int d = 0; d < 6; ++d) decade -= (I)(magnitude > C::thresholds[d]);
+    for (int d = 0; d < 7; ++d) decade -= (I)(magnitude > C::thresholds[d]);
     return decade;
 #endif
 }
