@@ -107,6 +107,8 @@ class DeterministicResume(Callback):
             dataloader = original(dataloader)
             if trainer.training and not _is_stateful(dataloader):
                 _check(dataloader)
+                if self.replay_workers and dataloader.num_workers == 0:
+                    rank_zero_warn("DeterministicResume(replay_workers=True) does nothing where num_workers=0")
                 _Reader(self, dataloader, functools.partial(_position, trainer)).install()
             return dataloader
 

@@ -99,6 +99,7 @@ class _Int8Mixed:
             grad_weight=grad_weight,
         )
         self._module: weakref.ref[nn.Module] | None = None
+        self._warned = False
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Swap the layers in place (again: Lightning calls this for every fit, validate, test and predict)."""
@@ -115,7 +116,11 @@ class _Int8Mixed:
         module = None if self._module is None else self._module()
         parameter = None if module is None else next(module.parameters(), None)
         device = "cpu" if parameter is None else parameter.device.type
-        if self.autocast == "bf16" or (self.autocast == "auto" and computes_in_bf16(device)):
+        fast = computes_in_bf16(device)
+        if self.autocast == "bf16" and not fast and not self._warned:
+            self._warned = True
+            rank_zero_warn(f"autocast='bf16' on {device}, whose hardware emulates bf16: 'auto' or 'off' is faster")
+        if self.autocast == "bf16" or (self.autocast == "auto" and fast):
             return torch.autocast(device, torch.bfloat16)
         return nullcontext()
 
@@ -162,7 +167,8 @@ def computes_in_bf16(device_type: str) -> bool:
     if device_type != "cpu":
         return False
     if platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        tests = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(test() for test in tests)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
+from lowbit_lightning import optim
 from lowbit_lightning.callbacks import KEY, DeterministicResume
 from lowbit_lightning.precision import Int8MixedPrecision
 
@@ -26,7 +27,7 @@ class Noisy(Dataset):
     """Augments with all three global generators, in whichever process loads."""
 
     def __init__(self, noise: bool = True, samples: int = SAMPLES) -> None:
-        self.x = torch.randn(samples, 32, generator=torch.Generator().manual_seed(1))
+        self.x = torch.randn(samples, 64, generator=torch.Generator().manual_seed(1))
         self.noise = noise
         self.loaded: list[int] = []
 
@@ -37,14 +38,14 @@ class Noisy(Dataset):
         self.loaded.append(index)
         if not self.noise:
             return self.x[index]
-        return self.x[index] + 0.1 * torch.randn(32) + 0.1 * np.random.rand() + 0.1 * random.random()
+        return self.x[index] + 0.1 * torch.randn(64) + 0.1 * np.random.rand() + 0.1 * random.random()
 
 
 class Model(L.LightningModule):
     def __init__(self, loader: Any, validate: bool = True) -> None:
         super().__init__()
-        self.first = nn.Linear(32, 32)
-        self.net = nn.Sequential(self.first, nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 4))
+        self.first = nn.Linear(64, 64)
+        self.net = nn.Sequential(self.first, nn.Dropout(0.5), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 4))
         self.loader, self.validate = loader, validate
         self.losses: list[tuple[int, int, float]] = []
 
@@ -65,7 +66,7 @@ class Model(L.LightningModule):
         self.log("val", self.net(batch).square().mean())
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = optim.AdamW(self.parameters(), lr=1e-2, min_size=1024)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
@@ -130,6 +131,7 @@ def compare(
     assert resumed.losses == through.losses[-len(resumed.losses) :]
     for name, value in through.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    assert "exp_avg_codes" in torch.load(last, weights_only=True)["optimizer_states"][0]["state"][0]
     return through, resumed
 
 
@@ -326,7 +328,7 @@ def test_a_loader_given_to_fit_is_given_back_unchanged(tmp_path: Path) -> None:
 
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Tensor]:
-        yield from torch.randn(8, 32)
+        yield from torch.randn(8, 64)
 
 
 class OwnNumpy(RandomSampler):
@@ -343,7 +345,7 @@ class Endless(torch.utils.data.Sampler):
 
 REFUSED = {
     "Stream is an IterableDataset": lambda: DataLoader(Stream(), BATCH),
-    "no torch.utils.data.DataLoader": lambda: [torch.randn(4, 32)] * 3,
+    "no torch.utils.data.DataLoader": lambda: [torch.randn(4, 64)] * 3,
     "set persistent_workers=False": lambda: loader(num_workers=1, persistent_workers=True),
     "OwnNumpy.rng is a Generator": lambda: loader(shuffle=False, sampler=OwnNumpy(Noisy())),
     "its length is unknown": lambda: loader(shuffle=False, sampler=Endless()),
@@ -371,6 +373,11 @@ def test_stateful_loaders_are_left_to_lightning(tmp_path: Path) -> None:
     assert type(mine) is Stateful
     run.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)[KEY]["ranks"][0]["loaders"] == []
+
+
+def test_replaying_workers_that_are_not_there_warns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="does nothing where num_workers=0"):
+        trainer(tmp_path, DeterministicResume(replay_workers=True), max_epochs=1).fit(Model(loader))
 
 
 def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
