@@ -135,6 +135,16 @@ class Text(L.LightningDataModule):
 # Model
 
 
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (Su et al., 2021): turns the pairs of ``x [..., context, channels]`` by angles that grow with
+    the position, so that a product of two of them depends on their distance."""
+    frequency = 10_000 ** -torch.linspace(0, 1, x.shape[-1] // 2, device=x.device)
+    angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
+    a, b = x.float().chunk(2, dim=-1)
+    turned = torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), dim=-1)
+    return turned.to(x.dtype)
+
+
 class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -147,7 +157,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, context, width]
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
@@ -159,7 +169,6 @@ class GPT(L.LightningModule):
         super().__init__()
         self.settings, self.low_bit = settings, low_bit
         self.tokens = nn.Embedding(VOCABULARY, settings.width)
-        self.positions = nn.Embedding(settings.context, settings.width)
         self.blocks = nn.Sequential(*(Block(settings.width, settings.heads) for _ in range(settings.layers)))
         self.norm = nn.LayerNorm(settings.width)
         self.head = nn.Linear(settings.width, VOCABULARY, bias=False)
@@ -173,8 +182,7 @@ class GPT(L.LightningModule):
         self.val_perplexity = Perplexity()
 
     def forward(self, tokens: Tensor) -> Tensor:  # [batch, context] -> [batch, context, 256]
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens))))
         return logits.float()
 
     def training_step(self, windows: Tensor, index: int) -> Tensor:
