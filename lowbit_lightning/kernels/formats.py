@@ -113,7 +113,7 @@ def dynamic_map(name: str) -> DynamicMap:
         first_exponent=-1 if signed else 0,
         decode_slope=np.array([0, *slope, 0], f32),
         decode_offset=np.array([0, *offset, 1], f32),
-        thresholds=((last + [*first[1:], 1]) / 2).astype(f32),
+        thresholds=((last + np.append(first[1:], 1)) / 2).astype(f32),
         encode_slope=np.array([*(steps / (0.9 * unit)), 0], f32),
         encode_offset=np.array([*(steps * 8 / 9), 2 * steps[-1]], f32),
         encode_limit=np.array([*(2 * steps - 0.5), 2 * steps[-1]], f32),

@@ -9,3 +9,13 @@ LB_FN double power(double x, double n) {
     return result;
 }
 LB_FN double ratio(double a, double b) { return a > 0 && b > 0 ? a / b : 1.0; }
+LB_FN double minimum(double a, double b) { return b < a ? b : a; }
+// e ** x by a Taylor series after halvings, as in rules/rule.py.
+LB_FN double exponential(double x) {
+    int halvings = 0;
+    for (; x > 0.5 || x < -0.5; ++halvings) x *= 0.5;
+    double result = 1.0;
+    for (int n = 16; n > 0; --n) result = 1.0 + result * x / n;
+    for (; halvings > 0; --halvings) result *= result;
+    return result;
+}
