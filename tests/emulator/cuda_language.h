@@ -81,10 +81,10 @@ int run(const Launch* launch, void (*kernel)(void*), void* argument, void* insid
 
 #define EMULATOR_GLUE __attribute__((no_sanitize("thread"), noinline))
 
-template <class T> std::string type_name() {  // "p", or kind and size: "i4" "u8" "f4"
+template <class T> std::string type_name() {  // "p", or kind and size: "i4" "u8" "f4", "s24" for a struct
     if (std::is_pointer<T>::value) return "p";
     const char* kind = std::is_floating_point<T>::value ? "f" : std::is_signed<T>::value ? "i" : "u";
-    return std::is_arithmetic<T>::value ? kind + std::to_string(sizeof(T)) : "?";
+    return (std::is_arithmetic<T>::value ? kind : "s") + std::to_string(sizeof(T));
 }
 template <class... A> std::string signature(void (*)(A...)) {
     std::string text;
@@ -222,6 +222,7 @@ template <class A, class B> inline std::common_type_t<A, B> max(A a, B b) {
 using std::isfinite;
 using std::isinf;
 using std::isnan;
+using std::sqrt;  // of float too
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

@@ -85,9 +85,10 @@ class Module:
         """Run ``kernel``; returns when it is done.
 
         ``arguments``: an array or CPU tensor for a pointer, None for a null pointer, a number or ctypes value for a
-        scalar. A ctypes value must have exactly the type that the kernel declares: so is it on a GPU. ``order``:
-        "forward", "backward" or "random" (by ``seed``). ``shared``: bytes of dynamic shared memory. ``memory``: arrays
-        that the kernel reaches by pointers that lie in its other arguments; only check mode needs them.
+        scalar, a ctypes structure or array for a struct. A ctypes value must have exactly the type that the kernel
+        declares, since a GPU would read its bytes. ``order``: "forward", "backward" or "random" (by ``seed``).
+        ``shared``: bytes of dynamic shared memory. ``memory``: arrays that the kernel reaches by pointers that lie in
+        its other arguments; only check mode needs them.
 
         Raises EmulatorError for whatever the emulator finds wrong; it names the thread and, in check mode, the line.
         """
@@ -172,7 +173,9 @@ def _value(kernel: str, index: int, argument: Any, want: str) -> Any:
             raise EmulatorError(f"{where} is a pointer, got {argument!r}")
         return ctypes.c_void_p(_span(argument)[0])
     if want not in _CTYPES:
-        raise EmulatorError(f"{where} has a type that the emulator cannot pass; use pointers and numbers")
+        if not isinstance(argument, (ctypes.Structure, ctypes.Array)) or ctypes.sizeof(argument) != int(want[1:]):
+            raise EmulatorError(f"{where} is a struct of {want[1:]} bytes, got {argument!r}")
+        return argument
     if isinstance(argument, ctypes._SimpleCData):
         if type(argument) is not _CTYPES[want]:
             raise EmulatorError(f"{where} is {_CTYPES[want].__name__} in the kernel, got {argument!r}")

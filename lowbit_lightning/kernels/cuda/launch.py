@@ -1,0 +1,103 @@
+"""One kernel launch as data, and the executor that hands it to the CUDA driver.
+
+The ops describe every launch as a ``Launch`` and know nothing of streams or contexts; ``run`` knows nothing of the
+ops. Tests put an emulator in its place, and so execute the ops' own geometry and arguments without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.compile import NVRTC_HINT, CompilerNotFound, cubin
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of a CUDA text, its geometry and its arguments.
+
+    ``arguments``: a Tensor for a pointer, None for a null pointer, a ctypes value for a scalar or a struct, of exactly
+    the type that the kernel declares. ``memory``: tensors that the kernel reaches through pointers that lie in others.
+    """
+
+    text: str
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    arguments: tuple[Any, ...]
+    memory: tuple[Tensor, ...] = ()
+
+
+def as_ctypes(argument: Any) -> Any:
+    """An argument as the ctypes object whose bytes the driver copies."""
+    if argument is None:
+        return ctypes.c_void_p(0)
+    return ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument
+
+
+def load() -> None:
+    """Raise CompilerNotFound, saying what to install, where CUDA kernels cannot be compiled and launched."""
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+        from cuda.core import ObjectCode  # noqa: F401
+    except ImportError as error:
+        raise CompilerNotFound(f"CUDA kernels need cuda-core and NVRTC ({error}). {NVRTC_HINT}") from error
+    if not torch.cuda.is_available():
+        raise CompilerNotFound("torch sees no CUDA device; install a CUDA build of torch and a driver")
+
+
+def run(launch: Launch) -> None:
+    """Start ``launch`` on torch's current stream of the device that its tensors lie on; waits for nothing.
+
+    Under CUDA graph capture the launch becomes a node of the graph. A kernel's first launch compiles and loads it,
+    which capture does not allow: take one step before.
+    """
+    from cuda.bindings import driver
+
+    device = next(a.device for a in launch.arguments if isinstance(a, Tensor))
+    with torch.cuda.device(device):
+        _need_context(device)
+        kernel = _kernel(launch.text, launch.kernel, _architecture(device))
+        values = [as_ctypes(a) for a in launch.arguments]
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+        geometry = (*launch.grid, launch.block, 1, 1, 0)
+        (status,) = driver.cuLaunchKernel(kernel, *geometry, stream, ctypes.addressof(addresses), 0)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA kernel {launch.kernel!r} did not start on {device}: {status.name}")
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _library(text: str, architecture: str) -> Any:
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(cubin(text, architecture).code)
+
+
+@functools.cache
+def _kernel(text: str, name: str, architecture: str) -> Any:
+    """The driver's handle; it is good for every device of the architecture. ``_library`` keeps it alive."""
+    from cuda.bindings import driver
+
+    return driver.CUfunction(int(_library(text, architecture).get_kernel(name).handle))
+
+
+def _need_context(device: torch.device) -> None:
+    """A thread that has called nothing of CUDA's runtime yet has no context, though torch has chosen its device."""
+    from cuda.bindings import driver
+    from cuda.core import Device
+
+    _, context = driver.cuCtxGetCurrent()
+    if int(context) == 0:
+        Device(device.index).set_current()

@@ -1,0 +1,66 @@
+"""The table of parameters that the optimizer kernels read: addresses and shapes, one row each, in device memory.
+
+It travels there as kernel arguments (``src/table.cu`` says why) and is kept for the next step: as long as parameters,
+states and gradients stay where they are, no step sends it again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.compile import source_text
+from lowbit_lightning.kernels.cuda import launch
+
+_WORDS = 480  # of 8 bytes per launch; all arguments of a kernel may take 4 KiB
+_KEPT = 64  # tables
+_tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
+
+
+def parameter_table(arguments: StepArguments) -> tuple[Tensor, int]:
+    """The rows of ``struct Parameter`` in src/optimizer_step.cu, on the device, and the number of all blocks."""
+    words = array("q")
+    padding = [] if arguments.states else [0]
+    first_block = 0
+    for i, p in enumerate(arguments.params):
+        grid = arguments.grid(i)
+        words.extend((p.data_ptr(), arguments.grads[i].data_ptr(), arguments.steps[i].data_ptr()))
+        words.extend([s[i].data_ptr() for s in arguments.states] + padding)
+        words.extend([s[i].data_ptr() for s in arguments.scales] + padding)
+        words.extend((grid.row_length, grid.blocks_per_row, arguments.ordinals[i], arguments.offsets[i], first_block))
+        first_block += grid.rows * grid.blocks_per_row
+    row = len(words) // len(arguments.params)
+    words.extend([0] * (row - 1) + [first_block])
+    return _on_device(words, arguments.device), first_block
+
+
+def _on_device(words: array, device: torch.device) -> Tensor:
+    """The words as an int64 tensor, valid for what is launched on the current stream after this call."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Every replay of the graph has to find the table, wherever later steps move it: it gets its own, sent by nodes
+        # of the graph into memory of the graph.
+        return _send(words, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = device, stream, words.tobytes()
+    if key not in _tables:
+        _tables[key] = _send(words, device)
+        if len(_tables) > _KEPT:
+            _tables.popitem(last=False)  # the allocator reuses it in the order of its stream: after its last launch
+    _tables.move_to_end(key)
+    return _tables[key]
+
+
+def _send(words: array, device: torch.device) -> Tensor:
+    text = source_text("table.cu", prelude=f"#define WORDS {_WORDS}")
+    table = torch.empty(len(words), dtype=torch.int64, device=device)
+    for start in range(0, len(words), _WORDS):
+        part = words[start : start + _WORDS]
+        packed = (ctypes.c_int64 * _WORDS)(*part)
+        arguments = packed, ctypes.c_int(len(part)), table[start:]
+        launch.run(launch.Launch(text, "write_words", (1, 1, 1), _WORDS, arguments))
+    return table

@@ -1,0 +1,130 @@
+// The GPU's shim: what dynamic_map.h and the rules need when V is one float of one thread, the 16-bit floats, and loads
+// and stores of several elements at once. NVRTC gets no header of CUDA's: what is needed stands here.
+#pragma once
+
+#ifdef __CUDACC_RTC__  // NVRTC has no <cstdint>
+#pragma nv_diag_suppress 128, 177  // loops that a specialisation leaves empty, scalars that one part of a rule needs
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#endif
+
+#define LB_FN static __device__ __forceinline__
+#define LB_METHOD __device__ __forceinline__
+
+typedef float V;
+typedef int32_t I;
+
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One float at a time
+
+template <class T> LB_FN T where(bool mask, T a, T b) { return mask ? a : b; }
+template <class T, class S> LB_FN T splat(S x) { return x; }
+LB_FN V to_float(I x) { return (float)x; }
+LB_FN I to_int(V x) { return (int)x; }
+LB_FN I to_bits(V x) { return __float_as_int(x); }
+LB_FN V from_bits(I x) { return __int_as_float(x); }
+LB_FN V absolute(V x) { return fabsf(x); }
+LB_FN V maximum(V a, V b) { return a > b ? a : b; }
+LB_FN V minimum(V a, V b) { return a < b ? a : b; }
+LB_FN V sign(V x) { return x == 0.0f ? 0.0f : x == x ? copysignf(1.0f, x) : x; }  // NaN stays NaN
+LB_FN uint32_t magnitude_bits(float x) { return (uint32_t)to_bits(x) & 0x7fffffffu; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 16-bit floats
+
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+LB_FN float widen(float x) { return x; }
+LB_FN float widen(BFloat16 x) { return from_bits((int32_t)((uint32_t)x.bits << 16)); }
+LB_FN float widen(Half x) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+    return result;
+#else
+    _Float16 h;
+    memcpy(&h, &x, 2);
+    return (float)h;
+#endif
+}
+
+template <class T> LB_FN T narrow(float x);  // to nearest, ties to even
+template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <> __device__ __forceinline__ Half narrow<Half>(float x) {
+    Half result;
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+#else
+    const _Float16 h = (_Float16)x;
+    memcpy(&result, &h, 2);
+#endif
+    return result;
+}
+template <> __device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
+    const uint32_t bits = (uint32_t)to_bits(x), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return {(uint16_t)((x == x ? rounded : bits | 0x400000) >> 16)};  // a NaN stays one
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// N adjacent elements in one access (two where they are 32 bytes), from and to addresses aligned to its width
+
+template <int BYTES> struct Packet;
+template <> struct alignas(4) Packet<4> { uint32_t word[1]; };
+template <> struct alignas(8) Packet<8> { uint32_t word[2]; };
+template <> struct alignas(16) Packet<16> { uint32_t word[4]; };
+template <> struct alignas(16) Packet<32> { uint32_t word[8]; };
+
+LB_FN void copy(const Packet<4>* from, Packet<4>* to) { to->word[0] = from->word[0]; }
+LB_FN void copy(const Packet<8>* from, Packet<8>* to) { *(uint2*)to = *(const uint2*)from; }
+LB_FN void copy(const Packet<16>* from, Packet<16>* to) { *(uint4*)to = *(const uint4*)from; }
+LB_FN void copy(const Packet<32>* from, Packet<32>* to) {
+    ((uint4*)to)[0] = ((const uint4*)from)[0];
+    ((uint4*)to)[1] = ((const uint4*)from)[1];
+}
+
+template <class T, int N> constexpr int ACCESS_WIDTH = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
+
+LB_FN float unpack(const uint32_t* word, int i, float) { return from_bits((int32_t)word[i]); }
+LB_FN float unpack(const uint32_t* word, int i, Half) {
+    return widen(Half{(uint16_t)(word[i / 2] >> (16 * (i % 2)))});
+}
+LB_FN float unpack(const uint32_t* word, int i, BFloat16) {
+    return widen(BFloat16{(uint16_t)(word[i / 2] >> (16 * (i % 2)))});
+}
+LB_FN void pack(uint32_t* word, int i, float x) { word[i] = (uint32_t)to_bits(x); }
+template <class T> LB_FN void pack(uint32_t* word, int i, T x) {
+    word[i / 2] = i % 2 ? word[i / 2] | (uint32_t)x.bits << 16 : x.bits;
+}
+
+template <int N, class T> LB_FN void load_packet(const T* from, float* v) {
+    Packet<N * sizeof(T)> packet;
+    copy((const Packet<N * sizeof(T)>*)from, &packet);
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = unpack(packet.word, i, T());
+}
+template <int N, class T> LB_FN void store_packet(T* to, const T* v) {
+    Packet<N * sizeof(T)> packet;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack(packet.word, i, v[i]);
+    copy(&packet, (Packet<N * sizeof(T)>*)to);
+}
+template <int N> LB_FN void load_packet(const uint8_t* from, int32_t* v) {
+    Packet<N> packet;
+    copy((const Packet<N>*)from, &packet);
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = (int32_t)(packet.word[i / 4] >> (8 * (i % 4)) & 255);
+}
+template <int N> LB_FN void store_packet(uint8_t* to, const int32_t* v) {
+    Packet<N> packet;
+#pragma unroll
+    for (int i = 0; i < N; ++i) packet.word[i / 4] = (i % 4 ? packet.word[i / 4] : 0) | (uint32_t)v[i] << (8 * (i % 4));
+    copy(&packet, (Packet<N>*)to);
+}

@@ -1,0 +1,116 @@
+// What the optimizer kernels do with one quantisation block: find it, load it, apply the rule.
+//
+// Specialised by macros: BLOCK (elements), PARAM and GRAD (float, Half, BFloat16), CODED (bit s: state s is 8-bit
+// codes, else float); and by the rule's generated text.
+#pragma once
+#include "gpu.h"
+#include "scale.h"
+#include "group.h"
+#include "dynamic_tables.h"  // generated from formats.py
+#include "dynamic_lines.h"
+#include "dynamic_map.h"
+#include "rule_scalars.h"
+#include "rule.h"  // generated from rules.py
+#include "parameter.h"
+
+typedef Share<16 / sizeof(PARAM)> Mine;  // 16 bytes per access to the parameter
+constexpr int TEMPORARIES = RULE_TEMPORARIES ? RULE_TEMPORARIES : 1;
+
+template <int S> LB_FN constexpr bool coded() { return S < RULE_STATES && (CODED >> S & 1); }
+template <bool NON_NEGATIVE> struct MapOf { typedef DynamicSignedConstants Constants; };
+template <> struct MapOf<true> { typedef DynamicUnsignedConstants Constants; };
+template <int S> using Map = typename MapOf<RULE_NON_NEGATIVE[S]>::Constants;
+
+template <int S = 0> LB_FN bool uses_map(bool is_signed) {
+    if constexpr (S < RULE_STATES) return (coded<S>() && Map<S>::is_signed == is_signed) || uses_map<S + 1>(is_signed);
+    else return false;
+}
+
+// A thread's eight elements.
+struct Elements {
+    float p[PER_THREAD], g[PER_THREAD], s[STATES][PER_THREAD], t[TEMPORARIES][PER_THREAD];
+};
+
+// The addresses of one block.
+struct Block {
+    PARAM* p;
+    const GRAD* g;
+    void* state[STATES];
+    float* scale[STATES];
+    Position at;
+    bool packets;
+
+    template <int S> LB_METHOD auto state_at() const {
+        if constexpr (coded<S>()) return (uint8_t*)state[S];
+        else return (float*)state[S];
+    }
+};
+
+template <int S = 0> LB_FN void point_to_states(const Parameter& q, Block& b) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (coded<S>()) {
+            b.state[S] = (uint8_t*)q.state[S] + b.at.start;
+            b.scale[S] = q.scales[S] + b.at.block;
+        } else {
+            b.state[S] = (float*)q.state[S] + b.at.start;
+        }
+        b.packets = b.packets && Mine::aligned(b.template state_at<S>());
+        point_to_states<S + 1>(q, b);
+    }
+}
+LB_FN Block block_of(const Parameter& q, int64_t number) {
+    Block b;
+    b.at = position_of(number - q.first_block, q.blocks_per_row, q.row_length);
+    b.p = (PARAM*)q.p + b.at.start;
+    b.g = (const GRAD*)q.g + b.at.start;
+    b.packets = b.at.n == BLOCK && Mine::aligned(b.p) && Mine::aligned(b.g);
+    point_to_states(q, b);
+    return b;
+}
+
+template <bool PACKETS, int S = 0> LB_FN void load_states(const Block& b, Elements& e) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (coded<S>()) {
+            int32_t code[PER_THREAD];
+            const float scale = *b.scale[S];
+            Mine::load<PACKETS>((const uint8_t*)b.state[S], b.at.n, code);
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; ++i) e.s[S][i] = decode<Map<S>, V, I>(code[i]) * scale;
+        } else {
+            Mine::load<PACKETS>((const float*)b.state[S], b.at.n, e.s[S]);
+        }
+        load_states<PACKETS, S + 1>(b, e);
+    }
+}
+template <bool PACKETS> LB_FN void load(const Block& b, Elements& e) {
+    Mine::load<PACKETS>(b.p, b.at.n, e.p);
+    Mine::load<PACKETS>(b.g, b.at.n, e.g);
+    load_states<PACKETS>(b, e);
+}
+
+enum Part { DIRECTION, FINISH };
+template <Part PART> LB_FN void apply(const Scalars& c, Elements& e, int i) {
+    float s[STATES], t[TEMPORARIES];
+#pragma unroll
+    for (int k = 0; k < RULE_STATES; ++k) s[k] = e.s[k][i];
+    if (PART == FINISH)
+#pragma unroll
+        for (int k = 0; k < RULE_TEMPORARIES; ++k) t[k] = e.t[k][i];
+    if (PART == DIRECTION) rule_direction(c, e.p[i], e.g[i], s, t);
+    else rule_finish(c, e.p[i], e.g[i], s, t);
+#pragma unroll
+    for (int k = 0; k < RULE_STATES; ++k) e.s[k][i] = s[k];
+#pragma unroll
+    for (int k = 0; k < RULE_TEMPORARIES; ++k) e.t[k][i] = t[k];
+}
+
+// The parameter that block `number` belongs to: the last whose first block is not behind it.
+LB_FN int64_t find_parameter(const Parameter* parameters, int64_t count, int64_t number) {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (parameters[middle].first_block <= number) low = middle;
+        else high = middle;
+    }
+    return low;
+}

@@ -1,0 +1,107 @@
+// Sums of squares for rules with a trust ratio, on the GPU. The order of summation is part of what they mean, as said
+// in reference.py: a block is folded in halves in float, then the blocks' sums in halves in double, 256 at a time.
+//
+// Specialised by the macros of optimizer_block.h.
+#include "optimizer_block.h"
+
+// The sum of the group's values, in its first thread. Element j meets element j + half, half = BLOCK / 2 down to 1.
+template <int RUN> LB_FN float fold_group(float (&v)[PER_THREAD]) {
+#pragma unroll
+    for (int half = PER_THREAD / 2; half >= RUN; half /= 2)  // runs: they lie BLOCK / 2 apart
+#pragma unroll
+        for (int k = 0; k < half; ++k) v[k] += v[k + half];
+    if constexpr (GROUP > 32) {
+        __shared__ float exchange[THREADS * RUN];
+        const int mine = threadIdx.x * RUN;
+        for (int half = GROUP / 2; half >= 32; half /= 2) {
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < RUN; ++k) exchange[mine + k] = v[k];
+            __syncthreads();
+            if ((int)(threadIdx.x % GROUP) < half)
+#pragma unroll
+                for (int k = 0; k < RUN; ++k) v[k] += exchange[mine + half * RUN + k];
+        }
+    }
+#pragma unroll
+    for (int half = (GROUP < 32 ? GROUP : 32) / 2; half; half /= 2)
+#pragma unroll
+        for (int k = 0; k < RUN; ++k) v[k] += __shfl_xor_sync(ALL_LANES, v[k], half);
+#pragma unroll
+    for (int half = RUN / 2; half; half /= 2)
+#pragma unroll
+        for (int k = 0; k < half; ++k) v[k] += v[k + half];
+    return v[0];
+}
+
+// sums: [RULE_NORMS][blocks]
+extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_blocks(
+    const Parameter* parameters, int64_t count, int64_t blocks, int blocks_per_group, const Scalars* scalars,
+    const float* factor, double* sums) {
+    prepare_lines(uses_map(true), uses_map(false));
+    int64_t i = -1, number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
+    for (int turn = 0; turn < blocks_per_group; ++turn, number += GROUPS) {
+        float squares[RULE_NORMS][PER_THREAD] = {};
+        if (number < blocks) {
+            if (i < 0) i = find_parameter(parameters, count, number);
+            while (number >= parameters[i + 1].first_block) ++i;
+            Elements e;
+            const Block b = block_of(parameters[i], number);
+            if (b.packets) load<true>(b, e);
+            else load<false>(b, e);
+            const Scalars c = scalars[i];
+            const float f = *factor;
+#pragma unroll
+            for (int k = 0; k < PER_THREAD; ++k) {
+                e.g[k] *= f;
+                apply<DIRECTION>(c, e, k);
+                float t[TEMPORARIES], n[RULE_NORMS];
+#pragma unroll
+                for (int j = 0; j < RULE_TEMPORARIES; ++j) t[j] = e.t[j][k];
+                rule_norm_values(e.p[k], t, n);
+#pragma unroll
+                for (int j = 0; j < RULE_NORMS; ++j)
+                    squares[j][k] = Mine::index(k) < b.at.n ? n[j] * n[j] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < RULE_NORMS; ++j) {
+            const float sum = fold_group<16 / sizeof(PARAM)>(squares[j]);
+            if (number < blocks && threadIdx.x % GROUP == 0) sums[j * blocks + number] = sum;
+        }
+    }
+}
+
+// One CUDA block per parameter (x) and norm (y), a warp per 256 sums. Both buffers are [RULE_NORMS][blocks] and take
+// turns. out: [count][RULE_NORMS].
+extern "C" __global__ void __launch_bounds__(256) norm_fold(
+    const Parameter* parameters, int64_t blocks, double* sums, double* other, double* out) {
+    const int64_t first = parameters[blockIdx.x].first_block;
+    int64_t n = parameters[blockIdx.x + 1].first_block - first;
+    double *from = sums + blockIdx.y * blocks + first, *to = other + blockIdx.y * blocks + first;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    while (n > 1) {
+        const int64_t folds = (n + 255) / 256;
+        for (int64_t fold = warp; fold < folds; fold += 8) {
+            double v[8];
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                const int64_t index = fold * 256 + 32 * k + lane;
+                v[k] = index < n ? from[index] : 0.0;
+            }
+#pragma unroll
+            for (int half = 4; half; half /= 2)
+#pragma unroll
+                for (int k = 0; k < half; ++k) v[k] += v[k + half];
+#pragma unroll
+            for (int half = 16; half; half /= 2) v[0] += __shfl_xor_sync(ALL_LANES, v[0], half);
+            if (lane == 0) to[fold] = v[0];
+        }
+        __syncthreads();
+        double* swap = from;
+        from = to;
+        to = swap;
+        n = folds;
+    }
+    if (threadIdx.x == 0) out[blockIdx.x * RULE_NORMS + blockIdx.y] = n ? from[0] : 0.0;
+}

@@ -1,0 +1,15 @@
+// The table of parameters that the optimizer kernels read; cuda/table.py builds it.
+#pragma once
+
+constexpr int STATES = RULE_STATES ? RULE_STATES : 1;
+
+// One parameter. One more row ends the table; only its first_block counts.
+struct Parameter {
+    void* p;
+    const void* g;
+    float* step;
+    void* state[STATES];
+    float* scales[STATES];
+    int64_t row_length, blocks_per_row, ordinal, offset;
+    int64_t first_block;  // the number of its first block among those of all parameters
+};
