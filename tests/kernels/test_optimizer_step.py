@@ -4,6 +4,7 @@ float64."""
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,14 @@ HYPER = {
     "weight_decay": 1e-2,
     "momentum": 0.9,
     "dampening": 0.1,
+    "alpha": 0.95,
+    "variance_floor": 1 / 64,
+    "lr_decay": 0.1,
+    "trust_coefficient": 1e-2,
+    "log_beta1": math.log(0.9),
+    "log_beta3": math.log(0.999),
+    "t_alpha": 10.0,
+    "t_beta3": 10.0,
 }
 SHAPES = ((7, 700), (300,), (3, 5, 77), (16, 256), (9, 33), (1,))
 
