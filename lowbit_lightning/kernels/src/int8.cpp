@@ -29,7 +29,7 @@ template <class T> static void quantize_row(const T* x, int64_t n, int8_t* q, fl
         top2 = maximum(top2, to_bits(absolute(load(x + i + W, W))));
     }
     for (; i < n; i += W) top = maximum(top, to_bits(absolute(load(x + i, (int)least(W, n - i)))));
-    const Scale s = scale_of(highest(maximum(top, top2)));
+    const Scale s = scale_of((int32_t)highest_unsigned(maximum(top, top2)));
     *scale = s.scale;
     if (s.inverse == 0.0f) {
         memset(q, 0, n);
