@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -67,6 +67,15 @@ _DEFAULTS: dict[str, Any] = {
 _TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
 
 
+class _Work(NamedTuple):
+    """A parameter that a step is to change."""
+
+    ordinal: int
+    p: Tensor
+    grad: Tensor
+    """This rank's part."""
+
+
 class LowBitOptimizer(Optimizer):
     """Base of all optimizers here. Subclasses define ``_rule`` and their constructor.
 
@@ -97,13 +106,15 @@ class LowBitOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its keys overrule the defaults. See ``torch.optim.Optimizer``."""
-        _check_group({**self.defaults, **param_group})
+        merged = {**self.defaults, **param_group}
+        _check_group(merged, self._rule_of(merged))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for i, p in enumerate(group["params"]):
-            if p.dtype not in FLOATS:
-                self.param_groups.pop()
-                raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
+        try:
+            _check_dtypes(group)
+        except TypeError:
+            self.param_groups.pop()
+            raise
         group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
         if group["stochastic_rounding"] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
             warnings.warn("stochastic_rounding has no effect: no parameter of the group is bfloat16", stacklevel=3)
@@ -128,23 +139,24 @@ class LowBitOptimizer(Optimizer):
         ordinal = 0
         work = []
         for group in self.param_groups:
-            chosen = [(ordinal + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            _check_form(group)
+            chosen = [
+                _Work(ordinal + i, p, _local_grad(p)) for i, p in enumerate(group["params"]) if p.grad is not None
+            ]
             ordinal += len(group["params"])
-            for _, p in chosen:
-                _check_gradient(p)
             work.append((group, chosen))
         skip = self._skip_flag(work)
         for group, chosen in work:
-            for device in dict.fromkeys(p.device for _, p in chosen):
-                self._step_group(group, [(i, p) for i, p in chosen if p.device == device], device, skip)
+            for device in dict.fromkeys(w.p.device for w in chosen):
+                self._step_group(group, [w for w in chosen if w.p.device == device], device, skip)
         return loss
 
     def _step_group(
-        self, group: dict[str, Any], chosen: list[tuple[int, Tensor]], device: torch.device, skip: Tensor | None
+        self, group: dict[str, Any], chosen: list[_Work], device: torch.device, skip: Tensor | None
     ) -> None:
         rule = self._rule_of(group)
         self._keep_format(group, rule)
-        entries = [self._entries(p, group, rule) for _, p in chosen]
+        entries = [self._entries(w.p, group, rule) for w in chosen]
         states, scales = [], []
         for state in rule.states:
             coded = [blocks.is_coded(e, state.name) for e in entries]
@@ -155,8 +167,8 @@ class LowBitOptimizer(Optimizer):
         lr, hyper = _hyper(rule, group, device)
         arguments = kernels.StepArguments(
             rule=rule.name,
-            params=[shards.local(p) for _, p in chosen],
-            grads=[shards.local(p.grad) for _, p in chosen],  # type: ignore[arg-type]
+            params=[shards.local(w.p) for w in chosen],
+            grads=[w.grad for w in chosen],
             steps=[e["step"] for e in entries],
             states=states,
             scales=scales,
@@ -165,15 +177,16 @@ class LowBitOptimizer(Optimizer):
             lr=lr,
             skip=None if skip is None else skip.to(device),
             seed=group["seed"],
-            ordinals=[i for i, _ in chosen],
-            offsets=[shards.first_index(p) for _, p in chosen],
+            ordinals=[w.ordinal for w in chosen],
+            offsets=[shards.first_index(w.p) for w in chosen],
             maximize=group["maximize"],
             stochastic_rounding=group["stochastic_rounding"],
         )
         norms = None
         if rule.norms:
-            norms = shards.sum_over_shards([p for _, p in chosen], kernels.optimizer_norms(arguments))
+            norms = shards.sum_over_shards([w.p for w in chosen], kernels.optimizer_norms(arguments))
         kernels.optimizer_step(arguments, norms)
+        shards.mark_changed([w.p for w in chosen])
 
     def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Tensor]:
         """``state[p]``, created, or converted to the bits that the group asks for."""
@@ -201,18 +214,18 @@ class LowBitOptimizer(Optimizer):
                         _replace(self.state[p], state.name, new)
         group["state_format"] = wanted.to_dict()
 
-    def _skip_flag(self, work: list[tuple[dict[str, Any], list[tuple[int, Tensor]]]]) -> Tensor | None:
+    def _skip_flag(self, work: list[tuple[dict[str, Any], list[_Work]]]) -> Tensor | None:
         """One float on a device: 1 if any gradient is not finite. None where no group asks for it."""
-        if not any(group["skip_nonfinite"] for group, _ in work):
+        chosen = [w for _, in_group in work for w in in_group]
+        if not chosen or not any(group["skip_nonfinite"] for group, _ in work):
             return None
-        params = [p for _, chosen in work for _, p in chosen]
-        grads = [shards.local(p.grad) for p in params]  # type: ignore[arg-type]
-        grads = [g for g in grads if g.numel()]
-        if not grads:
-            return None
-        norms = torch._foreach_norm(grads, float("inf"))
-        largest = torch.stack([norm.to(grads[0].device, torch.float32) for norm in norms])
-        return shards.any_rank(params, 1.0 - torch.isfinite(largest).all().float())
+        flag = torch.zeros((), dtype=torch.float32, device=chosen[0].p.device)
+        grads = [w.grad for w in chosen if w.grad.numel()]
+        if grads:  # a rank may hold no rows of anything, and still takes part in what follows
+            norms = torch._foreach_norm(grads, float("inf"))
+            largest = torch.stack([norm.to(flag) for norm in norms])
+            flag = 1.0 - torch.isfinite(largest).all().float()
+        return shards.any_rank([w.p for w in chosen], flag)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -232,11 +245,16 @@ class LowBitOptimizer(Optimizer):
         def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             loaded.update(self._convert_saved(saved))
             pairs = zip(saved["param_groups"], self.param_groups, strict=False)
-            groups = [{**theirs, **{key: ours[key] for key in _OWN}} for theirs, ours in pairs]
+            groups = [
+                {**{k: ours[k] for k in self.defaults}, **theirs, **{k: ours[k] for k in _OWN}}
+                for theirs, ours in pairs
+            ]
             return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
 
         def put_states(_: Optimizer) -> None:
             self.state.update(loaded)
+            for group in self.param_groups:  # the checkpoint may have chosen another rule
+                group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
 
         before = self.register_load_state_dict_pre_hook(take_states)
         after = self.register_load_state_dict_post_hook(put_states, prepend=True)
@@ -261,11 +279,12 @@ class LowBitOptimizer(Optimizer):
     def _convert_entries(
         self, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule, group: dict[str, Any]
     ) -> dict[str, Tensor]:
-        step = torch.as_tensor(entries.get("step", 1.0), dtype=torch.float32)  # torch's SGD keeps no count
-        converted = {"step": shards.local(step).reshape(()).to(shards.local(p).device)}
+        step = entries.get("step")
+        if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
+            raise ValueError(f"the checkpoint's step must be one number, got {step!r}; it holds {sorted(entries)}")
+        count = shards.full(torch.as_tensor(step)).to(device=shards.local(p).device, dtype=torch.float32)
+        converted = {"step": count.reshape(())}
         for state in rule.states:
-            if state.name in entries and entries[state.name] is None:  # torch's SGD before its first step
-                continue
             converted.update(blocks.convert(p, state, entries, saved, self._bits(p, group), group["block_size"]))
         known = {
             *converted,
@@ -292,7 +311,8 @@ def _hyper(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tup
     return (lr.detach().float() if on_device else None), [float(values[name]) for name in rule.hyper]
 
 
-def _check_gradient(p: Tensor) -> None:
+def _local_grad(p: Tensor) -> Tensor:
+    """This rank's part of p's gradient, cut as p is."""
     grad = p.grad
     assert grad is not None
     if grad.is_sparse or grad.layout != torch.strided:
@@ -300,20 +320,37 @@ def _check_gradient(p: Tensor) -> None:
             f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({grad.layout}); "
             "build its embedding with sparse=False"
         )
+    return shards.part_of(p, grad)
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _check_form(group: dict[str, Any]) -> None:
     if group["bits"] not in (8, 32):
         raise ValueError(f"bits must be 8 or 32, got {group['bits']!r}")
+    check_block_size(group["block_size"])
+
+
+def _check_group(group: dict[str, Any], rule: rules.Rule) -> None:
+    _check_form(group)
     if not isinstance(group["min_size"], int) or group["min_size"] < 0:
         raise ValueError(f"min_size must be a number of elements, 0 or more, got {group['min_size']!r}")
-    check_block_size(group["block_size"])
     for name in ("lr", "eps", "weight_decay", "momentum"):
         if name in group and not float(group[name]) >= 0:
             raise ValueError(f"{name} must be 0 or more, got {group[name]}")
-    for i, beta in enumerate(group.get("betas", ())):
+    betas = group.get("betas", ())
+    wanted = sum(name.startswith("beta") for name in rule.hyper)
+    if len(betas) != wanted:
+        raise ValueError(f"betas must be {wanted} numbers, got {betas}")
+    for i, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+
+
+def _check_dtypes(group: dict[str, Any]) -> None:
+    for i, p in enumerate(group["params"]):
+        if p.dtype not in FLOATS:
+            raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
+        if group["stochastic_rounding"] and p.dtype == torch.float16:
+            raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16: leave it out")
 
 
 class SGD(LowBitOptimizer):
@@ -349,6 +386,15 @@ class SGD(LowBitOptimizer):
                 f"got momentum={group['momentum']}, dampening={group['dampening']}"
             )
         super().add_param_group(param_group)
+
+    def _convert_entries(
+        self, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule, group: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        if "step" not in entries:  # torch's SGD keeps no count, and None for a buffer that is not there yet
+            if entries.get("momentum_buffer") is None:
+                return {}
+            entries = {"step": 1.0, **entries}
+        return super()._convert_entries(p, entries, saved, rule, group)
 
 
 class AdamW(LowBitOptimizer):

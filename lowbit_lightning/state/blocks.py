@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels.formats import BlockGrid, dynamic_map
+from lowbit_lightning.kernels.formats import MAPS, BlockGrid, check_block_size, dynamic_map
 from lowbit_lightning.kernels.rules import Rule, State
 from lowbit_lightning.state import shards
 
@@ -46,13 +46,21 @@ class StateFormat:
 
     @classmethod
     def parse(cls, saved: Mapping[str, Any]) -> StateFormat:
-        """Raise ValueError for a version that this library does not know."""
+        """Raise ValueError for a version that this library does not know, or where something is missing."""
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"state_format must be a dict as state_dict() gives it, got {saved!r}")
         if saved.get("version") != VERSION:
             raise ValueError(
                 f"the checkpoint's optimizer state has format version {saved.get('version')!r}; this library reads "
                 f"version {VERSION}: update lowbit_lightning, or save again with a version that reads it"
             )
-        return cls(dict(saved["maps"]), int(saved["block_size"]))
+        maps, block_size = saved.get("maps"), saved.get("block_size")
+        if not isinstance(maps, Mapping) or not set(maps.values()) <= set(MAPS):
+            raise ValueError(f"state_format's maps must give one of {MAPS} by state, got {maps!r}")
+        if not isinstance(block_size, int):
+            raise ValueError(f"state_format's block_size must be a number of elements, got {block_size!r}")
+        check_block_size(block_size)
+        return cls(dict(maps), block_size)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,22 +102,42 @@ def convert(
     if is_coded(entries, state.name):
         if saved is None:
             raise ValueError(f"{codes_name(state.name)} comes without a state_format in its param group; cannot decode")
-        codes = _placed(p, entries[codes_name(state.name)], p.shape, torch.uint8, codes_name(state.name))
-        shape = BlockGrid.of(p.shape, saved.block_size).scales_shape
-        scales = _placed(p, entries[scales_name(state.name)], shape, torch.float32, scales_name(state.name))
-        same_map = saved.maps.get(state.name) == state.codebook
-        if bits == 8 and saved.block_size == block_size and same_map:
-            return _coded(p, state, codes, scales, block_size)
-        if state.name not in saved.maps:
-            raise ValueError(f"the checkpoint's state_format names no map for {state.name}: {dict(saved.maps)}")
-        values = kernels.dequantize_blockwise(codes, scales, saved.maps[state.name], saved.block_size)
+        codes, scales = _saved_codes(p, state.name, entries, saved)
+        if bits == 8 and saved.block_size == block_size and saved.maps.get(state.name) == state.codebook:
+            return _coded(p, state, _placed(p, codes), _placed(p, scales), block_size)
+        values = _decoded(p, state.name, codes, scales, saved)
     elif state.name in entries:
-        values = _placed(p, entries[state.name], p.shape, torch.float32, state.name)
+        values = _placed(p, _checked(p, entries, state.name, p.shape), torch.float32)
     else:
         raise ValueError(f"the checkpoint holds neither {state.name} nor {codes_name(state.name)}: {sorted(entries)}")
     if bits == 32:
         return {state.name: shards.like(p, values, p.shape)}
     return _coded(p, state, *kernels.quantize_blockwise(values, state.codebook, block_size), block_size)
+
+
+def _saved_codes(p: Tensor, name: str, entries: Mapping[str, Any], saved: StateFormat) -> tuple[Tensor, Tensor]:
+    """Codes and scales as they were saved, checked."""
+    codes = _checked(p, entries, codes_name(name), p.shape)
+    if codes.dtype != torch.uint8:
+        raise ValueError(
+            f"{codes_name(name)} must be uint8, got {codes.dtype}: something cast the codes on their way, as torch's "
+            "own Optimizer.load_state_dict does; load the checkpoint into a lowbit_lightning optimizer"
+        )
+    scales = _checked(p, entries, scales_name(name), BlockGrid.of(p.shape, saved.block_size).scales_shape)
+    if scales.dtype != torch.float32:
+        raise ValueError(f"{scales_name(name)} must be float32, got {scales.dtype}: something cast it on its way")
+    return codes, scales
+
+
+def _decoded(p: Tensor, name: str, codes: Tensor, scales: Tensor, saved: StateFormat) -> Tensor:
+    """This rank's float32 values of saved codes."""
+    if name not in saved.maps:
+        raise ValueError(f"the checkpoint's state_format names no map for {name}: {dict(saved.maps)}")
+    if shards.keeps_grid(p):
+        return kernels.dequantize_blockwise(_placed(p, codes), _placed(p, scales), saved.maps[name], saved.block_size)
+    device = shards.local(p).device
+    whole = [shards.full(x).to(device) for x in (codes, scales)]  # p's cut goes through blocks
+    return _placed(p, kernels.dequantize_blockwise(whole[0], whole[1], saved.maps[name], saved.block_size))
 
 
 def _coded(p: Tensor, state: State, codes: Tensor, scales: Tensor, block_size: int) -> dict[str, Tensor]:
@@ -119,16 +147,18 @@ def _coded(p: Tensor, state: State, codes: Tensor, scales: Tensor, block_size: i
     }
 
 
-def _placed(p: Tensor, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
-    """The local part of a saved tensor on p's device, checked."""
+def _checked(p: Tensor, entries: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    """A saved tensor of this name and global shape."""
+    value = entries.get(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the checkpoint's {name} must be a tensor, got {value!r}; it holds {sorted(entries)}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"{name} must have shape {tuple(shape)} for a parameter of shape {tuple(p.shape)}, got {tuple(value.shape)}"
         )
-    if dtype == torch.uint8 and value.dtype != torch.uint8:
-        raise ValueError(
-            f"{name} must be uint8, got {value.dtype}: something cast the codes on their way, as torch's own "
-            "Optimizer.load_state_dict does; load the checkpoint into a lowbit_lightning optimizer"
-        )
-    part = shards.part_of(p, value)
-    return part.to(device=shards.local(p).device, dtype=dtype).contiguous()
+    return value
+
+
+def _placed(p: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """This rank's part of a saved tensor, contiguous, on p's device."""
+    return shards.part_of(p, value).to(device=shards.local(p).device, dtype=dtype).contiguous()

@@ -21,6 +21,11 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def full(x: Tensor) -> Tensor:
+    """All of a DTensor, gathered from the ranks that share it; any other tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def like(p: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
     """A DTensor of global ``shape``, placed as p is, from this rank's part; the part itself for a plain p."""
     if not isinstance(p, DTensor):
@@ -32,20 +37,41 @@ def like(p: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def part_of(p: Tensor, value: Tensor) -> Tensor:
-    """This rank's part, as p is placed, of a tensor of global shape: a DTensor, or a plain tensor that every rank
-    has."""
+    """This rank's part, as p is placed, of a tensor of p's shape or one row per row of p: a DTensor, or a plain tensor
+    that every rank has.
+
+    Raises:
+        ValueError: for a plain tensor where p is neither replicated nor sharded in plain chunks.
+    """
     if isinstance(value, DTensor):
         if not isinstance(p, DTensor):
-            return value.full_tensor()
-        return value.redistribute(p.device_mesh, p.placements).to_local()
+            return full(value)
+        if value.placements != p.placements:  # a gradient may be Partial, a saved state replicated
+            value = value.redistribute(p.device_mesh, p.placements)
+        return value.to_local()
     if not isinstance(p, DTensor):
         return value
+    part = value
     for mesh_dim, placement in enumerate(p.placements):
-        if isinstance(placement, Shard):
-            pieces = value.chunk(p.device_mesh.size(mesh_dim), placement.dim)
+        if type(placement) is Shard:
+            pieces = part.chunk(p.device_mesh.size(mesh_dim), placement.dim)
             rank = p.device_mesh.get_local_rank(mesh_dim)
-            value = pieces[rank] if rank < len(pieces) else value.narrow(placement.dim, 0, 0)
-    return value
+            part = pieces[rank] if rank < len(pieces) else part.narrow(placement.dim, 0, 0)
+        elif not isinstance(placement, Replicate):
+            raise ValueError(
+                f"a plain tensor cannot be cut as a parameter placed as {p.placements}; load the checkpoint as "
+                "DTensors, by torch.distributed.checkpoint"
+            )
+    return part if part is value else part.clone()  # a view would keep all of the value in memory
+
+
+def _row_cut(p: DTensor) -> int | None:
+    """The mesh dimension along which p's rows are shared out, where that is all that is done to it."""
+    cuts = [i for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+    if len(cuts) != 1:
+        return None
+    placement = p.placements[cuts[0]]
+    return cuts[0] if type(placement) is Shard and placement.dim == 0 else None
 
 
 def keeps_grid(p: Tensor) -> bool:
@@ -53,22 +79,24 @@ def keeps_grid(p: Tensor) -> bool:
 
     Anything else (Shard(1), strided or nested shards, a sharded vector) keeps its state in 32 bits.
     """
-    if not isinstance(p, DTensor):
+    if not isinstance(p, DTensor) or all(isinstance(placement, Replicate) for placement in p.placements):
         return True
-    cuts = [placement for placement in p.placements if not isinstance(placement, Replicate)]
-    return not cuts or (len(cuts) == 1 and type(cuts[0]) is Shard and cuts[0].dim == 0 and p.ndim >= 2)
+    return _row_cut(p) is not None and p.ndim >= 2
 
 
 def first_index(p: Tensor) -> int:
-    """The global index of this rank's first element, for a placement that ``keeps_grid``; 0 otherwise."""
-    if not isinstance(p, DTensor) or not keeps_grid(p):
+    """The global index of this rank's first element, where p is cut once along dimension 0; 0 otherwise."""
+    cut = _row_cut(p) if isinstance(p, DTensor) else None
+    if cut is None:
         return 0
-    rows = p.shape[0] if p.ndim else 1
-    for mesh_dim, placement in enumerate(p.placements):
-        if isinstance(placement, Shard):
-            share = -(-rows // p.device_mesh.size(mesh_dim))  # torch.chunk's
-            return min(rows, share * p.device_mesh.get_local_rank(mesh_dim)) * prod(p.shape[1:])
-    return 0
+    assert isinstance(p, DTensor)
+    share = -(-p.shape[0] // p.device_mesh.size(cut))  # torch.chunk's
+    return min(p.shape[0], share * p.device_mesh.get_local_rank(cut)) * prod(p.shape[1:])
+
+
+def mark_changed(params: Sequence[Tensor]) -> None:
+    """Bump the version counters of DTensors whose local parts a kernel has written: autograd looks at theirs."""
+    torch.autograd.graph.increment_version([p for p in params if isinstance(p, DTensor)])
 
 
 def sum_over_shards(params: Sequence[Tensor], sums: Tensor) -> Tensor:
@@ -96,6 +124,6 @@ def _groups(params: Sequence[Tensor]) -> dict[dist.ProcessGroup, list[int]]:
     for i, p in enumerate(params):
         if isinstance(p, DTensor):
             for mesh_dim, placement in enumerate(p.placements):
-                if isinstance(placement, Shard):
+                if not isinstance(placement, Replicate):
                     groups.setdefault(p.device_mesh.get_group(mesh_dim), []).append(i)
     return groups
