@@ -52,8 +52,8 @@ SAME_LAYER = {
     "kernels.cpu": BACKEND_BASE | {"kernels._cpu_int8"},
     "kernels.cuda": BACKEND_BASE,
     "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed
-    "state.pages": {"state.blocks"},
-    "state.shards": {"state.blocks"},
+    "state.blocks": {"state.shards"},
+    "state.pages": {"state.blocks", "state.shards"},
     "state": {"state.blocks", "state.pages", "state.shards"},
 }
 LIGHTNING_FROM = 4  # below this layer nothing knows of Lightning
@@ -69,7 +69,28 @@ OPS = (
     "int8_matmul",
 )
 
-PUBLIC: dict[str, list[str]] = {}
+# Module -> its public names, in ruff's order. Add to them; renaming one breaks somebody.
+PUBLIC = {
+    "": ["Int8MixedPrecision", "callbacks", "convert", "kernels", "layers", "optim", "precision"],
+    "callbacks": ["DeterministicResume"],
+    "convert": ["Report", "restore", "swap_linears"],
+    "kernels": [
+        "StepArguments",
+        "calls",
+        "dequantize_blockwise",
+        "int8_matmul",
+        "optimizer_norms",
+        "optimizer_step",
+        "quantize_blockwise",
+        "quantize_colwise",
+        "quantize_rowwise",
+        "reset_calls",
+        "use_backend",
+    ],
+    "layers": ["Int8Linear", "Products"],
+    "optim": ["LAMB", "SGD", "AdamW", "LowBitOptimizer", "Options"],
+    "precision": ["FabricInt8MixedPrecision", "Int8MixedPrecision", "PrecisionNotApplied", "register"],
+}
 
 
 def unit_of(module: str) -> str:
@@ -159,8 +180,7 @@ def test_backends_have_equal_signatures(op: str) -> None:
 def test_public_names_are_pinned(name: str) -> None:
     module = importlib.import_module(f"lowbit_lightning{name and '.'}{name}")
     assert list(module.__all__) == PUBLIC[name]
-    assert list(module.__all__) == sorted(module.__all__), "__all__ is sorted"
-    missing = [public for public in module.__all__ if not hasattr(module, public)]
+    missing = [public for public in PUBLIC[name] if not hasattr(module, public)]
     assert not missing
 
 
