@@ -74,16 +74,16 @@ def scales_name(name: str) -> str:
     return f"{name}_scales"
 
 
-def create(p: Tensor, state: State, bits: int, block_size: int) -> dict[str, Tensor]:
-    """Entries of a state of zeros for the parameter p (a tensor or a DTensor), keyed by name."""
+def create(p: Tensor, state: State, bits: int, block_size: int, value: float = 0.0) -> dict[str, Tensor]:
+    """Entries of a state for the parameter p (a tensor or a DTensor), keyed by name; all elements are ``value``."""
     local = shards.local(p)
     if bits == 32:
-        zeros = torch.zeros(local.shape, dtype=torch.float32, device=local.device)
-        return {state.name: shards.like(p, zeros, p.shape)}
-    zero_code = dynamic_map(state.codebook).zero_code
-    codes = torch.full(local.shape, zero_code, dtype=torch.uint8, device=local.device)
+        full = torch.full(local.shape, value, dtype=torch.float32, device=local.device)
+        return {state.name: shards.like(p, full, p.shape)}
+    code = 255 if value else dynamic_map(state.codebook).zero_code  # the code of 1.0
+    codes = torch.full(local.shape, code, dtype=torch.uint8, device=local.device)
     grid = BlockGrid.of(local.shape, block_size)
-    scales = torch.zeros(grid.scales_shape, dtype=torch.float32, device=local.device)
+    scales = torch.full(grid.scales_shape, value, dtype=torch.float32, device=local.device)
     return _coded(p, state, codes, scales, block_size)
 
 

@@ -37,8 +37,8 @@ def like(p: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def part_of(p: Tensor, value: Tensor) -> Tensor:
-    """This rank's part, as p is placed, of a tensor of p's shape or one row per row of p: a DTensor, or a plain tensor
-    that every rank has.
+    """This rank's part, as p is placed, of a tensor of p's shape or one row per row of p: a DTensor, or a plain
+    tensor that every rank has.
 
     Raises:
         ValueError: for a plain tensor where p is neither replicated nor sharded in plain chunks.

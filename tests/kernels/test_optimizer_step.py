@@ -30,6 +30,7 @@ HYPER = {
     "variance_floor": 1 / 64,
     "lr_decay": 0.1,
     "trust_coefficient": 1e-2,
+    "beta3": 0.999,
     "log_beta1": math.log(0.9),
     "log_beta3": math.log(0.999),
     "t_alpha": 10.0,

@@ -119,15 +119,15 @@ def _rules() -> list[Rule]:
         # Pagliardini et al., 2024, algorithm 1 with the schedulers of its appendix A.1; decay as in AdamW.
         Rule(
             "ademamix",
-            (*_ADAM_HYPER, "alpha", "log_beta1", "log_beta3", "t_alpha", "t_beta3"),
+            (*_ADAM_HYPER, "beta3", "alpha", "log_beta1", "log_beta3", "t_alpha", "t_beta3"),
             (_EXP_AVG, State("exp_avg_slow"), _EXP_AVG_SQ),
             scalars=_DECAY
             + _ADAM_SCALARS
             + """
                 correction = 1 / (1 - power(beta1, step))
                 warm = minimum(step / t_beta3, 1.0)
-                beta3 = exponential(log_beta1 * log_beta3 / ((1 - warm) * log_beta3 + warm * log_beta1))
-                rest3 = 1 - beta3
+                rising = exponential(log_beta1 * log_beta3 / ((1 - warm) * log_beta3 + warm * log_beta1))
+                rest3 = 1 - where(warm < 1, rising, beta3)
                 weight = alpha * minimum(step / t_alpha, 1.0)
             """,
             direction=_DECOUPLED_DECAY

@@ -1,29 +1,25 @@
-"""Optimizers whose states are kept in 8 bits, with torch.optim's signatures and semantics.
+"""What all optimizers share: everything but the mathematics.
 
-``LowBitOptimizer`` does everything but the mathematics: it creates, converts, saves and loads states, and hands all
-parameters of a group to one fused step. An optimizer is a rule in ``kernels/rules.py`` and a short class here that
-names it.
+``LowBitOptimizer`` creates, converts, saves and loads states, and hands all parameters of a group to one fused step.
+An optimizer is a rule in ``kernels/rules`` and a short class in ``family.py`` that names it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.arguments import FLOATS
 from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, check_block_size
-from lowbit_lightning.state import blocks, shards
+from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
-
-__all__ = ["LAMB", "SGD", "AdamW", "LowBitOptimizer", "Options"]
 
 _OWN = ("bits", "min_size", "block_size", "state_format")
 """Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
@@ -67,6 +63,16 @@ _DEFAULTS: dict[str, Any] = {
 _TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
 
 
+def complete_options(options: Options) -> dict[str, Any]:
+    """The options with their defaults, without those that only torch knows. Raises for what is not to be had."""
+    unknown = set(options) - set(_DEFAULTS) - set(_TORCH_ONLY)
+    if unknown:
+        raise TypeError(f"unknown options {sorted(unknown)}; known: {sorted(_DEFAULTS)}")
+    if options.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: the fused step has no gradient; use torch.optim")
+    return {**_DEFAULTS, **{k: v for k, v in options.items() if k in _DEFAULTS}}
+
+
 class _Work(NamedTuple):
     """A parameter that a step is to change."""
 
@@ -88,19 +94,21 @@ class LowBitOptimizer(Optimizer):
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
-        unknown = set(options) - set(_DEFAULTS) - set(_TORCH_ONLY)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} got unknown options {sorted(unknown)}; known: {sorted(_DEFAULTS)}")
-        if options.get("differentiable"):
-            raise ValueError("differentiable=True is not supported: the fused step has no gradient; use torch.optim")
-        own = {**_DEFAULTS, **{k: v for k, v in options.items() if k in _DEFAULTS}}
-        super().__init__(params, {**defaults, **own, "state_format": None})
+        super().__init__(params, {**defaults, **complete_options(options), "state_format": None})
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
     def _rule(self, group: dict[str, Any]) -> str:
         """The name of the rule for a group."""
         raise NotImplementedError
+
+    def _derived(self, group: dict[str, Any]) -> dict[str, float]:
+        """Hyperparameters of the rule that are no keys of the group."""
+        return {}
+
+    def _initial(self, state: rules.State, group: dict[str, Any]) -> float:
+        """What a state is before the first step: 0 or a positive number."""
+        return 0.0
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
@@ -118,6 +126,13 @@ class LowBitOptimizer(Optimizer):
         group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
         if group["stochastic_rounding"] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
             warnings.warn("stochastic_rounding has no effect: no parameter of the group is bfloat16", stacklevel=3)
+
+    def _adopted(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group of another optimizer, with all that this one wants in it, checked."""
+        adopted = {**group, "state_format": StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()}
+        _check_group(adopted, self._rule_of(adopted))
+        _check_dtypes(adopted)
+        return adopted
 
     def _rule_of(self, group: dict[str, Any]) -> rules.Rule:
         return rules.get(self._rule(group))
@@ -151,6 +166,13 @@ class LowBitOptimizer(Optimizer):
                 self._step_group(group, [w for w in chosen if w.p.device == device], device, skip)
         return loss
 
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor, group: dict[str, Any], ordinal: int) -> None:
+        """Update one parameter of ``group``; ``ordinal`` is its place among all parameters. For
+        ``release_gradients``."""
+        _check_form(group)
+        self._step_group(group, [_Work(ordinal, p, _local_grad(p))], p.device, None)
+
     def _step_group(
         self, group: dict[str, Any], chosen: list[_Work], device: torch.device, skip: Tensor | None
     ) -> None:
@@ -164,7 +186,7 @@ class LowBitOptimizer(Optimizer):
             states.append([shards.local(e[name]) for e, name in zip(entries, names, strict=True)])
             pairs = zip(entries, coded, strict=True)
             scales.append([shards.local(e[blocks.scales_name(state.name)]) if c else e["step"] for e, c in pairs])
-        lr, hyper = _hyper(rule, group, device)
+        lr, hyper = _hyper(rule, {**group, **self._derived(group)}, device)
         arguments = kernels.StepArguments(
             rule=rule.name,
             params=[shards.local(w.p) for w in chosen],
@@ -197,7 +219,7 @@ class LowBitOptimizer(Optimizer):
         for state in rule.states:
             coded = blocks.is_coded(entries, state.name)
             if not coded and state.name not in entries:
-                entries.update(blocks.create(p, state, bits, group["block_size"]))
+                entries.update(blocks.create(p, state, bits, group["block_size"], self._initial(state, group)))
             elif coded != (bits == 8):
                 saved = StateFormat.parse(group["state_format"])
                 _replace(entries, state.name, blocks.convert(p, state, entries, saved, bits, group["block_size"]))
@@ -228,6 +250,26 @@ class LowBitOptimizer(Optimizer):
         return shards.any_rank([w.p for w in chosen], flag)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, bits: int | None = None) -> dict[str, Any]:  # type: ignore[override]
+        """The states as they are; with ``bits=32`` decoded, in the form that the twin in torch.optim loads."""
+        saved = super().state_dict()
+        if bits is None:
+            return saved
+        if bits != 32:
+            raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
+        state: dict[Any, Any] = {}
+        for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
+            rule = self._rule_of(ours)
+            self._keep_format(ours, rule)
+            for key, p in zip(theirs["params"], ours["params"], strict=True):
+                if key in saved["state"]:
+                    state[key] = self._convert_entries(
+                        p, saved["state"][key], _format_of(ours), rule, {**ours, "bits": 32}
+                    )
+            for name in _OWN:
+                theirs.pop(name, None)
+        return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` of this or of the twin in torch.optim returned.
@@ -268,12 +310,14 @@ class LowBitOptimizer(Optimizer):
         """The saved states in this optimizer's form, by parameter."""
         result: dict[Tensor, dict[str, Tensor]] = {}
         for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=False):
-            saved_format = theirs.get("state_format")
-            parsed = None if saved_format is None else StateFormat.parse(saved_format)
-            rule = self._rule_of({**ours, **theirs})
+            parsed, rule = _format_of(theirs), self._rule_of({**ours, **theirs})
             for key, p in zip(theirs["params"], ours["params"], strict=False):
-                if key in saved["state"]:
-                    result[p] = self._convert_entries(p, saved["state"][key], parsed, rule, ours)
+                if key not in saved["state"]:
+                    continue
+                entries, entries_format = saved["state"][key], parsed
+                if bitsandbytes.is_foreign(entries):
+                    entries, entries_format = bitsandbytes.translate(p, entries, rule)
+                result[p] = self._convert_entries(p, entries, entries_format, rule, ours)
         return result
 
     def _convert_entries(
@@ -291,6 +335,11 @@ class LowBitOptimizer(Optimizer):
             *(n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))),
         }
         return {**{k: v for k, v in entries.items() if k not in known}, **converted}
+
+
+def _format_of(group: dict[str, Any]) -> StateFormat | None:
+    saved = group.get("state_format")
+    return None if saved is None else StateFormat.parse(saved)
 
 
 def _replace(entries: dict[str, Tensor], name: str, new: dict[str, Tensor]) -> None:
@@ -351,93 +400,3 @@ def _check_dtypes(group: dict[str, Any]) -> None:
             raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16: leave it out")
-
-
-class SGD(LowBitOptimizer):
-    """Stochastic gradient descent, with momentum and Nesterov's variant; semantics of ``torch.optim.SGD``.
-
-    One state, ``momentum_buffer``; none without momentum. Args: as ``torch.optim.SGD``, and ``Options``.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "nesterov": nesterov}, options)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        if not group["momentum"]:
-            return "sgd"
-        return "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See ``LowBitOptimizer``."""
-        group = {**self.defaults, **param_group}
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError(
-                "nesterov=True needs momentum > 0 and dampening 0, "
-                f"got momentum={group['momentum']}, dampening={group['dampening']}"
-            )
-        super().add_param_group(param_group)
-
-    def _convert_entries(
-        self, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule, group: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        if "step" not in entries:  # torch's SGD keeps no count, and None for a buffer that is not there yet
-            if entries.get("momentum_buffer") is None:
-                return {}
-            entries = {"step": 1.0, **entries}
-        return super()._convert_entries(p, entries, saved, rule, group)
-
-
-class AdamW(LowBitOptimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019); semantics of ``torch.optim.AdamW``: decay first.
-
-    States ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` with amsgrad. Args: as ``torch.optim.AdamW``, and
-    ``Options``.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults, options)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "adamw_amsgrad" if group["amsgrad"] else "adamw"
-
-
-class LAMB(LowBitOptimizer):
-    """Layer-wise adaptive moments for large batches (You et al., 2020): AdamW with a trust ratio ||p|| / ||update||.
-
-    Norms are of whole parameters, summed over the ranks that share one. States ``exp_avg``, ``exp_avg_sq``. Args: as
-    ``AdamW``.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 1e-2,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, options)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "lamb"

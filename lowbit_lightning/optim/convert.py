@@ -1,0 +1,114 @@
+"""Coming from torch.optim, and parameters chosen by name."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from lowbit_lightning.optim import family
+from lowbit_lightning.optim.base import LowBitOptimizer, Options, complete_options
+
+_TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
+    torch.optim.SGD: family.SGD,
+    torch.optim.Adam: family.Adam,
+    torch.optim.AdamW: family.AdamW,
+    torch.optim.RMSprop: family.RMSprop,
+    torch.optim.Adagrad: family.Adagrad,
+}
+
+
+def convert_(optimizer: Optimizer, **options: Unpack[Options]) -> LowBitOptimizer:
+    """Turn a torch.optim optimizer into its low-bit twin, in place: the same object, so that schedulers and hooks
+    stay valid.
+
+    Groups, hyperparameters and states are kept; states are converted. ``options`` are those of all optimizers here; a
+    group's own keys win over them.
+
+    Returns:
+        the optimizer itself.
+
+    Raises:
+        TypeError: for a subclass, or an optimizer that has no twin here.
+        ValueError: for options out of range, or states that do not fit. Nothing has been changed then.
+    """
+    kind = type(optimizer)
+    if kind not in _TWINS:
+        known = sorted(f"torch.optim.{k.__name__}" for k in _TWINS)
+        raise TypeError(
+            f"optimizer must be exactly one of {known}, got {kind.__module__}.{kind.__qualname__}; a subclass may "
+            "update otherwise than its base, so build one of lowbit_lightning.optim in its place"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("differentiable=True is not supported: the fused step has no gradient")
+    own = complete_options(options)
+    optimizer.__class__ = _TWINS[kind]
+    assert isinstance(optimizer, LowBitOptimizer)
+    try:
+        groups = [optimizer._adopted({**own, **group}) for group in optimizer.param_groups]
+        states = {
+            p: optimizer._convert_entries(p, optimizer.state[p], None, optimizer._rule_of(group), group)
+            for group in groups
+            for p in group["params"]
+            if optimizer.state.get(p)
+        }
+    except BaseException:
+        optimizer.__class__ = kind  # type: ignore[assignment]
+        raise
+    for group, adopted in zip(optimizer.param_groups, groups, strict=True):
+        group.update(adopted)
+    optimizer.state.update(states)
+    optimizer.defaults = {**own, "state_format": None, **optimizer.defaults}
+    optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # torch's fused ones unscale in their step
+    _rewire_step(optimizer)
+    return optimizer
+
+
+def _rewire_step(optimizer: Optimizer) -> None:
+    """Make hooks and schedulers call the new class's ``step``: both hold on to what was there when they came."""
+    optimizer._patch_step_function()
+    if "step" not in vars(optimizer):
+        return
+    reference = weakref.ref(optimizer)
+
+    @wraps(type(optimizer).step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        this = reference()
+        assert this is not None
+        this._opt_called = True  # type: ignore[attr-defined]
+        return type(this).step(this, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+def group_parameters(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Param groups of a model's parameters by name: ``{"*embed*": {"bits": 32}, "*norm*": {"weight_decay": 0.0}}``.
+
+    Keys are shell patterns over the names of ``model.named_parameters()``; the first that matches counts. Parameters
+    that no pattern matches form the first group, with the optimizer's defaults. Frozen parameters are left out.
+
+    Raises:
+        ValueError: for a pattern that matches no trainable parameter.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    chosen: dict[str | None, list[nn.Parameter]] = {None: [], **{pattern: [] for pattern in overrides}}
+    for name, p in named:
+        chosen[next((pattern for pattern in overrides if fnmatchcase(name, pattern)), None)].append(p)
+    for pattern in overrides:
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
+            raise ValueError(
+                f"the pattern {pattern!r} matches no trainable parameter; there are {[n for n, _ in named]}"
+            )
+    return [
+        {**(overrides[pattern] if pattern is not None else {}), "params": params}
+        for pattern, params in chosen.items()
+        if params
+    ]

@@ -1,0 +1,97 @@
+"""Gradient release: the update runs inside backward, and the gradient is freed at once.
+
+A parameter's gradient is complete when autograd has accumulated it. Updating there and then means that only one
+gradient is alive at a time, instead of all of them (Lv et al., 2023, "Full Parameter Fine-tuning ... with Limited
+Resources").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lowbit_lightning.optim.base import LowBitOptimizer
+
+
+class ReleasedGradients:
+    """What ``release_gradients`` returns; ``remove()`` goes back to ordinary steps."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Remove the hooks; the optimizer steps as before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedGradients:
+    """Update each parameter during backward, as soon as its gradient is there, and free the gradient.
+
+    The training loop stays as it is: ``backward()``, ``optimizer.step()`` (which finds nothing left to do),
+    ``zero_grad()``. The result is that of the ordinary step, to the bit. What needs all gradients at once cannot
+    work and is refused: accumulation over several backward passes, clipping by norm, ``skip_nonfinite`` and a
+    GradScaler.
+
+    Args:
+        model: a LightningModule is asked for its Trainer's clipping, accumulation and scaler; any other module is
+        not used.
+        optimizer: of this library.
+
+    Raises:
+        TypeError: for another optimizer. ValueError: for a setting named above. RuntimeError, in backward: for a
+        second
+            gradient of a parameter before ``optimizer.step()``.
+    """
+    if not isinstance(optimizer, LowBitOptimizer):
+        raise TypeError(
+            f"optimizer must be one of lowbit_lightning.optim, got {type(optimizer).__name__}; see convert_"
+        )
+    if any(group["skip_nonfinite"] for group in optimizer.param_groups):
+        raise ValueError(
+            "skip_nonfinite=True looks at all gradients before any update: it cannot go with their release"
+        )
+    _check_trainer(getattr(model, "_trainer", None))
+    released: set[Tensor] = set()
+    places = {}
+    ordinal = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            places[p] = group, ordinal
+            ordinal += 1
+
+    def update(p: Tensor) -> None:
+        if p in released:
+            raise RuntimeError(
+                "a parameter got a second gradient before optimizer.step(): accumulation cannot go with "
+                "release_gradients; use accumulate_grad_batches=1, or do not release"
+            )
+        released.add(p)
+        optimizer.step_parameter(p, *places[p])
+        p.grad = None
+
+    def forget(*_: Any) -> None:
+        released.clear()
+
+    handles = [p.register_post_accumulate_grad_hook(update) for p in places if p.requires_grad]
+    return ReleasedGradients([*handles, optimizer.register_step_pre_hook(forget)])
+
+
+def _check_trainer(trainer: Any) -> None:
+    if trainer is None:
+        return
+    if getattr(trainer, "gradient_clip_val", None):
+        raise ValueError(
+            f"gradient_clip_val={trainer.gradient_clip_val} needs all gradients at once: it cannot go with release"
+        )
+    if getattr(trainer, "accumulate_grad_batches", 1) != 1:
+        raise ValueError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} keeps gradients: it cannot go with release"
+        )
+    if getattr(getattr(trainer, "precision_plugin", None), "scaler", None) is not None:
+        raise ValueError(
+            "a GradScaler unscales all gradients before the step: it cannot go with their release; use bf16"
+        )
