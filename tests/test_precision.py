@@ -101,6 +101,16 @@ def test_the_string_trains_in_int8() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.gpu
+def test_the_string_trains_in_int8_on_a_gpu() -> None:
+    model = Model()
+    kernels.reset_calls()
+    run = trainer(precision="int8-mixed", accelerator="gpu", devices=1, deterministic=False)
+    run.fit(model, data())
+    assert kernels.calls()["int8_matmul", "cuda"] == BATCHES * (2 + 3)
+    assert model.dtypes == {torch.bfloat16 if precision.computes_in_bf16("cuda") else torch.float32}
+
+
 def test_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_TRAINER_PRECISION", "int8-mixed")
     assert isinstance(trainer().precision_plugin, Int8MixedPrecision)
