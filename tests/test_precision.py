@@ -371,9 +371,10 @@ def test_pytorch_lightning_is_refused_where_it_was_imported_first(monkeypatch: p
 def test_two_ranks(tmp_path: Path) -> None:
     """DDP with DeterministicResume, and FSDP2; tests/programs/two_ranks.py says what each rank reports."""
     program = ROOT / "tests" / "programs" / "two_ranks.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=240
-    )
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # a checkout needs no install
+    command = [sys.executable, str(program), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["through"]["weights"] == second["through"]["weights"]
