@@ -1,8 +1,11 @@
 """The int8 ops on CPU: src/int8.cpp, compiled on first use, called through ctypes.
 
 Equal to reference.py to the bit: the quantisers divide, multiply and round in the same order, and the product is exact
-in int32 before it is scaled. (torch's own int8 engines are not used: oneDNN's scale in another order, saturate on
-processors without VNNI, and were measured slower than the kernel here; src/int8_gemm.h says how that works.)
+in int32 before it is scaled. src/int8_gemm.h says how the product is computed and with which instructions.
+
+torch's own engines are not used. ``torch._int_mm`` is as fast on a processor with AVX-512 VNNI, but leaves the scaling
+to another pass over memory; oneDNN's ``qlinear_pointwise`` scales in another order, and without AMX has no fast kernel
+for int8 inputs at all (measured: minutes instead of milliseconds). AMX itself is not used yet.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from lowbit_lightning.kernels.compile import host_library, source_text
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SLOW = "no int8 instructions"
-_MANY = 1 << 15  # elements or sums below which a second thread costs more than it saves
+_MANY = 1 << 15  # elements, or 64 products each, below which a second thread costs more than it saves
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT]
@@ -100,7 +103,7 @@ def int8_matmul(
         out.data_ptr(),
         DTYPES[out_dtype],
         workspace.data_ptr(),
-        _threads(m * n),
+        _threads(m * n * k // 64),
     )
     return out
 

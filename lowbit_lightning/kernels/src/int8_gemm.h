@@ -174,10 +174,12 @@ static void prepare(
 // finish(m, n, count, sums): the exact sums of row m, columns n to n + count - 1
 template <class F>
 static void multiply(const Workspace& w, int64_t M, int64_t N, int64_t K, int threads, const F& finish) {
-    const int64_t panels = (N + NR - 1) / NR, row_blocks = (M + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+    const int64_t panels = (N + NR - 1) / NR;
+    const int64_t share = up_to_multiple(M * panels / (4 * threads) + 1, MR);  // several tasks for each thread
+    const int64_t step = least(ROWS_PER_TASK, share), row_blocks = (M + step - 1) / step;
     parallel_for(row_blocks * panels, threads, [&](int64_t task) {
         alignas(64) int32_t sums[ROWS_PER_TASK * NR];
-        const int64_t first = task / panels * ROWS_PER_TASK, rows = least(ROWS_PER_TASK, M - first);
+        const int64_t first = task / panels * step, rows = least(step, M - first);
         const int64_t n = task % panels * NR, count = least(NR, N - n);
         const int vectors = (int)((count + W - 1) / W);
         for (int64_t i = 0; i < rows; ++i)
