@@ -157,6 +157,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, context, width]
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (F.rms_norm(t, t.shape[-1:]) for t in (q, k))  # bounded attention scores allow a higher learning rate
         attended = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
@@ -172,12 +173,14 @@ class GPT(L.LightningModule):
         self.blocks = nn.Sequential(*(Block(settings.width, settings.heads) for _ in range(settings.layers)))
         self.norm = nn.LayerNorm(settings.width)
         self.head = nn.Linear(settings.width, VOCABULARY, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith(("proj.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * settings.layers) if residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        residual = 0.02 / math.sqrt(2 * settings.layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=residual if name.endswith(("proj", "down")) else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         self.val_loss = MeanMetric()
         self.val_perplexity = Perplexity()
 
