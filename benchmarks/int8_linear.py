@@ -63,11 +63,11 @@ def candidates(tokens: int, inputs: int, outputs: int, device: str) -> list[Cand
     return [
         Candidate("fp32", lambda: passes(plain, x)),
         Candidate("bf16 autocast", lambda: passes(plain, x, autocast=True)),
-        Candidate("Int8Linear, fp32", lambda: ours(False)),
-        Candidate("Int8Linear, bf16", lambda: ours(True)),
-        Candidate("torchao int8, fp32", lambda: torchao(False, torch.float32)),
-        Candidate("torchao int8, fp32, compiled", lambda: torchao(True, torch.float32)),
-        Candidate("torchao int8, bf16, compiled", lambda: torchao(True, torch.bfloat16)),
+        Candidate("Int8Linear fp32", lambda: ours(False)),
+        Candidate("Int8Linear bf16", lambda: ours(True)),
+        Candidate("torchao int8 fp32", lambda: torchao(False, torch.float32)),
+        Candidate("torchao int8 fp32 compiled", lambda: torchao(True, torch.float32)),
+        Candidate("torchao int8 bf16 compiled", lambda: torchao(True, torch.bfloat16)),
     ]
 
 

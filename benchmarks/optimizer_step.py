@@ -51,14 +51,14 @@ def contenders() -> list[Contender]:
         return lambda params: torch.optim.AdamW(params, lr=1e-4, **options)
 
     return [
-        Contender("torch AdamW, fused", torchs(fused=True), 2, 32),
-        Contender("torch AdamW, foreach", torchs(foreach=True), 2, 32),
+        Contender("torch AdamW fused", torchs(fused=True), 2, 32),
+        Contender("torch AdamW foreach", torchs(foreach=True), 2, 32),
         Contender("bitsandbytes AdamW8bit", other("bitsandbytes.optim"), 2, 8),
         Contender("torchao AdamW8bit", other("torchao.optim"), 2, 8),
-        Contender("AdamW, 8 bits", lambda params: optim.AdamW(params, lr=1e-4), 2, 8),
-        Contender("AdamW, 32 bits", lambda params: optim.AdamW(params, lr=1e-4, bits=32), 2, 32),
-        Contender("SGD with momentum, 8 bits", lambda params: optim.SGD(params, lr=1e-4, momentum=0.9), 1, 8),
-        Contender("LAMB, 8 bits", lambda params: optim.LAMB(params, lr=1e-4), 2, 8),
+        Contender("AdamW 8 bits", lambda params: optim.AdamW(params, lr=1e-4), 2, 8),
+        Contender("AdamW 32 bits", lambda params: optim.AdamW(params, lr=1e-4, bits=32), 2, 32),
+        Contender("SGD with momentum 8 bits", lambda params: optim.SGD(params, lr=1e-4, momentum=0.9), 1, 8),
+        Contender("LAMB 8 bits", lambda params: optim.LAMB(params, lr=1e-4), 2, 8),
     ]
 
 
@@ -102,7 +102,7 @@ def case(report: Report, name: str, millions: float, bandwidth: float) -> None:
     for c in running:
         speed = moved[c.name] / c.median
         times = f"{1e3 * c.median:.2f}", c.spread, f"{1e3 * c.best:.2f}", f"{count / c.median / 1e6:.0f}"
-        ratios = ratio(c, "torch AdamW, fused"), ratio(c, "bitsandbytes AdamW8bit")
+        ratios = ratio(c, "torch AdamW fused"), ratio(c, "bitsandbytes AdamW8bit")
         rows.append([c.name, *times, f"{speed / 1e9:.1f}", f"{100 * speed / bandwidth:.0f} %", *ratios])
     header = ["one step", "ms", "spread", "best", "Mparam/s", "GB/s", "of a copy", "fused / it", "bitsandbytes / it"]
     report.table(header, rows)
