@@ -1,0 +1,62 @@
+"""Parameters, gradients and comparisons that the optimizers' tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lowbit_lightning import kernels, optim
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For files that import it: small tensors gain nothing from more, and wait long for them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    return [Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def twins(params: list[Parameter]) -> list[Parameter]:
+    return [Parameter(p.detach().clone()) for p in params]
+
+
+def spread(p: Tensor) -> Tensor:
+    """A gradient whose elements spread over some decades."""
+    return (torch.randn(p.shape) * torch.exp(2 * torch.randn(p.shape))).to(p.dtype)
+
+
+def values(params: list[Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def decoded(optimizer: optim.LowBitOptimizer, p: Parameter, name: str, codebook: str) -> Tensor:
+    state = optimizer.state[p]
+    return kernels.dequantize_blockwise(state[f"{name}_codes"], state[f"{name}_scales"], codebook)
+
+
+def ulp(x: Tensor) -> Tensor:
+    """The distance to the next float32."""
+    x = x.abs()
+    return torch.nextafter(x, torch.full_like(x, torch.inf)) - x
+
+
+def step(optimizer: torch.optim.Optimizer, params: list[Parameter], seed: int = 0) -> None:
+    """A step with gradients that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step()
+
+
+def close(ours: list[Parameter], theirs: list[Parameter], tolerance: float = 1e-6) -> None:
+    for p, q in zip(ours, theirs, strict=True):
+        assert (p.detach() - q.detach()).norm() <= tolerance * q.detach().norm()
