@@ -1,7 +1,7 @@
 """Puts the emulator in the place of the CUDA driver: the CUDA backend's own code, on CPU tensors.
 
 with emulated(order="backward"):
-    codes, scales = cuda.quantize_blockwise(x, "dynamic_signed", None, 256)
+    codes, scales = kernels.quantize_blockwise(x)
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from contextlib import contextmanager
 from functools import cache
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
+
 from emulator.module import Module
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels import cuda
 from lowbit_lightning.kernels.cuda import launch, table
 
 _module = cache(Module)
+_int_mm = torch._int_mm
 
 
 @contextmanager
 def emulated(*, check: bool = False, order: str = "forward", seed: int = 0) -> Iterator[list[launch.Launch]]:
-    """Run the CUDA backend in the emulator; yields the launches made so far."""
+    """Run the ops on the CUDA backend in the emulator; yields the launches made so far."""
     launches: list[launch.Launch] = []
 
     def run(one: launch.Launch) -> None:
@@ -28,7 +34,25 @@ def emulated(*, check: bool = False, order: str = "forward", seed: int = 0) -> I
             one.kernel, one.grid, one.block, one.arguments, order=order, seed=seed, memory=one.memory
         )
 
-    table._tables.clear()
-    with patch.object(launch, "run", run):
-        yield launches
-    table._tables.clear()
+    table.forget()
+    with (
+        patch.object(launch, "run", run),
+        patch.object(cuda, "load", lambda: None),
+        patch.object(torch, "_int_mm", _int_mm_of_cuda),
+    ):
+        try:
+            with kernels.use_backend("cuda"):
+                yield launches
+        finally:
+            kernels._load.cache_clear()  # it has seen "cuda" load, which it does here only
+            table.forget()
+
+
+def _int_mm_of_cuda(a: Tensor, b: Tensor) -> Tensor:
+    """``torch._int_mm`` with what it asks of shapes on CUDA, and less on a CPU."""
+    assert a.shape[0] > 16, f"CUDA wants more than 16 rows, got {tuple(a.shape)}"
+    assert b.shape[0] in range(8, 1 << 30, 8), f"CUDA wants K in multiples of 8, got {tuple(b.shape)}"
+    assert b.shape[1] % 8 == 0, f"CUDA wants N in multiples of 8, got {tuple(b.shape)}"
+    assert a.stride(1) == 1, f"cuBLASLt's int8 product is A @ B^T of row-major A, got strides {a.stride()}"
+    assert b.stride(0) == 1, f"cuBLASLt's int8 product is A @ B^T of row-major B, got strides {b.stride()} of B^T"
+    return _int_mm(a, b)

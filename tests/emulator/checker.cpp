@@ -6,6 +6,7 @@
 // __syncwarp of their warp lies between them. If not, they race, whatever order this run took them in.
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "scheduler.h"

@@ -1,11 +1,10 @@
 // CUDA C++ for the host compiler: included before a kernel's text. What a kernel uses and this file lacks is a compile
 // error; add it here. The functions that make threads wait are in scheduler.cpp.
+// It is read once for every kernel that tests build, so the slow headers of C++ (<cmath>, <string>) stay out.
 #pragma once
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -81,15 +80,16 @@ int run(const Launch* launch, void (*kernel)(void*), void* argument, void* insid
 
 #define EMULATOR_GLUE __attribute__((no_sanitize("thread"), noinline))
 
-template <class T> std::string type_name() {  // "p", or kind and size: "i4" "u8" "f4", "s24" for a struct
-    if (std::is_pointer<T>::value) return "p";
-    const char* kind = std::is_floating_point<T>::value ? "f" : std::is_signed<T>::value ? "i" : "u";
-    return (std::is_arithmetic<T>::value ? kind : "s") + std::to_string(sizeof(T));
+struct Type { char kind; int size; };  // "p"ointer, "i"nteger, "u"nsigned, "f"loat, "s"truct
+template <class T> constexpr Type type_of() {
+    if (std::is_pointer<T>::value) return {'p', sizeof(T)};
+    if (!std::is_arithmetic<T>::value) return {'s', sizeof(T)};
+    return {std::is_floating_point<T>::value ? 'f' : std::is_signed<T>::value ? 'i' : 'u', sizeof(T)};
 }
-template <class... A> std::string signature(void (*)(A...)) {
-    std::string text;
-    ((text += type_name<A>() + " "), ...);
-    return text;
+// The types of a kernel's parameters; kind 0 ends the list.
+template <class... A> const Type* signature(void (*)(A...)) {
+    static const Type types[] = {type_of<A>()..., Type{0, 0}};
+    return types;
 }
 template <class... A> struct Call {
     void (*kernel)(A...);
@@ -113,9 +113,8 @@ template <class... A> int launch(void (*kernel)(A...), const Launch* how) {
     EMULATOR_PUBLIC int emulator_launch_##NAME(const emulator::Launch* how) {  \
         return emulator::launch(NAME, how);                                    \
     }                                                                          \
-    EMULATOR_PUBLIC const char* emulator_signature_##NAME() {                  \
-        static std::string text = emulator::signature(NAME);                   \
-        return text.c_str();                                                   \
+    EMULATOR_PUBLIC const emulator::Type* emulator_signature_##NAME() {        \
+        return emulator::signature(NAME);                                      \
     }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -219,10 +218,16 @@ template <class A, class B> inline std::common_type_t<A, B> max(A a, B b) {
     using C = std::common_type_t<A, B>;
     return static_cast<C>(a) < static_cast<C>(b) ? static_cast<C>(b) : static_cast<C>(a);
 }
-using std::isfinite;
-using std::isinf;
-using std::isnan;
-using std::sqrt;  // of float too
+
+extern "C" {
+float sqrtf(float), fabsf(float), floorf(float), ceilf(float), rintf(float), nearbyintf(float), expf(float), logf(float);
+float copysignf(float, float), fminf(float, float), fmaxf(float, float), fmaf(float, float, float);
+double sqrt(double), fabs(double), copysign(double, double), fma(double, double, double);
+}
+inline float sqrt(float x) { return sqrtf(x); }
+inline bool isfinite(float x) { return __builtin_isfinite(x); }
+inline bool isinf(float x) { return __builtin_isinf(x); }
+inline bool isnan(float x) { return __builtin_isnan(x); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

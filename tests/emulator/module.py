@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ class _Launch(ctypes.Structure):
         ("message", ctypes.c_char_p),
         ("message_size", ctypes.c_size_t),
     ]
+
+
+class _Type(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_char), ("size", ctypes.c_int)]
 
 
 class Module:
@@ -119,8 +124,9 @@ class Module:
         if kernel not in self.kernels:
             raise EmulatorError(f"no kernel {kernel!r} in this text; it has {self.kernels}")
         function = getattr(self._library, f"emulator_signature_{kernel}")
-        function.restype = ctypes.c_char_p
-        return function().decode().split()
+        function.restype = ctypes.POINTER(_Type)
+        types = takewhile(lambda t: t.kind != b"\0", function())  # type: ignore[arg-type]
+        return ["p" if t.kind == b"p" else f"{t.kind.decode()}{t.size}" for t in types]
 
     def _register(self, named: list[tuple[str, Any]]) -> None:
         """Tell the checker which memory the kernel may touch; views of the same memory are one buffer."""
@@ -169,6 +175,8 @@ def _value(kernel: str, index: int, argument: Any, want: str) -> Any:
     if want == "p":
         if argument is None:
             return ctypes.c_void_p(0)
+        if isinstance(argument, ctypes.c_void_p):
+            return argument
         if not _is_array(argument):
             raise EmulatorError(f"{where} is a pointer, got {argument!r}")
         return ctypes.c_void_p(_span(argument)[0])
@@ -193,18 +201,18 @@ def _three(size: int | Sequence[int]) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # Building. What is built is kept in the project's own kernel cache.
 
-_FLAGS = ("-std=c++17", "-fPIC", "-g", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+_FLAGS = ("-std=c++17", "-fPIC", "-O1", "-g1", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 _KERNEL_FLAGS = (*("-w", "-fno-strict-aliasing", "-fno-gnu-unique", "-fno-threadsafe-statics"), "-fsanitize=alignment")
 # These flags make the compiler insert calls. They are not given to the linker, which would bring the sanitizers' own
 # libraries to answer them; checker.cpp does.
-_CHECK_FLAGS = ("-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+_CHECK_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
 _LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
 
 
 def _build(text: str, kernels: list[str], check: bool, flags: tuple[str, ...]) -> Path:
     text = _DYNAMIC_SHARED.sub(r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared());", text)
     text = '#line 1 "kernel.cu"\n' + text + "\n" + "".join(f"EMULATOR_EXPORT({name})\n" for name in kernels)
-    mode = _CHECK_FLAGS if check else ("-O2",)
+    mode = _CHECK_FLAGS if check else ()
     compile_kernel = (
         *_FLAGS,
         *_KERNEL_FLAGS,

@@ -57,19 +57,22 @@ def run(launch: Launch) -> None:
     Under CUDA graph capture the launch becomes a node of the graph. A kernel's first launch compiles and loads it,
     which capture does not allow: take one step before.
     """
-    from cuda.bindings import driver
-
     device = next(a.device for a in launch.arguments if isinstance(a, Tensor))
     with torch.cuda.device(device):
         _need_context(device)
         kernel = _kernel(launch.text, launch.kernel, _architecture(device))
-        values = [as_ctypes(a) for a in launch.arguments]
-        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
-        geometry = (*launch.grid, launch.block, 1, 1, 0)
-        (status,) = driver.cuLaunchKernel(kernel, *geometry, stream, ctypes.addressof(addresses), 0)
+        _start(launch, kernel, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _start(launch: Launch, kernel: Any, stream: int) -> None:
+    from cuda.bindings import driver
+
+    values = [as_ctypes(a) for a in launch.arguments]
+    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    geometry = (*launch.grid, launch.block, 1, 1, 0)  # the last: bytes of dynamic shared memory
+    (status,) = driver.cuLaunchKernel(kernel, *geometry, driver.CUstream(stream), ctypes.addressof(addresses), 0)
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"CUDA kernel {launch.kernel!r} did not start on {device}: {status.name}")
+        raise RuntimeError(f"CUDA kernel {launch.kernel!r} did not start: {status.name}")
 
 
 @functools.cache

@@ -39,6 +39,11 @@ def parameter_table(arguments: StepArguments) -> tuple[Tensor, int]:
     return _on_device(words, arguments.device), first_block
 
 
+def forget() -> None:
+    """Drop the tables that are kept for the next step."""
+    _tables.clear()
+
+
 def _on_device(words: array, device: torch.device) -> Tensor:
     """The words as an int64 tensor, valid for what is launched on the current stream after this call."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
