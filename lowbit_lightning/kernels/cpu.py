@@ -52,14 +52,32 @@ def _quantize_library() -> ctypes.CDLL:
     return host_library(source_text("quantize.cpp", generated={"dynamic_tables.h": formats.cpp_tables()}))
 
 
-def _codebook(codebook: str, values: Tensor | None) -> tuple[ctypes.c_int, ctypes.c_void_p, ctypes.c_int]:
-    count = 0 if values is None else values.numel()
-    return ctypes.c_int(_MAP_NUMBERS[codebook]), _pointer(values), ctypes.c_int(count)
+class _Grid(ctypes.Structure):
+    """``struct Grid`` of src/quantize.cpp."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("row_length", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("threads", ctypes.c_int),
+    ]
 
 
-def _grid(shape: torch.Size, block_size: int) -> tuple[ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]:
+class _Map(ctypes.Structure):
+    """``struct Map`` of src/quantize.cpp."""
+
+    _fields_ = [("map", ctypes.c_int), ("values", ctypes.c_void_p), ("count", ctypes.c_int)]
+
+
+def _grid(shape: torch.Size, block_size: int) -> _Grid:
     grid = BlockGrid.of(shape, block_size)
-    return ctypes.c_int64(grid.rows), ctypes.c_int64(grid.row_length), ctypes.c_int64(block_size)
+    return _Grid(grid.rows, grid.row_length, block_size, torch.get_num_threads())
+
+
+def _map(codebook: str, values: Tensor | None) -> _Map:
+    if values is None:
+        return _Map(_MAP_NUMBERS[codebook], None, 0)
+    return _Map(_MAP_NUMBERS[codebook], values.data_ptr(), values.numel())
 
 
 def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
@@ -67,11 +85,8 @@ def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_si
     codes = torch.empty(x.shape, dtype=torch.uint8)
     scales = torch.empty(BlockGrid.of(x.shape, block_size).scales_shape)
     if x.numel():
-        _quantize_library().quantize_blockwise(
-            *(_pointer(x), ctypes.c_int(_DTYPE_NUMBERS[x.dtype]), *_grid(x.shape, block_size)),
-            *_codebook(codebook, values),
-            *(_pointer(codes), _pointer(scales), ctypes.c_int(torch.get_num_threads())),
-        )
+        grid, book, dtype = _grid(x.shape, block_size), _map(codebook, values), ctypes.c_int(_DTYPE_NUMBERS[x.dtype])
+        _quantize_library().quantize_blockwise(_pointer(x), dtype, grid, book, _pointer(codes), _pointer(scales))
     return codes, scales
 
 
@@ -81,11 +96,8 @@ def dequantize_blockwise(
     """See ``reference.dequantize_blockwise``; equal to it to the bit."""
     out = torch.empty(codes.shape, dtype=dtype)
     if codes.numel():
-        _quantize_library().dequantize_blockwise(
-            *(_pointer(codes), _pointer(scales), *_grid(codes.shape, block_size)),
-            *_codebook(codebook, values),
-            *(_pointer(out), ctypes.c_int(_DTYPE_NUMBERS[dtype]), ctypes.c_int(torch.get_num_threads())),
-        )
+        grid, book, number = _grid(codes.shape, block_size), _map(codebook, values), ctypes.c_int(_DTYPE_NUMBERS[dtype])
+        _quantize_library().dequantize_blockwise(_pointer(codes), _pointer(scales), grid, book, _pointer(out), number)
     return out
 
 

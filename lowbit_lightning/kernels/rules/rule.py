@@ -146,8 +146,8 @@ class Rule:
 
 def _targets(text: str) -> list[str]:
     """The names that a text assigns, in order, once each."""
-    names = [t.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign) for t in n.targets]  # type: ignore[attr-defined]
-    return list(dict.fromkeys(names))
+    targets = [t for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign) for t in n.targets]
+    return list(dict.fromkeys(t.id for t in targets if isinstance(t, ast.Name)))
 
 
 def _cpp_statements(text: str, declare: str) -> str:

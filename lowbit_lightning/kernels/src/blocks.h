@@ -1,4 +1,5 @@
-// One block of the CPU backend: its scale and its codes, from values in a buffer that is padded with zeros to a multiple of W.
+// One block of the CPU backend: its scale and its codes, from values in a buffer that is padded with zeros to a
+// multiple of W.
 #pragma once
 #include "dynamic_tables.h"  // generated from formats.py
 #include "dynamic_map.h"
@@ -16,7 +17,8 @@ LB_FN float reciprocal(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale
 template <bool NON_NEGATIVE> struct MapOf { typedef DynamicSignedConstants Constants; };
 template <> struct MapOf<true> { typedef DynamicUnsignedConstants Constants; };
 
-// What a pass over a block's values collects for its scale. NON_NEGATIVE: no value is below zero (but a NaN may be any).
+// What a pass over a block's values collects for its scale. NON_NEGATIVE: no value is below zero (but a NaN may be
+// any).
 struct Extremes {
     V high{};  // of the values, never below 0; only where they can be negative
     I top{};   // of the magnitudes' bits, unsigned: at least INFINITY_BITS if any is not finite

@@ -1,10 +1,12 @@
 // Encode and decode of the 8-bit dynamic maps: the maths of formats.py, once for every compiled backend.
 //
-// V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or DynamicUnsignedConstants, generated
-// from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for its V and I:
-//   splat<V>(float), splat<I>(int), to_float(I), to_int(V) (towards zero), to_bits(V), from_bits(I), where(mask, a, b), absolute(V), minimum(V, V), maximum(V, V), maximum(I, I)
-//   decode_line<C>(V n, V& slope, V& offset)                     line k = floor(log2 n) - C::first_exponent, 0 to 8
-//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit)   line d = the number of thresholds below magnitude, 0 to 7
+// V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or
+// DynamicUnsignedConstants, generated from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for
+// its V and I:
+//   splat<V>(float), splat<I>(int), to_float(I), to_int(V) (towards zero), to_bits(V), from_bits(I), absolute(V),
+//   minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b)
+//   decode_line<C>(V n, V& slope, V& offset): line k = floor(log2 n) - C::first_exponent, 0 to 8
+//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit): line d = the number of thresholds below it, 0 to 7
 // Every operation is rounded by itself, in this order, as in reference.py.
 #pragma once
 

@@ -1,7 +1,8 @@
-// The fused optimizer step on the CPU: decode, update, re-encode and write in one pass over memory, all parameters of a group in one call.
+// The fused optimizer step on the CPU: decode, update, re-encode and write in one pass over memory, all parameters of
+// a group in one call.
 //
-// The text is specialised by macros: PARAM and GRAD (float, Half, BFloat16), BLOCK (elements), CODED (bit s: state s is 8-bit codes),
-// STOCHASTIC (0 or 1); and by the rule's generated text.
+// The text is specialised by macros: PARAM and GRAD (float, Half, BFloat16), BLOCK (elements), CODED (bit s: state s
+// is 8-bit codes), STOCHASTIC (0 or 1); and by the rule's generated text.
 #include "vec.h"
 #include "parallel.h"
 #include "blocks.h"
@@ -40,10 +41,12 @@ struct Call {
     int32_t maximize, threads;
 };
 
-struct Position {
-    int64_t start;  // of the block in the parameter
-    int64_t block;  // its number in the parameter
-    int n;          // its length
+// One block of one parameter.
+struct Block {
+    const Parameter& q;
+    int64_t start;   // its first element in the parameter
+    int64_t number;  // in the parameter
+    int n;           // its length
 };
 
 // The gradients' factor: unscale * clip, negated to maximize.
@@ -61,7 +64,7 @@ static Scalars scalars_of(const Call& call, int64_t i, double step, const double
     return rule_scalars(hyper, step, square_sums ? square_sums + i * RULE_NORMS : nullptr);
 }
 
-// Calls body(parameter index, position) for every block of every parameter, shared among threads.
+// Calls body(parameter index, block) for every block of every parameter, shared among threads.
 template <class F> static void for_blocks(const Call& call, const F& body) {
     std::vector<int64_t> first(call.count + 1, 0);
     for (int64_t i = 0; i < call.count; ++i) first[i + 1] = first[i] + call.parameters[i].blocks();
@@ -72,40 +75,43 @@ template <class F> static void for_blocks(const Call& call, const F& body) {
         for (int64_t b = begin; b < end; ++b) {
             while (b >= first[i + 1]) ++i;
             const Parameter& q = call.parameters[i];
-            const int64_t block = b - first[i], row = block / q.blocks_per_row(), column = block % q.blocks_per_row() * BLOCK;
-            body(i, Position{row * q.row_length + column, block, (int)std::min<int64_t>(BLOCK, q.row_length - column)});
+            const int64_t number = b - first[i], per_row = q.blocks_per_row(), column = number % per_row * BLOCK;
+            const int64_t start = number / per_row * q.row_length + column;
+            body(i, Block{q, start, number, (int)std::min<int64_t>(BLOCK, q.row_length - column)});
         }
     });
 }
 
-template <int S> LB_FN V load_state(const Parameter& q, const Position& at, int i, int count) {
+template <int S> LB_FN V load_state(const Block& at, int i, int count) {
     if constexpr (coded(S)) {
         typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
-        return decode<C, V, I>(load_codes((const uint8_t*)q.state[S] + at.start + i, count)) * q.scales[S][at.block];
+        const I codes = load_codes((const uint8_t*)at.q.state[S] + at.start + i, count);
+        return decode<C, V, I>(codes) * at.q.scales[S][at.number];
     } else {
-        return load((const float*)q.state[S] + at.start + i, count);
+        return load((const float*)at.q.state[S] + at.start + i, count);
     }
 }
-template <int S = 0> LB_FN void load_states(const Parameter& q, const Position& at, int i, int count, V* s) {
+template <int S = 0> LB_FN void load_states(const Block& at, int i, int count, V* s) {
     if constexpr (S < RULE_STATES) {
-        s[S] = load_state<S>(q, at, i, count);
-        load_states<S + 1>(q, at, i, count, s);
+        s[S] = load_state<S>(at, i, count);
+        load_states<S + 1>(at, i, count, s);
     }
 }
 
 // The new values of a block's coded states, until their scales are known.
 struct Pending { alignas(64) float values[STATES][BLOCK]; };
 
-template <int S = 0> LB_FN void keep_states(const Parameter& q, const Position& at, int i, int count, const V* s, Pending& pending, Extremes* seen) {
+template <int S = 0>
+LB_FN void keep_states(const Block& at, int i, int count, const V* s, Pending& pending, Extremes* seen) {
     if constexpr (S < RULE_STATES) {
         if constexpr (coded(S)) {
             const V kept = first_lanes(s[S], count);
             store(pending.values[S] + i, kept, W);
             seen[S].see<RULE_NON_NEGATIVE[S]>(kept);
         } else {
-            store((float*)q.state[S] + at.start + i, s[S], count);
+            store((float*)at.q.state[S] + at.start + i, s[S], count);
         }
-        keep_states<S + 1>(q, at, i, count, s, pending, seen);
+        keep_states<S + 1>(at, i, count, s, pending, seen);
     }
 }
 
@@ -130,15 +136,15 @@ template <int S = 0> LB_FN void see_again(int n, const Pending& pending, Extreme
     }
 }
 
-template <int S = 0> LB_FN void encode_states(const Parameter& q, const Position& at, const Pending& pending, const Extremes* seen) {
+template <int S = 0> LB_FN void encode_states(const Block& at, const Pending& pending, const Extremes* seen) {
     if constexpr (S < RULE_STATES) {
         if constexpr (coded(S)) {
             typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
             const float scale = seen[S].scale<RULE_NON_NEGATIVE[S]>();
-            q.scales[S][at.block] = scale;
-            encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)q.state[S] + at.start);
+            at.q.scales[S][at.number] = scale;
+            encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)at.q.state[S] + at.start);
         }
-        encode_states<S + 1>(q, at, pending, seen);
+        encode_states<S + 1>(at, pending, seen);
     }
 }
 
@@ -154,43 +160,50 @@ LB_FN I random_words(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t in
 }
 #endif
 
-LB_FN void store_parameter(const Call& call, const Parameter& q, const Position& at, int i, int count, V p) {
+LB_FN void store_parameter(const Call& call, const Block& at, int i, int count, V p) {
+    PARAM* to = at.q.p + at.start + i;
 #if STOCHASTIC
-    const uint64_t index = (uint64_t)(q.offset + at.start + i);
-    const I words = random_words(call.seed, (uint32_t)q.ordinal, (uint32_t)(int64_t)*q.step, index);
+    const uint64_t index = (uint64_t)(at.q.offset + at.start + i);
+    const I words = random_words(call.seed, (uint32_t)at.q.ordinal, (uint32_t)(int64_t)*at.q.step, index);
     const I bits = to_bits(p);
     const Halves rounded = upper_halves(bits + words), nearest = narrow_bfloat16(p);
-    const auto finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITY_BITS) & 0xffff);
-    store_raw(q.p + at.start + i, (Halves)((rounded & finite) | (nearest & ~finite)), count);
+    const Halves finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITY_BITS) & 0xffff);
+    store_raw(to, (Halves)((rounded & finite) | (nearest & ~finite)), count);
 #else
-    store(q.p + at.start + i, p, count);
+    store(to, p, count);
 #endif
 }
 
-LB_FN void update_vector(
-    const Call& call, const Parameter& q, const Scalars& c, float factor, const Position& at, int i, int count, Pending& pending, Extremes* seen) {
+// What all blocks of a parameter share: its scalars, and the factor of the gradients.
+struct Shared {
+    const Call& call;
+    const Scalars& c;
+    float factor;
+};
+
+LB_FN void update_vector(const Shared& shared, const Block& at, int i, int count, Pending& pending, Extremes* seen) {
     V s[STATES], t[TEMPORARIES];
-    V p = load(q.p + at.start + i, count), g = load(q.g + at.start + i, count) * factor;
-    load_states(q, at, i, count, s);
-    rule_direction(c, p, g, s, t);
-    rule_finish(c, p, g, s, t);
-    keep_states(q, at, i, count, s, pending, seen);
-    store_parameter(call, q, at, i, count, p);
+    V p = load(at.q.p + at.start + i, count), g = load(at.q.g + at.start + i, count) * shared.factor;
+    load_states(at, i, count, s);
+    rule_direction(shared.c, p, g, s, t);
+    rule_finish(shared.c, p, g, s, t);
+    keep_states(at, i, count, s, pending, seen);
+    store_parameter(shared.call, at, i, count, p);
 }
 
-static void update_block(const Call& call, const Parameter& q, const Scalars& c, float factor, const Position& at) {
+static void update_block(const Shared& shared, const Block& at) {
     Pending pending;
     Extremes seen[STATES];
     int i = 0;
-    for (; i + W <= at.n; i += W) update_vector(call, q, c, factor, at, i, W, pending, seen);
-    if (i < at.n) update_vector(call, q, c, factor, at, i, at.n - i, pending, seen);
+    for (; i + W <= at.n; i += W) update_vector(shared, at, i, W, pending, seen);
+    if (i < at.n) update_vector(shared, at, i, at.n - i, pending, seen);
     bool finite = true;
     for (int s = 0; s < RULE_STATES; ++s) finite = finite && seen[s].finite();
     if (!finite) {
         drop_non_finite(at.n, pending);
         see_again(at.n, pending, seen);
     }
-    encode_states(q, at, pending, seen);
+    encode_states(at, pending, seen);
 }
 
 extern "C" void optimizer_step(const Call* call) {
@@ -202,7 +215,7 @@ extern "C" void optimizer_step(const Call* call) {
         scalars[i] = scalars_of(*call, i, step, call->square_sums);
     }
     const float factor = factor_of(*call);
-    for_blocks(*call, [&](int64_t i, const Position& at) { update_block(*call, call->parameters[i], scalars[i], factor, at); });
+    for_blocks(*call, [&](int64_t i, const Block& at) { update_block(Shared{*call, scalars[i], factor}, at); });
 }
 
 #if RULE_NORMS
@@ -231,19 +244,18 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
         for (int k = 0; k < RULE_NORMS; ++k) sums[i * RULE_NORMS + k].resize(call->parameters[i].blocks());
     }
     const float factor = factor_of(*call);
-    for_blocks(*call, [&](int64_t index, const Position& at) {
-        const Parameter& q = call->parameters[index];
+    for_blocks(*call, [&](int64_t index, const Block& at) {
         alignas(64) float squares[RULE_NORMS][BLOCK] = {};
         for (int i = 0; i < at.n; i += W) {
             const int count = std::min(W, at.n - i);
             V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
-            V p = load(q.p + at.start + i, count), g = load(q.g + at.start + i, count) * factor;
-            load_states(q, at, i, count, s);
+            V p = load(at.q.p + at.start + i, count), g = load(at.q.g + at.start + i, count) * factor;
+            load_states(at, i, count, s);
             rule_direction(scalars[index], p, g, s, t);
             rule_norm_values(p, t, n);
             for (int k = 0; k < RULE_NORMS; ++k) store(squares[k] + i, n[k] * n[k], count);
         }
-        for (int k = 0; k < RULE_NORMS; ++k) sums[index * RULE_NORMS + k][at.block] = fold_halves(squares[k], BLOCK);
+        for (int k = 0; k < RULE_NORMS; ++k) sums[index * RULE_NORMS + k][at.number] = fold_halves(squares[k], BLOCK);
     });
     for (size_t k = 0; k < sums.size(); ++k) out[k] = fold_blocks(sums[k]);
 }

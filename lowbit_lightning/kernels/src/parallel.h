@@ -1,6 +1,6 @@
 // parallel_for(count, threads, body): body(i) for i in [0, count), dynamically shared among threads.
-// OpenMP where the build has it (the object then uses torch's own pool); else threads made for the call, which is slower by some
-// tens of microseconds but leaves nothing behind that a fork could break.
+// OpenMP where the build has it (the object then uses torch's own pool); else threads made for the call, which is
+// slower by some tens of microseconds but leaves nothing behind that a fork could break.
 #pragma once
 #include <cstdint>
 #ifdef _OPENMP

@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon et al., 2011): 16 random bits for an element, keyed by seed, parameter, step and global index, as in reference.py.
+// Philox4x32-10 (Salmon et al., 2011): 16 random bits for an element, keyed by seed, parameter, step and global
+// index, as in reference.py.
 #pragma once
 
 struct Philox { uint32_t word[4]; };
@@ -8,7 +9,8 @@ LB_FN Philox philox(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t gro
     uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = (uint64_t)c.word[0] * 0xD2511F53u, b = (uint64_t)c.word[2] * 0xCD9E8D57u;
-        c = {{(uint32_t)(b >> 32) ^ c.word[1] ^ key0, (uint32_t)b, (uint32_t)(a >> 32) ^ c.word[3] ^ key1, (uint32_t)a}};
+        const uint32_t high_a = (uint32_t)(a >> 32), high_b = (uint32_t)(b >> 32);
+        c = {{high_b ^ c.word[1] ^ key0, (uint32_t)b, high_a ^ c.word[3] ^ key1, (uint32_t)a}};
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }

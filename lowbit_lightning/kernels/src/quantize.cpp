@@ -1,4 +1,5 @@
-// Block-wise quantisation on the CPU: any float type, the dynamic maps by arithmetic, any other codebook by comparison.
+// Block-wise quantisation on the CPU: any float type, the dynamic maps by arithmetic, any other codebook by
+// comparison.
 #include "vec.h"
 #include "parallel.h"
 #include "blocks.h"
@@ -9,6 +10,7 @@ constexpr int64_t CHUNK = 64;  // blocks that a thread takes at a time
 
 struct Grid {
     int64_t rows, row_length, block_size;
+    int threads;
     int64_t per_row() const { return (row_length + block_size - 1) / block_size; }
     int64_t start(int64_t block) const { return block / per_row() * row_length + block % per_row() * block_size; }
     int length(int64_t block) const {
@@ -22,15 +24,15 @@ struct Codebook {
     bool has_negative, carries_sign;
 };
 
-template <class F> static void for_blocks(const Grid& grid, int threads, const F& body) {
+template <class F> static void for_blocks(const Grid& grid, const F& body) {
     const int64_t blocks = grid.rows * grid.per_row();
-    parallel_for((blocks + CHUNK - 1) / CHUNK, threads, [&](int64_t chunk) {
+    parallel_for((blocks + CHUNK - 1) / CHUNK, grid.threads, [&](int64_t chunk) {
         for (int64_t b = chunk * CHUNK; b < std::min(blocks, (chunk + 1) * CHUNK); ++b) body(b);
     });
 }
 
-// The block's scale; its values as floats in `buffer`, padded with zeros to a multiple of W, non-finite ones replaced by zero, and,
-// for a map without negative values, negative ones too.
+// The block's scale; its values as floats in `buffer`, padded with zeros to a multiple of W, non-finite ones replaced
+// by zero, and, for a map without negative values, negative ones too.
 template <bool NON_NEGATIVE, class T> static float gather(const T* x, int n, float* buffer) {
     Extremes seen;
     for (int i = 0; i < n; i += W) {
@@ -50,8 +52,9 @@ template <bool NON_NEGATIVE, class T> static float gather(const T* x, int n, flo
     return seen.scale<NON_NEGATIVE>();
 }
 
-template <class T, class C> static void quantize_dynamic(const T* x, const Grid& grid, uint8_t* codes, float* scales, int threads) {
-    for_blocks(grid, threads, [&](int64_t b) {
+template <class T, class C>
+static void quantize_dynamic(const T* x, const Grid& grid, uint8_t* codes, float* scales) {
+    for_blocks(grid, [&](int64_t b) {
         alignas(64) float buffer[MAX_BLOCK];
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
@@ -65,13 +68,14 @@ static int nearest(const Codebook& book, float y) {
 }
 
 template <class T>
-static void quantize_custom(const T* x, const Grid& grid, const Codebook& book, uint8_t* codes, float* scales, int threads) {
+static void quantize_custom(const T* x, const Grid& grid, const Codebook& book, uint8_t* codes, float* scales) {
     const bool positive_stays = book.values[0] == 0.0f;
-    for_blocks(grid, threads, [&](int64_t b) {
+    for_blocks(grid, [&](int64_t b) {
         alignas(64) float buffer[MAX_BLOCK];
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
-        const float scale = book.has_negative ? gather<false>(x + start, n, buffer) : gather<true>(x + start, n, buffer);
+        const auto scale_of = book.has_negative ? gather<false, T> : gather<true, T>;
+        const float scale = scale_of(x + start, n, buffer);
         scales[b] = book.carries_sign ? scale : fabsf(scale);
         const float inverse = reciprocal(scales[b]);
         for (int i = 0; i < n; ++i) {
@@ -82,8 +86,8 @@ static void quantize_custom(const T* x, const Grid& grid, const Codebook& book, 
 }
 
 template <class T, class C>
-static void dequantize_dynamic(const uint8_t* codes, const float* scales, const Grid& grid, T* out, int threads) {
-    for_blocks(grid, threads, [&](int64_t b) {
+static void dequantize_dynamic(const uint8_t* codes, const float* scales, const Grid& grid, T* out) {
+    for_blocks(grid, [&](int64_t b) {
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
         for (int i = 0; i < n; i += W) {
@@ -94,8 +98,9 @@ static void dequantize_dynamic(const uint8_t* codes, const float* scales, const 
 }
 
 template <class T>
-static void dequantize_custom(const uint8_t* codes, const float* scales, const Grid& grid, const Codebook& book, T* out, int threads) {
-    for_blocks(grid, threads, [&](int64_t b) {
+static void dequantize_custom(
+    const uint8_t* codes, const float* scales, const Grid& grid, const Codebook& book, T* out) {
+    for_blocks(grid, [&](int64_t b) {
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
         for (int i = 0; i < n; i += W) {
@@ -117,34 +122,36 @@ static Codebook codebook(const float* values, int count) {
     return book;
 }
 
-// map: 0 dynamic signed, 1 dynamic unsigned, 2 custom. dtype: 0 float32, 1 float16, 2 bfloat16.
+// How a call of the library names a codebook. map: 0 dynamic signed, 1 dynamic unsigned, 2 custom, of `count` values.
+struct Map {
+    int map;
+    const float* values;
+    int count;
+};
+
 template <class T>
-static void quantize(const T* x, const Grid& grid, int map, const float* values, int count, uint8_t* codes, float* scales, int threads) {
-    if (map == 0) quantize_dynamic<T, DynamicSignedConstants>(x, grid, codes, scales, threads);
-    else if (map == 1) quantize_dynamic<T, DynamicUnsignedConstants>(x, grid, codes, scales, threads);
-    else quantize_custom(x, grid, codebook(values, count), codes, scales, threads);
+static void quantize(const T* x, const Grid& grid, const Map& map, uint8_t* codes, float* scales) {
+    if (map.map == 0) quantize_dynamic<T, DynamicSignedConstants>(x, grid, codes, scales);
+    else if (map.map == 1) quantize_dynamic<T, DynamicUnsignedConstants>(x, grid, codes, scales);
+    else quantize_custom(x, grid, codebook(map.values, map.count), codes, scales);
 }
 template <class T>
-static void dequantize(const uint8_t* codes, const float* scales, const Grid& grid, int map, const float* values, int count, T* out, int threads) {
-    if (map == 0) dequantize_dynamic<T, DynamicSignedConstants>(codes, scales, grid, out, threads);
-    else if (map == 1) dequantize_dynamic<T, DynamicUnsignedConstants>(codes, scales, grid, out, threads);
-    else dequantize_custom(codes, scales, grid, codebook(values, count), out, threads);
+static void dequantize(const uint8_t* codes, const float* scales, const Grid& grid, const Map& map, T* out) {
+    if (map.map == 0) dequantize_dynamic<T, DynamicSignedConstants>(codes, scales, grid, out);
+    else if (map.map == 1) dequantize_dynamic<T, DynamicUnsignedConstants>(codes, scales, grid, out);
+    else dequantize_custom(codes, scales, grid, codebook(map.values, map.count), out);
 }
 
-extern "C" void quantize_blockwise(
-    const void* x, int dtype, int64_t rows, int64_t row_length, int64_t block_size, int map, const float* values, int count,
-    uint8_t* codes, float* scales, int threads) {
-    const Grid grid{rows, row_length, block_size};
-    if (dtype == 0) quantize((const float*)x, grid, map, values, count, codes, scales, threads);
-    else if (dtype == 1) quantize((const Half*)x, grid, map, values, count, codes, scales, threads);
-    else quantize((const BFloat16*)x, grid, map, values, count, codes, scales, threads);
+// dtype: 0 float32, 1 float16, 2 bfloat16.
+extern "C" void quantize_blockwise(const void* x, int dtype, Grid grid, Map map, uint8_t* codes, float* scales) {
+    if (dtype == 0) quantize((const float*)x, grid, map, codes, scales);
+    else if (dtype == 1) quantize((const Half*)x, grid, map, codes, scales);
+    else quantize((const BFloat16*)x, grid, map, codes, scales);
 }
 
 extern "C" void dequantize_blockwise(
-    const uint8_t* codes, const float* scales, int64_t rows, int64_t row_length, int64_t block_size, int map,
-    const float* values, int count, void* out, int dtype, int threads) {
-    const Grid grid{rows, row_length, block_size};
-    if (dtype == 0) dequantize(codes, scales, grid, map, values, count, (float*)out, threads);
-    else if (dtype == 1) dequantize(codes, scales, grid, map, values, count, (Half*)out, threads);
-    else dequantize(codes, scales, grid, map, values, count, (BFloat16*)out, threads);
+    const uint8_t* codes, const float* scales, Grid grid, Map map, void* out, int dtype) {
+    if (dtype == 0) dequantize(codes, scales, grid, map, (float*)out);
+    else if (dtype == 1) dequantize(codes, scales, grid, map, (Half*)out);
+    else dequantize(codes, scales, grid, map, (BFloat16*)out);
 }

@@ -1,5 +1,6 @@
-// The CPU backend's vector shim: one float vector V as wide as the processor, its int32 twin I, and what dynamic_map.h and the rules
-// need of them. GCC's and Clang's vector types give + - * / and comparisons; the rest differs by instruction set and stands here.
+// The CPU backend's vector shim: one float vector V as wide as the processor, its int32 twin I, and what
+// dynamic_map.h and the rules need of them. GCC's and Clang's vector types give + - * / and comparisons; the rest
+// differs by instruction set and stands here.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -118,7 +119,8 @@ constexpr Table by_decade(const float (&line)[8]) {
     return table;
 }
 
-// For the binade of each exponent field from 96 to 127: the decade that it begins in, and the threshold inside it, if any.
+// For the binade of each exponent field from 96 to 127: the decade that it begins in, and the threshold inside it, if
+// any.
 template <class C> constexpr Binades binades() {
     Binades result{};
     float low = 1.0f;
