@@ -51,8 +51,8 @@ static void quantize_rows(const T* x, int64_t rows, int64_t columns, int8_t* q, 
 }
 
 // Columns: one reading for the largest magnitudes, one that scales, rounds and turns. Both take memory in the order in
-// which it lies: strips of columns that would stay in a cache between the readings lie a page apart, and fall into a few
-// of its sets.
+// which it lies: a strip of columns that would stay in a cache between the readings lies in pieces a page apart, which
+// fall into a few of its sets.
 constexpr int64_t TILE = 64;         // rows and columns turned at a time: 64 rows are a cache line of the result
 constexpr int64_t STRIP = 2048;      // columns whose largest magnitudes so far stay in the L1 cache
 constexpr int64_t STREAM = 4 << 20;  // a result larger than this does not pass through the caches
