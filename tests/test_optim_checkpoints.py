@@ -271,7 +271,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "map missing": (form(maps={"exp_avg_sq": "dynamic_unsigned"}), "names no map for exp_avg"),
     "bad block size": (form(block_size=7), "block_size must be a power of two"),
     "no block size": (form(block_size=None), "block_size must be a number"),
-    "another block size": (form(block_size=128), r"exp_avg_scales must have shape \(37, 3\).*got \(37, 2\)"),
+    "another block size": (form(block_size=128), r"exp_avg_scales must have shape \(16, 4\).*got \(16, 2\)"),
     "no format": (lambda s: s["param_groups"][0].pop("state_format"), "exp_avg_codes comes without a state_format"),
     "format of another kind": (lambda s: s["param_groups"][0].update(state_format=1), "state_format must be a dict"),
     "no step": (drop("step"), "step must be one number, got None"),
@@ -280,7 +280,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no scales": (drop("exp_avg_sq_scales"), "exp_avg_sq_scales must be a tensor, got None"),
     "codes cast": (
         put("exp_avg_codes", Tensor.float),
-        "exp_avg_codes must be uint8, got torch.float32: something cast",
+        "exp_avg_codes must be uint8, got torch.float32: something",
     ),
     "scales cast": (put("exp_avg_scales", Tensor.half), "exp_avg_scales must be float32, got torch.float16"),
     "wrong shape": (put("exp_avg_sq_codes", Tensor.t), r"exp_avg_sq_codes must have shape \(37, 301\)"),
@@ -296,8 +296,6 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_checkpoints_change_nothing(case: str, bits: int) -> None:
     spoil, text = MALFORMED[case]
-    if case == "map missing" and bits == 8:
-        text = "names no map for exp_avg|"  # decoded by no map: the states would be quantised by guess
     optimizer, params = trained(optim.AdamW, {"bits": bits})
     source, _ = trained(optim.AdamW, {}, steps=5)
     saved = through_file(source.state_dict())
