@@ -93,7 +93,14 @@ def _kernel(text: str, name: str, architecture: str) -> Any:
     """The driver's handle; it is good for every device of the architecture. ``_library`` keeps it alive."""
     from cuda.bindings import driver
 
-    return driver.CUfunction(int(_library(text, architecture).get_kernel(name).handle))
+    library = _library(text, architecture)
+    try:
+        return driver.CUfunction(int(library.get_kernel(name).handle))
+    except Exception as error:
+        raise RuntimeError(
+            f"the driver does not load CUDA kernel {name!r} for {architecture} ({error}). If NVRTC is newer than the"
+            f" driver, install the one of the driver's CUDA version: {NVRTC_HINT}"
+        ) from error
 
 
 def _need_context(device: torch.device) -> None:

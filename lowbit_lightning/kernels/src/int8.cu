@@ -165,6 +165,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_sums(
         int32_t sum[4];
         if (packets) copy((const Packet<16>*)from, (Packet<16>*)sum);
         else
+#pragma unroll
             for (int i = 0; i < 4; ++i) sum[i] = i < count ? from[i] : 0;
         ELEMENT result[4];
 #pragma unroll
@@ -174,6 +175,8 @@ extern "C" __global__ void __launch_bounds__(256) scale_sums(
         }
         if (packets) store_packet<4>(to, result);
         else
-            for (int i = 0; i < count; ++i) to[i] = result[i];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (i < count) to[i] = result[i];
     }
 }

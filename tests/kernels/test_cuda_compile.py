@@ -1,0 +1,106 @@
+"""Every CUDA kernel compiles, without spilling registers: for one architecture here, for six by `make cuda-compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowbit_lightning.kernels import compile, cuda, rules
+from lowbit_lightning.kernels.compile import source_text
+from lowbit_lightning.kernels.cuda import int8, table
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def optimizer_texts() -> Iterator[tuple[str, str]]:
+    """Every rule as it is used most, and the types and block sizes that change a kernel's shape for some."""
+    for rule in rules.RULES:
+        yield f"prepare {rule}", cuda.prepare_text(rule)
+        yield f"step {rule}", cuda.optimizer_text("optimizer_step.cu", rule, F32, F32, 0b111, 256)
+    variants = [
+        ("adamw", BF16, BF16, 0b11, 256, False),
+        ("adamw", BF16, BF16, 0b11, 32, True),
+        ("adamw", BF16, F32, 0b11, 4096, True),
+        ("adamw", F16, F32, 0b11, 4096, False),
+        ("adamw", F32, BF16, 0b00, 256, False),
+        ("sgd", BF16, BF16, 0, 256, True),
+        ("adamw_amsgrad", F32, F32, 0b111, 4096, False),
+        ("ademamix", BF16, F32, 0b111, 256, True),
+    ]
+    for rule, param, grad, coded, block_size, stochastic in variants:
+        name = f"step {rule} {param} {grad} coded {coded:b} block {block_size} stochastic {stochastic}"
+        yield name, cuda.optimizer_text("optimizer_step.cu", rule, param, grad, coded, block_size, stochastic)
+    for rule in (name for name, rule in rules.RULES.items() if rule.norms):
+        for param, block_size in ((F32, 256), (BF16, 4096), (F32, 4096)):
+            name = f"norms {rule} {param} block {block_size}"
+            yield name, cuda.optimizer_text("optimizer_norms.cu", rule, param, param, 0b11, block_size)
+
+
+def texts() -> dict[str, str]:
+    found = dict(optimizer_texts())
+    for dtype, codebook, block_size in (
+        (F32, "dynamic_signed", 256),
+        (BF16, "dynamic_unsigned", 4096),
+        (F16, "dynamic_signed", 32),
+        (F32, "custom", 256),
+        (BF16, "custom", 4096),
+    ):
+        found[f"quantize {dtype} {codebook} block {block_size}"] = cuda.quantize_text(dtype, codebook, block_size)
+    for dtype, bias, threads in ((F32, F32, 256), (F32, F32, 32), (BF16, BF16, 256), (F16, F32, 32)):
+        found[f"int8 {dtype} bias {bias} threads {threads}"] = int8.int8_text(dtype, bias, threads)
+    found["table"] = source_text("table.cu", prelude=f"#define WORDS {table._WORDS}")
+    return found
+
+
+def compile_all(architecture: str) -> list[tuple[str, str, compile.Resources]]:
+    """Text, kernel and resources of every kernel; a warning of the compiler fails."""
+    rows = []
+    for name, text in texts().items():
+        log = compile.cubin(text, architecture).log
+        assert "warning" not in log, f"{name} for {architecture}:\n{log}"
+        rows += [(name, kernel, resources) for kernel, resources in compile.resources(log).items()]
+    return rows
+
+
+def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> None:
+    bad = [row for row in rows if row[2].spill_stores or row[2].spill_loads or row[2].stack]
+    assert not bad, "\n".join(map(str, bad))
+    assert {kernel for _, kernel, _ in rows} == {
+        *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
+        *("quantize_rows", "column_tops", "quantize_columns", "scale_sums"),
+    }
+    assert all(8 <= r.registers <= 128 and r.shared <= 48 * 1024 for _, _, r in rows)
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = compile_all("sm_90")
+    assert_nothing_spills(rows)
+    step = max(r.registers for name, _, r in rows if name == "step adamw")
+    with capsys.disabled():
+        print(f" [sm_90: {len(rows)} kernels, at most {max(r.registers for *_, r in rows)} registers, AdamW {step}] ")
+
+
+def test_a_kernel_that_spills_is_seen() -> None:
+    """The check above reads the compiler's log: it has to see a kernel whose values cannot all be in registers."""
+    values = "".join(f"float v{i} = x[threadIdx.x + {i} * 999];" for i in range(300))
+    uses = "".join(f"x[threadIdx.x * 7 + {i}] = v{i};" for i in range(300))
+    text = f'extern "C" __global__ void __launch_bounds__(1024) spill(float* x) {{ {values} __syncthreads(); {uses} }}'
+    (spill,) = compile.resources(compile.cubin(text, "sm_90").log).values()
+    assert spill.spill_stores > 0
+    assert spill.spill_loads > 0
+
+
+@pytest.mark.six_architectures
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_six_architectures(architecture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = compile_all(architecture)
+    with capsys.disabled():
+        print(f"\n{architecture}: registers, bytes of shared memory")
+        for name, kernel, r in rows:
+            print(f"  {r.registers:4d} {r.shared:6d}  {kernel:18s} {name}")
+    assert_nothing_spills(rows)
