@@ -232,7 +232,7 @@ def optimizer_norms(arguments: StepArguments) -> Tensor:
 def _flatten(a: StepArguments) -> tuple:
     states, scales = [t for s in a.states for t in s], [t for s in a.scales for t in s]
     tensors = a.rule, a.params, a.grads, a.steps, states, scales, a.hyper, a.block_size, a.lr, a.unscale, a.clip, a.skip
-    return *tensors, a.seed, a.ordinals, a.offsets, a.maximize, a.stochastic_rounding
+    return *tensors, a.seed, a.ordinals, a.offsets, a.maximize, a.stochastic_rounding, a.remainders
 
 
 def _unflatten(*flat: Any) -> StepArguments:
@@ -256,7 +256,7 @@ def _optimizer_step(*flat: Any) -> None:
     for original, p in zip(originals, arguments.params, strict=True):
         if p is not original:
             original.copy_(p)
-    _mutated([*originals, *arguments.steps, *flat[4], *flat[5]])
+    _mutated([*originals, *arguments.steps, *flat[4], *flat[5], *arguments.remainders])
 
 
 def _optimizer_norms(*flat: Any) -> Tensor:
@@ -376,14 +376,14 @@ def _int8_matmul_fake(
 _STEP = (
     "str rule, Tensor{a} params, Tensor[] grads, Tensor{b} steps, Tensor{c} states, Tensor{d} scales, float[] hyper, "
     "int block_size, Tensor? lr, Tensor? unscale, Tensor? clip, Tensor? skip, int seed, int[] ordinals, int[] offsets, "
-    "bool maximize, bool stochastic_rounding"
+    "bool maximize, bool stochastic_rounding, Tensor{e} remainders"
 )
 _SCHEMAS = {
     "quantize_blockwise": "(Tensor x, str codebook, Tensor? values, int block_size) -> (Tensor, Tensor)",
     "dequantize_blockwise": "(Tensor codes, Tensor scales, str codebook, Tensor? values, int block_size, "
     "ScalarType dtype) -> Tensor",
-    "optimizer_step": f"({_STEP.format(a='(a!)[]', b='(b!)[]', c='(c!)[]', d='(d!)[]')}, Tensor? norms) -> ()",
-    "optimizer_norms": f"({_STEP.format(a='[]', b='[]', c='[]', d='[]')}) -> Tensor",
+    "optimizer_step": f"({_STEP.format(**{x: f'({x}!)[]' for x in 'abcde'})}, Tensor? norms) -> ()",
+    "optimizer_norms": f"({_STEP.format(**dict.fromkeys('abcde', '[]'))}) -> Tensor",
     "quantize_rowwise": "(Tensor x) -> (Tensor, Tensor)",
     "quantize_colwise": "(Tensor x) -> (Tensor, Tensor)",
     "int8_matmul": "(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias, ScalarType out_dtype) "

@@ -27,6 +27,9 @@ class StepArguments:
     multiply the gradients;
     ``skip``: non-zero means that nothing happens, step counts included.
 
+    ``remainders``: none, or for each parameter, all bfloat16, the next eight bits of a 24-bit master copy: int8, of
+    its shape. The master's bits are those of the parameter, followed by eight zeros, plus the remainder.
+
     ``seed``, ``ordinals`` (a number per parameter) and ``offsets`` (the global index of each parameter's first
     element, for shards) key the random words of ``stochastic_rounding`` (bfloat16 parameters only). ``maximize``
     negates the gradients.
@@ -49,6 +52,7 @@ class StepArguments:
     offsets: list[int] = field(default_factory=list)
     maximize: bool = False
     stochastic_rounding: bool = False
+    remainders: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ordinals = self.ordinals or list(range(len(self.params)))
@@ -77,6 +81,7 @@ class StepArguments:
             scales=[pick(s) for s in self.scales],
             ordinals=pick(self.ordinals),
             offsets=pick(self.offsets),
+            remainders=pick(self.remainders) if self.remainders else [],
         )
 
     def specialisations(self) -> list[list[int]]:
@@ -101,6 +106,8 @@ class StepArguments:
                 raise ValueError(
                     f"{name} must have one entry for each of the {n} params, got {len(getattr(self, name))}"
                 )
+        if self.remainders and (len(self.remainders) != n or self.stochastic_rounding):
+            raise ValueError("remainders must be one per parameter, without stochastic_rounding: they round to nearest")
         for i in range(n):
             self._check_parameter(i, rule)
         for name in ("lr", "unscale", "clip", "skip"):
@@ -127,6 +134,14 @@ class StepArguments:
             raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16")
         if g.shape != p.shape:
             raise ValueError(f"grads[{i}] must have the parameter's shape {tuple(p.shape)}, got {tuple(g.shape)}")
+        if self.remainders:
+            remainder = self.remainders[i]
+            if p.dtype != torch.bfloat16 or remainder.dtype != torch.int8 or remainder.shape != p.shape:
+                raise TypeError(
+                    f"remainders[{i}] must be int8 of a bfloat16 parameter's shape {tuple(p.shape)}, "
+                    f"got {remainder.dtype} of {tuple(remainder.shape)} for {p.dtype}"
+                )
+            self._check_place("remainders", i, remainder)
         self._check_place("grads", i, g)
         self._check_place("steps", i, self.steps[i])
         for s, name in enumerate(rule.state_names):

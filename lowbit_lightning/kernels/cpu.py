@@ -124,7 +124,7 @@ class _Call(ctypes.Structure):
 
 @cache
 def _step_library(
-    rule: str, param: torch.dtype, grad: torch.dtype, coded: int, block_size: int, stochastic: bool
+    rule: str, param: torch.dtype, grad: torch.dtype, coded: int, block_size: int, stochastic: bool, remainder: bool
 ) -> ctypes.CDLL:
     macros = {
         "PARAM": _CPP_TYPES[param],
@@ -132,6 +132,7 @@ def _step_library(
         "CODED": coded,
         "BLOCK": block_size,
         "STOCHASTIC": int(stochastic),
+        "REMAINDER": int(remainder),
     }
     defines = "\n".join(f"#define {name} {value}" for name, value in macros.items())
     generated = {"rule.h": rules.get(rule).cpp(), "dynamic_tables.h": formats.cpp_tables()}
@@ -156,7 +157,8 @@ def _specialised(arguments: StepArguments) -> ctypes.CDLL:
     coded = sum(1 << s for s, state in enumerate(arguments.states) if state[0].dtype == torch.uint8)
     param, grad = arguments.params[0].dtype, arguments.grads[0].dtype
     stochastic = arguments.stochastic_rounding and param == torch.bfloat16
-    return _step_library(arguments.rule, param, grad, coded, arguments.block_size, stochastic)
+    remainder = bool(arguments.remainders)
+    return _step_library(arguments.rule, param, grad, coded, arguments.block_size, stochastic, remainder)
 
 
 def _call(arguments: StepArguments, norms: Tensor | None) -> tuple[_Call, tuple]:
@@ -168,7 +170,8 @@ def _call(arguments: StepArguments, norms: Tensor | None) -> tuple[_Call, tuple]
         states = [s[i].data_ptr() for s in arguments.states] + nothing
         scales = [s[i].data_ptr() for s in arguments.scales] + nothing
         table.extend((p.data_ptr(), arguments.grads[i].data_ptr(), arguments.steps[i].data_ptr(), *states, *scales))
-        table.extend((grid.rows, grid.row_length, arguments.ordinals[i], arguments.offsets[i]))
+        remainder = arguments.remainders[i].data_ptr() if arguments.remainders else 0
+        table.extend((remainder, grid.rows, grid.row_length, arguments.ordinals[i], arguments.offsets[i]))
     hyper = (ctypes.c_double * len(arguments.hyper))(*arguments.hyper)
     call = _Call(
         *(table.buffer_info()[0], len(arguments.params), hyper),

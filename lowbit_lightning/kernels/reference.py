@@ -134,7 +134,9 @@ def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
         values = rule.run("direction", _operands(arguments, rule, i), scalars, p.device)
         values = rule.run("finish", values, scalars, p.device)
         _store_states(arguments, rule, i, values)
-        if arguments.stochastic_rounding and p.dtype == torch.bfloat16:
+        if arguments.remainders:
+            split_master(values["p"], p, arguments.remainders[i])
+        elif arguments.stochastic_rounding and p.dtype == torch.bfloat16:
             words = random_words(
                 arguments.seed, arguments.ordinals[i], int(step), arguments.offsets[i], p.numel(), p.device
             )
@@ -177,7 +179,8 @@ def _operands(arguments: StepArguments, rule: rules.Rule, i: int) -> dict[str, T
         if value is not None:
             factor = factor * value.reshape(())
     g = arguments.grads[i].float() * (-factor if arguments.maximize else factor)
-    operands = {"p": arguments.params[i].float(), "g": g}
+    p = arguments.params[i]
+    operands = {"p": join_master(p, arguments.remainders[i]) if arguments.remainders else p.float(), "g": g}
     for s, state in enumerate(rule.states):
         stored = arguments.states[s][i]
         if stored.dtype == torch.uint8:
@@ -215,6 +218,28 @@ def _fold_halves(x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
     return x.squeeze(-1)
+
+
+# -- the 24-bit master copy of a bfloat16 parameter
+# --------------------------------------------------------------------
+
+
+def join_master(p: Tensor, remainder: Tensor) -> Tensor:
+    """float32 whose upper 24 bits are the bfloat16 p's, followed by eight zeros, plus the int8 remainder."""
+    return ((p.view(torch.int16).int() << 16) + (remainder.int() << 8)).view(torch.float32)
+
+
+def split_master(x: Tensor, p: Tensor, remainder: Tensor) -> None:
+    """Store float32 x as bfloat16 p, the nearest, and int8 remainder: x rounded to 24 bits, ties to even.
+
+    Where x is not finite the remainder is zero.
+    """
+    bits = x.view(torch.int32).long()
+    master = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
+    upper = (master + 0x80) >> 8
+    finite = x.isfinite()
+    p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.to(torch.bfloat16)))
+    remainder.copy_(torch.where(finite, master - (upper << 8), 0))
 
 
 # -- random words ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, check_block_siz
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
 
+MASTER = "master_remainder"
+"""The state that holds the lower eight bits of a 24-bit master copy."""
 _OWN = ("bits", "min_size", "block_size", "state_format")
 """Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
 
@@ -31,8 +33,9 @@ class Options(TypedDict, total=False):
     ``bits`` (8): 8, or 32 for float32 states. ``min_size`` (4096): parameters with fewer elements, or rows shorter
     than 64, keep 32-bit states; a row is everything behind dimension 0. ``block_size`` (256): elements that share a
     scale. ``maximize`` (False). ``stochastic_rounding`` (False): round bfloat16 parameters up or down at random,
-    without bias, keyed by ``seed`` (0). ``skip_nonfinite`` (False): skip a whole step, on the device, when any
-    gradient is not finite.
+    without bias, keyed by ``seed`` (0). ``master`` (None): ``"bf16+8"`` keeps the next eight bits of bfloat16
+    parameters in an int8 state, ``master_remainder``: updates as on a 24-bit master copy, at three bytes.
+    ``skip_nonfinite`` (False): skip a whole step, on the device, when any gradient is not finite.
 
     ``foreach``, ``fused``, ``capturable`` are accepted for torch's sake: every step is one fused call with its step
     counts on the device. ``differentiable`` must be False.
@@ -44,6 +47,7 @@ class Options(TypedDict, total=False):
     maximize: bool
     stochastic_rounding: bool
     seed: int
+    master: str | None
     skip_nonfinite: bool
     foreach: bool | None
     fused: bool | None
@@ -58,6 +62,7 @@ _DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "stochastic_rounding": False,
     "seed": 0,
+    "master": None,
     "skip_nonfinite": False,
 }
 _TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
@@ -124,8 +129,9 @@ class LowBitOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
-        if group["stochastic_rounding"] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
-            warnings.warn("stochastic_rounding has no effect: no parameter of the group is bfloat16", stacklevel=3)
+        for name in ("stochastic_rounding", "master"):
+            if group[name] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
+                warnings.warn(f"{name} has no effect: no parameter of the group is bfloat16", stacklevel=3)
 
     def _adopted(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group of another optimizer, with all that this one wants in it, checked."""
@@ -162,8 +168,9 @@ class LowBitOptimizer(Optimizer):
             work.append((group, chosen))
         skip = self._skip_flag(work)
         for group, chosen in work:
-            for device in dict.fromkeys(w.p.device for w in chosen):
-                self._step_group(group, [w for w in chosen if w.p.device == device], device, skip)
+            for device, master in dict.fromkeys((w.p.device, _wants_master(w.p, group)) for w in chosen):
+                alike = [w for w in chosen if (w.p.device, _wants_master(w.p, group)) == (device, master)]
+                self._step_group(group, alike, device, skip)
         return loss
 
     @torch.no_grad()
@@ -203,6 +210,7 @@ class LowBitOptimizer(Optimizer):
             offsets=[shards.first_index(w.p) for w in chosen],
             maximize=group["maximize"],
             stochastic_rounding=group["stochastic_rounding"],
+            remainders=[shards.local(e[MASTER]) for e in entries if MASTER in e],
         )
         norms = None
         if rule.norms:
@@ -223,6 +231,10 @@ class LowBitOptimizer(Optimizer):
             elif coded != (bits == 8):
                 saved = StateFormat.parse(group["state_format"])
                 _replace(entries, state.name, blocks.convert(p, state, entries, saved, bits, group["block_size"]))
+        if not _wants_master(p, group):
+            entries.pop(MASTER, None)
+        elif MASTER not in entries:
+            entries[MASTER] = shards.like(p, torch.zeros_like(shards.local(p), dtype=torch.int8), p.shape)
         return entries
 
     def _keep_format(self, group: dict[str, Any], rule: rules.Rule) -> None:
@@ -327,11 +339,15 @@ class LowBitOptimizer(Optimizer):
         if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
             raise ValueError(f"the checkpoint's step must be one number, got {step!r}; it holds {sorted(entries)}")
         count = shards.full(torch.as_tensor(step)).to(device=shards.local(p).device, dtype=torch.float32)
-        converted = {"step": count.reshape(())}
+        converted = {"step": count.reshape(()).clone()}  # states that are converted leave the checkpoint untouched
         for state in rule.states:
             converted.update(blocks.convert(p, state, entries, saved, self._bits(p, group), group["block_size"]))
+        if MASTER in entries and _wants_master(p, group):
+            saved_master = blocks.checked(p, entries, MASTER, p.shape)
+            converted[MASTER] = shards.like(p, blocks.placed(p, saved_master, torch.int8), p.shape)
         known = {
             *converted,
+            MASTER,
             *(n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))),
         }
         return {**{k: v for k, v in entries.items() if k not in known}, **converted}
@@ -382,6 +398,10 @@ def _check_group(group: dict[str, Any], rule: rules.Rule) -> None:
     _check_form(group)
     if not isinstance(group["min_size"], int) or group["min_size"] < 0:
         raise ValueError(f"min_size must be a number of elements, 0 or more, got {group['min_size']!r}")
+    if group["master"] not in (None, "bf16+8"):
+        raise ValueError(f'master must be None or "bf16+8", got {group["master"]!r}')
+    if group["master"] and group["stochastic_rounding"]:
+        raise ValueError('master="bf16+8" rounds its 24-bit copy to nearest; leave stochastic_rounding out')
     for name in ("lr", "eps", "weight_decay", "momentum"):
         if name in group and not float(group[name]) >= 0:
             raise ValueError(f"{name} must be 0 or more, got {group[name]}")
@@ -392,6 +412,10 @@ def _check_group(group: dict[str, Any], rule: rules.Rule) -> None:
     for i, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+
+
+def _wants_master(p: Tensor, group: dict[str, Any]) -> bool:
+    return group["master"] is not None and p.dtype == torch.bfloat16
 
 
 def _check_dtypes(group: dict[str, Any]) -> None:

@@ -104,10 +104,10 @@ def convert(
             raise ValueError(f"{codes_name(state.name)} comes without a state_format in its param group; cannot decode")
         codes, scales = _saved_codes(p, state.name, entries, saved)
         if bits == 8 and saved.block_size == block_size and saved.maps.get(state.name) == state.codebook:
-            return _coded(p, state, _placed(p, codes), _placed(p, scales), block_size)
+            return _coded(p, state, placed(p, codes), placed(p, scales), block_size)
         values = _decoded(p, state.name, codes, scales, saved)
     elif state.name in entries:
-        values = _placed(p, _checked(p, entries, state.name, p.shape), torch.float32)
+        values = placed(p, checked(p, entries, state.name, p.shape), torch.float32)
     else:
         raise ValueError(f"the checkpoint holds neither {state.name} nor {codes_name(state.name)}: {sorted(entries)}")
     if bits == 32:
@@ -117,13 +117,13 @@ def convert(
 
 def _saved_codes(p: Tensor, name: str, entries: Mapping[str, Any], saved: StateFormat) -> tuple[Tensor, Tensor]:
     """Codes and scales as they were saved, checked."""
-    codes = _checked(p, entries, codes_name(name), p.shape)
+    codes = checked(p, entries, codes_name(name), p.shape)
     if codes.dtype != torch.uint8:
         raise ValueError(
             f"{codes_name(name)} must be uint8, got {codes.dtype}: something cast the codes on their way, as torch's "
             "own Optimizer.load_state_dict does; load the checkpoint into a lowbit_lightning optimizer"
         )
-    scales = _checked(p, entries, scales_name(name), BlockGrid.of(p.shape, saved.block_size).scales_shape)
+    scales = checked(p, entries, scales_name(name), BlockGrid.of(p.shape, saved.block_size).scales_shape)
     if scales.dtype != torch.float32:
         raise ValueError(f"{scales_name(name)} must be float32, got {scales.dtype}: something cast it on its way")
     return codes, scales
@@ -134,10 +134,10 @@ def _decoded(p: Tensor, name: str, codes: Tensor, scales: Tensor, saved: StateFo
     if name not in saved.maps:
         raise ValueError(f"the checkpoint's state_format names no map for {name}: {dict(saved.maps)}")
     if shards.keeps_grid(p):
-        return kernels.dequantize_blockwise(_placed(p, codes), _placed(p, scales), saved.maps[name], saved.block_size)
+        return kernels.dequantize_blockwise(placed(p, codes), placed(p, scales), saved.maps[name], saved.block_size)
     device = shards.local(p).device
     whole = [shards.full(x).to(device) for x in (codes, scales)]  # p's cut goes through blocks
-    return _placed(p, kernels.dequantize_blockwise(whole[0], whole[1], saved.maps[name], saved.block_size))
+    return placed(p, kernels.dequantize_blockwise(whole[0], whole[1], saved.maps[name], saved.block_size))
 
 
 def _coded(p: Tensor, state: State, codes: Tensor, scales: Tensor, block_size: int) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ def _coded(p: Tensor, state: State, codes: Tensor, scales: Tensor, block_size: i
     }
 
 
-def _checked(p: Tensor, entries: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+def checked(p: Tensor, entries: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
     """A saved tensor of this name and global shape."""
     value = entries.get(name)
     if not isinstance(value, Tensor):
@@ -159,6 +159,6 @@ def _checked(p: Tensor, entries: Mapping[str, Any], name: str, shape: tuple[int,
     return value
 
 
-def _placed(p: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def placed(p: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """This rank's part of a saved tensor, contiguous, on p's device."""
     return shards.part_of(p, value).to(device=shards.local(p).device, dtype=dtype).contiguous()

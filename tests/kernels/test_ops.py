@@ -23,7 +23,7 @@ def step_arguments(n: int = 2) -> tuple:
     grads = [torch.randn(3, 70) for _ in range(n)]
     hyper = [0.1, 0.9, 0.0, 0.0]
     optional = [None] * 4
-    keys = [0, list(range(n)), [0] * n, False, False]
+    keys = [0, list(range(n)), [0] * n, False, False, []]
     return ("sgd_momentum", params, grads, steps, states, scales, hyper, 256, *optional, *keys)
 
 
@@ -32,7 +32,7 @@ def lamb_arguments() -> tuple:
     tensors = [[torch.randn(3, 70)], [torch.randn(3, 70)], [torch.zeros(())]]
     states = [torch.zeros(3, 70), torch.zeros(3, 70)]
     hyper = [0.1, 0.9, 0.99, 1e-8, 0.0]
-    return ("lamb", *tensors, states, [torch.zeros(0)] * 2, hyper, 256, *[None] * 4, 0, [0], [0], False, False)
+    return ("lamb", *tensors, states, [torch.zeros(0)] * 2, hyper, 256, *[None] * 4, 0, [0], [0], False, False, [])
 
 
 @pytest.mark.parametrize(

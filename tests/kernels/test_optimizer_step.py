@@ -77,6 +77,7 @@ def run(arguments: StepArguments, backend: str, steps: int, grad_dtype: torch.dt
         steps=copies(arguments.steps),
         states=[copies(s) for s in arguments.states],
         scales=[copies(s) for s in arguments.scales],
+        remainders=copies(arguments.remainders),
     )
     generator = torch.Generator().manual_seed(seed)
     norms = None
@@ -90,7 +91,7 @@ def run(arguments: StepArguments, backend: str, steps: int, grad_dtype: torch.dt
             norms = kernels.optimizer_norms(a) if rules.get(a.rule).norms else None
             kernels.optimizer_step(a, norms)
     states, scales = [t for s in a.states for t in s], [t for s in a.scales for t in s]
-    return [*a.params, *a.steps, *states, *scales, *([] if norms is None else [norms])]
+    return [*a.params, *a.steps, *states, *scales, *([] if norms is None else [norms]), *a.remainders]
 
 
 def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -232,6 +233,38 @@ def test_stochastic_rounding_is_equal_on_backends(offset: int) -> None:
     assert_same_bits(run(arguments, "cpu", 3, torch.bfloat16, seed=6), expected)
 
 
+# -- the 24-bit master copy --------------------------------------------------------------------------------------------
+
+
+def master_of(p: Tensor, remainder: Tensor) -> Tensor:
+    """In float64, from the definition: the remainder counts 256ths of the bfloat16's last place."""
+    mantissa, exponent = torch.frexp(p.double())
+    unit = torch.ldexp(torch.ones_like(mantissa), exponent.clamp(min=-125) - 8)
+    unit = torch.where((mantissa.abs() == 0.5) & (remainder < 0), unit / 2, unit)  # below a power of two
+    return p.double() + torch.where(p < 0, -1, 1) * remainder.double() / 256 * unit
+
+
+def test_master_copy_keeps_24_bits() -> None:
+    x = torch.randn(3, 700) * torch.exp(8 * torch.randn(3, 700))
+    p, remainder = torch.empty(3, 700, dtype=torch.bfloat16), torch.empty(3, 700, dtype=torch.int8)
+    reference.split_master(x, p, remainder)
+    assert ((p.float() - x).abs() <= x.abs() * 2**-8).all()
+    torch.testing.assert_close(master_of(p, remainder), x.double(), rtol=2**-16, atol=0)
+    assert torch.equal(reference.join_master(p, remainder).double(), master_of(p, remainder))
+    again = torch.empty_like(p), torch.empty_like(remainder)
+    reference.split_master(reference.join_master(p, remainder), *again)
+    assert torch.equal(again[0], p)
+    assert torch.equal(again[1], remainder)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lamb"])
+def test_master_copy_is_equal_on_backends(rule: str) -> None:
+    arguments = fresh(rule, SHAPES, [8, 8], torch.bfloat16, 256)
+    arguments.remainders = [torch.randint(-128, 128, s, dtype=torch.int8) for s in SHAPES]
+    expected = run(arguments, "reference", 3, torch.bfloat16, seed=9)
+    assert_same_bits(run(arguments, "cpu", 3, torch.bfloat16, seed=9), expected)
+
+
 # -- bad arguments ---------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +295,11 @@ def test_bad_arguments_are_named_before_anything_changes() -> None:
         (bad(rule="lamb"), ValueError, r"norms must be float64 of shape \(1, 2\)"),
         (bad(states=[[torch.zeros(70, 3, dtype=torch.uint8).t()], good.states[1]]), ValueError, "must be contiguous"),
         (bad(grads=[torch.zeros(3, 70, device="meta")]), ValueError, "is on meta"),
+        (
+            bad(remainders=[torch.zeros(3, 70, dtype=torch.int8)]),
+            TypeError,
+            r"remainders\[0\] must be int8 of a bfloat16",
+        ),
     ]
     before = good.params[0].clone()
     for arguments, error, message in cases:

@@ -2,7 +2,7 @@
 // a group in one call.
 //
 // The text is specialised by macros: PARAM and GRAD (float, Half, BFloat16), BLOCK (elements), CODED (bit s: state s
-// is 8-bit codes), STOCHASTIC (0 or 1); and by the rule's generated text.
+// is 8-bit codes), STOCHASTIC and REMAINDER (0 or 1); and by the rule's generated text.
 #include "vec.h"
 #include "parallel.h"
 #include "blocks.h"
@@ -24,6 +24,7 @@ struct Parameter {
     float* step;
     void* state[3];
     float* scales[3];
+    int8_t* remainder;
     int64_t rows, row_length, ordinal, offset;
 
     int64_t blocks_per_row() const { return (row_length + BLOCK - 1) / BLOCK; }
@@ -160,9 +161,28 @@ LB_FN I random_words(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t in
 }
 #endif
 
+LB_FN V load_parameter(const Block& at, int i, int count) {
+    const PARAM* from = at.q.p + at.start + i;
+#if REMAINDER
+    const I upper = widen(load_raw<Halves>(from, count));
+    const I lower = widen_signed(load_raw<Bytes>(at.q.remainder + at.start + i, count));
+    return from_bits((upper << 16) + (lower << 8));
+#else
+    return load(from, count);
+#endif
+}
+
 LB_FN void store_parameter(const Call& call, const Block& at, int i, int count, V p) {
     PARAM* to = at.q.p + at.start + i;
-#if STOCHASTIC
+#if REMAINDER
+    const I bits = to_bits(p);
+    const I finite = (I)((bits & 0x7fffffff) < (int32_t)INFINITY_BITS);
+    const I master = logical_shift(bits + 0x7f + ((bits >> 8) & 1), 8), upper = logical_shift(master + 0x80, 8);
+    const Halves nearest = narrow_to_halves(upper & 0xffff), special = narrow_bfloat16(p);
+    const Halves kept = narrow_to_halves(finite & 0xffff);
+    store_raw(to, (Halves)((nearest & kept) | (special & ~kept)), count);
+    store_raw(at.q.remainder + at.start + i, narrow_to_bytes((master - (upper << 8)) & finite & 0xff), count);
+#elif STOCHASTIC
     const uint64_t index = (uint64_t)(at.q.offset + at.start + i);
     const I words = random_words(call.seed, (uint32_t)at.q.ordinal, (uint32_t)(int64_t)*at.q.step, index);
     const I bits = to_bits(p);
@@ -183,7 +203,7 @@ struct Shared {
 
 LB_FN void update_vector(const Shared& shared, const Block& at, int i, int count, Pending& pending, Extremes* seen) {
     V s[STATES], t[TEMPORARIES];
-    V p = load(at.q.p + at.start + i, count), g = load(at.q.g + at.start + i, count) * shared.factor;
+    V p = load_parameter(at, i, count), g = load(at.q.g + at.start + i, count) * shared.factor;
     load_states(at, i, count, s);
     rule_direction(shared.c, p, g, s, t);
     rule_finish(shared.c, p, g, s, t);
@@ -249,7 +269,7 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
         for (int i = 0; i < at.n; i += W) {
             const int count = std::min(W, at.n - i);
             V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
-            V p = load(at.q.p + at.start + i, count), g = load(at.q.g + at.start + i, count) * factor;
+            V p = load_parameter(at, i, count), g = load(at.q.g + at.start + i, count) * factor;
             load_states(at, i, count, s);
             rule_direction(scalars[index], p, g, s, t);
             rule_norm_values(p, t, n);

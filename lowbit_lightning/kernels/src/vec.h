@@ -197,6 +197,8 @@ LB_FN I widen(Bytes x) {
     return __builtin_convertvector(x, I);
 #endif
 }
+LB_FN I widen_signed(Bytes x) { return (widen(x) ^ 0x80) - 0x80; }
+LB_FN I logical_shift(I x, int by) { return (x >> by) & (int32_t)(0xffffffffu >> by); }
 LB_FN I widen(Halves x) {
 #if defined(__AVX512F__)
     return (I)_mm512_cvtepu16_epi32((__m256i)x);
