@@ -30,6 +30,8 @@ def optimizer_texts() -> Iterator[tuple[str, str]]:
         ("adamw_amsgrad", F32, F32, 0b111, 4096, False),
         ("ademamix", BF16, F32, 0b111, 256, True),
     ]
+    text = cuda.optimizer_text("optimizer_step.cu", "adamw", BF16, BF16, 0b11, 256, remainder=True)
+    yield "step adamw with remainders", text
     for rule, param, grad, coded, block_size, stochastic in variants:
         name = f"step {rule} {param} {grad} coded {coded:b} block {block_size} stochastic {stochastic}"
         yield name, cuda.optimizer_text("optimizer_step.cu", rule, param, grad, coded, block_size, stochastic)

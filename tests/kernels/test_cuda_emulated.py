@@ -161,6 +161,7 @@ def copy_of(a: StepArguments, place: Callable[[Tensor], Tensor] = Tensor.clone) 
         return [place(t) for t in tensors]
 
     a = replace(a, params=places(a.params), grads=places(a.grads), steps=places(a.steps))
+    a = replace(a, remainders=places(a.remainders))
     return replace(a, states=[places(s) for s in a.states], scales=[places(s) for s in a.scales])
 
 
@@ -168,7 +169,7 @@ def step(a: StepArguments) -> list[Tensor]:
     """All that one step writes, and the norms that it used."""
     norms = kernels.optimizer_norms(a) if rules.get(a.rule).norms else None
     kernels.optimizer_step(a, norms)
-    written = [*a.params, *a.steps, *(t for s in (*a.states, *a.scales) for t in s)]
+    written = [*a.params, *a.remainders, *a.steps, *(t for s in (*a.states, *a.scales) for t in s)]
     return written if norms is None else [*written, norms]
 
 
@@ -225,6 +226,15 @@ def test_stochastic_rounding(grad_dtype: torch.dtype) -> None:
     options = {"stochastic_rounding": True, "offsets": offsets, "ordinals": [5, 4, 3, 2, 1, 2**31]}
     a = arguments_of("adamw", BF16, grad_dtype, 0b11, 256, **options)
     modes = [MODES[1], MODES[3]] if grad_dtype == BF16 else MODES[:1]
+    assert_step_equals_reference(a, modes)
+    assert_step_equals_reference(a, modes[:1], place=shifted)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lamb"])
+def test_remainders_of_bfloat16_parameters(rule: str) -> None:
+    a = arguments_of(rule, BF16, F32, 0b11, 256)
+    a.remainders = [torch.randint(-128, 128, p.shape, dtype=torch.int8) for p in a.params]
+    modes = MODES[2:] if rule == "adamw" else MODES[:1]
     assert_step_equals_reference(a, modes)
     assert_step_equals_reference(a, modes[:1], place=shifted)
 
@@ -289,7 +299,7 @@ def test_more_parameters_than_one_launch_can_tell_and_a_table_that_is_kept() -> 
         sent = [one.kernel for one in launches].count("write_words")
         a.grads[7] = a.grads[7].clone()
         kernels.optimizer_step(a)
-    words = (count + 1) * 10
+    words = (count + 1) * 11
     assert sent == -(-words // table._WORDS), "the second step finds its table on the device"
     assert [one.kernel for one in launches].count("write_words") == 2 * sent, "another address is another table"
     assert_same_bits([*a.params, *a.steps], [*expected.params, *expected.steps])
@@ -304,8 +314,8 @@ def test_the_order_in_which_block_sums_are_folded(count: int) -> None:
         groups = torch.nn.functional.pad(expected, (0, -expected.numel() % 256)).view(-1, 256)
         expected = reference._fold_halves(groups)
     text = cuda.optimizer_text("optimizer_norms.cu", "lars", F16, F16, 0, 256)
-    rows = torch.zeros(3, 10, dtype=torch.int64)
-    rows[1, 9], rows[2, 9] = 7, count + 7
+    rows = torch.zeros(3, 11, dtype=torch.int64)
+    rows[1, 10], rows[2, 10] = 7, count + 7
     out = torch.zeros(2, 2, dtype=torch.float64)
     kept = sums.repeat(2, 1)
     fold = rows, ctypes.c_int64(count + 7), kept, torch.zeros_like(kept), out

@@ -98,7 +98,14 @@ def _run_blocks(text: str, kernel: str, grid: BlockGrid, arguments: tuple) -> No
 
 @cache
 def optimizer_text(
-    source: str, rule: str, param: torch.dtype, grad: torch.dtype, coded: int, block_size: int, stochastic: bool = False
+    source: str,
+    rule: str,
+    param: torch.dtype,
+    grad: torch.dtype,
+    coded: int,
+    block_size: int,
+    stochastic: bool = False,
+    remainder: bool = False,
 ) -> str:
     """src/optimizer_step.cu or _norms.cu for one combination; bit s of ``coded``: state s is 8-bit codes."""
     macros = {
@@ -107,6 +114,7 @@ def optimizer_text(
         "CODED": coded,
         "BLOCK": block_size,
         "STOCHASTIC": int(stochastic),
+        "REMAINDER": int(remainder),
     }
     defines = "\n".join(f"#define {name} {value}" for name, value in macros.items())
     generated = {"rule.h": rules.get(rule).cpp(), "dynamic_tables.h": formats.cpp_tables()}
@@ -162,7 +170,8 @@ class _Step:
     def _text(self, source: str, stochastic: bool = False) -> str:
         a = self.arguments
         coded = sum(1 << s for s, state in enumerate(a.states) if state[0].dtype == torch.uint8)
-        return optimizer_text(source, a.rule, a.params[0].dtype, a.grads[0].dtype, coded, a.block_size, stochastic)
+        dtypes = a.params[0].dtype, a.grads[0].dtype
+        return optimizer_text(source, a.rule, *dtypes, coded, a.block_size, stochastic, bool(a.remainders))
 
     def _prepare(self, skip: Tensor | None, norms: Tensor | None, advance: bool) -> None:
         a = self.arguments
@@ -183,7 +192,7 @@ class _Step:
 
     def _run(self, text: str, kernel: str, grid: int, block: int, arguments: tuple) -> None:
         a = self.arguments
-        memory = (*a.params, *a.grads, *a.steps, *(t for s in (*a.states, *a.scales) for t in s))
+        memory = (*a.params, *a.grads, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s))
         launch.run(Launch(text, kernel, (grid, 1, 1), block, arguments, memory))
 
     def _empty(self, count: int, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ def parameter_table(arguments: StepArguments) -> tuple[Tensor, int]:
         words.extend((p.data_ptr(), arguments.grads[i].data_ptr(), arguments.steps[i].data_ptr()))
         words.extend([s[i].data_ptr() for s in arguments.states] + padding)
         words.extend([s[i].data_ptr() for s in arguments.scales] + padding)
+        words.append(arguments.remainders[i].data_ptr() if arguments.remainders else 0)
         words.extend((grid.row_length, grid.blocks_per_row, arguments.ordinals[i], arguments.offsets[i], first_block))
         first_block += grid.rows * grid.blocks_per_row
     row = len(words) // len(arguments.params)

@@ -1,7 +1,7 @@
 // What the optimizer kernels do with one quantisation block: find it, load it, apply the rule.
 //
 // Specialised by macros: BLOCK (elements), PARAM and GRAD (float, Half, BFloat16), CODED (bit s: state s is 8-bit
-// codes, else float); and by the rule's generated text.
+// codes, else float), REMAINDER (1: bfloat16 parameters have eight more bits); and by the rule's generated text.
 #pragma once
 #include "gpu.h"
 #include "scale.h"
@@ -37,6 +37,7 @@ struct Block {
     const GRAD* g;
     void* state[STATES];
     float* scale[STATES];
+    uint8_t* remainder;
     Position at;
     bool packets;
 
@@ -64,6 +65,10 @@ LB_FN Block block_of(const Parameter& q, int64_t number) {
     b.p = (PARAM*)q.p + b.at.start;
     b.g = (const GRAD*)q.g + b.at.start;
     b.packets = b.at.n == BLOCK && Mine::aligned(b.p) && Mine::aligned(b.g);
+#if REMAINDER
+    b.remainder = q.remainder + b.at.start;
+    b.packets = b.packets && Mine::aligned(b.remainder);
+#endif
     point_to_states(q, b);
     return b;
 }
@@ -84,6 +89,12 @@ template <bool PACKETS, int S = 0> LB_FN void load_states(const Block& b, Elemen
 }
 template <bool PACKETS> LB_FN void load(const Block& b, Elements& e) {
     Mine::load<PACKETS>(b.p, b.at.n, e.p);
+#if REMAINDER
+    int32_t remainder[PER_THREAD];
+    Mine::load<PACKETS>((const uint8_t*)b.remainder, b.at.n, remainder);
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) e.p[i] = from_bits(to_bits(e.p[i]) + (int8_t)remainder[i] * 256);
+#endif
     Mine::load<PACKETS>(b.g, b.at.n, e.g);
     load_states<PACKETS>(b, e);
 }

@@ -2,7 +2,7 @@
 // group in one launch. What it means is said in reference.py. The quantisation blocks of all parameters are numbered
 // through and shared out to CUDA blocks.
 //
-// Specialised by the macros of optimizer_block.h and STOCHASTIC (0 or 1).
+// Specialised by the macros of optimizer_block.h and STOCHASTIC (1: parameters are rounded at random).
 #include "optimizer_block.h"
 #include "philox.h"
 
@@ -27,6 +27,18 @@ template <bool PACKETS> LB_FN void store_parameter(const Block& b, const float (
         const uint32_t word = shift + i < 8 ? random_bits(group, shift + i) : random_bits(next, shift + i);
         if (magnitude_bits(v[i]) < INFINITE) rounded[i].bits = (uint16_t)(((uint32_t)to_bits(v[i]) + word) >> 16);
     }
+#endif
+#if REMAINDER
+    int32_t remainder[PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) {  // 24 bits, to nearest, ties to even: the upper 16 to nearest, and the rest
+        const uint32_t bits = (uint32_t)to_bits(v[i]);
+        const uint32_t master = (bits + 0x7f + ((bits >> 8) & 1)) >> 8, upper = (master + 0x80) >> 8;
+        const bool finite = magnitude_bits(v[i]) < INFINITE;
+        if (finite) rounded[i].bits = (uint16_t)upper;
+        remainder[i] = finite ? (int32_t)(master - (upper << 8)) & 255 : 0;
+    }
+    Mine::store<PACKETS>(b.remainder, b.at.n, remainder);
 #endif
     Mine::store<PACKETS>(b.p, b.at.n, rounded);
 }

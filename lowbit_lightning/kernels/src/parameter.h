@@ -10,6 +10,7 @@ struct Parameter {
     float* step;
     void* state[STATES];
     float* scales[STATES];
+    uint8_t* remainder;  // the bits of int8, or null
     int64_t row_length, blocks_per_row, ordinal, offset;
     int64_t first_block;  // the number of its first block among those of all parameters
 };
