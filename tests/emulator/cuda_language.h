@@ -220,8 +220,8 @@ template <class A, class B> inline std::common_type_t<A, B> max(A a, B b) {
 }
 
 extern "C" {
-float sqrtf(float), fabsf(float), floorf(float), ceilf(float), rintf(float), nearbyintf(float), expf(float), logf(float);
-float copysignf(float, float), fminf(float, float), fmaxf(float, float), fmaf(float, float, float);
+float sqrtf(float), fabsf(float), floorf(float), ceilf(float), rintf(float), nearbyintf(float), expf(float);
+float copysignf(float, float), fminf(float, float), fmaxf(float, float), fmaf(float, float, float), logf(float);
 double sqrt(double), fabs(double), copysign(double, double), fma(double, double, double);
 }
 inline float sqrt(float x) { return sqrtf(x); }

@@ -146,7 +146,7 @@ def test_no_compiler_says_what_was_tried_and_what_to_do(monkeypatch: pytest.Monk
 
 def test_no_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)  # importing it raises ImportError
-    compile._nvrtc_version.cache_clear()
+    compile.nvrtc_version.cache_clear()
     with pytest.raises(compile.CompilerNotFound, match="pip install 'cuda-core"):
         compile.cubin(ADD_CUDA, "sm_90")
 
@@ -195,7 +195,7 @@ def test_architecture_macros_and_nvrtc_are_part_of_the_key(place: Path, monkeypa
     compile.cubin(ADD_CUDA, "sm_90")
     compile.cubin(ADD_CUDA, "sm_80")
     compile.cubin(ADD_CUDA, "sm_80", flags=("-DX=1",))
-    monkeypatch.setattr(compile, "_nvrtc_version", lambda: "0.0")
+    monkeypatch.setattr(compile, "nvrtc_version", lambda: "0.0")
     compile.cubin(ADD_CUDA, "sm_90")
     assert len(list(place.iterdir())) == 4
 

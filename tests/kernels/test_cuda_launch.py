@@ -14,7 +14,7 @@ import torch
 from emulator.backend import emulated
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels.compile import CompilerNotFound
+from lowbit_lightning.kernels.compile import CompilerNotFound, nvrtc_version
 from lowbit_lightning.kernels.cuda import launch, table
 from lowbit_lightning.kernels.cuda.launch import Launch
 
@@ -84,6 +84,7 @@ def test_the_real_driver_has_what_is_called() -> None:
 
 def test_without_cuda_core_the_backend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
+    nvrtc_version.cache_clear()
     with pytest.raises(CompilerNotFound, match=r"pip install 'cuda-core>=1.2,<2'"):
         launch.load()
 

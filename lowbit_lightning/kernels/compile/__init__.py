@@ -224,7 +224,7 @@ def cubin(text: str, arch: str, *, flags: tuple[str, ...] = ()) -> Cubin:
 
     Raises CompilerNotFound without NVRTC, CompileError with the compiler's log when the text is wrong.
     """
-    version = _nvrtc_version()
+    version = nvrtc_version()
     key = _key("cuda", text, arch, *flags, version)
     entry = cache.find(f"{key}.cubin")
     if entry is None:
@@ -257,7 +257,7 @@ def resources(log: str) -> dict[str, Resources]:
 
 
 @functools.cache
-def _nvrtc_version() -> str:
+def nvrtc_version() -> str:
     """NVRTC's version; of the copy that this process has loaded, which may be torch's and older than the newest."""
     try:
         from cuda.bindings import nvrtc

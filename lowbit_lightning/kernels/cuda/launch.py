@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.compile import NVRTC_HINT, CompilerNotFound, cubin
+from lowbit_lightning.kernels.compile import NVRTC_HINT, CompilerNotFound, cubin, nvrtc_version
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,7 @@ def as_ctypes(argument: Any) -> Any:
 
 def load() -> None:
     """Raise CompilerNotFound, saying what to install, where CUDA kernels cannot be compiled and launched."""
-    try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-        from cuda.core import ObjectCode  # noqa: F401
-    except ImportError as error:
-        raise CompilerNotFound(f"CUDA kernels need cuda-core and NVRTC ({error}). {NVRTC_HINT}") from error
+    nvrtc_version()
     if not torch.cuda.is_available():
         raise CompilerNotFound("torch sees no CUDA device; install a CUDA build of torch and a driver")
 

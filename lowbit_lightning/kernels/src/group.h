@@ -19,7 +19,10 @@ struct Position {
 };
 
 LB_FN Position position_of(int64_t block, int64_t blocks_per_row, int64_t row_length) {
-    const int64_t row = block / blocks_per_row, column = (block - row * blocks_per_row) * BLOCK;
+    // A 64-bit division takes a hundred instructions, a 32-bit one twenty.
+    const bool small = ((block | blocks_per_row) >> 32) == 0;
+    const int64_t row = small ? (uint32_t)block / (uint32_t)blocks_per_row : block / blocks_per_row;
+    const int64_t column = (block - row * blocks_per_row) * BLOCK;
     const int64_t left = row_length - column;
     return {row * row_length + column, block, (int)(left < BLOCK ? left : BLOCK)};
 }
