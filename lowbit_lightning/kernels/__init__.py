@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -103,11 +104,6 @@ def _run(op: str, device: torch.device, *arguments: Any) -> Any:
     name = _forced[-1] if _forced else _backend_name(device.type)
     _calls[op, name] += 1
     return getattr(_load(name), op)(*arguments)
-
-
-def _mutated(tensors: list[Tensor]) -> None:
-    """Bump version counters: autograd must see that a saved tensor was overwritten by a kernel."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 # -- block-wise quantisation -----------------------------------------------------------------------------------------
@@ -216,7 +212,11 @@ def optimizer_step(arguments: StepArguments, norms: Tensor | None = None) -> Non
         raise ValueError(
             f"norms must be float64 of shape {expected} for rule {rule.name!r}; optimizer_norms gives them"
         )
-    torch.ops.lowbit_lightning.optimizer_step(*_flatten(arguments), norms if rule.norms else None)
+    norms = norms if rule.norms else None
+    if _through_dispatcher(arguments):
+        torch.ops.lowbit_lightning.optimizer_step(*_flatten(arguments), norms)
+    else:
+        _step(arguments, norms)
 
 
 def optimizer_norms(arguments: StepArguments) -> Tensor:
@@ -226,7 +226,15 @@ def optimizer_norms(arguments: StepArguments) -> Tensor:
     The first phase of rules with a trust ratio; reads the arguments and changes nothing.
     """
     arguments.check()
-    return torch.ops.lowbit_lightning.optimizer_norms(*_flatten(arguments))
+    if _through_dispatcher(arguments):
+        return torch.ops.lowbit_lightning.optimizer_norms(*_flatten(arguments))
+    return _norms(arguments)
+
+
+def _through_dispatcher(arguments: StepArguments) -> bool:
+    """Whether torch has to see the op: when it traces, or with tensor subclasses. Thousands of tensors take it
+    milliseconds, a good part of what the step itself takes."""
+    return torch.compiler.is_compiling() or any(type(p) not in (Tensor, torch.nn.Parameter) for p in arguments.params)
 
 
 def _flatten(a: StepArguments) -> tuple:
@@ -243,29 +251,42 @@ def _unflatten(*flat: Any) -> StepArguments:
 
 
 def _optimizer_step(*flat: Any) -> None:
-    arguments, norms = _unflatten(*flat[:-1]), flat[-1]
-    originals = arguments.params
-    arguments.params = [p if p.is_contiguous() else p.contiguous() for p in originals]
-    arguments.grads = [g if g.is_contiguous() else g.contiguous() for g in arguments.grads]
-    for indices in arguments.specialisations():
-        chosen = norms if norms is None else norms[indices].contiguous()
-        _run("optimizer_step", arguments.device, arguments.select(indices), chosen)
-    for p, step in zip(arguments.params, arguments.steps, strict=True):
-        if not p.numel():  # an empty shard: its count keeps pace with the other ranks'
-            step.add_(1.0 if arguments.skip is None else (arguments.skip == 0).float().reshape(()))
-    for original, p in zip(originals, arguments.params, strict=True):
+    _step(_unflatten(*flat[:-1]), flat[-1])
+
+
+def _step(arguments: StepArguments, norms: Tensor | None) -> None:
+    contiguous = _contiguous(arguments)
+    for indices, part in contiguous.parts():
+        chosen = norms if norms is None or part is contiguous else norms[indices].contiguous()
+        _run("optimizer_step", arguments.device, part, chosen)
+    for original, p, step in zip(arguments.params, contiguous.params, arguments.steps, strict=True):
         if p is not original:
             original.copy_(p)
-    _mutated([*originals, *arguments.steps, *flat[4], *flat[5], *arguments.remainders])
+        if not p.numel():  # an empty shard: its count keeps pace with the other ranks'
+            step.add_(1.0 if arguments.skip is None else (arguments.skip == 0).float().reshape(()))
+    # Autograd must see that a saved tensor was overwritten by a kernel.
+    torch.autograd.graph.increment_version([p for p in arguments.params if not p.is_inference()])
+
+
+def _contiguous(arguments: StepArguments) -> StepArguments:
+    """The arguments with copies of what is not contiguous: parameters and gradients in channels_last, say."""
+    grads = arguments.grads
+    if not all(g.is_contiguous() for g in grads):
+        grads = arguments.grads = [g.contiguous() for g in grads]
+    if all(p.is_contiguous() for p in arguments.params):
+        return arguments
+    return replace(arguments, params=[p.contiguous() for p in arguments.params])
 
 
 def _optimizer_norms(*flat: Any) -> Tensor:
-    arguments = _unflatten(*flat)
-    arguments.params = [p.contiguous() for p in arguments.params]
-    arguments.grads = [g.contiguous() for g in arguments.grads]
-    result = _optimizer_norms_fake(*flat).zero_()
-    for indices in arguments.specialisations():
-        result[indices] = _run("optimizer_norms", arguments.device, arguments.select(indices))
+    return _norms(_unflatten(*flat))
+
+
+def _norms(arguments: StepArguments) -> Tensor:
+    contiguous = _contiguous(arguments)
+    result = _optimizer_norms_fake(arguments.rule, arguments.params).zero_()
+    for indices, part in contiguous.parts():
+        result[indices] = _run("optimizer_norms", arguments.device, part)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, BlockGrid, check_block_size
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+_CHANGING = ("hyper", "lr", "unscale", "clip", "skip", "seed", "maximize")
 
 
 @dataclass
@@ -33,6 +36,9 @@ class StepArguments:
     ``seed``, ``ordinals`` (a number per parameter) and ``offsets`` (the global index of each parameter's first
     element, for shards) key the random words of ``stochastic_rounding`` (bfloat16 parameters only). ``maximize``
     negates the gradients.
+
+    An object may serve many steps: ``grads`` and the fields of ``_CHANGING`` may be set anew, the rest stays.
+    ``cache`` is what checks and backends remember meanwhile.
     """
 
     rule: str
@@ -53,6 +59,7 @@ class StepArguments:
     maximize: bool = False
     stochastic_rounding: bool = False
     remainders: list[Tensor] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.ordinals = self.ordinals or list(range(len(self.params)))
@@ -66,9 +73,30 @@ class StepArguments:
         """The block grid of parameter i."""
         return BlockGrid.of(self.params[i].shape, self.block_size)
 
-    def select(self, indices: list[int]) -> StepArguments:
-        """The same step for some of the parameters."""
+    def parts(self) -> list[tuple[list[int], StepArguments]]:
+        """The same step in parts whose parameters, gradients and states have equal dtypes: one launch each.
 
+        With the indices of each part's parameters; empty parameters are in none.
+        """
+        if "parts" not in self.cache:
+            groups: dict[tuple, list[int]] = {}
+            for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
+                if p.numel():
+                    groups.setdefault((p.dtype, g.dtype, *[s[i].dtype for s in self.states]), []).append(i)
+            self.cache["parts"] = [
+                (indices, None if len(indices) == len(self.params) else self._select(indices))
+                for indices in groups.values()
+            ]
+        result = []
+        for indices, part in self.cache["parts"]:
+            if part is not None:
+                part.grads = [self.grads[i] for i in indices]
+                for name in _CHANGING:
+                    setattr(part, name, getattr(self, name))
+            result.append((indices, self if part is None else part))
+        return result
+
+    def _select(self, indices: list[int]) -> StepArguments:
         def pick(items: list) -> list:
             return [items[i] for i in indices]
 
@@ -84,16 +112,10 @@ class StepArguments:
             remainders=pick(self.remainders) if self.remainders else [],
         )
 
-    def specialisations(self) -> list[list[int]]:
-        """Indices of the parameters, grouped so that dtypes are equal in a group: one launch each."""
-        groups: dict[tuple, list[int]] = {}
-        for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
-            if p.numel():
-                groups.setdefault((p.dtype, g.dtype, *[s[i].dtype for s in self.states]), []).append(i)
-        return list(groups.values())
-
     def check(self) -> None:
-        """Raise TypeError or ValueError, naming the argument, before anything is changed."""
+        """Raise TypeError or ValueError, naming the argument, before anything is changed. Once for an object."""
+        if "checked" in self.cache:
+            return
         rule = rules.get(self.rule)
         check_block_size(self.block_size)
         if len(self.hyper) != len(rule.hyper):
@@ -119,6 +141,7 @@ class StepArguments:
                     f"{name} must be one float32 value on {self.device}, got {value.dtype} of shape "
                     f"{tuple(value.shape)} on {value.device}"
                 )
+        self.cache["checked"] = True
 
     def _check_parameter(self, i: int, rule: rules.Rule) -> None:
         p, g = self.params[i], self.grads[i]

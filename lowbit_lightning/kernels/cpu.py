@@ -163,15 +163,7 @@ def _specialised(arguments: StepArguments) -> ctypes.CDLL:
 
 def _call(arguments: StepArguments, norms: Tensor | None) -> tuple[_Call, tuple]:
     """The argument structure, and what must stay alive while it is used."""
-    table = array("q")
-    nothing = [0] * (3 - len(arguments.states))
-    for i, p in enumerate(arguments.params):
-        grid = arguments.grid(i)
-        states = [s[i].data_ptr() for s in arguments.states] + nothing
-        scales = [s[i].data_ptr() for s in arguments.scales] + nothing
-        table.extend((p.data_ptr(), arguments.grads[i].data_ptr(), arguments.steps[i].data_ptr(), *states, *scales))
-        remainder = arguments.remainders[i].data_ptr() if arguments.remainders else 0
-        table.extend((remainder, grid.rows, grid.row_length, arguments.ordinals[i], arguments.offsets[i]))
+    table = _table(arguments)
     hyper = (ctypes.c_double * len(arguments.hyper))(*arguments.hyper)
     call = _Call(
         *(table.buffer_info()[0], len(arguments.params), hyper),
@@ -183,3 +175,23 @@ def _call(arguments: StepArguments, norms: Tensor | None) -> tuple[_Call, tuple]
         *(arguments.seed & (2**64 - 1), arguments.maximize, torch.get_num_threads()),
     )
     return call, (table, hyper, norms)
+
+
+def _table(arguments: StepArguments) -> array:
+    """Rows of ``struct Parameter``, one a parameter. Addresses are looked up in every step, shapes once."""
+    columns = [arguments.params, arguments.grads, arguments.steps]
+    for lists in (arguments.states, arguments.scales):
+        columns += [*lists, *([[]] * (3 - len(lists)))]
+    columns += [arguments.remainders]
+    if "cpu" not in arguments.cache:
+        table = array("q")
+        for i in range(len(arguments.params)):
+            grid = arguments.grid(i)
+            place = (grid.rows, grid.row_length, arguments.ordinals[i], arguments.offsets[i])
+            table.extend((*([0] * len(columns)), *place))
+        arguments.cache["cpu"] = table
+    table = arguments.cache["cpu"]
+    for number, tensors in enumerate(columns):
+        if tensors:
+            table[number :: len(columns) + 4] = array("q", [t.data_ptr() for t in tensors])
+    return table
