@@ -38,6 +38,7 @@ template <int RUN> struct Share {
         return ((uint64_t)block & (ACCESS_WIDTH<T, RUN> - 1)) == 0;
     }
     template <bool PACKETS, class T, class R> LB_FN void load(const T* block, int n, R (&v)[PER_THREAD]) {
+        assume_global(block);
         if constexpr (PACKETS) {
 #pragma unroll
             for (int i = 0; i < PER_THREAD; i += RUN) load_packet<RUN>(block + index(i), v + i);
@@ -47,6 +48,7 @@ template <int RUN> struct Share {
         }
     }
     template <bool PACKETS, class T, class R> LB_FN void store(T* block, int n, const R (&v)[PER_THREAD]) {
+        assume_global(block);
         if constexpr (PACKETS) {
 #pragma unroll
             for (int i = 0; i < PER_THREAD; i += RUN) store_packet<RUN>(block + index(i), v + i);
