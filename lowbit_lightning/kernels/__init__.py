@@ -264,8 +264,16 @@ def _step(arguments: StepArguments, norms: Tensor | None) -> None:
             original.copy_(p)
         if not p.numel():  # an empty shard: its count keeps pace with the other ranks'
             step.add_(1.0 if arguments.skip is None else (arguments.skip == 0).float().reshape(()))
-    # Autograd must see that a saved tensor was overwritten by a kernel.
-    torch.autograd.graph.increment_version([p for p in arguments.params if not p.is_inference()])
+    torch.autograd.graph.increment_version(_written(arguments))
+
+
+def _written(arguments: StepArguments) -> list[Tensor]:
+    """All that a step writes: autograd must see that a saved tensor was overwritten by a kernel."""
+    if "written" not in arguments.cache:
+        a = arguments
+        tensors = [*a.params, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s)]
+        arguments.cache["written"] = [t for t in dict.fromkeys(tensors) if not t.is_inference()]
+    return arguments.cache["written"]
 
 
 def _contiguous(arguments: StepArguments) -> StepArguments:

@@ -6,9 +6,10 @@ An optimizer is a rule in ``kernels/rules`` and a short class in ``family.py`` t
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,75 +17,41 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.kernels.arguments import FLOATS
-from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, check_block_size
+from lowbit_lightning.optim.options import (
+    MASTER,
+    OWN,
+    Options,
+    check_dtypes,
+    check_form,
+    check_group,
+    complete_options,
+    wants_master,
+)
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
 
-MASTER = "master_remainder"
-"""The state that holds the lower eight bits of a 24-bit master copy."""
-_OWN = ("bits", "min_size", "block_size", "state_format")
-"""Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments that every optimizer takes, for all parameters or as keys of a param group.
-
-    ``bits`` (8): 8, or 32 for float32 states. ``min_size`` (4096): parameters with fewer elements, or rows shorter
-    than 64, keep 32-bit states; a row is everything behind dimension 0. ``block_size`` (256): elements that share a
-    scale. ``maximize`` (False). ``stochastic_rounding`` (False): round bfloat16 parameters up or down at random,
-    without bias, keyed by ``seed`` (0). ``master`` (None): ``"bf16+8"`` keeps the next eight bits of bfloat16
-    parameters in an int8 state, ``master_remainder``: updates as on a 24-bit master copy, at three bytes.
-    ``skip_nonfinite`` (False): skip a whole step, on the device, when any gradient is not finite.
-
-    ``foreach``, ``fused``, ``capturable`` are accepted for torch's sake: every step is one fused call with its step
-    counts on the device. ``differentiable`` must be False.
-    """
-
-    bits: int
-    min_size: int
-    block_size: int
-    maximize: bool
-    stochastic_rounding: bool
-    seed: int
-    master: str | None
-    skip_nonfinite: bool
-    foreach: bool | None
-    fused: bool | None
-    capturable: bool
-    differentiable: bool
-
-
-_DEFAULTS: dict[str, Any] = {
-    "bits": 8,
-    "min_size": 4096,
-    "block_size": DEFAULT_BLOCK_SIZE,
-    "maximize": False,
-    "stochastic_rounding": False,
-    "seed": 0,
-    "master": None,
-    "skip_nonfinite": False,
-}
-_TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
-
-
-def complete_options(options: Options) -> dict[str, Any]:
-    """The options with their defaults, without those that only torch knows. Raises for what is not to be had."""
-    unknown = set(options) - set(_DEFAULTS) - set(_TORCH_ONLY)
-    if unknown:
-        raise TypeError(f"unknown options {sorted(unknown)}; known: {sorted(_DEFAULTS)}")
-    if options.get("differentiable"):
-        raise ValueError("differentiable=True is not supported: the fused step has no gradient; use torch.optim")
-    return {**_DEFAULTS, **{k: v for k, v in options.items() if k in _DEFAULTS}}
-
 
 class _Work(NamedTuple):
-    """A parameter that a step is to change."""
+    """The parameters of a group that a step is to change; ``ordinals`` are their places among all parameters."""
 
-    ordinal: int
-    p: Tensor
-    grad: Tensor
-    """This rank's part."""
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    ordinals: list[int]
+
+
+class _Plan(NamedTuple):
+    """The arguments of a group's steps, kept while parameters and states stay the same objects."""
+
+    form: tuple
+    params: list[Tensor]
+    held: list[Any]
+    grad_dtypes: list[torch.dtype]
+    parts: list[tuple[list[int], kernels.StepArguments]]
+
+    def fits(self, form: tuple, work: _Work, held: list[Any]) -> bool:
+        same = self.form == form and _same(self.params, work.params) and _same(self.held, held)
+        return same and self.grad_dtypes == [g.dtype for g in work.grads]
 
 
 class LowBitOptimizer(Optimizer):
@@ -120,11 +87,11 @@ class LowBitOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its keys overrule the defaults. See ``torch.optim.Optimizer``."""
         merged = {**self.defaults, **param_group}
-        _check_group(merged, self._rule_of(merged))
+        check_group(merged, self._rule_of(merged))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_dtypes(group)
+            check_dtypes(group)
         except TypeError:
             self.param_groups.pop()
             raise
@@ -136,8 +103,8 @@ class LowBitOptimizer(Optimizer):
     def _adopted(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group of another optimizer, with all that this one wants in it, checked."""
         adopted = {**group, "state_format": StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()}
-        _check_group(adopted, self._rule_of(adopted))
-        _check_dtypes(adopted)
+        check_group(adopted, self._rule_of(adopted))
+        check_dtypes(adopted)
         return adopted
 
     def _rule_of(self, group: dict[str, Any]) -> rules.Rule:
@@ -157,35 +124,70 @@ class LowBitOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ordinal = 0
-        work = []
+        work, ordinal = [], 0
         for group in self.param_groups:
-            _check_form(group)
-            chosen = [
-                _Work(ordinal + i, p, _local_grad(p)) for i, p in enumerate(group["params"]) if p.grad is not None
-            ]
-            ordinal += len(group["params"])
-            work.append((group, chosen))
+            check_form(group)
+            params = group["params"]
+            indices = [i for i, p in enumerate(params) if p.grad is not None]
+            chosen = [params[i] for i in indices]
+            grads = [p.grad for p in chosen]
+            _check_strided(chosen, grads)
+            work.append(_Work(group, chosen, grads, [ordinal + i for i in indices]))
+            ordinal += len(params)
         skip = self._skip_flag(work)
-        for group, chosen in work:
-            for device, master in dict.fromkeys((w.p.device, _wants_master(w.p, group)) for w in chosen):
-                alike = [w for w in chosen if (w.p.device, _wants_master(w.p, group)) == (device, master)]
-                self._step_group(group, alike, device, skip)
+        for number, part in enumerate(work):
+            self._step_group(number, part, skip)
         return loss
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: dict[str, Any], ordinal: int) -> None:
-        """Update one parameter of ``group``; ``ordinal`` is its place among all parameters. For
-        ``release_gradients``."""
-        _check_form(group)
-        self._step_group(group, [_Work(ordinal, p, _local_grad(p))], p.device, None)
+        """Update one parameter of ``group``; ``ordinal`` is its place among all parameters.
 
-    def _step_group(
-        self, group: dict[str, Any], chosen: list[_Work], device: torch.device, skip: Tensor | None
-    ) -> None:
-        rule = self._rule_of(group)
-        self._keep_format(group, rule)
-        entries = [self._entries(w.p, group, rule) for w in chosen]
+        For ``release_gradients``.
+        """
+        check_form(group)
+        assert p.grad is not None
+        _check_strided([p], [p.grad])
+        self._step_group(("parameter", ordinal), _Work(group, [p], [p.grad], [ordinal]), None)
+
+    def _step_group(self, key: Any, work: _Work, skip: Tensor | None) -> None:
+        if not work.params:
+            return
+        rule, group = self._rule_of(work.group), work.group
+        for indices, arguments in self._plan(key, work, rule).parts:
+            params = [work.params[i] for i in indices]
+            arguments.grads = [shards.part_of(work.params[i], work.grads[i]) for i in indices]
+            arguments.lr, arguments.hyper = _hyper(rule, {**group, **self._derived(group)}, arguments.device)
+            arguments.skip = None if skip is None else skip.to(arguments.device)
+            arguments.seed, arguments.maximize = group["seed"], group["maximize"]
+            norms = shards.sum_over_shards(params, kernels.optimizer_norms(arguments)) if rule.norms else None
+            kernels.optimizer_step(arguments, norms)
+            shards.mark_changed(params)
+
+    def _plan(self, key: Any, work: _Work, rule: rules.Rule) -> _Plan:
+        group = work.group
+        form = (rule.name, *(group[k] for k in ("bits", "min_size", "block_size", "master", "stochastic_rounding")))
+        held = [value for p in work.params for value in self.state[p].values()]
+        plans = self.__dict__.setdefault("_plans", {})
+        plan = plans.pop(key, None)
+        if plan is None or not plan.fits(form, work, held):
+            self._keep_format(group, rule)
+            entries = [self._entries(p, group, rule) for p in work.params]
+            parts: dict[tuple, list[int]] = {}
+            for i, p in enumerate(work.params):
+                parts.setdefault((p.device, wants_master(p, group)), []).append(i)
+            arguments = [(indices, self._arguments(work, entries, indices, rule)) for indices in parts.values()]
+            held = [value for e in entries for value in e.values()]
+            plan = _Plan(form, list(work.params), held, [g.dtype for g in work.grads], arguments)
+        if not any(shards.is_sharded(p) for p in work.params):  # a shard may be another tensor in the next step
+            plans[key] = plan
+        return plan
+
+    def _arguments(
+        self, work: _Work, entries: list[dict[str, Tensor]], indices: list[int], rule: rules.Rule
+    ) -> kernels.StepArguments:
+        """The step for some of the work's parameters, of one device."""
+        group, entries, params = work.group, [entries[i] for i in indices], [work.params[i] for i in indices]
         states, scales = [], []
         for state in rule.states:
             coded = [blocks.is_coded(e, state.name) for e in entries]
@@ -193,30 +195,20 @@ class LowBitOptimizer(Optimizer):
             states.append([shards.local(e[name]) for e, name in zip(entries, names, strict=True)])
             pairs = zip(entries, coded, strict=True)
             scales.append([shards.local(e[blocks.scales_name(state.name)]) if c else e["step"] for e, c in pairs])
-        lr, hyper = _hyper(rule, {**group, **self._derived(group)}, device)
-        arguments = kernels.StepArguments(
+        return kernels.StepArguments(
             rule=rule.name,
-            params=[shards.local(w.p) for w in chosen],
-            grads=[w.grad for w in chosen],
+            params=[shards.local(p) for p in params],
+            grads=[shards.part_of(p, work.grads[i]) for i, p in zip(indices, params, strict=True)],
             steps=[e["step"] for e in entries],
             states=states,
             scales=scales,
-            hyper=hyper,
+            hyper=[0.0] * len(rule.hyper),
             block_size=group["block_size"],
-            lr=lr,
-            skip=None if skip is None else skip.to(device),
-            seed=group["seed"],
-            ordinals=[w.ordinal for w in chosen],
-            offsets=[shards.first_index(w.p) for w in chosen],
-            maximize=group["maximize"],
+            ordinals=[work.ordinals[i] for i in indices],
+            offsets=[shards.first_index(p) for p in params],
             stochastic_rounding=group["stochastic_rounding"],
             remainders=[shards.local(e[MASTER]) for e in entries if MASTER in e],
         )
-        norms = None
-        if rule.norms:
-            norms = shards.sum_over_shards([w.p for w in chosen], kernels.optimizer_norms(arguments))
-        kernels.optimizer_step(arguments, norms)
-        shards.mark_changed([w.p for w in chosen])
 
     def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Tensor]:
         """``state[p]``, created, or converted to the bits that the group asks for."""
@@ -231,7 +223,7 @@ class LowBitOptimizer(Optimizer):
             elif coded != (bits == 8):
                 saved = StateFormat.parse(group["state_format"])
                 _replace(entries, state.name, blocks.convert(p, state, entries, saved, bits, group["block_size"]))
-        if not _wants_master(p, group):
+        if not wants_master(p, group):
             entries.pop(MASTER, None)
         elif MASTER not in entries:
             entries[MASTER] = shards.like(p, torch.zeros_like(shards.local(p), dtype=torch.int8), p.shape)
@@ -248,18 +240,18 @@ class LowBitOptimizer(Optimizer):
                         _replace(self.state[p], state.name, new)
         group["state_format"] = wanted.to_dict()
 
-    def _skip_flag(self, work: list[tuple[dict[str, Any], list[_Work]]]) -> Tensor | None:
+    def _skip_flag(self, work: list[_Work]) -> Tensor | None:
         """One float on a device: 1 if any gradient is not finite. None where no group asks for it."""
-        chosen = [w for _, in_group in work for w in in_group]
-        if not chosen or not any(group["skip_nonfinite"] for group, _ in work):
+        params, grads = [p for w in work for p in w.params], [g for w in work for g in w.grads]
+        if not params or not any(w.group["skip_nonfinite"] for w in work):
             return None
-        flag = torch.zeros((), dtype=torch.float32, device=chosen[0].p.device)
-        grads = [w.grad for w in chosen if w.grad.numel()]
-        if grads:  # a rank may hold no rows of anything, and still takes part in what follows
-            norms = torch._foreach_norm(grads, float("inf"))
+        flag = torch.zeros((), dtype=torch.float32, device=params[0].device)
+        parts = [part for part in map(shards.part_of, params, grads) if part.numel()]
+        if parts:  # a rank may hold no rows of anything, and still takes part in what follows
+            norms = torch._foreach_norm(parts, float("inf"))
             largest = torch.stack([norm.to(flag) for norm in norms])
             flag = 1.0 - torch.isfinite(largest).all().float()
-        return shards.any_rank([w.p for w in chosen], flag)
+        return shards.any_rank(params, flag)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -279,7 +271,7 @@ class LowBitOptimizer(Optimizer):
                     state[key] = self._convert_entries(
                         p, saved["state"][key], _format_of(ours), rule, {**ours, "bits": 32}
                     )
-            for name in _OWN:
+            for name in OWN:
                 theirs.pop(name, None)
         return {**saved, "state": state}
 
@@ -300,12 +292,12 @@ class LowBitOptimizer(Optimizer):
             loaded.update(self._convert_saved(saved))
             pairs = zip(saved["param_groups"], self.param_groups, strict=False)
             groups = [
-                {**{k: ours[k] for k in self.defaults}, **theirs, **{k: ours[k] for k in _OWN}}
-                for theirs, ours in pairs
+                {**{k: ours[k] for k in self.defaults}, **theirs, **{k: ours[k] for k in OWN}} for theirs, ours in pairs
             ]
             return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
 
         def put_states(_: Optimizer) -> None:
+            self.__dict__.pop("_plans", None)
             self.state.update(loaded)
             for group in self.param_groups:  # the checkpoint may have chosen another rule
                 group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
@@ -342,7 +334,7 @@ class LowBitOptimizer(Optimizer):
         converted = {"step": count.reshape(()).clone()}  # states that are converted leave the checkpoint untouched
         for state in rule.states:
             converted.update(blocks.convert(p, state, entries, saved, self._bits(p, group), group["block_size"]))
-        if MASTER in entries and _wants_master(p, group):
+        if MASTER in entries and wants_master(p, group):
             saved_master = blocks.checked(p, entries, MASTER, p.shape)
             converted[MASTER] = shards.like(p, blocks.placed(p, saved_master, torch.int8), p.shape)
         known = {
@@ -376,51 +368,15 @@ def _hyper(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tup
     return (lr.detach().float() if on_device else None), [float(values[name]) for name in rule.hyper]
 
 
-def _local_grad(p: Tensor) -> Tensor:
-    """This rank's part of p's gradient, cut as p is."""
-    grad = p.grad
-    assert grad is not None
-    if grad.is_sparse or grad.layout != torch.strided:
-        raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({grad.layout}); "
-            "build its embedding with sparse=False"
-        )
-    return shards.part_of(p, grad)
+def _check_strided(params: list[Tensor], grads: list[Tensor]) -> None:
+    for p, grad in zip(params, grads, strict=True):
+        if grad.layout is not torch.strided:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({grad.layout}); "
+                "build its embedding with sparse=False"
+            )
 
 
-def _check_form(group: dict[str, Any]) -> None:
-    if group["bits"] not in (8, 32):
-        raise ValueError(f"bits must be 8 or 32, got {group['bits']!r}")
-    check_block_size(group["block_size"])
-
-
-def _check_group(group: dict[str, Any], rule: rules.Rule) -> None:
-    _check_form(group)
-    if not isinstance(group["min_size"], int) or group["min_size"] < 0:
-        raise ValueError(f"min_size must be a number of elements, 0 or more, got {group['min_size']!r}")
-    if group["master"] not in (None, "bf16+8"):
-        raise ValueError(f'master must be None or "bf16+8", got {group["master"]!r}')
-    if group["master"] and group["stochastic_rounding"]:
-        raise ValueError('master="bf16+8" rounds its 24-bit copy to nearest; leave stochastic_rounding out')
-    for name in ("lr", "eps", "weight_decay", "momentum"):
-        if name in group and not float(group[name]) >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {group[name]}")
-    betas = group.get("betas", ())
-    wanted = sum(name.startswith("beta") for name in rule.hyper)
-    if len(betas) != wanted:
-        raise ValueError(f"betas must be {wanted} numbers, got {betas}")
-    for i, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
-
-
-def _wants_master(p: Tensor, group: dict[str, Any]) -> bool:
-    return group["master"] is not None and p.dtype == torch.bfloat16
-
-
-def _check_dtypes(group: dict[str, Any]) -> None:
-    for i, p in enumerate(group["params"]):
-        if p.dtype not in FLOATS:
-            raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
-        if group["stochastic_rounding"] and p.dtype == torch.float16:
-            raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16: leave it out")
+def _same(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from lowbit_lightning.optim import family
-from lowbit_lightning.optim.base import LowBitOptimizer, Options, complete_options
+from lowbit_lightning.optim.base import LowBitOptimizer
+from lowbit_lightning.optim.options import Options, complete_options
 
 _TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
     torch.optim.SGD: family.SGD,

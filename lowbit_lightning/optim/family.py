@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowbit_lightning.kernels.rules import Rule, State
-from lowbit_lightning.optim.base import LowBitOptimizer, Options
+from lowbit_lightning.optim.base import LowBitOptimizer
+from lowbit_lightning.optim.options import Options
 from lowbit_lightning.state.blocks import StateFormat
 
 Betas = tuple[float, float]

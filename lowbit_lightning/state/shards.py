@@ -16,6 +16,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor, of whatever placement."""
+    return isinstance(x, DTensor)
+
+
 def local(x: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x

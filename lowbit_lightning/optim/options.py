@@ -1,0 +1,106 @@
+"""The options that every optimizer takes, and what a param group may hold."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.arguments import FLOATS
+from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, check_block_size
+from lowbit_lightning.kernels.rules import Rule
+
+MASTER = "master_remainder"
+"""The state that holds the lower eight bits of a 24-bit master copy."""
+OWN = ("bits", "min_size", "block_size", "state_format")
+"""Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes, for all parameters or as keys of a param group.
+
+    ``bits`` (8): 8, or 32 for float32 states. ``min_size`` (4096): parameters with fewer elements, or rows shorter
+    than 64, keep 32-bit states; a row is everything behind dimension 0. ``block_size`` (256): elements that share a
+    scale. ``maximize`` (False). ``stochastic_rounding`` (False): round bfloat16 parameters up or down at random,
+    without bias, keyed by ``seed`` (0). ``master`` (None): ``"bf16+8"`` keeps the next eight bits of bfloat16
+    parameters in an int8 state, ``master_remainder``: updates as on a 24-bit master copy, at three bytes.
+    ``skip_nonfinite`` (False): skip a whole step, on the device, when any gradient is not finite.
+
+    ``foreach``, ``fused``, ``capturable`` are accepted for torch's sake: every step is one fused call with its step
+    counts on the device. ``differentiable`` must be False.
+    """
+
+    bits: int
+    min_size: int
+    block_size: int
+    maximize: bool
+    stochastic_rounding: bool
+    seed: int
+    master: str | None
+    skip_nonfinite: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+_DEFAULTS: dict[str, Any] = {
+    "bits": 8,
+    "min_size": 4096,
+    "block_size": DEFAULT_BLOCK_SIZE,
+    "maximize": False,
+    "stochastic_rounding": False,
+    "seed": 0,
+    "master": None,
+    "skip_nonfinite": False,
+}
+_TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
+
+
+def complete_options(options: Options) -> dict[str, Any]:
+    """The options with their defaults, without those that only torch knows. Raises for what is not to be had."""
+    unknown = set(options) - set(_DEFAULTS) - set(_TORCH_ONLY)
+    if unknown:
+        raise TypeError(f"unknown options {sorted(unknown)}; known: {sorted(_DEFAULTS)}")
+    if options.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: the fused step has no gradient; use torch.optim")
+    return {**_DEFAULTS, **{k: v for k, v in options.items() if k in _DEFAULTS}}
+
+
+def check_form(group: dict[str, Any]) -> None:
+    if group["bits"] not in (8, 32):
+        raise ValueError(f"bits must be 8 or 32, got {group['bits']!r}")
+    check_block_size(group["block_size"])
+
+
+def check_group(group: dict[str, Any], rule: Rule) -> None:
+    check_form(group)
+    if not isinstance(group["min_size"], int) or group["min_size"] < 0:
+        raise ValueError(f"min_size must be a number of elements, 0 or more, got {group['min_size']!r}")
+    if group["master"] not in (None, "bf16+8"):
+        raise ValueError(f'master must be None or "bf16+8", got {group["master"]!r}')
+    if group["master"] and group["stochastic_rounding"]:
+        raise ValueError('master="bf16+8" rounds its 24-bit copy to nearest; leave stochastic_rounding out')
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        if name in group and not float(group[name]) >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {group[name]}")
+    betas = group.get("betas", ())
+    wanted = sum(name.startswith("beta") for name in rule.hyper)
+    if len(betas) != wanted:
+        raise ValueError(f"betas must be {wanted} numbers, got {betas}")
+    for i, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+
+
+def wants_master(p: Tensor, group: dict[str, Any]) -> bool:
+    return group["master"] is not None and p.dtype == torch.bfloat16
+
+
+def check_dtypes(group: dict[str, Any]) -> None:
+    for i, p in enumerate(group["params"]):
+        if p.dtype not in FLOATS:
+            raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
+        if group["stochastic_rounding"] and p.dtype == torch.float16:
+            raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16: leave it out")
