@@ -54,13 +54,13 @@ class Settings:
     text: str = ""  # file or folder to train on; empty: Python's standard library
     out: str = "runs/train_gpt"
     width: int = 256
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     context: int = 128  # bytes a prediction can look back on
-    batch: int = 16  # windows per step
-    steps: int = 300
-    warmup: int = 30
-    validate_every: int = 100
+    batch: int = 8  # windows per step
+    steps: int = 600
+    warmup: int = 50
+    validate_every: int = 150
     validation_batches: int = 16
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
@@ -212,11 +212,11 @@ class GPT(L.LightningModule):
         else:
             optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=True)
 
-        def factor(step: int) -> float:  # linear warm-up, then half a cosine down to a tenth
+        def factor(step: int) -> float:  # linear warm-up, then half a cosine down to zero
             if step < s.warmup:
                 return (step + 1) / s.warmup
             progress = (step - s.warmup) / max(1, s.steps - s.warmup)
-            return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -267,11 +267,11 @@ class Meter(L.Callback):
 def run(name: str, settings: Settings, text: Text, low_bit: bool) -> dict[str, Any]:
     """Trains once and returns what results.json says of it."""
     L.seed_everything(settings.seed, workers=True, verbose=False)
-    out = Path(settings.out) / name
     meter = Meter()
-    loggers: list[Logger] = [CSVLogger(settings.out, name=name, version="csv")]
+    csv = CSVLogger(settings.out, name=name)  # in version_0, version_1, ...: nothing is overwritten
+    loggers: list[Logger] = [csv]
     if settings.tensorboard:
-        loggers.append(TensorBoardLogger(settings.out, name=name, version="tensorboard"))
+        loggers.append(TensorBoardLogger(settings.out, name=name, version=csv.version))
     trainer = L.Trainer(
         precision="int8-mixed" if low_bit else "32-true",  # type: ignore[arg-type]
         max_steps=settings.steps,
@@ -280,7 +280,7 @@ def run(name: str, settings: Settings, text: Text, low_bit: bool) -> dict[str, A
         devices=1,
         logger=loggers,
         log_every_n_steps=10,
-        callbacks=[meter, ModelCheckpoint(out / "checkpoints", monitor="val_loss", save_last=True)],
+        callbacks=[meter, ModelCheckpoint(monitor="val_loss", save_last=True)],
         enable_progress_bar=settings.progress,
         enable_model_summary=not low_bit,
     )

@@ -157,8 +157,8 @@ def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert low["val_perplexity"] == pytest.approx(2.718281828 ** low["val_loss"], rel=0.02)
     for run in (plain, low):
         assert run["train_losses"][-1] < 0.8 * run["train_losses"][0]
-        assert (tmp_path / "out" / run["name"] / "checkpoints" / "last.ckpt").exists()
-        assert (tmp_path / "out" / run["name"] / "csv" / "metrics.csv").exists()
+        assert (tmp_path / "out" / run["name"] / "version_0" / "checkpoints" / "last.ckpt").exists()
+        assert (tmp_path / "out" / run["name"] / "version_0" / "metrics.csv").exists()
     assert low["parameter_bytes"] == plain["parameter_bytes"]
     assert low["optimizer_state_bytes"] < 0.5 * plain["optimizer_state_bytes"]
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
