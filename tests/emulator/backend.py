@@ -31,7 +31,7 @@ def emulated(*, check: bool = False, order: str = "forward", seed: int = 0) -> I
     def run(one: launch.Launch) -> None:
         launches.append(one)
         _module(one.text, check=check).launch(
-            one.kernel, one.grid, one.block, one.arguments, order=order, seed=seed, memory=one.memory
+            one.kernel, one.grid, one.block, one.arguments, order=order, seed=seed, memory=one.memory() if check else ()
         )
 
     table.forget()

@@ -191,9 +191,11 @@ class _Step:
         self._run(text, kernel, grid, threads, (self.table, *counts, *arguments))
 
     def _run(self, text: str, kernel: str, grid: int, block: int, arguments: tuple) -> None:
+        launch.run(Launch(text, kernel, (grid, 1, 1), block, arguments, self._memory))
+
+    def _memory(self) -> list[Tensor]:
         a = self.arguments
-        memory = (*a.params, *a.grads, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s))
-        launch.run(Launch(text, kernel, (grid, 1, 1), block, arguments, memory))
+        return [*a.params, *a.grads, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s)]
 
     def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device=self.arguments.device)

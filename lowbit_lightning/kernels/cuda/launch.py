@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ class Launch:
     """A kernel of a CUDA text, its geometry and its arguments.
 
     ``arguments``: a Tensor for a pointer, None for a null pointer, a ctypes value for a scalar or a struct, of exactly
-    the type that the kernel declares. ``memory``: tensors that the kernel reaches through pointers that lie in others.
+    the type that the kernel declares. ``memory()``: tensors that the kernel reaches through pointers in other tensors;
+    for checks only.
     """
 
     text: str
@@ -30,7 +32,7 @@ class Launch:
     grid: tuple[int, int, int]
     block: int
     arguments: tuple[Any, ...]
-    memory: tuple[Tensor, ...] = ()
+    memory: Callable[[], Iterable[Tensor]] = tuple
 
 
 def as_ctypes(argument: Any) -> Any:

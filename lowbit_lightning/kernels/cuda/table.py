@@ -18,26 +18,40 @@ from lowbit_lightning.kernels.compile import source_text
 from lowbit_lightning.kernels.cuda import launch
 
 _WORDS = 480  # of 8 bytes per launch; all arguments of a kernel may take 4 KiB
+_SHAPE_WORDS = 5  # row_length to first_block
 _KEPT = 64  # tables
 _tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
 
 
 def parameter_table(arguments: StepArguments) -> tuple[Tensor, int]:
-    """The rows of ``struct Parameter`` in src/optimizer_step.cu, on the device, and the number of all blocks."""
+    """The rows of ``struct Parameter`` in src/optimizer_step.cu, on the device, and the number of all blocks.
+
+    Addresses are looked up in every step, shapes once.
+    """
+    nothing: list[list[Tensor]] = [] if arguments.states else [[]]
+    columns = [arguments.params, arguments.grads, arguments.steps]
+    columns += [*arguments.states, *nothing, *arguments.scales, *nothing, arguments.remainders]
+    if "cuda" not in arguments.cache:
+        arguments.cache["cuda"] = _shapes(arguments, len(columns))
+    words: array = arguments.cache["cuda"]
+    width = len(columns) + _SHAPE_WORDS
+    for number, tensors in enumerate(columns):
+        if tensors:
+            words[number : len(tensors) * width : width] = array("q", [t.data_ptr() for t in tensors])
+    return _on_device(words, arguments.device), words[-1]
+
+
+def _shapes(arguments: StepArguments, addresses: int) -> array:
+    """The table with zeros for addresses."""
     words = array("q")
-    padding = [] if arguments.states else [0]
     first_block = 0
-    for i, p in enumerate(arguments.params):
+    for i in range(len(arguments.params)):
         grid = arguments.grid(i)
-        words.extend((p.data_ptr(), arguments.grads[i].data_ptr(), arguments.steps[i].data_ptr()))
-        words.extend([s[i].data_ptr() for s in arguments.states] + padding)
-        words.extend([s[i].data_ptr() for s in arguments.scales] + padding)
-        words.append(arguments.remainders[i].data_ptr() if arguments.remainders else 0)
+        words.extend([0] * addresses)
         words.extend((grid.row_length, grid.blocks_per_row, arguments.ordinals[i], arguments.offsets[i], first_block))
         first_block += grid.rows * grid.blocks_per_row
-    row = len(words) // len(arguments.params)
-    words.extend([0] * (row - 1) + [first_block])
-    return _on_device(words, arguments.device), first_block
+    words.extend([0] * (addresses + _SHAPE_WORDS - 1) + [first_block])
+    return words
 
 
 def forget() -> None:
