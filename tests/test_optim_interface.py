@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -202,6 +204,40 @@ def test_autograd_sees_that_a_step_overwrites() -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     assert all(x._version > states[name] for name, x in optimizer.state[p].items())
+
+
+def test_a_step_keeps_no_gradient_alive() -> None:
+    """What is kept for the next step must not: zero_grad() is there to free them."""
+    params = [*parameters((16, 512), (300,)), *parameters((16, 512), dtype=torch.bfloat16)]
+    params.append(Parameter(torch.randn(512, 16).T))
+    optimizer = optim.AdamW(params)
+    with kernels.use_backend("reference"):
+        for i in range(2):
+            step(optimizer, params, i)
+    alive = [weakref.ref(p.grad) for p in params]
+    optimizer.zero_grad()
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_parameters_whose_data_was_replaced(bits: int) -> None:
+    """By another tensor of the same shape: it is stepped on. Of another shape: the states no longer fit, and that is
+    said."""
+    (p,) = parameters((16, 512))
+    q = twins([p])[0]
+    a, b = optim.AdamW([p], bits=bits), optim.AdamW([q], bits=bits)
+    for i in range(3):
+        p.data = p.data.clone()
+        step(a, [p], i)
+        step(b, [q], i)
+    assert torch.equal(p, q)
+    for shape in ((8, 512), (16, 1024)):
+        p.grad = None
+        p.data = torch.zeros(shape)
+        with pytest.raises(ValueError, match=r"exp_avg\[0\] must have the parameter's shape"):
+            step(a, [p])
+        assert not p.any()
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------

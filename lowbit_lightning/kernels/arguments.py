@@ -96,6 +96,13 @@ class StepArguments:
             result.append((indices, self if part is None else part))
         return result
 
+    def forget_gradients(self) -> None:
+        """Let go of the gradients: an object that is kept for the next step must not keep them alive."""
+        self.grads = []
+        for _, part in self.cache.get("parts", ()):
+            if part is not None:
+                part.grads = []
+
     def _select(self, indices: list[int]) -> StepArguments:
         def pick(items: list) -> list:
             return [items[i] for i in indices]

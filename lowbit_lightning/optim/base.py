@@ -46,12 +46,12 @@ class _Plan(NamedTuple):
     form: tuple
     params: list[Tensor]
     held: list[Any]
-    grad_dtypes: list[torch.dtype]
+    places: list[tuple]
     parts: list[tuple[list[int], kernels.StepArguments]]
 
     def fits(self, form: tuple, work: _Work, held: list[Any]) -> bool:
         same = self.form == form and _same(self.params, work.params) and _same(self.held, held)
-        return same and self.grad_dtypes == [g.dtype for g in work.grads]
+        return same and self.places == _places(work)
 
 
 class LowBitOptimizer(Optimizer):
@@ -162,6 +162,7 @@ class LowBitOptimizer(Optimizer):
             arguments.seed, arguments.maximize = group["seed"], group["maximize"]
             norms = shards.sum_over_shards(params, kernels.optimizer_norms(arguments)) if rule.norms else None
             kernels.optimizer_step(arguments, norms)
+            arguments.forget_gradients()
             shards.mark_changed(params)
 
     def _plan(self, key: Any, work: _Work, rule: rules.Rule) -> _Plan:
@@ -178,7 +179,7 @@ class LowBitOptimizer(Optimizer):
                 parts.setdefault((p.device, wants_master(p, group)), []).append(i)
             arguments = [(indices, self._arguments(work, entries, indices, rule)) for indices in parts.values()]
             held = [value for e in entries for value in e.values()]
-            plan = _Plan(form, list(work.params), held, [g.dtype for g in work.grads], arguments)
+            plan = _Plan(form, list(work.params), held, _places(work), arguments)
         if not any(shards.is_sharded(p) for p in work.params):  # a shard may be another tensor in the next step
             plans[key] = plan
         return plan
@@ -375,6 +376,12 @@ def _check_strided(params: list[Tensor], grads: list[Tensor]) -> None:
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({grad.layout}); "
                 "build its embedding with sparse=False"
             )
+
+
+def _places(work: _Work) -> list[tuple]:
+    """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
+    pairs = zip(work.params, work.grads, work.ordinals, strict=True)
+    return [(p.shape, p.dtype, p.device, g.dtype, i) for p, g, i in pairs]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:
