@@ -39,9 +39,12 @@ _ADAM_SCALARS = """
 """
 _DECAY = "decay = 1 - lr * weight_decay\n"
 _DECOUPLED_DECAY = "p = p * decay\n"
+# The same without rounding 1 - lr * weight_decay to float32, which adds up over steps; for rules that torch has not.
+_SHRINK = "shrink = lr * weight_decay\n"
+_SHRUNK = "p = p - shrink * p\n"
 _ADAM_MOMENTS = """
-    exp_avg = exp_avg + (g - exp_avg) * rest1
-    exp_avg_sq = exp_avg_sq * beta2 + g * g * rest2
+    exp_avg = exp_avg * beta1 + rest1 * g
+    exp_avg_sq = exp_avg_sq * beta2 + rest2 * g * g
 """
 _ADAM_FINISH = "p = p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_correction + eps)"
 _AMSGRAD = "max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)"
@@ -108,8 +111,8 @@ def _rules() -> list[Rule]:
             "lion",
             ("lr", "beta1", "beta2", "weight_decay"),
             (_EXP_AVG,),
-            scalars=_DECAY + "rest1 = 1 - beta1\nrest2 = 1 - beta2",
-            direction=_DECOUPLED_DECAY
+            scalars=_SHRINK + "rest1 = 1 - beta1\nrest2 = 1 - beta2",
+            direction=_SHRUNK
             + """
                 update = sign(beta1 * exp_avg + rest1 * g) + (g - g)
                 exp_avg = beta2 * exp_avg + rest2 * g
@@ -121,7 +124,7 @@ def _rules() -> list[Rule]:
             "ademamix",
             (*_ADAM_HYPER, "beta3", "alpha", "log_beta1", "log_beta3", "t_alpha", "t_beta3"),
             (_EXP_AVG, State("exp_avg_slow"), _EXP_AVG_SQ),
-            scalars=_DECAY
+            scalars=_SHRINK
             + _ADAM_SCALARS
             + """
                 correction = 1 / (1 - power(beta1, step))
@@ -130,7 +133,7 @@ def _rules() -> list[Rule]:
                 rest3 = 1 - where(warm < 1, rising, beta3)
                 weight = alpha * minimum(step / t_alpha, 1.0)
             """,
-            direction=_DECOUPLED_DECAY
+            direction=_SHRUNK
             + _ADAM_MOMENTS
             + """
                 exp_avg_slow = exp_avg_slow + (g - exp_avg_slow) * rest3
@@ -160,26 +163,25 @@ def _rmsprop_rules() -> list[Rule]:
     average, mean = State("square_avg", non_negative=True), State("grad_avg")
     rules = []
     for centered in (False, True):
-        direction = _COUPLED_DECAY + "square_avg = square_avg * alpha + g * g * rest\n"
+        direction = _COUPLED_DECAY + "square_avg = square_avg * alpha + rest * g * g\n"
+        denominator = "sqrt(square_avg) + eps"
         if centered:
             direction += """
-                grad_avg = grad_avg + (g - grad_avg) * rest
+                grad_avg = grad_avg * alpha + rest * g
                 variance = maximum(square_avg - grad_avg * grad_avg, variance_floor * square_avg)
-                update = g / (sqrt(variance) + eps)
             """
-        else:
-            direction += "update = g / (sqrt(square_avg) + eps)\n"
+            denominator = "sqrt(variance) + eps"
         hyper = ("lr", "alpha", "eps", "weight_decay", *(("variance_floor",) if centered else ()))
         states = (average, *((mean,) if centered else ()))
         name = "rmsprop_centered" if centered else "rmsprop"
         rules += [
-            Rule(name, hyper, states, "p = p - lr * update", direction, "rest = 1 - alpha"),
+            Rule(name, hyper, states, f"p = p - lr * g / ({denominator})", direction, "rest = 1 - alpha"),
             Rule(
                 f"{name}_momentum",
                 (*hyper, "momentum"),
                 (*states, _MOMENTUM),
                 "p = p - lr * momentum_buffer",
-                direction + "momentum_buffer = momentum * momentum_buffer + update",
+                direction + f"momentum_buffer = momentum * momentum_buffer + g / ({denominator})",
                 "rest = 1 - alpha",
             ),
         ]
