@@ -58,9 +58,9 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
     released: set[Tensor] = set()
     places = {}
     ordinal = 0
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
-            places[p] = group, ordinal
+            places[p] = number, ordinal
             ordinal += 1
 
     def update(p: Tensor) -> None:
@@ -70,7 +70,8 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
                 "release_gradients; use accumulate_grad_batches=1, or do not release"
             )
         released.add(p)
-        optimizer.step_parameter(p, *places[p])
+        number, ordinal = places[p]
+        optimizer.step_parameter(p, optimizer.param_groups[number], ordinal)  # load_state_dict makes new groups
         p.grad = None
 
     def forget(*_: Any) -> None:
