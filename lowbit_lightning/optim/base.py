@@ -110,8 +110,10 @@ class LowBitOptimizer(Optimizer):
     def _rule_of(self, group: dict[str, Any]) -> rules.Rule:
         return rules.get(self._rule(group))
 
-    def _bits(self, p: Tensor, group: dict[str, Any]) -> int:
-        """The bits that p's states are to have."""
+    def _bits(self, p: Tensor, group: dict[str, Any], state: rules.State) -> int:
+        """The bits that p's state is to have."""
+        if state.slow:
+            return 32
         fits = group["bits"] == 8 and blocks.fits_grid(p.shape, group["min_size"]) and shards.keeps_grid(p)
         return 8 if fits else 32
 
@@ -214,11 +216,10 @@ class LowBitOptimizer(Optimizer):
     def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Tensor]:
         """``state[p]``, created, or converted to the bits that the group asks for."""
         entries = self.state[p]
-        bits = self._bits(p, group)
         if "step" not in entries:
             entries["step"] = torch.zeros((), dtype=torch.float32, device=shards.local(p).device)
         for state in rule.states:
-            coded = blocks.is_coded(entries, state.name)
+            coded, bits = blocks.is_coded(entries, state.name), self._bits(p, group, state)
             if not coded and state.name not in entries:
                 entries.update(blocks.create(p, state, bits, group["block_size"], self._initial(state, group)))
             elif coded != (bits == 8):
@@ -334,7 +335,8 @@ class LowBitOptimizer(Optimizer):
         count = shards.full(torch.as_tensor(step)).to(device=shards.local(p).device, dtype=torch.float32)
         converted = {"step": count.reshape(()).clone()}  # states that are converted leave the checkpoint untouched
         for state in rule.states:
-            converted.update(blocks.convert(p, state, entries, saved, self._bits(p, group), group["block_size"]))
+            bits = self._bits(p, group, state)
+            converted.update(blocks.convert(p, state, entries, saved, bits, group["block_size"]))
         if MASTER in entries and wants_master(p, group):
             saved_master = blocks.checked(p, entries, MASTER, p.shape)
             converted[MASTER] = shards.like(p, blocks.placed(p, saved_master, torch.int8), p.shape)

@@ -123,7 +123,7 @@ def _rules() -> list[Rule]:
         Rule(
             "ademamix",
             (*_ADAM_HYPER, "beta3", "alpha", "log_beta1", "log_beta3", "t_alpha", "t_beta3"),
-            (_EXP_AVG, State("exp_avg_slow"), _EXP_AVG_SQ),
+            (_EXP_AVG, State("exp_avg_slow", slow=True), _EXP_AVG_SQ),
             scalars=_SHRINK
             + _ADAM_SCALARS
             + """

@@ -35,10 +35,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class State:
-    """One state of an optimizer: its name in ``optimizer.state[p]`` and whether it can be negative."""
+    """One state of an optimizer: its name in ``optimizer.state[p]`` and whether it can be negative.
+
+    ``slow``: a step changes it by less than 8 bits can hold, so that it would stand still; optimizers keep it in
+    32 bits. Of a mean with decay ``beta`` a step changes about ``sqrt(2 * (1 - beta))`` of its spread, and half a
+    step of the maps is 2 % of it.
+    """
 
     name: str
     non_negative: bool = False
+    slow: bool = False
 
     @property
     def codebook(self) -> str:
