@@ -163,15 +163,26 @@ def dequantize_blockwise(
 
 def _codebook(codebook: str | Tensor, device: torch.device) -> tuple[str, Tensor | None]:
     if isinstance(codebook, str):
-        if codebook in formats.MAPS:
-            return codebook, None
-        return "custom", formats.codebook(codebook).to(device)
+        formats.check_name(codebook)
+        return codebook, None
     formats.check_codebook(codebook)
     return "custom", codebook.to(device)
 
 
+@cache
+def _named_values(name: str, device: torch.device) -> Tensor:
+    return formats.codebook(name).to(device)
+
+
+def _resolved(name: str, values: Tensor | None, device: torch.device) -> tuple[str, Tensor | None]:
+    """What a backend takes: one of the dynamic maps, or "custom" with values."""
+    if values is not None or name in formats.MAPS:
+        return name, values
+    return "custom", _named_values(name, device)
+
+
 def _quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
-    return _run("quantize_blockwise", x.device, x.contiguous(), codebook, values, block_size)
+    return _run("quantize_blockwise", x.device, x.contiguous(), *_resolved(codebook, values, x.device), block_size)
 
 
 def _quantize_blockwise_fake(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
@@ -182,8 +193,8 @@ def _quantize_blockwise_fake(x: Tensor, codebook: str, values: Tensor | None, bl
 def _dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    arguments = codes.contiguous(), scales.contiguous(), codebook, values, block_size, dtype
-    return _run("dequantize_blockwise", codes.device, *arguments)
+    book = _resolved(codebook, values, codes.device)
+    return _run("dequantize_blockwise", codes.device, codes.contiguous(), scales.contiguous(), *book, block_size, dtype)
 
 
 def _dequantize_blockwise_fake(
@@ -240,7 +251,8 @@ def _through_dispatcher(arguments: StepArguments) -> bool:
 def _flatten(a: StepArguments) -> tuple:
     states, scales = [t for s in a.states for t in s], [t for s in a.scales for t in s]
     tensors = a.rule, a.params, a.grads, a.steps, states, scales, a.hyper, a.block_size, a.lr, a.unscale, a.clip, a.skip
-    return *tensors, a.seed, a.ordinals, a.offsets, a.maximize, a.stochastic_rounding, a.remainders
+    seed = (a.seed + 2**63) % 2**64 - 2**63  # what a schema's int holds
+    return *tensors, seed, a.ordinals, a.offsets, a.maximize, a.stochastic_rounding, a.remainders
 
 
 def _unflatten(*flat: Any) -> StepArguments:
@@ -257,7 +269,7 @@ def _optimizer_step(*flat: Any) -> None:
 def _step(arguments: StepArguments, norms: Tensor | None) -> None:
     contiguous = _contiguous(arguments)
     for indices, part in contiguous.parts():
-        chosen = norms if norms is None or part is contiguous else norms[indices].contiguous()
+        chosen = norms if norms is None or part is contiguous else norms.index_select(0, _index(part, indices))
         _run("optimizer_step", arguments.device, part, chosen)
     for original, p, step in zip(arguments.params, contiguous.params, arguments.steps, strict=True):
         if p is not original:
@@ -265,6 +277,13 @@ def _step(arguments: StepArguments, norms: Tensor | None) -> None:
         if not p.numel():  # an empty shard: its count keeps pace with the other ranks'
             step.add_(1.0 if arguments.skip is None else (arguments.skip == 0).float().reshape(()))
     torch.autograd.graph.increment_version(_written(arguments))
+
+
+def _index(part: StepArguments, indices: list[int]) -> Tensor:
+    """The indices of a part's parameters, on their device; sent there once, since every copy waits for the host."""
+    if "index" not in part.cache:
+        part.cache["index"] = torch.tensor(indices, device=part.device)
+    return part.cache["index"]
 
 
 def _written(arguments: StepArguments) -> list[Tensor]:
@@ -294,7 +313,7 @@ def _norms(arguments: StepArguments) -> Tensor:
     contiguous = _contiguous(arguments)
     result = _optimizer_norms_fake(arguments.rule, arguments.params).zero_()
     for indices, part in contiguous.parts():
-        result[indices] = _run("optimizer_norms", arguments.device, part)
+        result.index_copy_(0, _index(part, indices), _run("optimizer_norms", arguments.device, part))
     return result
 
 

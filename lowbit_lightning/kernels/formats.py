@@ -143,10 +143,7 @@ def codebook(name: str) -> Tensor:
     """
     if name in MAPS:
         return torch.from_numpy(_dynamic_values(name).copy())
-    if name not in _STATIC:
-        raise ValueError(
-            f"codebook must be one of {sorted([*MAPS, *_STATIC])} or a sorted float32 tensor, got {name!r}"
-        )
+    check_name(name)
     return torch.tensor(_STATIC[name], dtype=torch.float32)
 
 
@@ -163,6 +160,14 @@ _STATIC: dict[str, tuple[float, ...]] = {
     "fp4": (*(-x for x in reversed(_FP4)), 0.0, *_FP4),
     "nf2": (-1.0, 0.0, 0.3333333333, 1.0),
 }
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless ``codebook`` knows the name."""
+    if name not in MAPS and name not in _STATIC:
+        raise ValueError(
+            f"codebook must be one of {sorted([*MAPS, *_STATIC])} or a sorted float32 tensor, got {name!r}"
+        )
 
 
 def check_codebook(values: Tensor) -> None:

@@ -10,6 +10,10 @@
 // Every operation is rounded by itself, in this order, as in reference.py.
 #pragma once
 
+// The constants of the map of a state that can be negative, or cannot.
+template <bool NON_NEGATIVE> struct MapOf { typedef DynamicSignedConstants Constants; };
+template <> struct MapOf<true> { typedef DynamicUnsignedConstants Constants; };
+
 template <class C, class V, class I> LB_FN V decode(I code) {
     V slope, offset;
     if (C::is_signed) {

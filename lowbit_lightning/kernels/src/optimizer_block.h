@@ -17,8 +17,6 @@ typedef Share<16 / sizeof(PARAM)> Mine;  // 16 bytes per access to the parameter
 constexpr int TEMPORARIES = RULE_TEMPORARIES ? RULE_TEMPORARIES : 1;
 
 template <int S> LB_FN constexpr bool coded() { return S < RULE_STATES && (CODED >> S & 1); }
-template <bool NON_NEGATIVE> struct MapOf { typedef DynamicSignedConstants Constants; };
-template <> struct MapOf<true> { typedef DynamicUnsignedConstants Constants; };
 template <int S> using Map = typename MapOf<RULE_NON_NEGATIVE[S]>::Constants;
 
 template <int S = 0> LB_FN bool uses_map(bool is_signed) {

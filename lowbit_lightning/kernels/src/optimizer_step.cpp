@@ -121,7 +121,7 @@ static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending) {
     for (int i = 0; i < n; i += W) {
         I finite = splat<I>(-1);
         for (int s = 0; s < RULE_STATES; ++s)
-            if (coded(s)) finite &= (I)(to_bits(absolute(load(pending.values[s] + i, W))) < (int32_t)INFINITY_BITS);
+            if (coded(s)) finite &= (I)(to_bits(absolute(load(pending.values[s] + i, W))) < (int32_t)INFINITE);
         for (int s = 0; s < RULE_STATES; ++s) {
             if (!coded(s)) continue;
             store(pending.values[s] + i, from_bits(to_bits(load(pending.values[s] + i, W)) & finite), W);
@@ -137,13 +137,24 @@ template <int S = 0> LB_FN void see_again(int n, const Pending& pending, Extreme
     }
 }
 
+// Encoding touches no memory but what the block has brought into the cache: meanwhile fetch what the next block, which lies
+// behind this one, will read at i. The first state fetches the parameter, the last the gradient, each its own codes.
+template <int S> LB_FN void fetch_next(const Block& at, int i) {
+    const int64_t next = at.start + BLOCK + i;
+    __builtin_prefetch((const uint8_t*)at.q.state[S] + next);
+    if (S == 0) __builtin_prefetch(at.q.p + next, 1);
+    if (S == RULE_STATES - 1) __builtin_prefetch(at.q.g + next);
+}
+
 template <int S = 0> LB_FN void encode_states(const Block& at, const Pending& pending, const Extremes* seen) {
     if constexpr (S < RULE_STATES) {
         if constexpr (coded(S)) {
             typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
             const float scale = seen[S].scale<RULE_NON_NEGATIVE[S]>();
             at.q.scales[S][at.number] = scale;
-            encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)at.q.state[S] + at.start);
+            encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)at.q.state[S] + at.start, [&](int i) {
+                fetch_next<S>(at, i);
+            });
         }
         encode_states<S + 1>(at, pending, seen);
     }
@@ -176,7 +187,7 @@ LB_FN void store_parameter(const Call& call, const Block& at, int i, int count, 
     PARAM* to = at.q.p + at.start + i;
 #if REMAINDER
     const I bits = to_bits(p);
-    const I finite = (I)((bits & 0x7fffffff) < (int32_t)INFINITY_BITS);
+    const I finite = (I)((bits & 0x7fffffff) < (int32_t)INFINITE);
     const I master = logical_shift(bits + 0x7f + ((bits >> 8) & 1), 8), upper = logical_shift(master + 0x80, 8);
     const Halves nearest = narrow_to_halves(upper & 0xffff), special = narrow_bfloat16(p);
     const Halves kept = narrow_to_halves(finite & 0xffff);
@@ -187,7 +198,7 @@ LB_FN void store_parameter(const Call& call, const Block& at, int i, int count, 
     const I words = random_words(call.seed, (uint32_t)at.q.ordinal, (uint32_t)(int64_t)*at.q.step, index);
     const I bits = to_bits(p);
     const Halves rounded = upper_halves(bits + words), nearest = narrow_bfloat16(p);
-    const Halves finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITY_BITS) & 0xffff);
+    const Halves finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITE) & 0xffff);
     store_raw(to, (Halves)((rounded & finite) | (nearest & ~finite)), count);
 #else
     store(to, p, count);

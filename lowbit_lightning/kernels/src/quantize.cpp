@@ -45,7 +45,7 @@ template <bool NON_NEGATIVE, class T> static float gather(const T* x, int n, flo
     seen = Extremes();
     for (int i = 0; i < n; i += W) {
         V v = load(buffer + i, W);
-        v = where(to_bits(absolute(v)) < (int32_t)INFINITY_BITS, v, V{});
+        v = where(to_bits(absolute(v)) < (int32_t)INFINITE, v, V{});
         store(buffer + i, v, W);
         seen.see<NON_NEGATIVE>(v);
     }
@@ -59,7 +59,7 @@ static void quantize_dynamic(const T* x, const Grid& grid, uint8_t* codes, float
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
         scales[b] = gather<!C::is_signed>(x + start, n, buffer);
-        encode_block<C>(buffer, n, scales[b], codes + start);
+        encode_block<C>(buffer, n, scales[b], codes + start, [](int) {});
     });
 }
 
