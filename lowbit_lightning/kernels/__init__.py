@@ -10,15 +10,8 @@ its mutated arguments, so that autograd, ``torch.compile`` and version counters 
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +19,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import formats, rules
 from lowbit_lightning.kernels.arguments import FLOATS, StepArguments
-from lowbit_lightning.kernels.compile import CompilerNotFound
+from lowbit_lightning.kernels.backends import calls, reset_calls, run, use_backend
 
 __all__ = [
     "StepArguments",
@@ -42,68 +35,8 @@ __all__ = [
     "use_backend",
 ]
 
-BACKENDS = ("reference", "cpu", "cuda")
 LONGEST_INT8_SUM = (2**31 - 1) // 127**2
 """Products of two int8 in [-127, 127] that an int32 holds in the worst case: 133,144."""
-
-_calls: Counter[tuple[str, str]] = Counter()
-_forced: list[str] = []
-
-
-# -- backends --------------------------------------------------------------------------------------------------------
-
-
-def calls() -> dict[tuple[str, str], int]:
-    """How often each op ran on each backend since the last ``reset_calls``: ``{("int8_matmul", "cpu"): 12}``."""
-    return dict(_calls)
-
-
-def reset_calls() -> None:
-    """Set all counts of ``calls`` to zero."""
-    _calls.clear()
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block on the backend ``name`` ("reference", "cpu" or "cuda"), whatever the device."""
-    _load(name)
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.remove(name)
-
-
-@cache
-def _load(name: str) -> ModuleType:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
-    module = import_module(f"{__name__}.{name}")
-    if name != "reference":
-        module.load()
-    return module
-
-
-@cache
-def _backend_name(device_type: str) -> str:
-    name = os.environ.get("LOWBIT_LIGHTNING_BACKEND") or (device_type if device_type in BACKENDS else "reference")
-    reason = f"there is no backend for device type {device_type!r}"
-    try:
-        _load(name)
-    except CompilerNotFound as error:
-        name, reason = "reference", str(error)
-    if name == "reference" and "LOWBIT_LIGHTNING_BACKEND" not in os.environ:
-        warnings.warn(
-            f"lowbit_lightning uses its plain-torch reference on {device_type}, which is many times slower: {reason}",
-            stacklevel=2,
-        )
-    return name
-
-
-def _run(op: str, device: torch.device, *arguments: Any) -> Any:
-    name = _forced[-1] if _forced else _backend_name(device.type)
-    _calls[op, name] += 1
-    return getattr(_load(name), op)(*arguments)
 
 
 # -- block-wise quantisation -----------------------------------------------------------------------------------------
@@ -182,7 +115,7 @@ def _resolved(name: str, values: Tensor | None, device: torch.device) -> tuple[s
 
 
 def _quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
-    return _run("quantize_blockwise", x.device, x.contiguous(), *_resolved(codebook, values, x.device), block_size)
+    return run("quantize_blockwise", x.device, x.contiguous(), *_resolved(codebook, values, x.device), block_size)
 
 
 def _quantize_blockwise_fake(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +127,7 @@ def _dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     book = _resolved(codebook, values, codes.device)
-    return _run("dequantize_blockwise", codes.device, codes.contiguous(), scales.contiguous(), *book, block_size, dtype)
+    return run("dequantize_blockwise", codes.device, codes.contiguous(), scales.contiguous(), *book, block_size, dtype)
 
 
 def _dequantize_blockwise_fake(
@@ -270,7 +203,7 @@ def _step(arguments: StepArguments, norms: Tensor | None) -> None:
     contiguous = _contiguous(arguments)
     for indices, part in contiguous.parts():
         chosen = norms if norms is None or part is contiguous else norms.index_select(0, _index(part, indices))
-        _run("optimizer_step", arguments.device, part, chosen)
+        run("optimizer_step", arguments.device, part, chosen)
     for original, p, step in zip(arguments.params, contiguous.params, arguments.steps, strict=True):
         if p is not original:
             original.copy_(p)
@@ -313,7 +246,7 @@ def _norms(arguments: StepArguments) -> Tensor:
     contiguous = _contiguous(arguments)
     result = _optimizer_norms_fake(arguments.rule, arguments.params).zero_()
     for indices, part in contiguous.parts():
-        result.index_copy_(0, _index(part, indices), _run("optimizer_norms", arguments.device, part))
+        result.index_copy_(0, _index(part, indices), run("optimizer_norms", arguments.device, part))
     return result
 
 
@@ -385,7 +318,7 @@ def _check_matrix(x: Tensor) -> None:
 
 
 def _quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _run("quantize_rowwise", x.device, x.contiguous())
+    return run("quantize_rowwise", x.device, x.contiguous())
 
 
 def _quantize_rowwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,7 +326,7 @@ def _quantize_rowwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_colwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _run("quantize_colwise", x.device, x.contiguous())
+    return run("quantize_colwise", x.device, x.contiguous())
 
 
 def _quantize_colwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,11 +338,11 @@ def _int8_matmul(
 ) -> Tensor:
     a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
     if a.shape[1] <= LONGEST_INT8_SUM:
-        return _run("int8_matmul", a.device, a, b, a_scales, b_scales, bias, out_dtype)
+        return run("int8_matmul", a.device, a, b, a_scales, b_scales, bias, out_dtype)
     total = a.new_zeros(a.shape[0], b.shape[0], dtype=torch.float32)
     for a_part, b_part in zip(a.split(LONGEST_INT8_SUM, 1), b.split(LONGEST_INT8_SUM, 1), strict=True):
         parts = a_part.contiguous(), b_part.contiguous()
-        total += _run("int8_matmul", a.device, *parts, a_scales, b_scales, None, torch.float32)
+        total += run("int8_matmul", a.device, *parts, a_scales, b_scales, None, torch.float32)
     return (total if bias is None else total + bias.float()).to(out_dtype)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emulator.module import Module
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import cuda
+from lowbit_lightning.kernels import backends, cuda
 from lowbit_lightning.kernels.cuda import launch, table
 
 _module = cache(Module)
@@ -44,7 +44,7 @@ def emulated(*, check: bool = False, order: str = "forward", seed: int = 0) -> I
             with kernels.use_backend("cuda"):
                 yield launches
         finally:
-            kernels._load.cache_clear()  # it has seen "cuda" load, which it does here only
+            backends.load.cache_clear()  # it has seen "cuda" load, which it does here only
             table.forget()
 
 

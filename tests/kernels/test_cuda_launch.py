@@ -14,6 +14,7 @@ import torch
 from emulator.backend import emulated
 
 from lowbit_lightning import kernels
+from lowbit_lightning.kernels import backends
 from lowbit_lightning.kernels.compile import CompilerNotFound, nvrtc_version
 from lowbit_lightning.kernels.cuda import launch, table
 from lowbit_lightning.kernels.cuda.launch import Launch
@@ -91,7 +92,7 @@ def test_without_cuda_core_the_backend_says_what_to_install(monkeypatch: pytest.
 
 def test_without_a_device_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    kernels._load.cache_clear()
+    backends.load.cache_clear()
     with pytest.raises(CompilerNotFound, match="no CUDA device"), kernels.use_backend("cuda"):
         pass
 

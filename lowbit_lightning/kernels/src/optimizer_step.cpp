@@ -137,8 +137,9 @@ template <int S = 0> LB_FN void see_again(int n, const Pending& pending, Extreme
     }
 }
 
-// Encoding touches no memory but what the block has brought into the cache: meanwhile fetch what the next block, which lies
-// behind this one, will read at i. The first state fetches the parameter, the last the gradient, each its own codes.
+// Encoding touches no memory but what the block has brought into the cache: meanwhile fetch what the next block,
+// which lies behind this one, will read at i. The first state fetches the parameter, the last the gradient, each its
+// own codes.
 template <int S> LB_FN void fetch_next(const Block& at, int i) {
     const int64_t next = at.start + BLOCK + i;
     __builtin_prefetch((const uint8_t*)at.q.state[S] + next);
