@@ -3,7 +3,6 @@ float64."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -312,14 +311,21 @@ def test_bad_arguments_are_named_before_anything_changes() -> None:
 def test_dtypes_may_differ_within_a_call() -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float32]
     parts = [fresh("adamw", ((3, 70),), [8, 8], dtype, 256) for dtype in dtypes]
+
+    def merged(name: str) -> list[Any]:
+        return [x for part in parts for x in getattr(part, name)]
+
+    def merged_states(name: str) -> list[list[Any]]:
+        return [[x for part in parts for x in getattr(part, name)[s]] for s in range(2)]
+
     together = StepArguments(
         "adamw",
-        *([t for part in parts for t in getattr(part, name)] for name in ("params", "grads", "steps")),
-        *(
-            [list(itertools.chain(*(getattr(part, name)[s] for part in parts))) for s in range(2)]
-            for name in ("states", "scales")
-        ),
-        parts[0].hyper,
+        params=merged("params"),
+        grads=merged("grads"),
+        steps=merged("steps"),
+        states=merged_states("states"),
+        scales=merged_states("scales"),
+        hyper=parts[0].hyper,
     )
     result = run(together, "cpu", 2, torch.float32, seed=8)
     expected = run(together, "reference", 2, torch.float32, seed=8)
