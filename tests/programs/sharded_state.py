@@ -386,7 +386,8 @@ def rank_main(rank: int, world: int, round_name: str, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere does no harm
     for round_name in ROUNDS:
         world = int(round_name) if round_name.isdigit() else 1
         # Forked from a process that computes nothing: quick, and no thread of OpenMP is lost on the way.
