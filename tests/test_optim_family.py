@@ -119,6 +119,30 @@ def test_signatures_and_defaults_are_torchs(kind: str) -> None:
     assert list(ours.__init__.__annotations__)[:3] == positional
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("RMSprop", "alpha"),
+        ("RMSprop", "momentum"),
+        ("Adagrad", "lr_decay"),
+        ("Adagrad", "initial_accumulator_value"),
+        ("LARS", "trust_coefficient"),
+        ("AdEMAMix", "alpha"),
+        ("AdEMAMix", "t_alpha"),
+        ("AdEMAMix", "t_beta3"),
+    ],
+)
+def test_negative_hyperparameters_are_refused(kind: str, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be 0 or more, got -1"):
+        getattr(optim, kind)(parameters((3,)), **{option: -1})
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.999, 1.0), (-0.1, 0.9, 0.9)])
+def test_ademamix_wants_three_betas(betas: Any) -> None:
+    with pytest.raises(ValueError, match="betas"):
+        optim.AdEMAMix(parameters((3,)), betas=betas)
+
+
 def test_a_variance_that_cancels_stays_finite() -> None:
     """Centered, a constant gradient's variance is a rounded zero: torch takes the root of a negative number."""
     for bits in (8, 32):

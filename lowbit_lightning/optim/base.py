@@ -7,7 +7,6 @@ An optimizer is a rule in ``kernels/rules`` and a short class in ``family.py`` t
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from lowbit_lightning.optim.options import (
     check_group,
     complete_options,
     wants_master,
+    warn_of_inert,
 )
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
@@ -96,9 +96,7 @@ class LowBitOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
-        for name in ("stochastic_rounding", "master"):
-            if group[name] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
-                warnings.warn(f"{name} has no effect: no parameter of the group is bfloat16", stacklevel=3)
+        warn_of_inert(group, stacklevel=3)
 
     def _adopted(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group of another optimizer, with all that this one wants in it, checked."""

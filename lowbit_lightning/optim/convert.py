@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from lowbit_lightning.optim import family
 from lowbit_lightning.optim.base import LowBitOptimizer
-from lowbit_lightning.optim.options import Options, complete_options
+from lowbit_lightning.optim.options import Options, complete_options, warn_of_inert
 
 _TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
     torch.optim.SGD: family.SGD,
@@ -30,15 +30,16 @@ def convert_(optimizer: Optimizer, **options: Unpack[Options]) -> LowBitOptimize
     """Turn a torch.optim optimizer into its low-bit twin, in place: the same object, so that schedulers and hooks
     stay valid.
 
-    Groups, hyperparameters and states are kept; states are converted. ``options`` are those of all optimizers here; a
-    group's own keys win over them.
+    Groups, hyperparameters and states are kept; states are converted. ``options`` are those of all optimizers here,
+    but for ``maximize``, which a group has already; a group's own keys win over them.
 
     Returns:
         the optimizer itself.
 
     Raises:
         TypeError: for a subclass, or an optimizer that has no twin here.
-        ValueError: for options out of range, or states that do not fit. Nothing has been changed then.
+        ValueError: for options out of range, states that do not fit, or a ``step`` that something other than a
+            scheduler replaced. Nothing has been changed then.
     """
     kind = type(optimizer)
     if kind not in _TWINS:
@@ -49,6 +50,14 @@ def convert_(optimizer: Optimizer, **options: Unpack[Options]) -> LowBitOptimize
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("differentiable=True is not supported: the fused step has no gradient")
+    if "maximize" in options:
+        raise ValueError("maximize is a key of the optimizer's groups: set it there, not in convert_")
+    replaced = vars(optimizer).get("step")
+    if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
+        raise ValueError(
+            f"optimizer.step was replaced by {replaced!r}, which would go on calling the old one: convert the "
+            "optimizer before whatever did so"
+        )
     own = complete_options(options)
     optimizer.__class__ = _TWINS[kind]
     assert isinstance(optimizer, LowBitOptimizer)
@@ -69,6 +78,8 @@ def convert_(optimizer: Optimizer, **options: Unpack[Options]) -> LowBitOptimize
     optimizer.defaults = {**own, "state_format": None, **optimizer.defaults}
     optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # torch's fused ones unscale in their step
     _rewire_step(optimizer)
+    for group in optimizer.param_groups:
+        warn_of_inert(group, stacklevel=2)
     return optimizer
 
 
@@ -94,19 +105,25 @@ def group_parameters(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]
     """Param groups of a model's parameters by name: ``{"*embed*": {"bits": 32}, "*norm*": {"weight_decay": 0.0}}``.
 
     Keys are shell patterns over the names of ``model.named_parameters()``; the first that matches counts. Parameters
-    that no pattern matches form the first group, with the optimizer's defaults. Frozen parameters are left out.
+    that no pattern matches form the first group, with the optimizer's defaults; one group for each pattern follows, in
+    the order of ``overrides``. Frozen parameters are left out.
 
     Raises:
-        ValueError: for a pattern that matches no trainable parameter.
+        ValueError: for a pattern that no trainable parameter is left for, and a model without any.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter")
     chosen: dict[str | None, list[nn.Parameter]] = {None: [], **{pattern: [] for pattern in overrides}}
     for name, p in named:
         chosen[next((pattern for pattern in overrides if fnmatchcase(name, pattern)), None)].append(p)
     for pattern in overrides:
-        if not any(fnmatchcase(name, pattern) for name, _ in named):
+        if not chosen[pattern]:
+            taken = [name for name, _ in named if fnmatchcase(name, pattern)]
+            reason = f"an earlier pattern takes {taken}: put the narrower one first" if taken else "none matches"
             raise ValueError(
-                f"the pattern {pattern!r} matches no trainable parameter; there are {[n for n, _ in named]}"
+                f"no trainable parameter is left for the pattern {pattern!r}: {reason}; there are "
+                f"{[name for name, _ in named]}"
             )
     return [
         {**(overrides[pattern] if pattern is not None else {}), "params": params}

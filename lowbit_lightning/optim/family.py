@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from math import log
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -166,6 +167,18 @@ class Adagrad(LowBitOptimizer):
 
     def _initial(self, state: State, group: dict[str, Any]) -> float:
         return group["initial_accumulator_value"]
+
+    def state_dict(self, *, bits: int | None = None) -> dict[str, Any]:
+        """See ``LowBitOptimizer``."""
+        saved = super().state_dict(bits=bits)
+        if bits == 32:  # torch's Adagrad makes its sums when it is built, and looks for all of them
+            for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
+                value = float(ours["initial_accumulator_value"])
+                for key, p in zip(theirs["params"], ours["params"], strict=True):
+                    if key not in saved["state"]:
+                        full = torch.full_like(p, value, dtype=torch.float32, requires_grad=False)
+                        saved["state"][key] = {"step": torch.tensor(0.0), "sum": full}
+        return saved
 
 
 class Lion(LowBitOptimizer):

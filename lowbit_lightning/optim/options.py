@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypedDict
 
 import torch
@@ -55,6 +56,10 @@ _DEFAULTS: dict[str, Any] = {
     "master": None,
     "skip_nonfinite": False,
 }
+_NOT_NEGATIVE = (
+    *("lr", "eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value", "trust_coefficient"),
+    *("alpha", "t_alpha", "t_beta3"),
+)
 _TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -82,8 +87,8 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
         raise ValueError(f'master must be None or "bf16+8", got {group["master"]!r}')
     if group["master"] and group["stochastic_rounding"]:
         raise ValueError('master="bf16+8" rounds its 24-bit copy to nearest; leave stochastic_rounding out')
-    for name in ("lr", "eps", "weight_decay", "momentum"):
-        if name in group and not float(group[name]) >= 0:
+    for name in _NOT_NEGATIVE:
+        if group.get(name) is not None and not float(group[name]) >= 0:
             raise ValueError(f"{name} must be 0 or more, got {group[name]}")
     betas = group.get("betas", ())
     wanted = sum(name.startswith("beta") for name in rule.hyper)
@@ -92,6 +97,14 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
     for i, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+
+
+def warn_of_inert(group: dict[str, Any], stacklevel: int) -> None:
+    """Warn of options that do nothing for this group."""
+    for name in ("stochastic_rounding", "master"):
+        if group[name] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
+            message = f"{name} has no effect: no parameter of the group is bfloat16"
+            warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def wants_master(p: Tensor, group: dict[str, Any]) -> bool:
