@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lowbit_lightning.optim.base import LowBitOptimizer
@@ -33,18 +35,19 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
 
     The training loop stays as it is: ``backward()``, ``optimizer.step()`` (which finds nothing left to do),
     ``zero_grad()``. The result is that of the ordinary step, to the bit. What needs all gradients at once cannot
-    work and is refused: accumulation over several backward passes, clipping by norm, ``skip_nonfinite`` and a
-    GradScaler.
+    work and is refused: accumulation over several backward passes, clipping by norm, ``skip_nonfinite``, a GradScaler,
+    and ranks that average plain gradients after backward (DDP; FSDP2 averages before, and works).
 
     Args:
         model: a LightningModule is asked for its Trainer's clipping, accumulation and scaler; any other module is
-        not used.
-        optimizer: of this library.
+            not used, and what its training loop does with gradients cannot be seen.
+        optimizer: of this library. Parameters that get a gradient are those that need one now; groups that are added
+            later are updated by ``step()``.
 
     Raises:
-        TypeError: for another optimizer. ValueError: for a setting named above. RuntimeError, in backward: for a
-        second
-            gradient of a parameter before ``optimizer.step()``.
+        TypeError: for another optimizer.
+        ValueError: for a setting named above.
+        RuntimeError: in backward, for a second gradient of a parameter before ``optimizer.step()``.
     """
     if not isinstance(optimizer, LowBitOptimizer):
         raise TypeError(
@@ -55,6 +58,7 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
             "skip_nonfinite=True looks at all gradients before any update: it cannot go with their release"
         )
     _check_trainer(getattr(model, "_trainer", None))
+    _check_ranks(optimizer)
     released: set[Tensor] = set()
     places = {}
     ordinal = 0
@@ -95,4 +99,14 @@ def _check_trainer(trainer: Any) -> None:
     if getattr(getattr(trainer, "precision_plugin", None), "scaler", None) is not None:
         raise ValueError(
             "a GradScaler unscales all gradients before the step: it cannot go with their release; use bf16"
+        )
+
+
+def _check_ranks(optimizer: LowBitOptimizer) -> None:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if any(not isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"with {dist.get_world_size()} ranks the gradients of plain parameters are averaged after backward, as DDP "
+            "does: their release would update with this rank's part alone; shard the model with fully_shard"
         )
