@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import StepArguments, reference, rules
 from lowbit_lightning.kernels.formats import BlockGrid, dynamic_map
+from lowbit_lightning.kernels.rules.rule import fused
 
 HYPER = {
     "lr": 1e-2,
@@ -188,6 +190,18 @@ def test_norms_are_sums_of_squares() -> None:
             norms = kernels.optimizer_norms(arguments)
         expected = torch.stack([p.double().square().sum() for p in arguments.params])
         torch.testing.assert_close(norms[:, 0], expected, rtol=1e-6, atol=0)
+
+
+def test_fused_rounds_once() -> None:
+    """Against rational arithmetic, near cancellation too: the error of the nearest float32 is half a place at most."""
+    a, b, c = (torch.randn(600) * torch.exp(6 * torch.randn(600)) for _ in range(3))
+    c[:300] = -(a * b)[:300]
+    result = fused(a, b, c)
+    above, below = (torch.nextafter(result, torch.tensor(limit)) for limit in (torch.inf, -torch.inf))
+    columns = (x.tolist() for x in (a, b, c, result, below, above))
+    for x, y, z, got, lower, upper in zip(*columns, strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        assert abs(exact - Fraction(got)) <= min(abs(exact - Fraction(lower)), abs(exact - Fraction(upper)))
 
 
 # -- random words ----------------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ _MAX_EXP_AVG_SQ = State("max_exp_avg_sq", non_negative=True)
 # -- SGD -------------------------------------------------------------------------------------------------------------
 
 _SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay")
-_COUPLED_DECAY = "g = g + weight_decay * p\n"
+_COUPLED_DECAY = "g = fused(weight_decay, p, g)\n"
 _SGD: dict[str, Any] = {
     "hyper": _SGD_HYPER,
     "states": (_MOMENTUM,),
     # torch's first step copies the gradient into the buffer: no dampening then.
     "scalars": "gain = where(step == 1, 1.0, 1 - dampening)",
-    "direction": _COUPLED_DECAY + "momentum_buffer = momentum * momentum_buffer + gain * g",
+    "direction": _COUPLED_DECAY + "momentum_buffer = fused(gain, g, momentum * momentum_buffer)",
 }
 
 # -- Adam and its kin ------------------------------------------------------------------------------------------------
@@ -59,9 +59,9 @@ _ADAM_MAX: dict[str, Any] = {
 
 def _rules() -> list[Rule]:
     return [
-        Rule("sgd", ("lr", "weight_decay"), (), direction=_COUPLED_DECAY, finish="p = p - lr * g"),
-        Rule("sgd_momentum", **_SGD, finish="p = p - lr * momentum_buffer"),
-        Rule("sgd_nesterov", **_SGD, finish="p = p - lr * (g + momentum * momentum_buffer)"),
+        Rule("sgd", ("lr", "weight_decay"), (), direction=_COUPLED_DECAY, finish="p = fused(-lr, g, p)"),
+        Rule("sgd_momentum", **_SGD, finish="p = fused(-lr, momentum_buffer, p)"),
+        Rule("sgd_nesterov", **_SGD, finish="p = fused(-lr, fused(momentum, momentum_buffer, g), p)"),
         # Kingma & Ba, 2015; amsgrad: Reddi et al., 2018, the largest second moment so far.
         Rule("adam", **_ADAM, scalars=_ADAM_SCALARS, direction=_COUPLED_DECAY + _ADAM_MOMENTS, finish=_ADAM_FINISH),
         Rule("adam_amsgrad", **_ADAM_MAX, scalars=_ADAM_SCALARS, direction=_COUPLED_DECAY + _ADAM_MOMENTS + _AMSGRAD),

@@ -9,13 +9,15 @@ has up to three parts, in this order:
   ``sqrt``, ``where(condition, a, b)``. Every name that it defines, and every hyperparameter, is a float32 in the
   parts below.
 * ``direction``, in float32, on every element: sees ``p`` (the parameter), ``g`` (the gradient) and the states, and
-  changes the states. Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``. No number stands in it:
+  changes the states. Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``, and
+  ``fused(a, b, c)``, which is a * b + c with one rounding. No number stands in it:
   numbers are scalars.
 * ``finish``, in float32: changes ``p``. Rules that need norms (LAMB, LARS) name the values of ``direction`` whose
   2-norms over the whole parameter they want in ``norms``, and compute ``norm_scalars`` from them (as ``p_norm``,
   ``update_norm``, ...; ``ratio(a, b)`` is a / b, or 1 where either is not positive).
 
-Operations are rounded one by one (no fused multiply-add), in the order written, so that backends agree to the bit.
+Operations are rounded one by one (no fused multiply-add but ``fused``), in the order written, so that backends agree
+to the bit.
 """
 
 from __future__ import annotations
@@ -210,7 +212,21 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * b + c`` of float32 with one rounding. In double the product is exact; the sum is rounded to odd, so that
+    rounding it again to float32 is as good as rounding once (Boldo & Melquiond, 2008)."""
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)  # Knuth's two-sum: exact
+    bits = total.view(torch.int64)
+    outwards = torch.where((error > 0) == (total > 0), 1, -1)
+    inexact = (error != 0) & total.isfinite() & (bits & 1 == 0)
+    return torch.where(inexact, bits + outwards, bits).view(torch.float64).float()
+
+
 _TENSOR_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "fused": fused,
     "sqrt": _sqrt,
     "sign": torch.sign,
     "absolute": torch.abs,

@@ -31,6 +31,7 @@ LB_FN I to_int(V x) { return (int)x; }
 LB_FN I to_bits(V x) { return __float_as_int(x); }
 LB_FN V from_bits(I x) { return __int_as_float(x); }
 LB_FN V absolute(V x) { return fabsf(x); }
+LB_FN V fused(V a, V b, V c) { return fmaf(a, b, c); }
 LB_FN V maximum(V a, V b) { return a > b ? a : b; }
 LB_FN V minimum(V a, V b) { return a < b ? a : b; }
 LB_FN V sign(V x) { return x == 0.0f ? 0.0f : x == x ? copysignf(1.0f, x) : x; }  // NaN stays NaN

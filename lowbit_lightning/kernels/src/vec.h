@@ -39,6 +39,21 @@ LB_FN V sign(V x) {
     return where(x != 0.0f, where(x == x, one, x), V{});
 }
 
+// a * b + c with one rounding
+LB_FN V fused(V a, V b, V c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+LB_FN V fused(float a, V b, V c) { return fused(splat<V>(a), b, c); }
+
 // maximum(a, b) is a > b ? a : b
 #if defined(__AVX512F__)
 LB_FN V maximum(V a, V b) { return _mm512_max_ps(a, b); }
