@@ -289,6 +289,7 @@ class LowBitOptimizer(Optimizer):
 
         # torch's method casts every state to its parameter's dtype. It gets none; they come in behind it.
         def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            saved = bitsandbytes.native_groups(saved, self.defaults)
             loaded.update(self._convert_saved(saved))
             pairs = zip(saved["param_groups"], self.param_groups, strict=False)
             groups = [

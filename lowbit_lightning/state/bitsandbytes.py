@@ -1,26 +1,31 @@
 """Optimizer states as bitsandbytes saves them, in this library's form.
 
-bitsandbytes numbers its states (``state1``, ``state2``), quantises the flattened tensor in blocks of 256 and keeps a
-block's ``absmax`` and, per tensor, the map. Its codes index the same sorted maps as ours. Where its blocks are ours
-(rows that are multiples of the block size, or vectors) codes and scales are taken as they are, to the bit; elsewhere
-the values are decoded.
+bitsandbytes numbers its states (``state1``, ``state2``; AdEMAMix stacks its two momenta in ``state1``), quantises the
+flattened tensor in blocks of 256 and keeps a block's ``absmax`` and, per tensor, the map. Its codes index the same
+sorted maps as ours. Where its blocks are ours (rows that are multiples of the block size, or vectors) codes and scales
+are taken as they are, to the bit; elsewhere the values are decoded. Its optimizers of one state use the signed map for
+non-negative states too: those are decoded as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.formats import BlockGrid, codebook
-from lowbit_lightning.kernels.rules import Rule
+from lowbit_lightning.kernels.rules import Rule, State
 from lowbit_lightning.state import blocks
 from lowbit_lightning.state.blocks import StateFormat
 
 MARKER = "__bnb_optimizer_quant_state__"
 BLOCK_SIZE = 256
+_KEYS = ("betas", "eps", "alpha", "t_alpha", "t_beta3")
+"""Group keys that it gives to optimizers that know nothing of them."""
+_IGNORED = {"amsgrad": False, "centered": False, "nesterov": False, "dampening": 0.0}
+"""What its steps do not do, whatever its constructors accept."""
 
 
 def is_foreign(entries: Mapping[str, Any]) -> bool:
@@ -28,39 +33,76 @@ def is_foreign(entries: Mapping[str, Any]) -> bool:
     return MARKER in entries or "state1" in entries
 
 
+def native_groups(saved: dict[str, Any], known: Container[str]) -> dict[str, Any]:
+    """The checkpoint with bitsandbytes' groups under this library's keys, of which the optimizer knows ``known``.
+
+    bitsandbytes keeps SGD's and LARS's momentum, and RMSprop's alpha, as the first of ``betas``.
+    """
+
+    def native(group: dict[str, Any]) -> dict[str, Any]:
+        if not any(is_foreign(saved["state"].get(key, {})) for key in group["params"]):
+            return group
+        ours = {k: v for k, v in group.items() if k in known or k not in _KEYS}
+        ours |= {k: v for k, v in _IGNORED.items() if k in known}
+        if "betas" not in known and "betas" in group:
+            if "alpha" in known:
+                ours |= {"alpha": group["betas"][0], "momentum": 0.0}
+            elif "momentum" in known:
+                ours["momentum"] = group["betas"][0]
+        return ours
+
+    return {**saved, "param_groups": [native(group) for group in saved["param_groups"]]}
+
+
 def translate(p: Tensor, entries: Mapping[str, Any], rule: Rule) -> tuple[dict[str, Any], StateFormat]:
     """The entries of parameter p in this library's names, and their format.
 
     Raises:
-        ValueError: for a rule whose states bitsandbytes lays out otherwise (more than two), or a missing part.
+        ValueError: for states that are missing or do not fit the rule.
     """
-    if len(rule.states) > 2:
-        raise ValueError(
-            f"states of rule {rule.name!r} cannot be taken from bitsandbytes: it stacks more than two in one tensor"
-        )
     saved = {**entries, **entries.get(MARKER, {})}
-    result: dict[str, Any] = {"step": saved.get("step", 0)}
-    for i, state in enumerate(rule.states, start=1):
-        values, absmax = saved.get(f"state{i}"), saved.get(f"absmax{i}")
+    result: dict[str, Any] = {"step": saved.get("step")}
+    stacked = rule.name == "ademamix"
+    for place, state in enumerate(rule.states):
+        number = place if stacked and place else place + 1
+        values, absmax, table = (saved.get(f"{part}{number}") for part in ("state", "absmax", "qmap"))
+        if stacked and number == 1:
+            values, absmax = _layer(values, place, p), _layer(absmax, place, p)
         if not isinstance(values, Tensor) or values.numel() != p.numel():
             raise ValueError(
-                f"bitsandbytes' state{i} must have {p.numel()} elements, got {getattr(values, 'shape', None)}"
+                f"bitsandbytes' state{number} must have {p.numel()} elements for {state.name}, got "
+                f"{getattr(values, 'shape', None)}: was the checkpoint saved by another optimizer?"
             )
         values = values.reshape(p.shape)
         if values.dtype != torch.uint8:
             result[state.name] = values
-            continue
-        if not isinstance(absmax, Tensor) or f"qmap{i}" not in saved:
-            raise ValueError(
-                f"bitsandbytes' state{i} is quantised, but absmax{i} or qmap{i} is missing: {sorted(saved)}"
-            )
-        table, grid = saved[f"qmap{i}"].float().cpu(), BlockGrid.of(p.shape, BLOCK_SIZE)
-        same_blocks = grid.rows <= 1 or grid.row_length % BLOCK_SIZE == 0
-        if same_blocks and torch.allclose(table, codebook(state.codebook), rtol=1e-4, atol=1e-9):
-            result[blocks.codes_name(state.name)] = values
-            result[blocks.scales_name(state.name)] = absmax.float().reshape(grid.scales_shape)
+        elif isinstance(table, Tensor) and isinstance(absmax, Tensor) and absmax.numel() == -(-p.numel() // BLOCK_SIZE):
+            result |= _decoded(state, values, absmax.float(), table.float().cpu())
         else:
-            decoded = table[values.cpu().int()].flatten()
-            scales = absmax.float().cpu().repeat_interleave(BLOCK_SIZE)[: p.numel()]
-            result[state.name] = (decoded * scales).reshape(p.shape)
+            raise ValueError(
+                f"bitsandbytes' state{number} is quantised, but qmap{number} is missing, or absmax{number} is not one "
+                f"value for each {BLOCK_SIZE} elements: {getattr(absmax, 'shape', None)}; there are {sorted(saved)}"
+            )
     return result, StateFormat.of(rule, BLOCK_SIZE)
+
+
+def _layer(value: Any, place: int, p: Tensor) -> Any:
+    """One of AdEMAMix's two momenta, or its scales."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] != 2:
+        return None
+    if value.dtype == torch.uint8 and p.numel() % BLOCK_SIZE:
+        raise ValueError(
+            f"bitsandbytes' AdEMAMix lets the scales of its momenta overlap where the number of elements, here "
+            f"{p.numel()}, is no multiple of {BLOCK_SIZE}: the state cannot be recovered; start from a new one"
+        )
+    return value[place]
+
+
+def _decoded(state: State, codes: Tensor, absmax: Tensor, table: Tensor) -> dict[str, Tensor]:
+    """Codes and scales where blocks and map are ours, values elsewhere."""
+    grid = BlockGrid.of(codes.shape, BLOCK_SIZE)
+    same_blocks = grid.rows <= 1 or grid.row_length % BLOCK_SIZE == 0
+    if same_blocks and not state.slow and torch.allclose(table, codebook(state.codebook), rtol=1e-5, atol=1e-10):
+        return {blocks.codes_name(state.name): codes, blocks.scales_name(state.name): absmax.reshape(grid.scales_shape)}
+    scales = absmax.cpu().flatten().repeat_interleave(BLOCK_SIZE)[: codes.numel()]
+    return {state.name: (table[codes.cpu().int()].flatten() * scales).reshape(codes.shape)}
