@@ -39,8 +39,7 @@ LB_FN V sign(V x) {
     return where(x != 0.0f, where(x == x, one, x), V{});
 }
 
-// a * b + c with one rounding
-LB_FN V fused(V a, V b, V c) {
+LB_FN V multiply_add(V a, V b, V c) {
 #if defined(__AVX512F__)
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -52,7 +51,12 @@ LB_FN V fused(V a, V b, V c) {
     return c;
 #endif
 }
-LB_FN V fused(float a, V b, V c) { return fused(splat<V>(a), b, c); }
+LB_FN V as_vector(V x) { return x; }
+LB_FN V as_vector(float x) { return splat<V>(x); }
+// a * b + c with one rounding, of vectors and floats
+template <class A, class B, class C> LB_FN V fused(A a, B b, C c) {
+    return multiply_add(as_vector(a), as_vector(b), as_vector(c));
+}
 
 // maximum(a, b) is a > b ? a : b
 #if defined(__AVX512F__)
