@@ -62,7 +62,7 @@ class Settings:
     warmup: int = 50
     validate_every: int = 150
     validation_batches: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.1
     seed: int = 1
     tolerance: float = 0.01  # allowed relative difference of the two validation losses
