@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import sys
 import sysconfig
@@ -394,7 +393,6 @@ def parse(arguments: list[str]) -> Settings:
 
 def main(arguments: list[str]) -> int:
     settings = parse(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the text is in memory
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6.6 with torch 2.13
     text = Text(settings)
