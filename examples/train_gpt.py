@@ -32,6 +32,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -398,8 +399,12 @@ def main(arguments: list[str]) -> int:
     text = Text(settings)
     print(f"{len(text.train):,} bytes to train on, {len(text.validation):,} to validate on; {settings}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    plain = run("fp32", settings, text, low_bit=False)
-    low = run("int8-mixed", settings, text, low_bit=True)
+    try:
+        plain = run("fp32", settings, text, low_bit=False)
+        low = run("int8-mixed", settings, text, low_bit=True)
+    except SIGTERMException:  # by itself it would end the program with status 0
+        print("stopped by SIGTERM", file=sys.stderr)
+        return 143
 
     results = {"settings": dataclasses.asdict(settings), "torch": torch.__version__, "runs": [plain, low]}
     (Path(settings.out) / "results.json").write_text(json.dumps(results, indent=1))

@@ -134,6 +134,16 @@ def test_a_bad_outcome_is_said(low: dict[str, object], said: str | None) -> None
     assert [said in text for text in found] == ([True] if said else [])
 
 
+def test_a_killed_run_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise train_gpt.SIGTERMException
+
+    monkeypatch.setattr(train_gpt, "run", killed)
+    text = tmp_path / "text"
+    text.write_bytes(b"x" * 2000)
+    assert train_gpt.main(["--text", str(text), "--out", str(tmp_path / "out")]) == 143
+
+
 SMALL = """
     --width 64 --layers 2 --heads 2 --context 32 --batch 4 --steps 20 --warmup 4 --validate-every 10
     --validation-batches 3 --tolerance 0.05 --no-progress
