@@ -98,10 +98,8 @@ def test_one_step_is_torchs_to_the_last_places(kind: str, options: dict[str, Any
     getattr(torch.optim, kind)([q], **fresh(options)).step()
     new, expected = p.detach(), q.detach()
     off = (new - expected).abs() / ulp(torch.maximum(expected.abs(), (expected - before).abs()))
-    # torch fuses multiplications with additions, which the arithmetic contract forbids. Where it does so three times in
-    # a row, and the update outweighs the parameter, that is up to two places more on a few elements.
-    if options.get("nesterov") or (kind == "RMSprop" and options.keys() & {"momentum", "weight_decay"}):
-        assert off.max() <= 4
+    if kind == "RMSprop" and "momentum" in options:  # torch's root is off in its last place, its update 1 / sqrt(0.01)
+        assert off.max() <= 3
         assert (off > 2).float().mean() < 1e-3
     else:
         assert off.max() <= 2

@@ -41,7 +41,7 @@ _DECAY = "decay = 1 - lr * weight_decay\n"
 _DECOUPLED_DECAY = "p = p * decay\n"
 # The same without rounding 1 - lr * weight_decay to float32, which adds up over steps; for rules that torch has not.
 _SHRINK = "shrink = lr * weight_decay\n"
-_SHRUNK = "p = p - shrink * p\n"
+_SHRUNK = "p = fused(-shrink, p, p)\n"
 _ADAM_MOMENTS = """
     exp_avg = exp_avg * beta1 + rest1 * g
     exp_avg_sq = exp_avg_sq * beta2 + rest2 * g * g
@@ -117,7 +117,7 @@ def _rules() -> list[Rule]:
                 update = sign(beta1 * exp_avg + rest1 * g) + (g - g)
                 exp_avg = beta2 * exp_avg + rest2 * g
             """,
-            finish="p = p - lr * update",
+            finish="p = fused(-lr, update, p)",
         ),
         # Pagliardini et al., 2024, algorithm 1 with the schedulers of its appendix A.1; decay as in AdamW.
         Rule(
@@ -180,7 +180,7 @@ def _rmsprop_rules() -> list[Rule]:
                 f"{name}_momentum",
                 (*hyper, "momentum"),
                 (*states, _MOMENTUM),
-                "p = p - lr * momentum_buffer",
+                "p = fused(-lr, momentum_buffer, p)",
                 direction + f"momentum_buffer = momentum * momentum_buffer + g / ({denominator})",
                 "rest = 1 - alpha",
             ),
