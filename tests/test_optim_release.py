@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import socket
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -259,6 +263,18 @@ def test_ranks_that_average_gradients_after_backward_are_refused() -> None:
     net = Net()
     with pytest.raises(ValueError, match="with 2 ranks the gradients of plain parameters are averaged after backward"):
         optim.release_gradients(net, optim.AdamW(net.parameters()))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
+def test_under_fsdp2_it_is_the_ordinary_step_too() -> None:
+    """There gradients are averaged, and cut, before they are accumulated."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(__file__).parent / "programs" / "released_gradients.py"
+    done = subprocess.run([sys.executable, program, str(port)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # -- under Lightning ---------------------------------------------------------------------------------------------------
