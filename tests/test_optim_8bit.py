@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -146,6 +147,43 @@ def test_states_do_not_stand_still(kind: str, state: str, options: dict[str, Any
         b.step()
     low, full = a.state_dict(bits=32)["state"][0][state], b.state[q][state]
     assert (low - full).norm() < tolerance * full.norm()
+
+
+# -- 8 to 32 to 8 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options"), FAMILY, ids=name)
+def test_to_32_bits_and_back_is_exact(kind: str, options: dict[str, Any]) -> None:
+    params = parameters((16, 512), (31, 130), (300,))
+    first = getattr(optim, kind)(params, **options)
+    for i in range(3):
+        step(first, params, i)
+    full = getattr(optim, kind)(twins(params), bits=32, **options)
+    full.load_state_dict(copy.deepcopy(first.state_dict()))  # loading takes tensors as they are, as torch does
+    others = twins(params)
+    second = getattr(optim, kind)(others, **options)
+    second.load_state_dict(copy.deepcopy(full.state_dict()))
+    for p, q in zip(params, others, strict=True):
+        assert first.state[p].keys() == second.state[q].keys()
+        assert all(torch.equal(x, second.state[q][key]) for key, x in first.state[p].items())
+    step(first, params)
+    step(second, others)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "options"), FAMILY, ids=name)
+def test_changing_bits_in_mid_run_keeps_close_to_32(kind: str, options: dict[str, Any]) -> None:
+    ours = parameters((16, 512), (300,))
+    theirs = twins(ours)
+    a, b = getattr(optim, kind)(ours, **options), getattr(optim, kind)(theirs, bits=32, **options)
+    before = [p.detach().clone() for p in theirs]
+    for i in range(30):
+        a.param_groups[0]["bits"] = 32 if 10 <= i < 20 else 8
+        step(a, ours, i)
+        step(b, theirs, i)
+        assert any(key.endswith("_codes") for key in a.state[ours[0]]) == (not 10 <= i < 20)
+    moved = (theirs[0].detach() - before[0]).norm()
+    assert (ours[0].detach() - theirs[0].detach()).norm() < 0.1 * moved
 
 
 # -- what must not move ------------------------------------------------------------------------------------------------
