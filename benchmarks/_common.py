@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -68,9 +69,11 @@ class Report:
         self.add(*machine(arguments.device), "")
 
     def add(self, *lines: str) -> None:
-        for line in lines:
-            print(line, flush=True)
-            self.lines.append(line)
+        for text in lines:
+            row = text.startswith("|")  # of a table: one line, however long
+            for line in [text] if row else textwrap.wrap(text, 118) or [""]:
+                print(line, flush=True)
+                self.lines.append(line)
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         cells = [header, *rows]
