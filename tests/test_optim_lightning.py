@@ -68,8 +68,8 @@ def fit(module: Module, epochs: int = 3, checkpoint: Path | None = None, **optio
         enable_checkpointing=False,
         **options,
     )
-    data = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
-    trainer.fit(module, DataLoader(data, batch_size=16), DataLoader(data[:32], batch_size=16), ckpt_path=checkpoint)  # type: ignore[arg-type]
+    data: Any = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, DataLoader(data, batch_size=16), DataLoader(data[:32], batch_size=16), ckpt_path=checkpoint)
     return trainer
 
 
