@@ -61,7 +61,11 @@ def _rules() -> list[Rule]:
     return [
         Rule("sgd", ("lr", "weight_decay"), (), direction=_COUPLED_DECAY, finish="p = fused(-lr, g, p)"),
         Rule("sgd_momentum", **_SGD, finish="p = fused(-lr, momentum_buffer, p)"),
-        Rule("sgd_nesterov", **_SGD, finish="p = fused(-lr, fused(momentum, momentum_buffer, g), p)"),
+        Rule(
+            "sgd_nesterov",
+            **{**_SGD, "scalars": _SGD["scalars"] + "\npull = lr * momentum"},
+            finish="p = fused(-lr, g, fused(-pull, momentum_buffer, p))",
+        ),
         # Kingma & Ba, 2015; amsgrad: Reddi et al., 2018, the largest second moment so far.
         Rule("adam", **_ADAM, scalars=_ADAM_SCALARS, direction=_COUPLED_DECAY + _ADAM_MOMENTS, finish=_ADAM_FINISH),
         Rule("adam_amsgrad", **_ADAM_MAX, scalars=_ADAM_SCALARS, direction=_COUPLED_DECAY + _ADAM_MOMENTS + _AMSGRAD),
