@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lowbit_lightning import optim
-from lowbit_lightning.callbacks import KEY, DeterministicResume
+from lowbit_lightning.callbacks import DeterministicResume
+from lowbit_lightning.callbacks.resume import KEY
 from lowbit_lightning.precision import Int8MixedPrecision
 
 SAMPLES, BATCH, EPOCHS = 36, 4, 3  # 9 batches an epoch
