@@ -24,7 +24,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning import convert, kernels, precision
 from lowbit_lightning.layers import Int8Linear
-from lowbit_lightning.precision import FabricInt8MixedPrecision, Int8MixedPrecision, PrecisionNotApplied
+from lowbit_lightning.precision import (
+    FabricInt8MixedPrecision,
+    Int8MixedPrecision,
+    PrecisionNotApplied,
+    int8,
+    registration,
+)
 
 ROOT = Path(__file__).parents[1]
 BATCHES = 4
@@ -108,7 +114,7 @@ def test_the_string_trains_in_int8_on_a_gpu() -> None:
     run = trainer(precision="int8-mixed", accelerator="gpu", devices=1, deterministic=False)
     run.fit(model, data())
     assert kernels.calls()["int8_matmul", "cuda"] == BATCHES * (2 + 3)
-    assert model.dtypes == {torch.bfloat16 if precision.computes_in_bf16("cuda") else torch.float32}
+    assert model.dtypes == {torch.bfloat16 if int8.computes_in_bf16("cuda") else torch.float32}
 
 
 def test_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +188,14 @@ def test_it_learns_like_float32() -> None:
     ],
 )
 def test_autocast(monkeypatch: pytest.MonkeyPatch, autocast: Any, hardware: bool, expected: torch.dtype) -> None:
-    monkeypatch.setattr(precision, "computes_in_bf16", lambda device: hardware)
+    monkeypatch.setattr(int8, "computes_in_bf16", lambda device: hardware)
     model = Model()
     trainer(plugins=Int8MixedPrecision(autocast=autocast)).fit(model, data())
     assert model.dtypes == {expected}
 
 
 def test_slow_autocast_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "computes_in_bf16", lambda device: False)
+    monkeypatch.setattr(int8, "computes_in_bf16", lambda device: False)
     plugin = Int8MixedPrecision(autocast="bf16")
     with pytest.warns(UserWarning, match="hardware emulates bf16"):
         assert isinstance(plugin.forward_context(), torch.autocast)
@@ -197,8 +203,8 @@ def test_slow_autocast_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hardware_with_bf16_is_recognised() -> None:
-    assert precision.computes_in_bf16("cpu") in (True, False)
-    assert precision.computes_in_bf16("meta") is False
+    assert int8.computes_in_bf16("cpu") in (True, False)
+    assert int8.computes_in_bf16("meta") is False
 
 
 def test_plugins_can_be_copied() -> None:
@@ -286,7 +292,7 @@ def test_strategies_with_a_precision_of_their_own_are_refused() -> None:
 
     strategy = object.__new__(DeepSpeedStrategy)  # DeepSpeed itself needs not be there
     with pytest.raises(PrecisionNotApplied, match="doesn't work with DeepSpeedStrategy, which brings its own"):
-        precision._check_result(strategy, Int8MixedPrecision(), Int8MixedPrecision, wanted=True)
+        registration._check_result(strategy, Int8MixedPrecision(), Int8MixedPrecision, wanted=True)
 
 
 def test_a_lightning_that_ignores_the_plugin_is_an_error() -> None:
@@ -294,7 +300,7 @@ def test_a_lightning_that_ignores_the_plugin_is_an_error() -> None:
         def __init__(self, precision: Any = None, plugins: Any = None, strategy: Any = None) -> None:
             self.strategy, self.precision_plugin = strategy, L.pytorch.plugins.Precision()
 
-    precision._wrap(Connector, Int8MixedPrecision, "precision_plugin")
+    registration._wrap(Connector, Int8MixedPrecision, "precision_plugin")
     Connector(precision="32-true")
     with pytest.raises(PrecisionNotApplied, match=r"chose Precision; pass plugins=\[Int8MixedPrecision\(\)\]"):
         Connector(precision="int8-mixed")
@@ -307,7 +313,7 @@ def test_a_lightning_of_another_shape_is_left_alone() -> None:
 
     original = Connector.__init__
     with pytest.warns(UserWarning, match=r"can't be registered .* no longer takes \['precision'\]"):
-        precision._wrap(Connector, Int8MixedPrecision, "precision_plugin")
+        registration._wrap(Connector, Int8MixedPrecision, "precision_plugin")
     assert Connector.__init__ is original
 
 
@@ -355,9 +361,9 @@ def test_pytorch_lightning_is_refused_where_it_was_imported_first(monkeypatch: p
         def __init__(self, precision: Any = None) -> None:
             pass
 
-    module = types.ModuleType(precision._THEIR_CONNECTOR)
+    module = types.ModuleType(registration._THEIR_CONNECTOR)
     module._AcceleratorConnector = Theirs  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, precision._THEIR_CONNECTOR, module)
+    monkeypatch.setitem(sys.modules, registration._THEIR_CONNECTOR, module)
     precision.register()
     Theirs(precision="32-true")
     with pytest.raises(PrecisionNotApplied, match="needs `import lightning as L`"):

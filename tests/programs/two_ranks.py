@@ -99,7 +99,7 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 def main(folder: Path) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    assert lowbit_lightning.precision.NAME == "int8-mixed"
+    assert lowbit_lightning.precision.int8.NAME == "int8-mixed"
     kernels.reset_calls()
     through, resumed = Model(seed=1), Model(seed=99)
     trainer = fit(through, SaveAt(3, folder / "three.ckpt"))

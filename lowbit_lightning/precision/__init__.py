@@ -1,0 +1,29 @@
+"""The Lightning and Fabric plugins behind ``precision="int8-mixed"``, and the registration of that string.
+
+Requirements
+    Lightning 2.5 or newer, imported as ``lightning``. ``pytorch_lightning`` is a separate copy of its classes and is
+    refused by name.
+
+How it works
+    ``convert_module`` swaps the model's ``nn.Linear`` for ``Int8Linear`` in place (``convert.swap_linears`` has the
+    filter); weights, gradients and optimizer see no difference. Everything else runs as in "bf16-mixed": under bf16
+    autocast where the hardware computes in bf16, in float32 elsewhere. There is no loss scaling: bf16 and int8 with
+    dynamic scales need none.
+
+    Lightning has no registry for precision strings, so ``register`` wraps the constructor of the two classes that
+    read them (the connectors of Trainer and Fabric) and turns the string into a plugin. What it relies on is checked
+    first: where it is no longer so, it warns and leaves Lightning as it was (``plugins=[...]`` needs no
+    registration); once Lightning knows the string itself, it stands down.
+
+Interactions
+    The environment variables ``PL_TRAINER_PRECISION`` and ``LT_PRECISION`` work like the argument. After ``fit`` the
+    model stays converted; ``convert.restore(model)`` gives plain layers back.
+
+Limitations
+    FSDP1, DeepSpeed and XLA strategies bring a precision plugin of their own and are refused.
+"""
+
+from lowbit_lightning.precision.int8 import FabricInt8MixedPrecision, Int8MixedPrecision
+from lowbit_lightning.precision.registration import PrecisionNotApplied, register
+
+__all__ = ["FabricInt8MixedPrecision", "Int8MixedPrecision", "PrecisionNotApplied", "register"]

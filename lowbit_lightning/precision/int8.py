@@ -1,0 +1,132 @@
+"""The plugins behind ``precision="int8-mixed"``: which layers run in int8, and what the rest runs in."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.precision import Precision as FabricPrecision
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+
+from lowbit_lightning.convert import MIN_FEATURES, Report, swap_linears
+from lowbit_lightning.layers import Product, Products
+
+NAME = "int8-mixed"
+
+
+class Int8Mixed:
+    """What the Trainer's and Fabric's plugin have in common."""
+
+    precision: Any = NAME
+
+    def __init__(
+        self,
+        *,
+        include: str | Iterable[str] = "*",
+        exclude: str | Iterable[str] = (),
+        filter: Callable[[str, nn.Linear], bool] | None = None,
+        output_layer: str | None = "auto",
+        min_features: int = MIN_FEATURES,
+        forward: Product = "int8",
+        grad_input: Product = "int8",
+        grad_weight: Product = "int8",
+        autocast: Literal["auto", "bf16", "off"] = "auto",
+    ) -> None:
+        if autocast not in ("auto", "bf16", "off"):
+            raise ValueError(f"autocast must be 'auto', 'bf16' or 'off', got {autocast!r}")
+        if str(Products(forward, grad_input, grad_weight)) == "nothing":
+            rank_zero_warn("int8-mixed with forward, grad_input and grad_weight all 'high' runs nothing in int8")
+        self.autocast = autocast
+        self.report: Report | None = None
+        self._swap = functools.partial(
+            swap_linears,
+            include=include if isinstance(include, str) else tuple(include),
+            exclude=exclude if isinstance(exclude, str) else tuple(exclude),
+            filter=filter,
+            output_layer=output_layer,
+            min_features=min_features,
+            forward=forward,
+            grad_input=grad_input,
+            grad_weight=grad_weight,
+        )
+        self._module: weakref.ref[nn.Module] | None = None
+        self._warned = False
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Swap the layers in place (again: Lightning calls this for every fit, validate, test and predict)."""
+        # ModelSummary doesn't know the string, says so, and assumes 32 bits: which is what the parameters have.
+        warnings.filterwarnings("ignore", message=f"Precision {NAME} is not supported by the model summary")
+        report = self._swap(module)
+        if report != self.report:
+            rank_zero_info(str(report))
+        self.report, self._module = report, weakref.ref(module)
+        return module
+
+    def forward_context(self) -> AbstractContextManager:
+        """bf16 autocast for all other ops, or nothing where bf16 isn't wanted or the hardware hasn't got it."""
+        module = None if self._module is None else self._module()
+        parameter = None if module is None else next(module.parameters(), None)
+        device = "cpu" if parameter is None else parameter.device.type
+        fast = computes_in_bf16(device)
+        if self.autocast == "bf16" and not fast and not self._warned:
+            self._warned = True
+            rank_zero_warn(f"autocast='bf16' on {device}, whose hardware emulates bf16: 'auto' or 'off' is faster")
+        if self.autocast == "bf16" or (self.autocast == "auto" and fast):
+            return torch.autocast(device, torch.bfloat16)
+        return nullcontext()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}  # a weak reference can't be pickled
+
+
+class Int8MixedPrecision(Int8Mixed, Precision):
+    """Lightning's Trainer in int8: ``Trainer(precision="int8-mixed")`` with settings of one's own.
+
+    Args:
+        include, exclude, filter, output_layer, min_features: which ``nn.Linear`` to swap; see ``swap_linears``.
+        forward, grad_input, grad_weight: "int8" or "high" (the input's dtype), for each of a layer's three products.
+        autocast: what other ops run in: "auto" (bf16 autocast where the hardware computes in bf16), "bf16", "off".
+
+    ``report`` says what was swapped, what was skipped and why, once a run has begun; it is logged too.
+
+    Raises:
+        ValueError: an unknown setting; and, when a run begins, a filter that leaves nothing to swap.
+
+    Example::
+
+        Trainer(plugins=[Int8MixedPrecision(exclude="encoder.*", grad_weight="high")])
+    """
+
+
+class FabricInt8MixedPrecision(Int8Mixed, FabricPrecision):
+    """``Int8MixedPrecision`` for Fabric: ``Fabric(precision="int8-mixed")`` with settings of one's own."""
+
+    def convert_output(self, data: Any) -> Any:
+        """Floating-point outputs in the default dtype, as in Fabric's "bf16-mixed"."""
+        return apply_to_collection(data, Tensor, _to_default_dtype)
+
+
+def _to_default_dtype(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+@functools.cache
+def computes_in_bf16(device_type: str) -> bool:
+    """Whether the hardware multiplies bf16 itself: on others autocast would convert back and forth for nothing."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+    if platform.machine() in ("x86_64", "AMD64"):
+        tests = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(test() for test in tests)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,162 @@
+"""The string ``precision="int8-mixed"``: Lightning has no registry for it, so its connectors are wrapped."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, get_args
+
+import lightning
+from lightning.fabric.plugins.precision import Precision as FabricPrecision
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lowbit_lightning.precision.int8 import NAME, FabricInt8MixedPrecision, Int8Mixed, Int8MixedPrecision
+
+
+class PrecisionNotApplied(RuntimeError):
+    """``precision="int8-mixed"`` was asked for, but Lightning would run something else."""
+
+
+def register() -> None:
+    """Make ``lightning.Trainer`` and ``lightning.Fabric`` know ``precision="int8-mixed"``; idempotent."""
+    from lightning.fabric.connector import _Connector
+    from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+    if NAME not in get_args(_PRECISION_INPUT_STR):
+        _wrap(_AcceleratorConnector, Int8MixedPrecision, "precision_plugin")
+        _wrap(_Connector, FabricInt8MixedPrecision, "precision")
+    _watch_pytorch_lightning()
+
+
+def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
+    original = connector.__init__  # type: ignore[misc]
+    if hasattr(original, "_lowbit_lightning"):
+        return
+    signature = inspect.signature(original)
+    missing = {"precision", "plugins", "strategy"} - set(signature.parameters)
+    if missing:
+        rank_zero_warn(
+            f"precision={NAME!r} can't be registered with Lightning {lightning.__version__}: {connector.__name__} no "
+            f"longer takes {sorted(missing)}; pass plugins=[{plugin.__name__}()] instead"
+        )
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        wanted = _precision(connector, bound.arguments.get("precision")) == NAME
+        plugins = _listed(bound.arguments.get("plugins"))
+        _check_plugins(plugins, plugin, wanted)
+        if wanted:
+            bound.arguments.update(precision=None, plugins=[*plugins, plugin()])
+        with _without_variable("LT_PRECISION" if wanted else None):
+            original(*bound.args, **bound.kwargs)
+        _check_result(self.strategy, getattr(self, attribute, None), plugin, wanted)
+
+    __init__._lowbit_lightning = True  # type: ignore[attr-defined]
+    connector.__init__ = __init__  # type: ignore[misc]
+
+
+def _precision(connector: Any, argument: Any) -> Any:
+    """The precision asked for: Fabric lets LT_PRECISION overrule its argument; the Trainer has read its variable."""
+    from_env = getattr(connector, "_argument_from_env", None)
+    return argument if from_env is None else from_env("precision", argument, default=None)
+
+
+def _listed(plugins: Any) -> list[Any]:
+    if plugins is None:
+        return []
+    return list(plugins) if isinstance(plugins, Iterable) else [plugins]
+
+
+@contextmanager
+def _without_variable(name: str | None) -> Iterator[None]:
+    value = None if name is None else os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if name is not None and value is not None:
+            os.environ[name] = value
+
+
+def _check_plugins(plugins: list[Any], plugin: type[Any], wanted: bool) -> None:
+    for given in plugins:
+        if wanted and isinstance(given, FabricPrecision):
+            raise ValueError(f"got both precision={NAME!r} and plugins=[{type(given).__name__}(...)]; choose one")
+        if isinstance(given, Int8Mixed) and not isinstance(given, plugin):
+            raise TypeError(f"plugins=[{type(given).__name__}(...)] doesn't fit here; use {plugin.__name__}(...)")
+
+
+def _check_result(strategy: Any, in_use: Any, plugin: type[Any], wanted: bool) -> None:
+    own = ("DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy")
+    if isinstance(in_use, Int8Mixed) and any(base.__name__ in own for base in type(strategy).__mro__):
+        raise PrecisionNotApplied(
+            f"precision={NAME!r} doesn't work with {type(strategy).__name__}, which brings its own precision plugin "
+            "and would bypass this one; use strategy='auto', 'ddp' or a ModelParallelStrategy"
+        )
+    if wanted and not isinstance(in_use, plugin):
+        raise PrecisionNotApplied(
+            f"precision={NAME!r} was asked for but Lightning {lightning.__version__} chose {type(in_use).__name__}; "
+            f"pass plugins=[{plugin.__name__}()], and please report this"
+        )
+
+
+# -- pytorch_lightning -----------------------------------------------------------------------------------------------
+
+_THEIR_CONNECTOR = "pytorch_lightning.trainer.connectors.accelerator_connector"
+
+
+def _watch_pytorch_lightning() -> None:
+    """Refuse the string there with a reason, now or when it is imported; importing it here would cost seconds."""
+    module = sys.modules.get(_THEIR_CONNECTOR)
+    if module is not None:
+        _refuse(module)
+    elif not any(isinstance(finder, _PytorchLightningFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PytorchLightningFinder())
+
+
+class _PytorchLightningFinder(importlib.abc.MetaPathFinder):
+    """Runs ``_refuse`` on one module of pytorch_lightning after its import, and changes nothing else."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != _THEIR_CONNECTOR:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _refuse(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _refuse(module: ModuleType) -> None:
+    original = module._AcceleratorConnector.__init__
+    if hasattr(original, "_lowbit_lightning"):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        plugins = _listed(kwargs.get("plugins"))
+        if kwargs.get("precision") == NAME or any(isinstance(p, Int8Mixed) for p in plugins):
+            raise PrecisionNotApplied(
+                f"precision={NAME!r} needs `import lightning as L` and L.Trainer, L.LightningModule: "
+                "pytorch_lightning is a separate copy of Lightning's classes, which lowbit_lightning doesn't extend"
+            )
+        original(self, *args, **kwargs)
+
+    __init__._lowbit_lightning = True  # type: ignore[attr-defined]
+    module._AcceleratorConnector.__init__ = __init__
