@@ -68,6 +68,7 @@ OPS = (
     "optimizer_norms",
     "quantize_rowwise",
     "quantize_colwise",
+    "quantize_both",
     "int8_matmul",
 )
 
@@ -84,6 +85,7 @@ PUBLIC = {
         "optimizer_norms",
         "optimizer_step",
         "quantize_blockwise",
+        "quantize_both",
         "quantize_colwise",
         "quantize_rowwise",
         "reset_calls",

@@ -29,6 +29,7 @@ __all__ = [
     "optimizer_norms",
     "optimizer_step",
     "quantize_blockwise",
+    "quantize_both",
     "quantize_colwise",
     "quantize_rowwise",
     "reset_calls",
@@ -184,8 +185,12 @@ def _through_dispatcher(arguments: StepArguments) -> bool:
 def _flatten(a: StepArguments) -> tuple:
     states, scales = [t for s in a.states for t in s], [t for s in a.scales for t in s]
     tensors = a.rule, a.params, a.grads, a.steps, states, scales, a.hyper, a.block_size, a.lr, a.unscale, a.clip, a.skip
-    seed = (a.seed + 2**63) % 2**64 - 2**63  # what a schema's int holds
-    return *tensors, seed, a.ordinals, a.offsets, a.maximize, a.stochastic_rounding, a.remainders
+    return *tensors, _as_int64(a.seed), a.ordinals, a.offsets, a.maximize, a.stochastic_rounding, a.remainders
+
+
+def _as_int64(seed: int) -> int:
+    """The same 64 bits as what a schema's int holds."""
+    return seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63
 
 
 def _unflatten(*flat: Any) -> StepArguments:
@@ -258,18 +263,29 @@ def _optimizer_norms_fake(rule: str, params: list[Tensor], *_: Any) -> Tensor:
 # -- int8 ------------------------------------------------------------------------------------------------------------
 
 
-def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[R, C]`` and float32 scales ``[R]`` (absmax / 127) of a float32, float16 or bfloat16 matrix ``[R,
-    C]``."""
-    _check_matrix(x)
-    return torch.ops.lowbit_lightning.quantize_rowwise(x)
+def quantize_rowwise(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """int8 ``[R, C]`` and float32 scales ``[R]`` (absmax / 127) of a matrix, one scale for a row.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[R, C]``.
+        seed: None rounds to nearest, ties to even. An int of 64 bits rounds at random and without bias; the same seed
+        gives the same result on every backend.
+
+    Raises:
+        TypeError: if x is no such matrix, or seed no int.
+    """
+    return torch.ops.lowbit_lightning.quantize_rowwise(*_matrix_and_seed(x, seed))
 
 
-def quantize_colwise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_colwise(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
     """``quantize_rowwise`` of ``x.T``: int8 ``[C, R]``, contiguous, and float32 scales ``[C]``, of a float matrix
-    ``[R, C]``."""
-    _check_matrix(x)
-    return torch.ops.lowbit_lightning.quantize_colwise(x)
+    ``[R, C]``. An element's random bits are those that ``quantize_rowwise(x, seed)`` gives it."""
+    return torch.ops.lowbit_lightning.quantize_colwise(*_matrix_and_seed(x, seed))
+
+
+def quantize_both(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(*quantize_rowwise(x, seed), *quantize_colwise(x, seed))`` in one op that reads x less often."""
+    return torch.ops.lowbit_lightning.quantize_both(*_matrix_and_seed(x, seed))
 
 
 def int8_matmul(
@@ -312,25 +328,36 @@ def int8_matmul(
     return torch.ops.lowbit_lightning.int8_matmul(a, b, a_scales, b_scales, bias, out_dtype)
 
 
-def _check_matrix(x: Tensor) -> None:
+def _matrix_and_seed(x: Tensor, seed: int | None) -> tuple[Tensor, int | None]:
     if x.dtype not in FLOATS or x.ndim != 2:
         raise TypeError(f"x must be a float32, float16 or bfloat16 matrix, got {x.dtype} of shape {tuple(x.shape)}")
+    if seed is not None and not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed must be an int, or None to round to nearest, got {type(seed).__name__}")
+    return x, None if seed is None else _as_int64(seed)
 
 
-def _quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    return run("quantize_rowwise", x.device, x.contiguous())
+def _quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    return run("quantize_rowwise", x.device, x.contiguous(), seed)
 
 
-def _quantize_rowwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_rowwise_fake(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _quantize_colwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    return run("quantize_colwise", x.device, x.contiguous())
+def _quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    return run("quantize_colwise", x.device, x.contiguous(), seed)
 
 
-def _quantize_colwise_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _quantize_rowwise_fake(x.T)
+def _quantize_colwise_fake(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    return _quantize_rowwise_fake(x.T, seed)
+
+
+def _quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return run("quantize_both", x.device, x.contiguous(), seed)
+
+
+def _quantize_both_fake(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_quantize_rowwise_fake(x, seed), *_quantize_rowwise_fake(x.T, seed)
 
 
 def _int8_matmul(
@@ -365,8 +392,9 @@ _SCHEMAS = {
     "ScalarType dtype) -> Tensor",
     "optimizer_step": f"({_STEP.format(**{x: f'({x}!)[]' for x in 'abcde'})}, Tensor? norms) -> ()",
     "optimizer_norms": f"({_STEP.format(**dict.fromkeys('abcde', '[]'))}) -> Tensor",
-    "quantize_rowwise": "(Tensor x) -> (Tensor, Tensor)",
-    "quantize_colwise": "(Tensor x) -> (Tensor, Tensor)",
+    "quantize_rowwise": "(Tensor x, SymInt? seed) -> (Tensor, Tensor)",
+    "quantize_colwise": "(Tensor x, SymInt? seed) -> (Tensor, Tensor)",
+    "quantize_both": "(Tensor x, SymInt? seed) -> (Tensor, Tensor, Tensor, Tensor)",
     "int8_matmul": "(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias, ScalarType out_dtype) "
     "-> Tensor",
 }

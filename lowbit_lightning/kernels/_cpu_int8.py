@@ -26,7 +26,7 @@ SLOW = "no int8 instructions"
 _MANY = 1 << 15  # elements, or 64 products each, below which a second thread costs more than it saves
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _INT]
+_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT]
 _MATMUL: list[Any] = [
     _POINTER,
     _POINTER,
@@ -67,20 +67,25 @@ def instructions(compiled: ctypes.CDLL) -> str:
     return compiled.lb_int8_instructions().decode()
 
 
-def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     """See ``reference.quantize_rowwise``."""
     q = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[0], dtype=torch.float32)
-    _quantize(library().lb_quantize_rowwise, x, q, scales)
+    _quantize(library().lb_quantize_rowwise, x, seed, q, scales)
     return q, scales
 
 
-def quantize_colwise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     """See ``reference.quantize_colwise``."""
     q = torch.empty(x.shape[1], x.shape[0], dtype=torch.int8)
     scales = torch.empty(x.shape[1], dtype=torch.float32)
-    _quantize(library().lb_quantize_colwise, x, q, scales)
+    _quantize(library().lb_quantize_colwise, x, seed, q, scales)
     return q, scales
+
+
+def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``reference.quantize_both``."""
+    return *quantize_rowwise(x, seed), *quantize_colwise(x, seed)
 
 
 def int8_matmul(
@@ -108,10 +113,11 @@ def int8_matmul(
     return out
 
 
-def _quantize(kernel: Callable[..., None], x: Tensor, q: Tensor, scales: Tensor) -> None:
+def _quantize(kernel: Callable[..., None], x: Tensor, seed: int | None, q: Tensor, scales: Tensor) -> None:
     rows, columns = x.shape
     threads = _threads(x.numel())
-    kernel(x.data_ptr(), DTYPES[x.dtype], rows, columns, q.data_ptr(), scales.data_ptr(), threads)
+    word = None if seed is None else ctypes.byref(ctypes.c_int64(seed))
+    kernel(x.data_ptr(), DTYPES[x.dtype], rows, columns, word, q.data_ptr(), scales.data_ptr(), threads)
 
 
 def _threads(work: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels import formats, rules
-from lowbit_lightning.kernels._cpu_int8 import int8_matmul, quantize_colwise, quantize_rowwise
+from lowbit_lightning.kernels._cpu_int8 import int8_matmul, quantize_both, quantize_colwise, quantize_rowwise
 from lowbit_lightning.kernels.arguments import StepArguments
 from lowbit_lightning.kernels.compile import host_compiler, host_library, source_text
 from lowbit_lightning.kernels.formats import BlockGrid
@@ -26,6 +26,7 @@ __all__ = [
     "optimizer_norms",
     "optimizer_step",
     "quantize_blockwise",
+    "quantize_both",
     "quantize_colwise",
     "quantize_rowwise",
 ]

@@ -336,8 +336,16 @@ def test_the_order_in_which_block_sums_are_folded(count: int) -> None:
 # int8
 
 
+def quantised(x: Tensor, seed: int | None) -> list[Tensor]:
+    return [
+        *(*kernels.quantize_rowwise(x, seed), *kernels.quantize_colwise(x, seed)),
+        *kernels.quantize_both(x, seed),
+    ]
+
+
+@pytest.mark.parametrize("seed", [None, 2**64 - 77])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_int8_quantisers(dtype: torch.dtype) -> None:
+def test_int8_quantisers(dtype: torch.dtype, seed: int | None) -> None:
     shapes = [(1, 1), (0, 5), (5, 0), (3, 7), (16, 1030), (64, 64), (130, 67), (300, 9)]
     for mode in MODES if dtype != F16 else MODES[:3]:
         for shape in shapes[3:] if "check" in mode else shapes:
@@ -347,10 +355,10 @@ def test_int8_quantisers(dtype: torch.dtype) -> None:
             variants = [x.to(dtype)] if "check" in mode else [x.to(dtype), shifted(x.to(dtype))]
             for values in variants:
                 with kernels.use_backend("reference"):
-                    expected = *kernels.quantize_rowwise(values), *kernels.quantize_colwise(values)
+                    expected = quantised(values, seed)
                 with emulated(**mode):
-                    ours = *kernels.quantize_rowwise(values), *kernels.quantize_colwise(values)
-                assert_same_bits(list(ours), list(expected), (mode, shape))
+                    ours = quantised(values, seed)
+                assert_same_bits(ours, expected, (mode, shape))
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,9 @@ def lamb_arguments() -> tuple:
                 *("dynamic_signed", None, 64, torch.bfloat16),
             ),
         ),
-        ("quantize_rowwise", lambda: (torch.randn(3, 70),)),
-        ("quantize_colwise", lambda: (torch.randn(3, 70),)),
+        ("quantize_rowwise", lambda: (torch.randn(3, 70), None)),
+        ("quantize_colwise", lambda: (torch.randn(3, 70), 2**40)),
+        ("quantize_both", lambda: (torch.randn(3, 70), -1)),
         (
             "int8_matmul",
             lambda: (

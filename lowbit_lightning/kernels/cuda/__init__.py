@@ -17,7 +17,8 @@ from lowbit_lightning.kernels import formats, rules
 from lowbit_lightning.kernels.arguments import StepArguments
 from lowbit_lightning.kernels.compile import source_text
 from lowbit_lightning.kernels.cuda import launch
-from lowbit_lightning.kernels.cuda.int8 import int8_matmul, quantize_colwise, quantize_rowwise
+from lowbit_lightning.kernels.cuda.int8 import quantize_both, quantize_colwise, quantize_rowwise
+from lowbit_lightning.kernels.cuda.int8_product import int8_matmul
 from lowbit_lightning.kernels.cuda.launch import Launch, load
 from lowbit_lightning.kernels.cuda.table import parameter_table
 from lowbit_lightning.kernels.cuda.types import CPP_TYPES, ceil_div
@@ -30,6 +31,7 @@ __all__ = [
     "optimizer_norms",
     "optimizer_step",
     "quantize_blockwise",
+    "quantize_both",
     "quantize_colwise",
     "quantize_rowwise",
 ]

@@ -1,5 +1,6 @@
 // Row-wise and column-wise int8 quantisation and the scaled int8 product: what the ops mean is said in reference.py.
 #include "int8_gemm.h"
+#include "philox.h"
 #include <vector>
 
 // ---- quantisation
@@ -21,7 +22,21 @@ static Scale scale_of(int32_t bits) {
 // The int8 is the low byte. |x * inverse| is below 127.5 by the choice of inverse, so there is nothing to clamp.
 LB_FN I rounded(V x, V inverse) { return to_bits(x * inverse + ROUND) & 255; }
 
-template <class T> static void quantize_row(const T* x, int64_t n, int8_t* q, float* scale) {
+// The same at random: `index` is the element's in the matrix, of the first one in x.
+LB_FN I rounded_at_random(V x, V inverse, uint64_t seed, uint64_t index, int count) {
+    V y = x * inverse;
+    I result;
+    for (int j = 0; j < count; ++j, ++index) {
+        const float u = ((float)random_word(philox(seed, 0, 0, index >> 3), index) + 0.5f) * 0x1p-16f;
+        const int32_t magnitude = (int32_t)least((int64_t)(__builtin_fabsf(y[j]) + u), 127);
+        result[j] = (y[j] < 0 ? -magnitude : magnitude) & 255;
+    }
+    for (int j = count; j < W; ++j) result[j] = 0;
+    return result;
+}
+
+template <class T> static void quantize_row(const T* x, int64_t n, const uint64_t* seed, uint64_t index, int8_t* q,
+                                            float* scale) {
     I top{}, top2{};
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
@@ -37,16 +52,23 @@ template <class T> static void quantize_row(const T* x, int64_t n, int8_t* q, fl
     }
     const V inverse = splat<V>(s.inverse);
     uint8_t* out = (uint8_t*)q;
+    if (seed) {
+        for (i = 0; i < n; i += W) {
+            const int count = (int)least(W, n - i);
+            store_codes(out + i, rounded_at_random(load(x + i, count), inverse, *seed, index + i, count), count);
+        }
+        return;
+    }
     for (i = 0; i + W <= n; i += W) store_codes(out + i, rounded(load(x + i, W), inverse), W);
     if (i < n) store_codes(out + i, rounded(load(x + i, (int)(n - i)), inverse), (int)(n - i));
 }
 
-template <class T>
-static void quantize_rows(const T* x, int64_t rows, int64_t columns, int8_t* q, float* scales, int threads) {
+template <class T> static void quantize_rows(const T* x, int64_t rows, int64_t columns, const uint64_t* seed, int8_t* q,
+                                             float* scales, int threads) {
     const int64_t step = 1 + (1 << 14) / (columns + 1);
     parallel_for((rows + step - 1) / step, threads, [&](int64_t task) {
         for (int64_t r = task * step; r < least(rows, (task + 1) * step); ++r)
-            quantize_row(x + r * columns, columns, q + r * columns, scales + r);
+            quantize_row(x + r * columns, columns, seed, r * columns, q + r * columns, scales + r);
     });
 }
 
@@ -93,6 +115,7 @@ template <class T> struct Columns {
     const T* x;
     int64_t rows, columns;
     const float* inverses;
+    const uint64_t* seed;
     int8_t* q;
     bool stream;
 
@@ -107,8 +130,12 @@ template <class T> struct Columns {
             for (int64_t i = 0; i < depth; i += 4) {
                 I word{};
                 for (int64_t k = 0; k < 4; ++k)
-                    if (WHOLE || i + k < depth)
-                        word |= rounded(load(x + (r + i + k) * columns + c + j, count), inverse) << (8 * k);
+                    if (WHOLE || i + k < depth) {
+                        const int64_t index = (r + i + k) * columns + c + j;
+                        const V values = load(x + index, count);
+                        word |= (seed ? rounded_at_random(values, inverse, *seed, index, count)
+                                      : rounded(values, inverse)) << (8 * k);
+                    }
                 word &= keep;
                 memcpy(&words[i / 4][j], &word, sizeof word);
             }
@@ -129,8 +156,8 @@ template <class T> struct Columns {
     }
 };
 
-template <class T>
-static void quantize_columns(const T* x, int64_t rows, int64_t columns, int8_t* q, float* scales, int threads) {
+template <class T> static void quantize_columns(const T* x, int64_t rows, int64_t columns, const uint64_t* seed,
+                                                int8_t* q, float* scales, int threads) {
     const int64_t parts = least(threads, (rows + TILE - 1) / TILE) + (rows == 0), share = (rows + parts - 1) / parts;
     std::vector<int32_t> tops(parts * columns);
     std::vector<float> inverses(columns);
@@ -145,7 +172,7 @@ static void quantize_columns(const T* x, int64_t rows, int64_t columns, int8_t* 
         inverses[c] = s.inverse;
     }
     const bool stream = rows * columns > STREAM && rows % 64 == 0 && (uintptr_t)q % 64 == 0;
-    const Columns<T> all{x, rows, columns, inverses.data(), q, stream};
+    const Columns<T> all{x, rows, columns, inverses.data(), seed, q, stream};
     parallel_for((rows + TILE - 1) / TILE, threads, [&](int64_t block) { all.turn_rows(block * TILE); });
 }
 
@@ -186,13 +213,13 @@ static void product(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int6
 extern "C" {
 const char* lb_int8_instructions() { return LB_DOT_NAME; }
 
-void lb_quantize_rowwise(const void* x, int dtype, int64_t rows, int64_t columns, int8_t* q, float* scales,
-                          int threads) {
-    LB_BY_DTYPE(dtype, quantize_rows((const T*)x, rows, columns, q, scales, threads))
+void lb_quantize_rowwise(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed, int8_t* q,
+                         float* scales, int threads) {
+    LB_BY_DTYPE(dtype, quantize_rows((const T*)x, rows, columns, seed, q, scales, threads))
 }
-void lb_quantize_colwise(const void* x, int dtype, int64_t rows, int64_t columns, int8_t* q, float* scales,
-                          int threads) {
-    LB_BY_DTYPE(dtype, quantize_columns((const T*)x, rows, columns, q, scales, threads))
+void lb_quantize_colwise(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed, int8_t* q,
+                         float* scales, int threads) {
+    LB_BY_DTYPE(dtype, quantize_columns((const T*)x, rows, columns, seed, q, scales, threads))
 }
 int64_t lb_int8_matmul_workspace(int64_t M, int64_t N, int64_t K) { return Workspace::bytes(M, N, K); }
 void lb_int8_matmul(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int64_t K, const float* a_scales,

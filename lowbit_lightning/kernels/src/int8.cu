@@ -1,12 +1,12 @@
-// Row-wise and column-wise int8 quantisation on the GPU, and what follows an int8 product. What the ops mean is said in
-// reference.py.
+// Row-wise and column-wise int8 quantisation on the GPU. What the ops mean is said in reference.py.
 //
-// Specialised by macros: ELEMENT (float, Half, BFloat16: of the matrix, or of the product's result), BIAS (the same, of
-// the bias), ROW_THREADS (32 or 256: how many threads share a row).
+// Specialised by macros: ELEMENT (float, Half, BFloat16), ROW_THREADS (32 or 256: how many threads share a row),
+// STOCHASTIC (1: rounded at random).
 #define BLOCK 256
 #include "gpu.h"
 #include "scale.h"
 #include "group.h"
+#include "philox.h"
 
 constexpr float TINY_ROW = 0x1p-120f;  // a row with a smaller largest magnitude counts as zero
 constexpr int ROWS = 256 / ROW_THREADS;  // of a CUDA block
@@ -22,13 +22,23 @@ LB_FN RowScale row_scale(uint32_t top) {
     return {127.0f / absmax, absmax / 127.0f};
 }
 // To nearest, ties to even. |x * inverse| is below 127.5 by the choice of the inverse; a row without scale gives zeros.
-LB_FN int32_t rounded(float x, float inverse) { return inverse == 0.0f ? 0 : __float2int_rn(x * inverse); }
+// At random: by the random word of the element, whose index in the matrix is `index`.
+LB_FN int32_t rounded(float x, float inverse, uint64_t seed, uint64_t index) {
+    if (inverse == 0.0f) return 0;
+#if STOCHASTIC
+    const float u = ((float)random_word(philox(seed, 0, 0, index >> 3), index) + 0.5f) * 0x1p-16f;
+    const float y = x * inverse;
+    return max(-127, min(127, __float2int_rz(y + copysignf(u, y))));
+#else
+    return __float2int_rn(x * inverse);
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rows: x [rows][columns] -> q of the same shape, scales [rows]
 
 extern "C" __global__ void __launch_bounds__(256) quantize_rows(
-    const ELEMENT* x, int64_t rows, int64_t columns, int8_t* q, float* scales) {
+    const ELEMENT* x, int64_t rows, int64_t columns, uint64_t seed, int8_t* q, float* scales) {
     const int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x / ROW_THREADS;
     const int lane = threadIdx.x % ROW_THREADS;
     const bool active = row < rows;
@@ -58,11 +68,11 @@ extern "C" __global__ void __launch_bounds__(256) quantize_rows(
         int32_t r[WIDTH];
         load_packet<WIDTH>(from + c, v);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) r[i] = rounded(v[i], s.inverse) & 255;
+        for (int i = 0; i < WIDTH; ++i) r[i] = rounded(v[i], s.inverse, seed, row * columns + c + i) & 255;
         store_packet<WIDTH>(to + c, r);
     }
     for (int64_t c = in_packets + lane; c < columns; c += ROW_THREADS)
-        to[c] = (uint8_t)rounded(widen(from[c]), s.inverse);
+        to[c] = (uint8_t)rounded(widen(from[c]), s.inverse, seed, row * columns + c);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(256) column_tops(
 
 // One CUDA block turns a tile: column tile blockIdx.x, row tiles blockIdx.y, blockIdx.y + gridDim.y, ...
 extern "C" __global__ void __launch_bounds__(256) quantize_columns(
-    const ELEMENT* x, int64_t rows, int64_t columns, const uint32_t* tops, int8_t* q, float* scales) {
+    const ELEMENT* x, int64_t rows, int64_t columns, const uint32_t* tops, uint64_t seed, int8_t* q, float* scales) {
     __shared__ uint32_t turned[TILE][TILE / 4 + 1];  // [column][rows, four to a word]; the odd pitch spreads the banks
     const int across = threadIdx.x % 16, down = threadIdx.x / 16;  // this thread's patch
     const int64_t column = (int64_t)blockIdx.x * TILE + across * PATCH;
@@ -123,7 +133,10 @@ extern "C" __global__ void __launch_bounds__(256) quantize_columns(
         for (int j = 0; j < PATCH; ++j) {
             uint32_t word = 0;
 #pragma unroll
-            for (int i = 0; i < PATCH; ++i) word |= (uint32_t)(rounded(v[i][j], s[j].inverse) & 255) << (8 * i);
+            for (int i = 0; i < PATCH; ++i) {
+                const uint64_t index = (first + i) * columns + column + j;
+                word |= (uint32_t)(rounded(v[i][j], s[j].inverse, seed, index) & 255) << (8 * i);
+            }
             turned[across * PATCH + j][down] = word;
         }
         __syncthreads();
@@ -141,42 +154,5 @@ extern "C" __global__ void __launch_bounds__(256) quantize_columns(
             }
         }
         __syncthreads();
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// After the product: out [M][N] = sums [M][pitch] * a_scales [M] * b_scales [N] (+ bias [N], or null)
-
-extern "C" __global__ void __launch_bounds__(256) scale_sums(
-    const int32_t* sums, int64_t M, int64_t N, int64_t pitch, const float* a_scales, const float* b_scales,
-    const BIAS* bias, ELEMENT* out) {
-    const int64_t n = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
-    if (n >= N) return;
-    const int count = (int)min((int64_t)4, N - n);
-    float scale[4], shift[4];
-    for (int i = 0; i < 4; ++i) {
-        scale[i] = i < count ? b_scales[n + i] : 0.0f;
-        shift[i] = bias && i < count ? widen(bias[n + i]) : 0.0f;
-    }
-    const bool packets = count == 4 && N % 4 == 0 && pitch % 4 == 0;
-    for (int64_t m = blockIdx.y; m < M; m += gridDim.y) {
-        const int32_t* from = sums + m * pitch + n;
-        ELEMENT* to = out + m * N + n;
-        int32_t sum[4];
-        if (packets) copy((const Packet<16>*)from, (Packet<16>*)sum);
-        else
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[i] = i < count ? from[i] : 0;
-        ELEMENT result[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float scaled = (float)sum[i] * a_scales[m] * scale[i];
-            result[i] = narrow<ELEMENT>(bias ? scaled + shift[i] : scaled);
-        }
-        if (packets) store_packet<4>(to, result);
-        else
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (i < count) to[i] = result[i];
     }
 }
