@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowbit_lightning.layers import FLOATS, Int8Linear, Product, Products
+from lowbit_lightning.layers.int8 import FLOATS, Int8Linear, Product, Products
 
 __all__ = ["Report", "restore", "swap_linears"]
 

@@ -75,7 +75,7 @@ OPS = (
 # Module -> its public names, in ruff's order. Add to them; renaming one breaks somebody.
 PUBLIC = {
     "": ["Int8MixedPrecision", "callbacks", "convert", "kernels", "layers", "optim", "precision"],
-    "callbacks": ["DeterministicResume"],
+    "callbacks": ["DeterministicResume", "LowBitMonitor"],
     "convert": ["Report", "restore", "swap_linears"],
     "kernels": [
         "StepArguments",
@@ -91,7 +91,7 @@ PUBLIC = {
         "reset_calls",
         "use_backend",
     ],
-    "layers": ["Int8Linear", "Products"],
+    "layers": ["Int8Linear", "Products", "invalidate"],
     "optim": [
         "LAMB",
         "LARS",

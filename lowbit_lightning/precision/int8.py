@@ -14,11 +14,10 @@ import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
 from lowbit_lightning.convert import MIN_FEATURES, Report, swap_linears
-from lowbit_lightning.layers import Product, Products
+from lowbit_lightning.layers.int8 import Product, Products
 
 NAME = "int8-mixed"
 
@@ -88,7 +87,7 @@ class Int8Mixed:
         return {**self.__dict__, "_module": None}  # a weak reference can't be pickled
 
 
-class Int8MixedPrecision(Int8Mixed, Precision):
+class Int8MixedPrecision(Int8Mixed, InStep):
     """Lightning's Trainer in int8: ``Trainer(precision="int8-mixed")`` with settings of one's own.
 
     Args:

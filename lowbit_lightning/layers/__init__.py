@@ -1,0 +1,36 @@
+"""Drop-in modules. Here: ``Int8Linear``, an ``nn.Linear`` whose three matmuls run in int8 while it trains.
+
+How it computes
+---------------
+A linear layer has three products, each a contraction along its own axis::
+
+    y  = x @ w.T       [M, N] = [M, K] [N, K]^T     contracts the input features K
+    dx = dy @ w        [M, K] = [M, N] [K, N]^T     contracts the output features N
+    dw = dy.T @ x      [N, K] = [N, M] [K, M]^T     contracts the tokens M
+
+An int8 product is exact in int32, so all error comes from quantising its two operands. A scale can only be taken out
+of the sum if it is constant along the contracted axis; so each product quantises both operands along *its own* axis,
+with one scale ``absmax / 127`` per row and column that remain. So each of x, w and dy has two int8 forms: by rows for
+one product, by columns (transposed) for another. That is what keeps the error of an element below
+
+    |error of (a @ b.T)[i, j]| <= (|a_i|_1 s_b + |b_j|_1 s_a) / 2 + K s_a s_b / 4,     s = absmax / 127
+
+(|.|_1: sum of magnitudes; each element is off by at most s / 2). On normally distributed data that is about 1 % of the
+output's norm.
+All three products run as ``A @ B.T`` of two row-major operands, the layout that int8 matrix units want: the
+column-wise quantiser writes its result transposed.
+
+When the forms are made
+-----------------------
+Both forms of a matrix come from one op that reads it less often than two would: those of x in the forward, where the
+second is kept for the backward instead of x itself (a byte per element, and the same numbers); those of dy in the
+backward; those of w once in an optimizer step, where that is safe (``weights`` says when).
+
+The bias is added, and its gradient summed, in float32. What the optimizer sees is unchanged: weights and gradients in
+the weight's own dtype.
+"""
+
+from lowbit_lightning.layers.int8 import Int8Linear, Products
+from lowbit_lightning.layers.weights import invalidate
+
+__all__ = ["Int8Linear", "Products", "invalidate"]

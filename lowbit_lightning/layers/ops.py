@@ -1,0 +1,190 @@
+"""The two ops behind ``Int8Linear``: its forward with autograd, and its int8 gradients.
+
+Opaque to torch.compile and to autograd, which sees one op in each direction. Schemas are written out because torch
+cannot infer them from ``Tensor | None``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_lightning import kernels
+from lowbit_lightning.layers import weights
+
+
+@torch.library.custom_op(
+    "lowbit_lightning::int8_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, bool forward, bool grad_input, bool grad_weight, bool save_int8, "
+    "bool stochastic, bool reuse) -> (Tensor, Tensor, Tensor)",
+)
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    forward: bool,
+    grad_input: bool,
+    grad_weight: bool,
+    save_int8: bool,
+    stochastic: bool,
+    reuse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x @ weight.T + bias`` of ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, in x's dtype.
+
+    Args:
+        forward, grad_input, grad_weight: which products run in int8; the last two only matter to autograd.
+        save_int8: give the backward x's int8 columns instead of x. An op can save only what it takes or returns, so
+            they are its other two results: int8 ``[K, M]`` and scales ``[K]``, or else empty.
+        stochastic: round the incoming gradient at random.
+        reuse: the weight's int8 forms may be kept (``weights``).
+    """
+    saved = x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
+    if _nothing_to_sum(x, weight):
+        if save_int8:
+            saved = x.new_zeros(x.shape[::-1], dtype=torch.int8), x.new_zeros(x.shape[1], dtype=torch.float32)
+        return _high(x, weight, bias), *saved
+    if not forward:
+        return _high(x, weight, bias), *(kernels.quantize_colwise(x) if save_int8 else saved)
+    if save_int8:
+        xq, x_scales, *columns = kernels.quantize_both(x)
+        saved = columns[0], columns[1]
+    else:
+        xq, x_scales = kernels.quantize_rowwise(x)
+    wq, w_scales = weights.rows(weight, reuse, columns_too=grad_input)
+    return kernels.int8_matmul(xq, wq, x_scales, w_scales, bias, x.dtype), *saved
+
+
+@int8_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    forward: bool,
+    grad_input: bool,
+    grad_weight: bool,
+    save_int8: bool,
+    stochastic: bool,
+    reuse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, length = (x.shape[::-1], x.shape[1]) if save_int8 else (0, 0)
+    saved = x.new_empty(shape, dtype=torch.int8), x.new_empty(length, dtype=torch.float32)
+    return x.new_empty(x.shape[0], weight.shape[0]), *saved
+
+
+def _high(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _nothing_to_sum(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == 0 or b.numel() == 0
+
+
+# -- the gradients ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "lowbit_lightning::int8_linear_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, ScalarType x_dtype, "
+    "ScalarType weight_dtype, bool stochastic, bool reuse) -> (Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+def int8_linear_backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    xq: Tensor | None,
+    x_scales: Tensor | None,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    stochastic: bool,
+    reuse: bool,
+) -> tuple[Tensor, Tensor]:
+    """``dy @ weight [M, K]`` and ``dy.T @ x [N, K]`` in int8, of ``dy [M, N]``; dy's two forms come from one op.
+
+    Without ``weight [N, K]`` the first result is empty; without ``x [M, K]`` and its columns ``xq [K, M]``,
+    ``x_scales [K]`` (either will do) the second. ``stochastic``: dy is rounded at random, by a seed that is drawn from
+    torch's default CPU generator.
+    """
+    dx, dw = dy.new_empty(0, dtype=x_dtype), dy.new_empty(0, dtype=weight_dtype)
+    other = x if xq is None else xq
+    if dy.numel() == 0 or (weight is not None and weight.numel() == 0) or (other is not None and other.numel() == 0):
+        return _zeros(dy, weight, x, xq, x_dtype, weight_dtype)
+    seed = int(torch.randint(2**63 - 1, ())) if stochastic else None
+    if weight is not None and other is not None:
+        rows, row_scales, columns, column_scales = kernels.quantize_both(dy, seed)
+    elif weight is not None:
+        rows, row_scales = kernels.quantize_rowwise(dy, seed)
+    else:
+        columns, column_scales = kernels.quantize_colwise(dy, seed)
+    if weight is not None:
+        wq, w_scales = weights.columns(weight, reuse)
+        dx = kernels.int8_matmul(rows, wq, row_scales, w_scales, None, x_dtype)
+    if other is not None:
+        if xq is None or x_scales is None:
+            xq, x_scales = kernels.quantize_colwise(other)
+        dw = kernels.int8_matmul(columns, xq, column_scales, x_scales, None, weight_dtype)
+    return dx, dw
+
+
+@int8_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    xq: Tensor | None,
+    x_scales: Tensor | None,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    stochastic: bool,
+    reuse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _zeros(dy, weight, x, xq, x_dtype, weight_dtype)
+
+
+def _zeros(
+    dy: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    xq: Tensor | None,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The results where there is nothing to sum; their shapes otherwise."""
+    dx = (0,) if weight is None else (dy.shape[0], weight.shape[1])
+    dw = (dy.shape[1], x.shape[1]) if x is not None else (0,) if xq is None else (dy.shape[1], xq.shape[0])
+    return dy.new_zeros(dx, dtype=x_dtype), dy.new_zeros(dw, dtype=weight_dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _, ctx.grad_input, ctx.grad_weight, save_int8, ctx.stochastic, ctx.reuse = inputs
+    _, xq, x_scales = output
+    ctx.mark_non_differentiable(xq, x_scales)
+    ctx.set_materialize_grads(False)
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    saved = (None, xq, x_scales) if save_int8 else (x, None, None)
+    ctx.save_for_backward(weight if needs_x else None, *(saved if needs_weight else (None, None, None)))
+    ctx.x_dtype, ctx.weight_dtype, ctx.bias_dtype = x.dtype, weight.dtype, None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    weight, x, xq, x_scales = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    dx = dw = db = None
+    int8_x, int8_weight = needs_x and ctx.grad_input, needs_weight and ctx.grad_weight
+    if int8_x or int8_weight:
+        operands = weight if int8_x else None, *((x, xq, x_scales) if int8_weight else (None, None, None))
+        dx, dw = int8_linear_backward(dy, *operands, ctx.x_dtype, ctx.weight_dtype, ctx.stochastic, ctx.reuse)
+    if not int8_x:
+        dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype) if needs_x else None
+    if not int8_weight:
+        dw = (dy.T @ x.to(dy.dtype)).to(ctx.weight_dtype) if needs_weight else None
+    if needs_bias:
+        db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return dx, dw, db, *(None,) * 6
+
+
+int8_linear.register_autograd(_backward, setup_context=_setup_context)
