@@ -24,19 +24,26 @@ _int_mm = torch._int_mm
 
 
 @contextmanager
-def emulated(*, check: bool = False, order: str = "forward", seed: int = 0) -> Iterator[list[launch.Launch]]:
-    """Run the ops on the CUDA backend in the emulator; yields the launches made so far."""
+def emulated(
+    *, check: bool = False, order: str = "forward", seed: int = 0, capability: tuple[int, int] = (8, 0)
+) -> Iterator[list[launch.Launch]]:
+    """Run the ops on the CUDA backend in the emulator, as on a GPU of ``capability``; yields the launches so far."""
     launches: list[launch.Launch] = []
 
     def run(one: launch.Launch) -> None:
         launches.append(one)
         _module(one.text, check=check).launch(
-            one.kernel, one.grid, one.block, one.arguments, order=order, seed=seed, memory=one.memory() if check else ()
+            *(one.kernel, one.grid, one.block, one.arguments),
+            order=order,
+            seed=seed,
+            shared=one.shared,
+            memory=one.memory() if check else (),
         )
 
     table.forget()
     with (
         patch.object(launch, "run", run),
+        patch.object(launch, "capability", lambda device: capability),
         patch.object(cuda, "load", lambda: None),
         patch.object(torch, "_int_mm", _int_mm_of_cuda),
     ):

@@ -24,6 +24,7 @@ struct Access {
 struct Byte {
     Access write, read;
     Readers readers;
+    bool under_way;  // an asynchronous copy to it has started and was not waited for
 };
 
 struct Region {
@@ -82,9 +83,11 @@ void check_byte(Region& region, size_t offset, bool write, size_t pc) {
         if (!readers_are_past)
             fail("race: write of %s+%zu after an unsynchronised read by thread %u of block %u [pc 0x%zx]",
                  region.name.c_str(), offset, byte.read.thread - 1, byte.read.block, pc);
-        byte = {now, {}, ONE};
+        byte = {now, {}, ONE, false};
         return;
     }
+    if (byte.under_way)
+        fail("read of %s+%zu, to which an asynchronous copy is under way [pc 0x%zx]", region.name.c_str(), offset, pc);
     if (region.shared && !byte.write.thread)
         fail("read of shared memory that was never written: %s+%zu [pc 0x%zx]", region.name.c_str(), offset, pc);
     if (readers_are_past) byte.readers = ONE;
@@ -128,6 +131,17 @@ void check_launch() {
 void check_block() {
     for (Region& r : regions)
         if (r.shared) std::fill(r.bytes.begin(), r.bytes.end(), Byte());
+}
+
+void check_access(const void* p, size_t bytes, bool write) {
+    check(static_cast<char*>(const_cast<void*>(p)), bytes, write, __builtin_return_address(0));
+}
+
+void check_copy_start(void* to, size_t bytes) {
+    check(static_cast<char*>(to), bytes, true, __builtin_return_address(0));
+    Region* region = region_of(static_cast<char*>(to));
+    for (size_t i = 0; region && i < bytes; ++i)
+        region->bytes[static_cast<size_t>(static_cast<char*>(to) - region->start) + i].under_way = true;
 }
 
 void check_atomic(const void* p, size_t bytes) {

@@ -71,6 +71,9 @@ unsigned living_lanes();
 int lane();
 void* dynamic_shared();
 void check_atomic(const void* address, size_t bytes);
+void copy_async(void* to, const void* from, size_t bytes, size_t zeros);
+void close_copies();
+void wait_for_copies(unsigned newest);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 int run(const Launch* launch, void (*kernel)(void*), void* argument, void* inside_the_library);
 
@@ -179,6 +182,13 @@ EMULATOR_REDUCE(__reduce_max_sync, REDUCE_MAX)
 EMULATOR_REDUCE(__reduce_and_sync, REDUCE_AND)
 EMULATOR_REDUCE(__reduce_or_sync, REDUCE_OR)
 EMULATOR_REDUCE(__reduce_xor_sync, REDUCE_XOR)
+
+// Asynchronous copies (cp.async): a copy takes place when its thread waits for it, as late as it can on a GPU.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros = 0) {
+    emulator::copy_async(to, from, size - zeros, zeros);
+}
+inline void __pipeline_commit() { emulator::close_copies(); }
+inline void __pipeline_wait_prior(unsigned newest) { emulator::wait_for_copies(newest); }
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}

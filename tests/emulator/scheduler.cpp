@@ -60,6 +60,13 @@ using Context = ucontext_t;
 void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
 #endif
 
+struct Copy {
+    char* to;
+    const char* from;
+    size_t bytes, zeros;
+    unsigned group;
+};
+
 struct Fiber {
     Context context;
     char* stack;
@@ -70,6 +77,8 @@ struct Fiber {
     unsigned mask;
     int source_lane;
     uint64_t value, result;
+    std::vector<Copy> copies;  // under way
+    unsigned groups;           // closed so far
 };
 
 Fiber fibers[MAX_THREADS];
@@ -240,6 +249,8 @@ void start_fiber(int i) {
     const unsigned x = blockDim.x, y = blockDim.y, n = static_cast<unsigned>(i);
     fiber.thread = {n % x, n / x % y, n / x / y};
     fiber.status = READY;
+    fiber.copies.clear();
+    fiber.groups = 0;
     if (!fiber.stack) {
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
         void* memory = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -337,7 +348,8 @@ const char* geometry_error(const Launch& launch) {
     if (!block[0] || !block[1] || !block[2]) return "a block of zero threads";
     if (block[2] > 64) return "a block of more than 64 threads along z";
     if (size_t{block[0]} * block[1] * block[2] > MAX_THREADS) return "a block of more than 1024 threads";
-    if (machine.shared_bytes + launch.dynamic_shared > 48 * 1024) return "more than 48 KiB of shared memory";
+    if (machine.shared_bytes > 48 * 1024) return "more than 48 KiB of static shared memory";
+    if (machine.shared_bytes + launch.dynamic_shared > 99 * 1024) return "more than 99 KiB of shared memory";
     return nullptr;
 }
 
@@ -400,6 +412,37 @@ int barrier(Barrier kind, int predicate, Site site) {
     try_release_block();
     run_another();
     return static_cast<int>(me.result);
+}
+
+// A copy may be made at any time from its start to the end of the wait for it. Whoever reads in between, or still reads
+// what it overwrites, is wrong: the bytes are poisoned at the start and written at the end, both seen by the checker.
+void copy_async(void* to, const void* from, size_t bytes, size_t zeros) {
+    Fiber& me = fibers[machine.current];
+    const size_t size = bytes + zeros;
+    if (size != 4 && size != 8 && size != 16) fail("an asynchronous copy of %zu bytes, not 4, 8 or 16", size);
+    if (reinterpret_cast<uintptr_t>(to) % size || (bytes && reinterpret_cast<uintptr_t>(from) % size))
+        fail("misaligned asynchronous copy of %zu bytes", size);
+    check_copy_start(to, size);
+    memset(to, 0xFF, size);
+    me.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, zeros, me.groups});
+}
+
+void close_copies() { fibers[machine.current].groups++; }
+
+void wait_for_copies(unsigned newest) {
+    Fiber& me = fibers[machine.current];
+    size_t kept = 0;
+    for (const Copy& copy : me.copies) {
+        if (copy.group + newest >= me.groups) {
+            me.copies[kept++] = copy;
+            continue;
+        }
+        if (copy.bytes) check_access(copy.from, copy.bytes, false);
+        check_access(copy.to, copy.bytes + copy.zeros, true);
+        memcpy(copy.to, copy.from, copy.bytes);
+        memset(copy.to + copy.bytes, 0, copy.zeros);
+    }
+    me.copies.resize(kept);
 }
 
 int run(const Launch* launch, void (*body)(void*), void* argument, void* inside_the_library) {

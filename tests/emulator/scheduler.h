@@ -29,6 +29,8 @@ extern Machine machine;
 const char* stack_of(int thread);
 
 // checker.cpp
+void check_access(const void* p, size_t bytes, bool write);
+void check_copy_start(void* to, size_t bytes);
 void check_launch();
 void check_block();
 

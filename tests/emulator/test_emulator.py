@@ -148,6 +148,39 @@ extern "C" __global__ void never_written(float* out, const float* x) {
 #endif
 }
 
+// The copies are read before the thread that started them has waited.
+extern "C" __global__ void copy_not_waited_for(float* out, const float* x) {
+    __shared__ __align__(16) float tiles[2][128];
+    for (int k = 0; k < 2; ++k) {
+        __pipeline_memcpy_async(&tiles[k][4 * threadIdx.x], x + 128 * k + 4 * threadIdx.x, 16);
+        __pipeline_commit();
+    }
+#ifdef BUG
+    __pipeline_wait_prior(1);
+#else
+    __pipeline_wait_prior(0);
+#endif
+    __syncthreads();
+    out[threadIdx.x] = tiles[1][127 - threadIdx.x];
+}
+
+// The next copies start while the last tile is still being read.
+extern "C" __global__ void copy_over_readers(float* out, const float* x) {
+    __shared__ __align__(16) float tile[128];
+    float sum = 0;
+    for (int k = 0; k < 8; ++k) {
+        __pipeline_memcpy_async(tile + 4 * threadIdx.x, x + 128 * k + 4 * threadIdx.x, 16);
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
+        __syncthreads();
+        for (int i = 0; i < 128; ++i) sum += tile[i];
+#ifndef BUG
+        __syncthreads();
+#endif
+    }
+    out[threadIdx.x] = sum;
+}
+
 extern "C" __global__ void write_to_input(float* out, const float* x) {
     out[threadIdx.x] = x[threadIdx.x];
 #ifdef BUG
@@ -181,6 +214,8 @@ CASES = {
     "shared_out_of_bounds": Case(1, 32, X[(np.arange(32) + 1) & 31], "out-of-bounds|never written|others", shows=False),
     "global_out_of_bounds": Case(1, 128, X[:100], "out-of-bounds write of 4 bytes", shows=False),
     "never_written": Case(1, 32, X[np.arange(32) ^ 1], r"never written: values\+128"),
+    "copy_not_waited_for": Case(1, 32, X[255:223:-1], "read of tiles.*copy is under way"),
+    "copy_over_readers": Case(1, 32, np.full(32, X.sum()), "race: .* of tile"),
     "write_to_input": Case(1, 32, X[:32], "read-only", shows=False),
 }
 
@@ -325,7 +360,7 @@ def test_memory_behind_a_table_of_pointers() -> None:
         ({"grid": (1, 65536)}, "65535"),
         ({"block": 2048}, "more than 1024 threads"),
         ({"block": (1, 1, 65)}, "64 threads along z"),
-        ({"shared": 50000}, "48 KiB"),
+        ({"shared": 102000}, "99 KiB"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )

@@ -361,32 +361,13 @@ def test_int8_quantisers(dtype: torch.dtype, seed: int | None) -> None:
                 assert_same_bits(ours, expected, (mode, shape))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bias_dtype"), [(F32, None), (BF16, BF16), (F16, F32), (F32, F16)], ids=lambda d: str(d)
-)
-def test_int8_product(dtype: torch.dtype, bias_dtype: torch.dtype | None) -> None:
-    for mode in (MODES[2], MODES[3]) if bias_dtype in (BF16, F16) else MODES[1:2]:
-        for m, n, k in ((1, 1, 1), (5, 3, 7), (17, 8, 8), (33, 1030, 24), (20, 24, 0), (0, 4, 8), (4, 0, 8)):
-            a, b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
-            a_scales, b_scales = torch.rand(m), torch.rand(n)
-            a_scales[3:4] = float("nan")
-            bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
-            with kernels.use_backend("reference"):
-                expected = kernels.int8_matmul(a, b, a_scales, b_scales, bias, dtype)
-            with emulated(**mode):
-                ours = kernels.int8_matmul(a, b, a_scales, b_scales, bias, dtype)
-            assert_same_bits([ours], [expected], (mode, m, n, k))
-
-
 def test_more_rows_than_a_launch_spreads_over() -> None:
     """The second dimension of these launches is bounded; the kernels stride over the rest."""
     x = torch.randn(64 * 64 + 70, 5)
-    a = torch.randint(-127, 128, (4100, 8), dtype=torch.int8)
-    scales = torch.rand(4100), torch.rand(8)
     with kernels.use_backend("reference"):
-        expected = [*kernels.quantize_colwise(x), kernels.int8_matmul(a, a[:8], *scales)]
+        expected = [*kernels.quantize_colwise(x)]
     with emulated():
-        ours = [*kernels.quantize_colwise(x), kernels.int8_matmul(a, a[:8], *scales)]
+        ours = [*kernels.quantize_colwise(x)]
     assert_same_bits(ours, expected)
 
 

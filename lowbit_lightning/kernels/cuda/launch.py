@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lowbit_lightning.kernels.compile import NVRTC_HINT, CompilerNotFound, cubin, nvrtc_version
 
+_SHARED_FOR_ALL = 48 << 10  # bytes a CUDA block that a kernel may have without asking
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -24,7 +26,7 @@ class Launch:
 
     ``arguments``: a Tensor for a pointer, None for a null pointer, a ctypes value for a scalar or a struct, of exactly
     the type that the kernel declares. ``memory()``: tensors that the kernel reaches through pointers in other tensors;
-    for checks only.
+    for checks only. ``shared``: bytes of dynamic shared memory.
     """
 
     text: str
@@ -33,6 +35,7 @@ class Launch:
     block: int
     arguments: tuple[Any, ...]
     memory: Callable[[], Iterable[Tensor]] = tuple
+    shared: int = 0
 
 
 def as_ctypes(argument: Any) -> Any:
@@ -59,6 +62,8 @@ def run(launch: Launch) -> None:
     with torch.cuda.device(device):
         _need_context(device)
         kernel = _kernel(launch.text, launch.kernel, _architecture(device))
+        if launch.shared > _SHARED_FOR_ALL:
+            _allow_shared(kernel, launch.shared, device.index or 0)
         _start(launch, kernel, torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -67,16 +72,32 @@ def _start(launch: Launch, kernel: Any, stream: int) -> None:
 
     values = [as_ctypes(a) for a in launch.arguments]
     addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    geometry = (*launch.grid, launch.block, 1, 1, 0)  # the last: bytes of dynamic shared memory
+    geometry = (*launch.grid, launch.block, 1, 1, launch.shared)
     (status,) = driver.cuLaunchKernel(kernel, *geometry, driver.CUstream(stream), ctypes.addressof(addresses), 0)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA kernel {launch.kernel!r} did not start: {status.name}")
 
 
 @functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability: (9, 0) for an H100."""
+    return torch.cuda.get_device_capability(device)
+
+
 def _architecture(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _allow_shared(kernel: Any, size: int, device: int) -> None:
+    """Dynamic shared memory beyond what every kernel may have; a device has to be told once."""
+    from cuda.bindings import driver
+
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(limit, size, driver.CUkernel(int(kernel)), driver.CUdevice(device))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"a CUDA kernel does not get its {size} bytes of shared memory: {status.name}")
 
 
 @functools.cache
