@@ -6,9 +6,8 @@ An optimizer is a rule in ``kernels/rules`` and a short class in ``family.py`` t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
+from lowbit_lightning.optim.factors import Factors, factors
 from lowbit_lightning.optim.options import (
     MASTER,
     OWN,
@@ -27,31 +27,9 @@ from lowbit_lightning.optim.options import (
     wants_master,
     warn_of_inert,
 )
+from lowbit_lightning.optim.plan import Part, Plan, Work, bits_of, hyper_of, places, work_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
-
-
-class _Work(NamedTuple):
-    """The parameters of a group that a step is to change; ``ordinals`` are their places among all parameters."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    ordinals: list[int]
-
-
-class _Plan(NamedTuple):
-    """The arguments of a group's steps, kept while parameters and states stay the same objects."""
-
-    form: tuple
-    params: list[Tensor]
-    held: list[Any]
-    places: list[tuple]
-    parts: list[tuple[list[int], kernels.StepArguments]]
-
-    def fits(self, form: tuple, work: _Work, held: list[Any]) -> bool:
-        same = self.form == form and _same(self.params, work.params) and _same(self.held, held)
-        return same and self.places == _places(work)
 
 
 class LowBitOptimizer(Optimizer):
@@ -61,9 +39,14 @@ class LowBitOptimizer(Optimizer):
     ``NAME_codes`` (uint8) and ``NAME_scales`` (float32); DTensors where p is one. A group's ``state_format``
     describes the 8-bit ones in a checkpoint. Changing a group's ``bits`` converts its states at the next step.
 
+    A ``torch.amp.GradScaler`` leaves unscaling and skipping to the step; ``clip_next_step`` adds clipping.
+
     Raises:
         ValueError, TypeError: for a hyperparameter or option out of range, naming it, before anything is changed.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler's protocol: it sets grad_scale and found_inf for a step
+    _max_norm: float | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         super().__init__(params, {**defaults, **complete_options(options), "state_format": None})
@@ -74,8 +57,8 @@ class LowBitOptimizer(Optimizer):
         """The name of the rule for a group."""
         raise NotImplementedError
 
-    def _derived(self, group: dict[str, Any]) -> dict[str, float]:
-        """Hyperparameters of the rule that are no keys of the group."""
+    def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
+        """Hyperparameters of the rule that are no keys of the group; ``bits`` of the parameters' states."""
         return {}
 
     def _initial(self, state: rules.State, group: dict[str, Any]) -> float:
@@ -127,17 +110,34 @@ class LowBitOptimizer(Optimizer):
         work, ordinal = [], 0
         for group in self.param_groups:
             check_form(group)
-            params = group["params"]
-            indices = [i for i, p in enumerate(params) if p.grad is not None]
-            chosen = [params[i] for i in indices]
-            grads = [p.grad for p in chosen]
-            _check_strided(chosen, grads)
-            work.append(_Work(group, chosen, grads, [ordinal + i for i in indices]))
-            ordinal += len(params)
-        skip = self._skip_flag(work)
+            indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+            work.append(work_of(group, [group["params"][i] for i in indices], [ordinal + i for i in indices]))
+            ordinal += len(group["params"])
+        max_norm, self._max_norm = self._max_norm, None
+        asked = factors(
+            [p for part in work for p in part.params],
+            [grad for part in work for grad in part.grads],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            max_norm=max_norm,
+            skip_nonfinite=any(part.group["skip_nonfinite"] for part in work if part.params),
+        )
         for number, part in enumerate(work):
-            self._step_group(number, part, skip)
+            self._step_group(number, part, asked)
         return loss
+
+    def clip_next_step(self, max_norm: float | None) -> None:
+        """Let the next step clip its gradients inside, as ``torch.nn.utils.clip_grad_norm_`` would before it.
+
+        The norm is that of all gradients of this optimizer, of all ranks, unscaled where a GradScaler is at work;
+        ``p.grad`` stays as it is. None takes it back.
+
+        Raises:
+            ValueError: for a ``max_norm`` that is not positive.
+        """
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm}")
+        self._max_norm = max_norm
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: dict[str, Any], ordinal: int) -> None:
@@ -146,26 +146,24 @@ class LowBitOptimizer(Optimizer):
         For ``release_gradients``.
         """
         check_form(group)
-        assert p.grad is not None
-        _check_strided([p], [p.grad])
-        self._step_group(("parameter", ordinal), _Work(group, [p], [p.grad], [ordinal]), None)
+        self._step_group(("parameter", ordinal), work_of(group, [p], [ordinal]), Factors())
 
-    def _step_group(self, key: Any, work: _Work, skip: Tensor | None) -> None:
+    def _step_group(self, key: Any, work: Work, asked: Factors) -> None:
         if not work.params:
             return
         rule, group = self._rule_of(work.group), work.group
-        for indices, arguments in self._plan(key, work, rule).parts:
+        for indices, bits, arguments in self._plan(key, work, rule).parts:
             params = [work.params[i] for i in indices]
-            arguments.grads = [shards.part_of(work.params[i], work.grads[i]) for i in indices]
-            arguments.lr, arguments.hyper = _hyper(rule, {**group, **self._derived(group)}, arguments.device)
-            arguments.skip = None if skip is None else skip.to(arguments.device)
+            arguments.grads = [work.grads[i] for i in indices]
+            arguments.lr, arguments.hyper = hyper_of(rule, {**group, **self._derived(group, bits)}, arguments.device)
+            arguments.unscale, arguments.clip, arguments.skip = asked.to(arguments.device)
             arguments.seed, arguments.maximize = group["seed"], group["maximize"]
             norms = shards.sum_over_shards(params, kernels.optimizer_norms(arguments)) if rule.norms else None
             kernels.optimizer_step(arguments, norms)
             arguments.forget_gradients()
             shards.mark_changed(params)
 
-    def _plan(self, key: Any, work: _Work, rule: rules.Rule) -> _Plan:
+    def _plan(self, key: Any, work: Work, rule: rules.Rule) -> Plan:
         group = work.group
         form = (rule.name, *(group[k] for k in ("bits", "min_size", "block_size", "master", "stochastic_rounding")))
         held = [value for p in work.params for value in self.state[p].values()]
@@ -176,16 +174,20 @@ class LowBitOptimizer(Optimizer):
             entries = [self._entries(p, group, rule) for p in work.params]
             parts: dict[tuple, list[int]] = {}
             for i, p in enumerate(work.params):
-                parts.setdefault((p.device, wants_master(p, group)), []).append(i)
-            arguments = [(indices, self._arguments(work, entries, indices, rule)) for indices in parts.values()]
+                form_of_p = p.device, wants_master(p, group), bits_of(entries[i], rule)
+                parts.setdefault(form_of_p, []).append(i)
+            arguments = [
+                Part(indices, bits, self._arguments(work, entries, indices, rule))
+                for (_, _, bits), indices in parts.items()
+            ]
             held = [value for e in entries for value in e.values()]
-            plan = _Plan(form, list(work.params), held, _places(work), arguments)
+            plan = Plan(form, list(work.params), held, places(work), arguments)
         if not any(shards.is_sharded(p) for p in work.params):  # a shard may be another tensor in the next step
             plans[key] = plan
         return plan
 
     def _arguments(
-        self, work: _Work, entries: list[dict[str, Tensor]], indices: list[int], rule: rules.Rule
+        self, work: Work, entries: list[dict[str, Tensor]], indices: list[int], rule: rules.Rule
     ) -> kernels.StepArguments:
         """The step for some of the work's parameters, of one device."""
         group, entries, params = work.group, [entries[i] for i in indices], [work.params[i] for i in indices]
@@ -199,7 +201,7 @@ class LowBitOptimizer(Optimizer):
         return kernels.StepArguments(
             rule=rule.name,
             params=[shards.local(p) for p in params],
-            grads=[shards.part_of(p, work.grads[i]) for i, p in zip(indices, params, strict=True)],
+            grads=[work.grads[i] for i in indices],
             steps=[e["step"] for e in entries],
             states=states,
             scales=scales,
@@ -239,19 +241,6 @@ class LowBitOptimizer(Optimizer):
                         new = blocks.convert(p, state, self.state[p], saved, 8, wanted.block_size)
                         _replace(self.state[p], state.name, new)
         group["state_format"] = wanted.to_dict()
-
-    def _skip_flag(self, work: list[_Work]) -> Tensor | None:
-        """One float on a device: 1 if any gradient is not finite. None where no group asks for it."""
-        params, grads = [p for w in work for p in w.params], [g for w in work for g in w.grads]
-        if not params or not any(w.group["skip_nonfinite"] for w in work):
-            return None
-        flag = torch.zeros((), dtype=torch.float32, device=params[0].device)
-        parts = [part for part in map(shards.part_of, params, grads) if part.numel()]
-        if parts:  # a rank may hold no rows of anything, and still takes part in what follows
-            norms = torch._foreach_norm(parts, float("inf"))
-            largest = torch.stack([norm.to(flag) for norm in norms])
-            flag = 1.0 - torch.isfinite(largest).all().float()
-        return shards.any_rank(params, flag)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -356,35 +345,3 @@ def _replace(entries: dict[str, Tensor], name: str, new: dict[str, Tensor]) -> N
     for old in (name, blocks.codes_name(name), blocks.scales_name(name)):
         entries.pop(old, None)
     entries.update(new)
-
-
-def _hyper(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tuple[Tensor | None, list[float]]:
-    """The learning rate if it is a tensor on the device, and the rule's hyperparameters as floats."""
-    values = dict(group)
-    if "betas" in group:
-        values |= {f"beta{i + 1}": beta for i, beta in enumerate(group["betas"])}
-    lr = values["lr"]
-    on_device = isinstance(lr, Tensor) and lr.device == device
-    if on_device:
-        values["lr"] = 0.0
-    return (lr.detach().float() if on_device else None), [float(values[name]) for name in rule.hyper]
-
-
-def _check_strided(params: list[Tensor], grads: list[Tensor]) -> None:
-    for p, grad in zip(params, grads, strict=True):
-        if grad.layout is not torch.strided:
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({grad.layout}); "
-                "build its embedding with sparse=False"
-            )
-
-
-def _places(work: _Work) -> list[tuple]:
-    """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
-    pairs = zip(work.params, work.grads, work.ordinals, strict=True)
-    return [(p.shape, p.dtype, p.device, g.dtype, i) for p, g, i in pairs]
-
-
-def _same(ours: list[Any], theirs: list[Any]) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))

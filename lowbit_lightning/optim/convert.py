@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from lowbit_lightning.optim import family
 from lowbit_lightning.optim.base import LowBitOptimizer
-from lowbit_lightning.optim.options import Options, complete_options, warn_of_inert
+from lowbit_lightning.optim.options import OtherOptions, complete_options, warn_of_inert
 
 _TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
     torch.optim.SGD: family.SGD,
@@ -26,12 +26,12 @@ _TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
 }
 
 
-def convert_(optimizer: Optimizer, **options: Unpack[Options]) -> LowBitOptimizer:
+def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions]) -> LowBitOptimizer:
     """Turn a torch.optim optimizer into its low-bit twin, in place: the same object, so that schedulers and hooks
     stay valid.
 
-    Groups, hyperparameters and states are kept; states are converted. ``options`` are those of all optimizers here,
-    but for ``maximize``, which a group has already; a group's own keys win over them.
+    Groups, hyperparameters and states are kept; states are converted. ``bits`` and ``options`` are those of all
+    optimizers here, but for ``maximize``, which a group has already; a group's own keys win over them.
 
     Returns:
         the optimizer itself.
@@ -58,7 +58,7 @@ def convert_(optimizer: Optimizer, **options: Unpack[Options]) -> LowBitOptimize
             f"optimizer.step was replaced by {replaced!r}, which would go on calling the old one: convert the "
             "optimizer before whatever did so"
         )
-    own = complete_options(options)
+    own = complete_options({"bits": bits, **options})
     optimizer.__class__ = _TWINS[kind]
     assert isinstance(optimizer, LowBitOptimizer)
     try:
@@ -76,7 +76,6 @@ def convert_(optimizer: Optimizer, **options: Unpack[Options]) -> LowBitOptimize
         group.update(adopted)
     optimizer.state.update(states)
     optimizer.defaults = {**own, "state_format": None, **optimizer.defaults}
-    optimizer.__dict__.pop("_step_supports_amp_scaling", None)  # torch's fused ones unscale in their step
     _rewire_step(optimizer)
     for group in optimizer.param_groups:
         warn_of_inert(group, stacklevel=2)

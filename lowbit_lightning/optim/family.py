@@ -116,8 +116,8 @@ class RMSprop(LowBitOptimizer):
     """RMSprop (Tieleman & Hinton, 2012); semantics of ``torch.optim.RMSprop``, centered and momentum included.
 
     States ``square_avg``, ``grad_avg`` (centered), ``momentum_buffer`` (momentum). Centered, the variance is a
-    difference of two states: with ``bits=8`` it is kept at no less than 1/64 of ``square_avg``, the error of the maps.
-    Args: as ``torch.optim.RMSprop``, and ``Options``.
+    difference of two states: where they have 8 bits it is kept at no less than 1/64 of ``square_avg``, the error of the
+    maps. Args: as ``torch.optim.RMSprop``, and ``Options``.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class RMSprop(LowBitOptimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "rmsprop" + ("_centered" if group["centered"] else "") + ("_momentum" if group["momentum"] else "")
 
-    def _derived(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"variance_floor": 1 / 64 if group["bits"] == 8 else 0.0}
+    def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
+        return {"variance_floor": 1 / 64 if bits == 8 else 0.0}
 
 
 class Adagrad(LowBitOptimizer):
@@ -277,7 +277,7 @@ class AdEMAMix(LowBitOptimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "ademamix"
 
-    def _derived(self, group: dict[str, Any]) -> dict[str, float]:
+    def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
         beta1, _, beta3 = group["betas"]
         tiny = 1e-300  # the logarithm of a beta of zero, as good as
         return {

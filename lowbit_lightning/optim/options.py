@@ -18,7 +18,23 @@ OWN = ("bits", "min_size", "block_size", "state_format")
 """Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
 
 
-class Options(TypedDict, total=False):
+class OtherOptions(TypedDict, total=False):
+    """``Options`` without ``bits``."""
+
+    min_size: int
+    block_size: int
+    maximize: bool
+    stochastic_rounding: bool
+    seed: int
+    master: str | None
+    skip_nonfinite: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+class Options(OtherOptions, total=False):
     """Keyword arguments that every optimizer takes, for all parameters or as keys of a param group.
 
     ``bits`` (8): 8, or 32 for float32 states. ``min_size`` (4096): parameters with fewer elements, or rows shorter
@@ -33,17 +49,6 @@ class Options(TypedDict, total=False):
     """
 
     bits: int
-    min_size: int
-    block_size: int
-    maximize: bool
-    stochastic_rounding: bool
-    seed: int
-    master: str | None
-    skip_nonfinite: bool
-    foreach: bool | None
-    fused: bool | None
-    capturable: bool
-    differentiable: bool
 
 
 _DEFAULTS: dict[str, Any] = {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning.convert import MIN_FEATURES, Report, swap_linears
 from lowbit_lightning.layers.int8 import Product, Products
+from lowbit_lightning.precision.in_step import InStep
 
 NAME = "int8-mixed"
 

@@ -1,4 +1,7 @@
-"""The string ``precision="int8-mixed"``: Lightning has no registry for it, so its connectors are wrapped."""
+"""The string ``precision="int8-mixed"``: Lightning has no registry for it, so its connectors are wrapped.
+
+The wrapped connector of the Trainer also puts unscaling and clipping into the step (``in_step.py``).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import lightning
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
+from lowbit_lightning.precision.in_step import leave_clipping_possible, put_in_step
 from lowbit_lightning.precision.int8 import NAME, FabricInt8MixedPrecision, Int8Mixed, Int8MixedPrecision
 
 
@@ -26,7 +30,8 @@ class PrecisionNotApplied(RuntimeError):
 
 
 def register() -> None:
-    """Make ``lightning.Trainer`` and ``lightning.Fabric`` know ``precision="int8-mixed"``; idempotent."""
+    """Make ``lightning.Trainer`` and ``lightning.Fabric`` know ``precision="int8-mixed"``, and the Trainer leave
+    unscaling, clipping and skipping to the step of our optimizers; idempotent."""
     from lightning.fabric.connector import _Connector
     from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -34,6 +39,7 @@ def register() -> None:
     if NAME not in get_args(_PRECISION_INPUT_STR):
         _wrap(_AcceleratorConnector, Int8MixedPrecision, "precision_plugin")
         _wrap(_Connector, FabricInt8MixedPrecision, "precision")
+    leave_clipping_possible()
     _watch_pytorch_lightning()
 
 
@@ -60,7 +66,9 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
             bound.arguments.update(precision=None, plugins=[*plugins, plugin()])
         with _without_variable("LT_PRECISION" if wanted else None):
             original(*bound.args, **bound.kwargs)
-        _check_result(self.strategy, getattr(self, attribute, None), plugin, wanted)
+        in_use = getattr(self, attribute, None)
+        _check_result(self.strategy, in_use, plugin, wanted)
+        put_in_step(in_use)
 
     __init__._lowbit_lightning = True  # type: ignore[attr-defined]
     connector.__init__ = __init__  # type: ignore[misc]
@@ -144,6 +152,7 @@ class _PytorchLightningFinder(importlib.abc.MetaPathFinder):
 
 
 def _refuse(module: ModuleType) -> None:
+    leave_clipping_possible()  # our optimizers serve there too
     original = module._AcceleratorConnector.__init__
     if hasattr(original, "_lowbit_lightning"):
         return

@@ -1,0 +1,90 @@
+"""What unscaling, clipping and skipping ask of a step: three numbers on the device, read there by the kernel.
+
+None of this waits for the device. The gradients themselves are read once for each norm, and never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.state import shards
+
+_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s, added to the norm
+
+
+class Factors(NamedTuple):
+    """0-d float32 tensors: gradients are multiplied by ``unscale`` and ``clip``; ``skip`` other than 0: no step."""
+
+    unscale: Tensor | None = None
+    clip: Tensor | None = None
+    skip: Tensor | None = None
+
+    def to(self, device: torch.device) -> Factors:
+        return Factors(*(None if value is None else value.to(device) for value in self))
+
+
+def factors(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    grad_scale: Tensor | None,
+    found_inf: Any,
+    max_norm: float | None,
+    skip_nonfinite: bool,
+) -> Factors:
+    """The factors of a step, on the device of the first parameter.
+
+    ``grads``: this rank's parts of the gradients, of as many ``params``. ``grad_scale``: what they were multiplied
+    by. ``found_inf``: other than 0 for a step to be skipped; no tensor where nothing was looked at. Both are what a
+    GradScaler sets. ``max_norm``: of all unscaled gradients as one vector, the 2-norm. ``skip_nonfinite``: skip a
+    step with a gradient that is not finite. With sharded parameters a collective.
+    """
+    if not params:
+        return Factors()
+    device = shards.local(params[0]).device
+    unscale = clip = skip = None
+    if grad_scale is not None:
+        unscale = grad_scale.to(device).double().reciprocal().float().reshape(())
+    if max_norm is not None:
+        norm = _norm(params, grads, device) * (1.0 if unscale is None else unscale)
+        clip = (max_norm / (norm + _EPS)).clamp(max=1.0).float()
+    if isinstance(found_inf, Tensor):
+        skip = found_inf.to(device, torch.float32).reshape(())
+    if skip_nonfinite:
+        flag = _any_nonfinite(params, grads, device)
+        skip = flag if skip is None else torch.maximum(skip, flag)
+    return Factors(unscale, clip, skip)
+
+
+def _norm(params: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The 2-norm of all gradients of all ranks: one float64."""
+    zero = torch.zeros((), dtype=torch.float32, device=device)
+    norms = _norms(grads, 2.0, device)
+    squares = torch.stack([norms.get(i, zero) for i in range(len(grads))]).double().square()
+    return shards.sum_over_shards(params, squares).sum().sqrt()
+
+
+def _any_nonfinite(params: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One float: 1 if any gradient of any rank is not finite."""
+    flag = torch.zeros((), dtype=torch.float32, device=device)
+    norms = _norms(grads, float("inf"), device)
+    if norms:  # a rank may hold no rows of anything, and still takes part in what follows
+        flag = 1.0 - torch.isfinite(torch.stack([*norms.values()])).all().float()
+    return shards.any_rank(params, flag)
+
+
+def _norms(grads: Sequence[Tensor], order: float, device: torch.device) -> dict[int, Tensor]:
+    """The norm of each gradient that is not empty, by its index; one call for those of a device and dtype."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        if grad.numel():
+            alike.setdefault((grad.device, grad.dtype), []).append(i)
+    result: dict[int, Tensor] = {}
+    for indices in alike.values():
+        norms = torch._foreach_norm([grads[i] for i in indices], order, dtype=torch.float32)
+        result.update((i, norm.to(device)) for i, norm in zip(indices, norms, strict=True))
+    return result

@@ -1,0 +1,86 @@
+"""What a step works on, and what is kept from one step to the next."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels import rules
+from lowbit_lightning.state import blocks, shards
+
+
+class Work(NamedTuple):
+    """The parameters of a group that a step is to change, and this rank's parts of their gradients.
+
+    ``ordinals``: their places among all parameters.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    ordinals: list[int]
+
+
+class Part(NamedTuple):
+    """The step for the parameters of a work at ``indices``: of one device, with states of equal ``bits``."""
+
+    indices: list[int]
+    bits: int
+    arguments: kernels.StepArguments
+
+
+class Plan(NamedTuple):
+    """The arguments of a group's steps, kept while parameters and states stay the same objects."""
+
+    form: tuple
+    params: list[Tensor]
+    held: list[Any]
+    places: list[tuple]
+    parts: list[Part]
+
+    def fits(self, form: tuple, work: Work, held: list[Any]) -> bool:
+        same = self.form == form and _same(self.params, work.params) and _same(self.held, held)
+        return same and self.places == places(work)
+
+
+def work_of(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) -> Work:
+    """The work on parameters that have a gradient."""
+    for p in params:
+        assert p.grad is not None
+        if p.grad.layout is not torch.strided:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}); "
+                "build its embedding with sparse=False"
+            )
+    return Work(group, params, [shards.part_of(p, p.grad) for p in params], ordinals)  # type: ignore[arg-type]
+
+
+def places(work: Work) -> list[tuple]:
+    """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
+    pairs = zip(work.params, work.grads, work.ordinals, strict=True)
+    return [(p.shape, p.dtype, p.device, g.dtype, i) for p, g, i in pairs]
+
+
+def _same(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
+
+
+def bits_of(entries: dict[str, Tensor], rule: rules.Rule) -> int:
+    return 8 if any(blocks.is_coded(entries, state.name) for state in rule.states) else 32
+
+
+def hyper_of(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tuple[Tensor | None, list[float]]:
+    """The learning rate if it is a tensor on the device, and the rule's hyperparameters as floats."""
+    values = dict(group)
+    if "betas" in group:
+        values |= {f"beta{i + 1}": beta for i, beta in enumerate(group["betas"])}
+    lr = values["lr"]
+    on_device = isinstance(lr, Tensor) and lr.device == device
+    if on_device:
+        values["lr"] = 0.0
+    return (lr.detach().float() if on_device else None), [float(values[name]) for name in rule.hyper]

@@ -1,0 +1,179 @@
+"""Lightning's own precision plugins, with unscaling, clipping and skipping left to the step of our optimizers.
+
+How it works
+    Lightning unscales (16-mixed), calls its hooks, clips, and steps: each a pass over the gradients' memory, with a
+    wait for the device before the step. Our optimizers do all of it in the step, from scalars on the device. So the
+    Trainer's plugin becomes the subclass below of the same name, which does so where nobody can see the difference:
+
+    * by the step: unscaling, clipping by norm, skipping after an overflow.
+    * by passes, as ever: unscaling, where a callback or the module has ``on_before_optimizer_step`` or
+      ``configure_gradient_clipping``, or the optimizer a step pre-hook: they are to see unscaled gradients; then also
+      clipping. Clipping by value, and clipping under manual optimization. Skipping costs no wait in any case.
+
+Interactions
+    Other optimizers get what Lightning does for them. Plugins of other classes, subclasses of Lightning's among them,
+    unscale and clip by passes; ``leave_clipping_possible`` sees to that.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, plugins
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision.precision import Precision as _Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.amp.grad_scaler import OptState
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+from lowbit_lightning.optim import LowBitOptimizer
+
+_NORM, _VALUE = GradClipAlgorithmType.NORM, GradClipAlgorithmType.VALUE
+
+
+class InStep(_Precision):
+    """Mixed into a precision plugin of the Trainer."""
+
+    _clips_in_step = False  # while an optimizer's step has begun, and nothing will look at its gradients before it
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """See Lightning's; the closure has run backward when hooks and clipping come."""
+        if not isinstance(optimizer, LowBitOptimizer):
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        seen = _are_seen(model, optimizer)
+        self._clips_in_step = not seen and model.automatic_optimization
+        try:
+            if getattr(self, "scaler", None) is None:
+                return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+            return self._scaled_step(optimizer, model, closure, seen, kwargs)
+        finally:
+            self._clips_in_step = False
+            optimizer.clip_next_step(None)  # there was no step, where training_step returned None
+
+    def _scaled_step(
+        self, optimizer: LowBitOptimizer, model: LightningModule, closure: Callable[[], Any], seen: bool, kwargs: Any
+    ) -> Any:
+        scaler: Any = self.scaler  # type: ignore[attr-defined]
+        result = closure()
+        if result is None and model.automatic_optimization:  # no backward
+            self._after_closure(model, optimizer)
+            return result
+        if seen and self._is_scaled(optimizer):
+            scaler.unscale_(optimizer)
+        self._after_closure(model, optimizer)
+        result = scaler.step(optimizer, **kwargs)
+        scaler.update()
+        return result
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = _NORM,
+    ) -> None:
+        """See Lightning's."""
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if not isinstance(inner, LowBitOptimizer) or clip_val <= 0:
+            super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+        elif self._clips_in_step and gradient_clip_algorithm == _NORM:
+            inner.clip_next_step(clip_val)
+        elif self._is_scaled(inner):
+            self._clip_scaled(inner, clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == _VALUE:
+            self.clip_grad_by_value(inner, clip_val)
+        else:
+            self.clip_grad_by_norm(inner, clip_val)
+
+    def _is_scaled(self, optimizer: LowBitOptimizer) -> bool:
+        """Whether the gradients are still multiplied by a scaler's scale."""
+        scaler = getattr(self, "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            return False
+        return scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
+
+    def _clip_scaled(self, optimizer: LowBitOptimizer, clip_val: float, algorithm: GradClipAlgorithmType) -> None:
+        """Clip gradients that the step will unscale, to what the unscaled ones would be clipped to."""
+        params = [p for p in self.main_params(optimizer) if p.grad is not None]
+        scale = self.scaler.get_scale()  # type: ignore[attr-defined]
+        if algorithm == _VALUE:
+            torch.nn.utils.clip_grad_value_(params, clip_val * scale)
+        else:
+            norm = get_total_norm([p.grad for p in params if p.grad is not None])
+            clip_grads_with_norm_(params, clip_val, norm / scale)
+
+
+class Precision(InStep, plugins.Precision):
+    __doc__ = plugins.Precision.__doc__
+
+
+class HalfPrecision(InStep, plugins.HalfPrecision):
+    __doc__ = plugins.HalfPrecision.__doc__
+
+
+class MixedPrecision(InStep, plugins.MixedPrecision):
+    __doc__ = plugins.MixedPrecision.__doc__
+
+
+# By the same names: checkpoints hold a plugin's state under that of its class.
+_TWINS = {
+    plugins.Precision: Precision,
+    plugins.HalfPrecision: HalfPrecision,
+    plugins.MixedPrecision: MixedPrecision,
+}
+
+
+def put_in_step(plugin: Any) -> None:
+    """Make a plugin that is exactly one of Lightning's the subclass above; the same object, whoever made it."""
+    if type(plugin) in _TWINS:
+        plugin.__class__ = _TWINS[type(plugin)]
+
+
+def _are_seen(model: Any, optimizer: LowBitOptimizer) -> bool:
+    """Whether anything of the user's looks at the gradients between backward and step."""
+    if not isinstance(model, LightningModule):
+        return True
+    trainer: Any = model.trainer
+    return (
+        trainer.gradient_clip_algorithm == _VALUE
+        or is_overridden("on_before_optimizer_step", model)
+        or is_overridden("configure_gradient_clipping", model)
+        or any(is_overridden("on_before_optimizer_step", callback) for callback in trainer.callbacks)
+        or bool(optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
+    )
+
+
+# -- other plugins ---------------------------------------------------------------------------------------------------
+
+_ROOTS = ("lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
+
+
+def leave_clipping_possible() -> None:
+    """Let Lightning unscale and clip for our optimizers, in plugins and packages that know nothing of ``InStep``.
+
+    It takes an optimizer whose step *can* unscale for one whose step *must*, and refuses clipping. Its question is
+    answered for ours as for any other optimizer; idempotent.
+    """
+    for name in (f"{root}.plugins.precision.{module}" for root in _ROOTS for module in ("amp", "fsdp")):
+        module = sys.modules.get(name)
+        original = getattr(module, "_optimizer_handles_unscaling", None)
+        if original is not None and not hasattr(original, "_lowbit_lightning"):
+            module._optimizer_handles_unscaling = _but_for_ours(original)  # type: ignore[union-attr]
+
+
+def _but_for_ours(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    @functools.wraps(original)
+    def _optimizer_handles_unscaling(optimizer: Any) -> bool:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        return original(optimizer) and not isinstance(inner, LowBitOptimizer)
+
+    _optimizer_handles_unscaling._lowbit_lightning = True  # type: ignore[attr-defined]
+    return _optimizer_handles_unscaling
