@@ -17,36 +17,46 @@ A model in which that is wrong names it (``output_layer="decoder.head"``), or sa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
-from lowbit_lightning.layers.int8 import FLOATS, Int8Linear, Product, Products
+from lowbit_lightning.layers.int8 import FLOATS, Int8Linear, Products
 
 __all__ = ["Report", "restore", "swap_linears"]
 
 MIN_FEATURES = 32
 """Below one tile of an int8 matrix instruction a product is cheaper than quantising its operands."""
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTION = "convolutions are not swapped"
+
+Overrides = Mapping[str, Mapping[str, Any] | None]
+
 
 @dataclass(frozen=True)
 class Report:
     """What ``swap_linears`` did.
 
-    ``swapped``: names that run in int8; ``skipped``: name -> why not; ``notes``: what else to know. ``str(report)``
-    is a few lines, with the layers of a stack taken together.
+    ``swapped``: names that run in int8, by ``products`` but for those in ``overridden``; ``skipped``: name -> why not;
+    ``notes``: what else to know. ``str(report)`` is a few lines, with the layers of a stack taken together.
     """
 
     swapped: tuple[str, ...]
     skipped: dict[str, str]
     notes: tuple[str, ...]
     products: Products
+    overridden: dict[str, Products] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        total = len(self.swapped) + len(self.skipped)
+        total = len(self.swapped) + sum(reason != CONVOLUTION for reason in self.skipped.values())
         lines = [f"int8 ({self.products}) in {len(self.swapped)} of {total} linear layers: {_stacked(self.swapped)}"]
+        for products in dict.fromkeys(self.overridden.values()):
+            names = [name for name, own in self.overridden.items() if own == products]
+            lines.append(f"  but {_stacked(names)}: int8 ({products}), by overrides")
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
             lines.append(f"  not {_stacked(names)}: {reason}")
@@ -61,47 +71,66 @@ def swap_linears(
     filter: Callable[[str, nn.Linear], bool] | None = None,
     output_layer: str | None = "auto",
     min_features: int = MIN_FEATURES,
-    forward: Product = "int8",
-    grad_input: Product = "int8",
-    grad_weight: Product = "int8",
+    overrides: Overrides | None = None,
+    **settings: Any,
 ) -> Report:
     """Turn the module's ``nn.Linear`` layers into ``Int8Linear``, in place.
 
     Only objects whose type is exactly ``nn.Linear``: subclasses bring their own forward or are read by their owner.
-    Idempotent; and a later call with another filter or other products also takes back what an earlier one swapped.
+    Idempotent; and a later call with another filter or other settings also takes back what an earlier one swapped.
 
     Args:
         include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some Linear.
         filter: ``filter(name, linear)``, asked last; False skips the layer.
         output_layer: "auto" (the rule above), a name or pattern, or None (no layer is special).
         min_features: layers with fewer input or output features are skipped.
-        forward, grad_input, grad_weight: "int8" or "high", for all swapped layers.
+        overrides: pattern -> settings that differ for the layers it matches, or None to skip them:
+            ``{"*.down": {"grad_weight": "high"}, "blocks.0.*": None}``. Of several patterns that match a layer the
+            later goes over the earlier.
+        settings: the fields of ``layers.Products``, for all other layers.
 
     Raises:
-        ValueError: a pattern matches no Linear, or nothing is left to swap; the message lists what is there.
+        TypeError, ValueError: an unknown setting, a pattern that matches no Linear, or nothing left to swap; the
+            message lists what is there. Nothing is changed then.
     """
-    products = Products(forward, grad_input, grad_weight)
+    products, overrides = Products(**settings), overrides or {}
+    check_overrides(products, overrides)
     linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
     included, excluded = _patterns("include", include, linears), _patterns("exclude", exclude, linears)
+    _patterns("overrides", overrides, linears)
     outputs = _output_layers(module, output_layer, linears)
-    swapped, skipped = [], {}
+    swapped: dict[str, Products] = {}
+    skipped = {}
     for name, linear in linears.items():
+        chosen = _chosen(name, products, overrides)
         reason = _type_reason(linear)
         reason = reason or _name_reason(name, included, excluded, outputs) or _shape_reason(linear, min_features)
         if reason is None and filter is not None and not filter(name, linear):
             reason = "refused by filter"
-        if reason is None:
-            swapped.append(name)
+        if reason is None and chosen is not None:
+            swapped[name] = chosen
         else:
-            skipped[name] = reason
+            skipped[name] = reason or "None in overrides"
     if not swapped:
         raise ValueError(_nothing(module, skipped))
     for name, linear in linears.items():
-        if name in skipped and type(linear) is Int8Linear and linear.adopted:
+        if name in swapped:
+            Int8Linear.adopt(linear, swapped[name])
+        elif type(linear) is Int8Linear and linear.adopted:
             Int8Linear.release(linear)
-        elif name not in skipped:
-            Int8Linear.adopt(linear, products)
-    return Report(tuple(swapped), skipped, _notes(module), products)
+    skipped |= {name: CONVOLUTION for name, m in module.named_modules() if isinstance(m, CONVOLUTIONS)}
+    overridden = {name: own for name, own in swapped.items() if own != products}
+    return Report(tuple(swapped), skipped, _notes(module), products, overridden)
+
+
+def check_overrides(products: Products, overrides: Overrides) -> None:
+    """Raises TypeError or ValueError where an override isn't None or settings that ``Products`` takes."""
+    for pattern, changes in overrides.items():
+        try:
+            if changes is not None:
+                replace(products, **changes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"overrides[{pattern!r}]={changes!r} must be None or settings: {error}") from None
 
 
 def restore(module: nn.Module) -> tuple[str, ...]:
@@ -121,6 +150,14 @@ def _patterns(argument: str, patterns: str | Iterable[str], linears: Iterable[st
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(f"{argument}={pattern!r} matches no linear layer; there are: {_stacked(linears)}")
     return result
+
+
+def _chosen(name: str, products: Products, overrides: Overrides) -> Products | None:
+    chosen: Products | None = products
+    for pattern, changes in overrides.items():
+        if fnmatchcase(name, pattern):
+            chosen = None if changes is None else replace(chosen or products, **changes)
+    return chosen
 
 
 def _output_layers(module: nn.Module, rule: str | None, linears: dict[str, nn.Linear]) -> set[str]:

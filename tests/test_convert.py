@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +93,52 @@ def test_names_by_pattern() -> None:
     for argument in ("include", "exclude"):
         with pytest.raises(ValueError, match=rf"{argument}='layers\.\*' matches no linear layer; there are: head"):
             swap_linears(model, **{argument: ["layers.*"]})  # type: ignore[arg-type]
+
+
+def test_overrides_by_pattern() -> None:
+    model = Model()
+    overrides = {"*.out": {"grad_weight": "high"}, "blocks.1.*": {"save_inputs": "high"}, "head": None}
+    report = swap_linears(model, gradient_rounding="stochastic", overrides=overrides)
+    products = {name: m.products for name, m in model.named_modules() if isinstance(m, Int8Linear)}
+    base = Products(gradient_rounding="stochastic")
+    assert products == {
+        "blocks.0.qkv": base,
+        "blocks.0.out": replace(base, grad_weight="high"),
+        "blocks.1.qkv": replace(base, save_inputs="high"),
+        "blocks.1.out": replace(base, grad_weight="high", save_inputs="high"),
+    }
+    assert report.skipped["head"] == "None in overrides"
+    assert report.overridden == {name: own for name, own in products.items() if own != base}
+    assert "  but blocks.0.out: int8 (forward, grad_input, gradients rounded at random), by overrides" in str(report)
+    assert swap_linears(model, overrides={"*": None, "*.qkv": {}}).swapped == ("blocks.0.qkv", "blocks.1.qkv")
+    assert swap_linears(model).overridden == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "said"),
+    [
+        ({"*.down": None}, ValueError, r"overrides='\*\.down' matches no linear layer; there are: head"),
+        ({"head": {"forward": "fp8"}}, ValueError, r"overrides\['head'\]=.* forward must be 'int8' or 'high'"),
+        ({"head": {"grad_wieght": "high"}}, TypeError, r"overrides\['head'\]=.*'grad_wieght'"),
+        ({"head": "high"}, TypeError, r"overrides\['head'\]='high' must be None or settings"),
+    ],
+)
+def test_bad_overrides(overrides: Any, error: type[Exception], said: str) -> None:
+    model = Model()
+    with pytest.raises(error, match=said):
+        swap_linears(model, overrides=overrides)
+    assert int8_names(model) == ()
+
+
+def test_convolutions_are_listed_and_not_counted() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.Linear(64, 64), nn.Linear(64, 64))
+    report = swap_linears(model)
+    assert [report.skipped[name] for name in "01"] == ["convolutions are not swapped"] * 2
+    assert str(report).splitlines() == [
+        "int8 (forward, grad_input, grad_weight) in 1 of 2 linear layers: 2",
+        "  not 3: output layer (output_layer=None swaps it too)",
+        "  not * (2): convolutions are not swapped",
+    ]
 
 
 def test_a_later_call_replaces_an_earlier_one() -> None:

@@ -57,8 +57,8 @@ class Products:
         return tuple(name for name in ("forward", "grad_input", "grad_weight") if getattr(self, name) == "int8")
 
     def __str__(self) -> str:
-        rounding = " by stochastic rounding" if self.gradient_rounding == "stochastic" else ""
-        return (", ".join(self.int8) or "nothing") + rounding
+        random = self.gradient_rounding == "stochastic" and self.int8 not in ((), ("forward",))
+        return (", ".join(self.int8) or "nothing") + (", gradients rounded at random" if random else "")
 
 
 class Int8Linear(nn.Linear):

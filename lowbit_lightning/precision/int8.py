@@ -16,8 +16,8 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lowbit_lightning.convert import MIN_FEATURES, Report, swap_linears
-from lowbit_lightning.layers.int8 import Product, Products
+from lowbit_lightning.convert import MIN_FEATURES, Overrides, Report, check_overrides, swap_linears
+from lowbit_lightning.layers.int8 import Product, Products, Rounding
 from lowbit_lightning.precision.in_step import InStep
 
 NAME = "int8-mixed"
@@ -39,24 +39,32 @@ class Int8Mixed:
         forward: Product = "int8",
         grad_input: Product = "int8",
         grad_weight: Product = "int8",
+        save_inputs: Product = "int8",
+        gradient_rounding: Rounding = "nearest",
+        cache_weights: bool = True,
+        overrides: Overrides | None = None,
         autocast: Literal["auto", "bf16", "off"] = "auto",
     ) -> None:
         if autocast not in ("auto", "bf16", "off"):
             raise ValueError(f"autocast must be 'auto', 'bf16' or 'off', got {autocast!r}")
-        if str(Products(forward, grad_input, grad_weight)) == "nothing":
+        products = Products(forward, grad_input, grad_weight, save_inputs, gradient_rounding, cache_weights)
+        overrides = dict(overrides or {})
+        check_overrides(products, overrides)
+        if not products.int8:
             rank_zero_warn("int8-mixed with forward, grad_input and grad_weight all 'high' runs nothing in int8")
+        elif gradient_rounding == "stochastic" and products.int8 == ("forward",):
+            rank_zero_warn("gradient_rounding='stochastic' does nothing where grad_input and grad_weight are 'high'")
         self.autocast = autocast
         self.report: Report | None = None
-        self._swap = functools.partial(
+        self._swap: Callable[[nn.Module], Report] = functools.partial(
             swap_linears,
             include=include if isinstance(include, str) else tuple(include),
             exclude=exclude if isinstance(exclude, str) else tuple(exclude),
             filter=filter,
             output_layer=output_layer,
             min_features=min_features,
-            forward=forward,
-            grad_input=grad_input,
-            grad_weight=grad_weight,
+            overrides=overrides,
+            **vars(products),
         )
         self._module: weakref.ref[nn.Module] | None = None
         self._warned = False
@@ -94,16 +102,21 @@ class Int8MixedPrecision(Int8Mixed, InStep):
     Args:
         include, exclude, filter, output_layer, min_features: which ``nn.Linear`` to swap; see ``swap_linears``.
         forward, grad_input, grad_weight: "int8" or "high" (the input's dtype), for each of a layer's three products.
+        save_inputs: what the backward is given of a layer's input: "int8" (a byte per element) or "high".
+        gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
+        cache_weights: quantise a weight once in an optimizer step, where that is safe; see ``layers.invalidate``.
+        overrides: pattern -> settings that differ for the layers it matches, or None to leave them alone.
         autocast: what other ops run in: "auto" (bf16 autocast where the hardware computes in bf16), "bf16", "off".
 
     ``report`` says what was swapped, what was skipped and why, once a run has begun; it is logged too.
 
     Raises:
-        ValueError: an unknown setting; and, when a run begins, a filter that leaves nothing to swap.
+        TypeError, ValueError: an unknown setting; and, when a run begins, a pattern that matches no layer, or a
+            filter that leaves nothing to swap.
 
     Example::
 
-        Trainer(plugins=[Int8MixedPrecision(exclude="encoder.*", grad_weight="high")])
+        Trainer(plugins=[Int8MixedPrecision(exclude="encoder.*", overrides={"*.down": {"grad_weight": "high"}})])
     """
 
 
