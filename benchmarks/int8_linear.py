@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,11 +130,25 @@ def parts(report: Report, shape: str, bandwidth: float) -> None:
     for m, n, k in ((tokens, outputs, inputs), (tokens, inputs, outputs), (outputs, inputs, tokens)):
         a, b = (torch.randint(-127, 128, (r, k), dtype=torch.int8, device=arguments.device) for r in (m, n))
         scales = torch.rand(m, device=arguments.device), torch.rand(n, device=arguments.device)
-        for kind in (torch.float32, torch.bfloat16):
-            time = _median(lambda: kernels.int8_matmul(a, b, *scales, None, kind), arguments)  # noqa: B023
-            label = f"int8_matmul {m} x {n} x {k} to {str(kind).removeprefix('torch.')}"
+        runs = {
+            f"{name} {m} x {n} x {k} to {str(kind).removeprefix('torch.')}": partial(op, a, b, *scales, None, kind)
+            for kind in (torch.float32, torch.bfloat16)
+            for name, op in products(arguments.device).items()
+        }
+        runs[f"bfloat16 matmul {m} x {n} x {k}"] = partial(torch.matmul, a.bfloat16(), b.bfloat16().t())
+        for label, run in runs.items():
+            time = _median(run, arguments)
             rows.append([label, f"{1e3 * time:.3f}", f"{2 * m * n * k / time / 1e12:.3g} TOP/s", "-"])
     report.table(["kernel", "ms", "speed", "of a copy's bandwidth"], rows)
+
+
+def products(device: str) -> dict[str, Callable[..., Tensor]]:
+    """The int8 product as it is chosen, and on a GPU both engines that it is chosen from."""
+    if device == "cpu":
+        return {"int8_matmul": kernels.int8_matmul}
+    from lowbit_lightning.kernels.cuda.int8_product import cublaslt_product, fused_product
+
+    return {"int8_matmul": kernels.int8_matmul, "- fused": fused_product, "- cuBLASLt": cublaslt_product}
 
 
 def _median(run: Callable[[], object], arguments: argparse.Namespace) -> float:

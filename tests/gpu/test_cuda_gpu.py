@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import StepArguments, formats, reference, rules
-from lowbit_lightning.kernels.cuda import table
+from lowbit_lightning.kernels.cuda import int8_product, table
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +104,25 @@ def test_int8(dtype: torch.dtype) -> None:
                 out += [qa, sa, qb, sb, *kernels.quantize_colwise(a.to(place))]
                 out += [kernels.int8_matmul(qa, qb, sa, sb, bias.to(place), dtype)]
         assert_same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("engine", [int8_product.fused_product, int8_product.cublaslt_product])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_int8_products(engine: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Ragged shapes, both widths of tiles, and more blocks than run at a time."""
+    for m, n, k in ((1, 1, 1), (5, 3, 7), (129, 257, 65), (130, 72, 4000), (20, 24, 0), (2050, 4100, 208)):
+        a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
+        arguments = a, b, torch.rand(m), torch.rand(n), torch.randn(n).to(dtype)
+        ours = engine(*(t.to(GPU) for t in arguments), dtype)
+        assert_same_bits([ours], [reference.int8_matmul(*arguments, dtype)])
+
+
+@pytest.mark.parametrize("engine", [int8_product.fused_product, int8_product.cublaslt_product])
+def test_the_longest_int8_sum(engine: Callable[..., Tensor]) -> None:
+    for value, k in ((127, kernels.LONGEST_INT8_SUM), (-128, 131071)):
+        q, ones = torch.full((20, k), value, dtype=torch.int8, device=GPU), torch.ones(20, device=GPU)
+        expected = torch.full((20, 20), float(k * value**2))
+        assert_same_bits([engine(q, q, ones, ones, None, F32)], [expected])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
