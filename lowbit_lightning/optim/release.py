@@ -79,7 +79,10 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
         p.grad = None
 
     def forget(*_: Any) -> None:
+        any_released = bool(released)
         released.clear()
+        if any_released:
+            _check_step(optimizer)
 
     handles = [p.register_post_accumulate_grad_hook(update) for p in places if p.requires_grad]
     return ReleasedGradients([*handles, optimizer.register_step_pre_hook(forget)])
@@ -100,6 +103,18 @@ def _check_trainer(trainer: Any) -> None:
         raise ValueError(
             "a GradScaler unscales all gradients before the step: it cannot go with their release; use bf16"
         )
+
+
+def _check_step(optimizer: LowBitOptimizer) -> None:
+    for name, given in (
+        ("GradScaler", getattr(optimizer, "grad_scale", None)),
+        ("clip_next_step", optimizer._max_norm),
+    ):
+        if given is not None:
+            raise RuntimeError(
+                f"gradients were released during backward, so that a {name} comes too late for them: parameters have "
+                "been updated already; use bf16 and no clipping, or do not release"
+            )
 
 
 def _check_ranks(optimizer: LowBitOptimizer) -> None:
