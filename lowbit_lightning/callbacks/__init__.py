@@ -1,8 +1,10 @@
-"""What a run should show and keep: exact resumption.
+"""What a run should show and keep: exact resumption, and the error of low-bit arithmetic.
 
-``resume``: ``DeterministicResume``.
+``resume``: ``DeterministicResume``. ``monitor``: ``LowBitMonitor``; ``quantization`` has its metrics, ``picture`` its
+picture.
 """
 
+from lowbit_lightning.callbacks.monitor import LowBitMonitor
 from lowbit_lightning.callbacks.resume import DeterministicResume
 
-__all__ = ["DeterministicResume"]
+__all__ = ["DeterministicResume", "LowBitMonitor"]

@@ -1,0 +1,391 @@
+"""``LowBitMonitor``: what rounding to 8 bits costs in each layer, now and then, and a guard against outliers.
+
+How it works
+    Every ``every_n_steps`` optimizer steps, for that one step (all its accumulated batches), each ``Int8Linear`` gets
+    hooks that quantise the operands of its products once more and compare. On all other steps nothing is installed
+    and nothing runs. The hooks draw no random numbers and change nothing: the losses of a run are equal to the bit
+    with and without the callback. ``quantization`` defines what is measured and why it is so defined.
+
+    Logged, to every logger of the Trainer and to ``trainer.callback_metrics`` (so that EarlyStopping and
+    ModelCheckpoint can watch them), for each product (forward, grad_input, grad_weight)::
+
+        int8/forward/snr_min, snr_median              dB, over the layers
+        int8/forward/saturation_max, underflow_max,   shares, of the worst layer
+        int8/forward/nonfinite_max, overflow_max
+        int8/forward/snr/NAME                         with per_layer=True
+        int8/optimizer/STATE/zero, smallest, largest  how 8-bit optimizer states use their codes
+
+Interactions
+    - Gradient accumulation and ranks: means over both (the largest, for overflow); all ranks see equal values.
+    - ``kernels.calls()`` counts the quantisers that a sample runs; int8 products are not touched.
+    - Activation checkpointing: a layer's input is measured twice, with the same result.
+    - Checkpoints hold which products have fallen back. What was measured before a resume is not in the picture.
+
+Limitations
+    - Hooks can't see into ``torch.compile``: layers inside it are named in a warning and not measured. The first
+      sample may cost one more compilation.
+    - Gradients that are rounded at random are measured as if rounded to nearest: their noise is 3 dB higher.
+    - A sample costs about as much as the step's own quantising, in plain torch, and two float32 copies of 4 M
+      elements of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lowbit_lightning import kernels
+from lowbit_lightning.callbacks import picture as pictures
+from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, Slot, StateCodes, measure
+from lowbit_lightning.layers import Int8Linear
+from lowbit_lightning.optim import LowBitOptimizer
+from lowbit_lightning.state import blocks, shards
+
+FILE = "int8_snr.png"
+VERSION = 1
+
+
+class LowBitMonitor(Callback):
+    """Measures the error of int8 products and the use of 8-bit optimizer states, logs it, and guards against outliers.
+
+    Args:
+        every_n_steps: optimizer steps from one sample to the next; the first step is sampled.
+        minimum_snr: products below this signal-to-noise ratio, in dB, are reported by name (normally distributed
+            data has 35 to 40; at 20 the noise is a tenth of the signal). None: no guard.
+        patience: how many samples in a row a product must be below it.
+        fallback: True runs such a product in high precision from the next step on, for good; checkpoints keep that.
+        per_layer: log the ratio of every layer too.
+        picture: write ``int8_snr.png`` to the logger's folder (``default_root_dir`` without one) when training ends.
+
+    ``metrics``: the last sample, by the names it was logged under. ``fallen_back``: layer -> its products that run in
+    high precision now. ``str(monitor)``: a few lines about the last sample.
+
+    Raises:
+        ValueError: for a number out of range. ModuleNotFoundError: ``picture=True`` without matplotlib.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        *,
+        minimum_snr: float | None = 20.0,
+        patience: int = 2,
+        fallback: bool = False,
+        per_layer: bool = False,
+        picture: bool = True,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if fallback and minimum_snr is None:
+            raise ValueError("fallback=True needs minimum_snr, the ratio in dB below which a product falls back")
+        if picture:
+            pictures.check_matplotlib()
+        self.every_n_steps, self.minimum_snr, self.patience = every_n_steps, minimum_snr, patience
+        self.fallback, self.per_layer, self.picture = fallback, per_layer, picture
+        self.metrics: dict[str, Tensor] = {}
+        self.fallen_back: dict[str, list[str]] = {}
+        self._below: dict[str, dict[str, int]] = {}  # layer -> product -> samples in a row
+        self._history: list[tuple[int, np.ndarray]] = []
+        self._layers: dict[str, Int8Linear] = {}
+        self._sample: _Sample | None = None
+        self._next = self._sampled_step = 0
+        self._unseen_reported = False
+        self._folder: str | None = None
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Linear)}
+        if not self._layers:
+            rank_zero_warn("LowBitMonitor finds no Int8Linear in the model (is precision='int8-mixed' set?)")
+        self._history, self._unseen_reported = [], False
+        self._next = -(-trainer.global_step // self.every_n_steps) * self.every_n_steps
+        self._folder = trainer.log_dir if self.picture else None  # asks the other ranks: not at the end, when one fails
+        self._apply(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self._sample is None and trainer.global_step >= self._next:
+            self._sample = _Sample(self._layers, lambda: trainer.training)
+            self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
+            self._sampled_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self._sample is None or trainer.global_step == self._sampled_step:
+            return  # no sample, or more batches to accumulate
+        sample, self._sample = self._sample, None
+        sample.remove()
+        self.metrics = {**self._products(trainer, sample), **_optimizer_states(trainer)}
+        trainer.callback_metrics.update({k: v for k, v in self.metrics.items() if "/snr/" not in k})
+        values = {name: value.item() for name, value in self.metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._finish(trainer)
+
+    def _finish(self, trainer: L.Trainer) -> None:
+        if self._sample is not None:
+            self._sample.remove()
+            self._sample = None
+        if not self._history:
+            return
+        rank_zero_info(str(self))
+        if self._folder is not None and trainer.is_global_zero:
+            steps, snr = zip(*self._history, strict=True)
+            path = Path(self._folder, FILE)
+            try:
+                pictures.draw(path, steps, list(self._layers), PRODUCTS, np.stack(snr), self.minimum_snr)
+            except OSError as error:
+                rank_zero_warn(f"LowBitMonitor could not write {path}: {error}")
+
+    # -- a sample ----------------------------------------------------------------------------------------------------
+
+    def _products(self, trainer: L.Trainer, sample: _Sample) -> dict[str, Tensor]:
+        if not self._layers:
+            return {}
+        error = QuantizationError(len(self._layers)).to(trainer.strategy.root_device)
+        error.update(*sample.result())  # on every rank, also where nothing was seen: ranks compute together
+        measured = {name: values.cpu() for name, values in error.compute().items()}
+        self._history.append((trainer.global_step, measured["snr"].numpy()))
+        self._report_unseen(measured["operands"])
+        self._guard(measured["snr"])
+        return self._named(measured)
+
+    def _named(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for i, product in enumerate(PRODUCTS):
+            snr = measured["snr"][:, i]
+            seen = ~snr.isnan()
+            if not seen.any():
+                continue
+            named[f"int8/{product}/snr_min"] = snr[seen].min()
+            named[f"int8/{product}/snr_median"] = snr.nanmedian()
+            for name in (*SHARES, "overflow"):
+                named[f"int8/{product}/{name}_max"] = measured[name][:, i][seen].max()
+            if self.per_layer:
+                named |= {f"int8/{product}/snr/{n}": v for n, v in zip(self._layers, snr, strict=True) if not v.isnan()}
+        return named
+
+    def _report_unseen(self, operands: Tensor) -> None:
+        """Name, once, the layers that no hook has seen."""
+        hidden = operands.isnan().flatten(1).all(1).tolist()
+        expected = [str(layer.products) != "nothing" for layer in self._layers.values()]
+        unseen = [n for n, h, e in zip(self._layers, hidden, expected, strict=True) if h and e]
+        if unseen and not self._unseen_reported:
+            self._unseen_reported = True
+            rank_zero_warn(
+                f"LowBitMonitor could not measure {len(unseen)} of {len(self._layers)} int8 layers. Either the step "
+                "didn't run them, or they are inside torch.compile, which hooks can't see into (monitor a run without "
+                f"compiling): {', '.join(unseen)}"
+            )
+
+    def __str__(self) -> str:
+        if not self._history:
+            return "LowBitMonitor: no sample yet"
+        step, snr = self._history[-1]
+        lines = [f"LowBitMonitor: int8 products, signal to noise in dB at step {step}"]
+        names = list(self._layers)
+        for i, product in enumerate(PRODUCTS):
+            values = snr[:, i]
+            if not np.isnan(values).all():
+                worst = int(np.nanargmin(values))
+                lines.append(
+                    f"  {product}: median {np.nanmedian(values):.1f}, lowest {values[worst]:.1f} ({names[worst]})"
+                )
+        if self.fallen_back:
+            lines.append(f"  in high precision since they fell below {self.minimum_snr}: {_listed(self.fallen_back)}")
+        return "\n".join(lines)
+
+    # -- the guard ---------------------------------------------------------------------------------------------------
+
+    def _guard(self, snr: Tensor) -> None:
+        """Count samples below ``minimum_snr``; report, and let fall back, what has been there ``patience`` times."""
+        if self.minimum_snr is None:
+            return
+        suffering: dict[str, list[str]] = {}
+        shown = []
+        for name, values in zip(self._layers, snr.tolist(), strict=True):
+            counts = self._below.setdefault(name, {})
+            for product, value in zip(PRODUCTS, values, strict=True):
+                counts[product] = counts.get(product, 0) + 1 if value < self.minimum_snr else 0
+                if counts[product] == self.patience:
+                    suffering.setdefault(name, []).append(product)
+                    shown.append(f"{name} ({product}, {value:.1f} dB)")
+        if not suffering:
+            return
+        what = (
+            f"LowBitMonitor: signal-to-noise ratio below minimum_snr={self.minimum_snr:g} dB in {self.patience} "
+            f"samples in a row: {', '.join(shown)}. "
+        )
+        if not self.fallback:
+            rank_zero_warn(
+                f"{what}Outliers make the rest coarse. Leave these layers out (Int8MixedPrecision(exclude=[...])), run "
+                "one product in high precision (grad_weight='high'), or let them fall back (fallback=True)"
+            )
+            return
+        rank_zero_warn(f"{what}They run in high precision from the next step on, and in runs resumed from here")
+        for name, products in suffering.items():
+            self.fallen_back.setdefault(name, []).extend(products)
+            _to_high(self._layers[name], products)
+
+    def _apply(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let fall back again what has: after a resume, or after ``convert_module``, which sets all layers anew."""
+        if not self.fallen_back:
+            return
+        modules = dict(pl_module.named_modules())
+        for name, products in self.fallen_back.items():
+            layer = modules.get(name)
+            if isinstance(layer, Int8Linear):
+                _to_high(layer, products)
+
+    on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _apply
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        below = {n: dict(counts) for n, counts in self._below.items()}
+        return {"version": VERSION, "fallen_back": {n: list(p) for n, p in self.fallen_back.items()}, "below": below}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != VERSION:
+            raise ValueError(
+                f"LowBitMonitor knows version {VERSION} of its state, not {state_dict.get('version')!r}: update "
+                "lowbit_lightning"
+            )
+        self.fallen_back = {name: list(products) for name, products in state_dict["fallen_back"].items()}
+        self._below = {name: dict(counts) for name, counts in state_dict["below"].items()}
+
+
+# -- hooks -----------------------------------------------------------------------------------------------------------
+
+
+class _Sample:
+    """Hooks on the layers, and what they have measured, for the time of one optimizer step."""
+
+    def __init__(self, layers: dict[str, Int8Linear], training: Callable[[], bool]) -> None:
+        self._training = training  # False while a validation interrupts the step
+        self._measured: list[tuple[Slot, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        for i, layer in enumerate(layers.values()):
+            # The weight is read before the layer runs: behind it a sharded one may be in pieces again.
+            self._handles.append(layer.register_forward_pre_hook(partial(self._before, i), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(partial(self._after, i), with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def result(self) -> tuple[list[Slot], Tensor]:
+        """The operands and, ``[n, 5]``, what ``measure`` gave for each."""
+        if not self._measured:
+            return [], torch.zeros(0, 2 + len(SHARES))
+        return [slot for slot, _ in self._measured], torch.stack([values for _, values in self._measured])
+
+    def _off(self) -> bool:
+        return torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._training()
+
+    def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._off():
+            return
+        assert isinstance(layer, Int8Linear)
+        x, weight, products = _input(args, kwargs), layer.weight, layer.products
+        with torch.no_grad():
+            rows = _rows(_as_computed(x))
+            if products.forward == "int8":
+                self._rowwise(Slot(index, 0, 0), rows)
+                self._rowwise(Slot(index, 0, 1), weight.detach())
+            if products.grad_input == "int8" and x.requires_grad:
+                self._colwise(Slot(index, 1, 1), weight.detach(), "columns")
+            if products.grad_weight == "int8" and weight.requires_grad:
+                self._colwise(Slot(index, 2, 1), rows, "rows")
+
+    def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if self._off() or not output.requires_grad:
+            return
+        assert isinstance(layer, Int8Linear)
+        grad_input = layer.products.grad_input == "int8" and _input(args, kwargs).requires_grad
+        grad_weight = layer.products.grad_weight == "int8" and layer.weight.requires_grad
+        output.register_hook(partial(self._backward, index, grad_input, grad_weight))
+
+    def _backward(self, index: int, grad_input: bool, grad_weight: bool, grad: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            rows = _rows(grad)
+            if grad_input:
+                self._rowwise(Slot(index, 1, 0), rows)
+            if grad_weight:
+                self._colwise(Slot(index, 2, 0), rows, "rows")
+
+    def _rowwise(self, slot: Slot, x: Tensor) -> None:
+        if x.numel():
+            self._measured.append((slot, measure(x, *kernels.quantize_rowwise(x), "columns")))
+
+    def _colwise(self, slot: Slot, x: Tensor, features: str) -> None:
+        """``features``: "rows" or "columns" of ``x.T``, the matrix that is quantised."""
+        if x.numel():
+            self._measured.append((slot, measure(x.T, *kernels.quantize_colwise(x), features)))
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["input"]
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """The input in the dtype that the layer computes in."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _to_high(layer: Int8Linear, products: Iterable[str]) -> None:
+    high: dict[str, Any] = dict.fromkeys(products, "high")
+    layer.products = replace(layer.products, **high)
+
+
+def _listed(products: dict[str, list[str]]) -> str:
+    return ", ".join(f"{name} ({', '.join(names)})" for name, names in products.items())
+
+
+# -- optimizer states ------------------------------------------------------------------------------------------------
+
+
+def _optimizer_states(trainer: L.Trainer) -> dict[str, Tensor]:
+    optimizers = [o for o in trainer.optimizers if isinstance(o, LowBitOptimizer)]
+    groups = [(o, group, group["state_format"]["maps"]) for o in optimizers for group in o.param_groups]
+    names = tuple(sorted({name for _, _, maps in groups for name in maps}))  # on every rank the same
+    if not names:
+        return {}
+    metric = StateCodes(names).to(trainer.strategy.root_device)
+    for name in names:  # so that every rank takes part, whatever its shard holds
+        metric.update(name, torch.empty(0, dtype=torch.uint8), "dynamic_signed")
+    for optimizer, group, maps in groups:
+        for entries in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
+            for name in (n for n in maps if blocks.is_coded(entries, n)):
+                metric.update(name, shards.local(entries[blocks.codes_name(name)]), maps[name])
+    shares = metric.compute().cpu()
+    return {
+        f"int8/optimizer/{name}/{kind}": value
+        for name, row in zip(names, shares, strict=True)
+        for kind, value in zip(StateCodes.SHARES, row, strict=True)
+        if not value.isnan()
+    }
