@@ -71,17 +71,23 @@ def data() -> DataLoader:
 
 
 def fit(
-    model: Model, folder: Path, *callbacks: Callback, autocast: Any = "off", ckpt_path: Any = None, **settings: Any
+    model: Model,
+    folder: Path,
+    *callbacks: Callback,
+    precision: dict[str, Any] | None = None,
+    ckpt_path: Any = None,
+    **settings: Any,
 ) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu",
-        plugins=[Int8MixedPrecision(autocast=autocast)],
+        plugins=[Int8MixedPrecision(**{"autocast": "off", **(precision or {})})],
         callbacks=list(callbacks),
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         **{"logger": False, "enable_checkpointing": False, "max_steps": BATCHES, "log_every_n_steps": 1, **settings},
     )
+    torch.manual_seed(2)  # for gradients that are rounded at random
     trainer.fit(model, data(), ckpt_path=ckpt_path)
     return trainer
 
@@ -167,6 +173,16 @@ def test_a_mean_over_accumulated_batches(tmp_path: Path) -> None:
     )  # decibels add up, but not quite
 
 
+def test_gradients_rounded_at_random_have_twice_the_noise(tmp_path: Path) -> None:
+    nearest, random = quiet(), quiet()
+    for monitor, rounding in ((nearest, "nearest"), (random, "stochastic")):
+        fit(Model(), tmp_path, monitor, precision={"gradient_rounding": rounding, "grad_weight": "high"}, max_steps=1)
+    # dy loses 3 dB, the weight nothing: together a little less
+    difference = [monitor.metrics["int8/grad_input/snr_min"].item() for monitor in (nearest, random)]
+    assert 1.5 < difference[0] - difference[1] < 3.1
+    assert nearest.metrics["int8/forward/snr_min"] == random.metrics["int8/forward/snr_min"]
+
+
 def test_eight_bit_states(tmp_path: Path) -> None:
     monitor = quiet()
     trainer = fit(Model(), tmp_path, monitor)
@@ -195,7 +211,15 @@ def recomputed(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("run", [None, reentrant, recomputed])
-@pytest.mark.parametrize("settings", [{}, {"autocast": "bf16"}, {"accumulate_grad_batches": 2, "max_steps": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": {"autocast": "bf16"}},
+        {"precision": {"gradient_rounding": "stochastic"}},
+        {"accumulate_grad_batches": 2, "max_steps": 3},
+    ],
+)
 def test_losses_are_equal_to_the_bit(tmp_path: Path, settings: dict[str, Any], run: Any) -> None:
     plain, watched, monitor = Model(run=run), Model(run=run), quiet(2)
     with warnings.catch_warnings():
@@ -245,7 +269,10 @@ def test_validation_inside_a_sample_is_not_measured(tmp_path: Path) -> None:
 
 def test_a_planted_outlier_is_named(tmp_path: Path) -> None:
     model, monitor = Model(spike=100), LowBitMonitor(1, picture=False)
-    with pytest.warns(UserWarning, match=r"in 2 samples in a row: down \(forward, 1[0-9]\.\d dB\)\. .*exclude") as seen:
+    advice = r"Int8MixedPrecision\(overrides={'down': {'forward': 'high'}}\)"
+    with pytest.warns(
+        UserWarning, match=rf"in 2 samples in a row: down \(forward, 1[0-9]\.\d dB\)\. .*{advice}"
+    ) as seen:
         fit(model, tmp_path, monitor)
     assert ours(seen) == 1  # once, though it suffers to the end
     assert model.down.products == Products()

@@ -24,7 +24,6 @@ Interactions
 Limitations
     - Hooks can't see into ``torch.compile``: layers inside it are named in a warning and not measured. The first
       sample may cost one more compilation.
-    - Gradients that are rounded at random are measured as if rounded to nearest: their noise is 3 dB higher.
     - A sample costs about as much as the step's own quantising, in plain torch, and two float32 copies of 4 M
       elements of memory.
 """
@@ -184,7 +183,7 @@ class LowBitMonitor(Callback):
     def _report_unseen(self, operands: Tensor) -> None:
         """Name, once, the layers that no hook has seen."""
         hidden = operands.isnan().flatten(1).all(1).tolist()
-        expected = [str(layer.products) != "nothing" for layer in self._layers.values()]
+        expected = [bool(layer.products.int8) for layer in self._layers.values()]
         unseen = [n for n, h, e in zip(self._layers, hidden, expected, strict=True) if h and e]
         if unseen and not self._unseen_reported:
             self._unseen_reported = True
@@ -233,9 +232,10 @@ class LowBitMonitor(Callback):
             f"samples in a row: {', '.join(shown)}. "
         )
         if not self.fallback:
+            overrides = {name: dict.fromkeys(products, "high") for name, products in suffering.items()}
             rank_zero_warn(
-                f"{what}Outliers make the rest coarse. Leave these layers out (Int8MixedPrecision(exclude=[...])), run "
-                "one product in high precision (grad_weight='high'), or let them fall back (fallback=True)"
+                f"{what}Outliers make the rest coarse. Run these products in high precision, "
+                f"Int8MixedPrecision(overrides={overrides}), leave the layers out (exclude=), or say fallback=True here"
             )
             return
         rank_zero_warn(f"{what}They run in high precision from the next step on, and in runs resumed from here")
@@ -320,26 +320,27 @@ class _Sample:
         assert isinstance(layer, Int8Linear)
         grad_input = layer.products.grad_input == "int8" and _input(args, kwargs).requires_grad
         grad_weight = layer.products.grad_weight == "int8" and layer.weight.requires_grad
-        output.register_hook(partial(self._backward, index, grad_input, grad_weight))
+        seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
+        output.register_hook(partial(self._backward, index, grad_input, grad_weight, seed))
 
-    def _backward(self, index: int, grad_input: bool, grad_weight: bool, grad: Tensor) -> None:
+    def _backward(self, index: int, grad_input: bool, grad_weight: bool, seed: int | None, grad: Tensor) -> None:
         if torch.compiler.is_compiling():
             return
         with torch.no_grad():
             rows = _rows(grad)
             if grad_input:
-                self._rowwise(Slot(index, 1, 0), rows)
+                self._rowwise(Slot(index, 1, 0), rows, seed)
             if grad_weight:
-                self._colwise(Slot(index, 2, 0), rows, "rows")
+                self._colwise(Slot(index, 2, 0), rows, "rows", seed)
 
-    def _rowwise(self, slot: Slot, x: Tensor) -> None:
+    def _rowwise(self, slot: Slot, x: Tensor, seed: int | None = None) -> None:
         if x.numel():
-            self._measured.append((slot, measure(x, *kernels.quantize_rowwise(x), "columns")))
+            self._measured.append((slot, measure(x, *kernels.quantize_rowwise(x, seed), "columns")))
 
-    def _colwise(self, slot: Slot, x: Tensor, features: str) -> None:
+    def _colwise(self, slot: Slot, x: Tensor, features: str, seed: int | None = None) -> None:
         """``features``: "rows" or "columns" of ``x.T``, the matrix that is quantised."""
         if x.numel():
-            self._measured.append((slot, measure(x.T, *kernels.quantize_colwise(x), features)))
+            self._measured.append((slot, measure(x.T, *kernels.quantize_colwise(x, seed), features)))
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:
