@@ -239,7 +239,7 @@ def test_nothing_keeps_a_converted_optimizer_alive() -> None:
 
 
 def test_a_grad_scaler_after_a_fused_optimizer() -> None:
-    """torch's fused optimizers unscale in their step, and a GradScaler leaves it to them: ours must not be left to."""
+    """Both unscale in their step, ours without writing the gradients."""
     run, torchs = Run("AdamW", fused=True), Run("AdamW")
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0, growth_interval=1000)
     run.optimizer.zero_grad()

@@ -351,6 +351,10 @@ def test_pytorch_lightning_is_refused_by_name() -> None:
             pl.Trainer(**settings, precision="int7")
         except ValueError as error:
             assert "is invalid" in str(error)
+        import lowbit_lightning, torch
+        from pytorch_lightning.plugins.precision import amp  # where our optimizers are clipped as any other
+        assert not amp._optimizer_handles_unscaling(lowbit_lightning.optim.SGD([torch.zeros(3)]))
+        assert amp._optimizer_handles_unscaling(torch.optim.AdamW([torch.zeros(3)], fused=True))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
