@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -71,8 +70,6 @@ class Int8Mixed:
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Swap the layers in place (again: Lightning calls this for every fit, validate, test and predict)."""
-        # ModelSummary doesn't know the string, says so, and assumes 32 bits: which is what the parameters have.
-        warnings.filterwarnings("ignore", message=f"Precision {NAME} is not supported by the model summary")
         report = self._swap(module)
         if report != self.report:
             rank_zero_info(str(report))

@@ -21,6 +21,7 @@ import lightning
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
+from lowbit_lightning.precision.accounting import tell_the_truth
 from lowbit_lightning.precision.in_step import leave_clipping_possible, put_in_step
 from lowbit_lightning.precision.int8 import NAME, FabricInt8MixedPrecision, Int8Mixed, Int8MixedPrecision
 
@@ -40,6 +41,7 @@ def register() -> None:
         _wrap(_AcceleratorConnector, Int8MixedPrecision, "precision_plugin")
         _wrap(_Connector, FabricInt8MixedPrecision, "precision")
     leave_clipping_possible()
+    tell_the_truth()
     _watch_pytorch_lightning()
 
 

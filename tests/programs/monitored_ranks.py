@@ -33,6 +33,7 @@ class Model(L.LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             convert.swap_linears(self)  # first: a layer that fully_shard has changed is no plain nn.Linear
             for layer in (*self.net, self):
+                assert self.device_mesh is not None
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""What Lightning's ``ModelSummary`` and ``ThroughputMonitor``, and torch's FLOP counter, say about "int8-mixed".
+
+They know Lightning's own precisions by name and by class, and take others for float32; and an op of ours counts
+nothing. So:
+
+- ``ModelSummary``: the size in MB is that of the parameters in their own dtypes.
+- ``ThroughputMonitor`` (the Trainer's and Fabric's): utilisation is relative to the int8 peak that Lightning's table
+  has for the GPU. Where it has none, and on the CPU, there is no utilisation. What doesn't run in int8 (attention,
+  say) is measured by that peak too: it is what the hardware could do.
+- ``measure_flops``, the FLOPs of a summary: an int8 product counts like the matmul it replaces, 2 M N K.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils import flop_counter
+
+from lowbit_lightning.precision.int8 import NAME, Int8Mixed
+
+
+def tell_the_truth() -> None:
+    """Teach them about our plugins and ops; idempotent."""
+    from lightning.fabric.utilities import throughput
+    from lightning.pytorch.callbacks import throughput_monitor
+    from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
+
+    for module in (throughput, throughput_monitor):
+        _wrap_compute_dtype(module)
+    _wrap_summary(ModelSummary)
+    ops = torch.ops.lowbit_lightning
+    for op, formula in ((ops.int8_linear, _forward), (ops.int8_linear_backward, _backward)):
+        if op not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(op)(formula)
+
+
+def _wrap_compute_dtype(module: ModuleType) -> None:
+    original = getattr(module, "_plugin_to_compute_dtype", None)
+    if original is None or hasattr(original, "_lowbit_lightning"):
+        return  # another Lightning
+
+    @functools.wraps(original)
+    def compute_dtype(plugin: Any) -> torch.dtype:
+        return torch.int8 if isinstance(plugin, Int8Mixed) else original(plugin)
+
+    compute_dtype._lowbit_lightning = True  # type: ignore[attr-defined]
+    module._plugin_to_compute_dtype = compute_dtype  # type: ignore[attr-defined]
+
+
+def _wrap_summary(summary: Any) -> None:
+    original = summary.__init__
+    if hasattr(original, "_lowbit_lightning"):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        trainer = getattr(model, "_trainer", None)
+        if trainer is None or not isinstance(trainer.precision_plugin, Int8Mixed):
+            original(self, model, *args, **kwargs)
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f"Precision {NAME} is not supported by the model summary")
+            original(self, model, *args, **kwargs)
+        self._precision_megabytes = _bytes_per_parameter(model) * 1e-6
+
+    __init__._lowbit_lightning = True  # type: ignore[attr-defined]
+    summary.__init__ = __init__
+
+
+def _bytes_per_parameter(module: nn.Module) -> float:
+    parameters = [p for p in module.parameters() if not is_lazy(p)]
+    count = sum(p.numel() for p in parameters)
+    return sum(p.numel() * p.element_size() for p in parameters) / max(1, count)
+
+
+# -- operations, as torch counts them: from the shapes of an op's arguments ------------------------------------------
+
+Shape = torch.Size
+
+
+def _forward(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+def _backward(dy: Shape, weight: Shape | None, x: Shape | None, xq: Shape | None, *_: Any, **__: Any) -> int:
+    products = dy[0] * dy[1] * (weight[1] if weight is not None else 0)
+    if x is not None or xq is not None:
+        products += dy[0] * dy[1] * (x[1] if x is not None else xq[0])  # type: ignore[index]
+    return 2 * products
