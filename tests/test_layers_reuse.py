@@ -129,7 +129,7 @@ def scheduled(parameters: Any) -> torch.optim.Optimizer:
 class Foreign(torch.optim.Optimizer):
     """As many third-party optimizers are written."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 p.data.add_(p.grad.data, alpha=-0.1)
@@ -497,7 +497,7 @@ def test_copies_carry_no_forms() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, when it is first imported
 def test_compiled(backend: str) -> None:
     one, two = twins()
-    runs = [torch.compile(model, backend=backend, fullgraph=True) for model in (one, two)]
+    runs: list[Any] = [torch.compile(model, backend=backend, fullgraph=True) for model in (one, two)]
     optimizers = stepped(one), stepped(two)
     for _ in range(3):
         assert window(runs[0]) == 2 * LAYERS

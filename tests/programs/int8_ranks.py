@@ -1,0 +1,147 @@
+"""Int8 layers on two gloo ranks: DDP, and FSDP2 with and without resharding after the forward, train the weights of
+one process that splits its batches the same way. Exits with 0 where they are equal, and the products were in int8.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from lowbit_lightning import convert, kernels
+from lowbit_lightning.layers import weights
+
+RANKS, STEPS, MICRO_BATCHES, BLOCKS, WIDTH = 2, 3, 2, 2, 64
+LINEARS = 2 * BLOCKS
+
+
+class Block(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def model(checkpointed: bool = False) -> nn.Sequential:
+    """Every int8 layer lies behind a norm, so that its input needs a gradient."""
+    torch.manual_seed(0)
+    built = nn.Sequential(*(Block(checkpointed) for _ in range(BLOCKS)), nn.Linear(WIDTH, 8))
+    convert.swap_linears(built)
+    return built
+
+
+def batch(step: int, micro: int, rank: int) -> Tensor:
+    return torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(100 * step + 10 * micro + rank))
+
+
+def loss(trained: nn.Module, x: Tensor) -> Tensor:
+    return trained(x).square().mean()
+
+
+def ranks(trained: Any, sync: Callable[[bool], Any]) -> dict[str, int]:
+    """Train on this rank's micro-batches; gradients are averaged over the ranks after the last of a step."""
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    kernels.reset_calls()
+    for step in range(STEPS):
+        for micro in range(MICRO_BATCHES):
+            sync(micro == MICRO_BATCHES - 1)
+            loss(trained, batch(step, micro, dist.get_rank())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {op: count for (op, _), count in kernels.calls().items()}
+
+
+def alone() -> nn.Module:
+    """The same in one process: each rank's gradients are summed on their own, then averaged."""
+    trained = model()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        sums = []
+        for rank in range(RANKS):
+            trained.zero_grad()
+            for micro in range(MICRO_BATCHES):
+                loss(trained, batch(step, micro, rank)).backward()
+            sums.append([p.grad for p in trained.parameters()])
+        for p, *gradients in zip(trained.parameters(), *sums, strict=True):
+            p.grad = sum(g / RANKS for g in gradients)  # type: ignore[assignment, misc]
+        optimizer.step()
+    return trained
+
+
+def replicated() -> tuple[nn.Module, dict[str, int]]:
+    trained = model()
+    wrapped = DistributedDataParallel(trained)
+    return trained, ranks(wrapped, lambda last: setattr(wrapped, "require_backward_grad_sync", last))
+
+
+def sharded(reshard: bool, checkpointed: bool = False) -> tuple[nn.Module, dict[str, int]]:
+    trained: Any = model(checkpointed)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in (*trained, trained):
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    calls = ranks(trained, trained.set_requires_gradient_sync)
+    assert len(weights._store) == 0, "FSDP's unsharded weights must not be kept"
+    return trained, calls
+
+
+def full(trained: nn.Module) -> Iterator[Tensor]:
+    for p in trained.parameters():
+        yield p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def check(name: str, result: tuple[nn.Module, dict[str, int]], expected: nn.Module, calls: dict[str, int]) -> None:
+    trained, counted = result
+    assert counted == calls, f"{name}: called {counted}, should call {calls}"
+    for (parameter, a), b in zip(expected.named_parameters(), full(trained), strict=True):
+        # torch 2.7 and 2.8 round the mean over ranks otherwise.
+        same = torch.equal(a, b) if torch.__version__ >= "2.13" else torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert same, f"{name}: {parameter} differs by {(a - b).abs().max()}"
+
+
+def rank(number: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=number, world_size=RANKS, timeout=timedelta(seconds=60))
+    expected = alone()
+    passes = STEPS * MICRO_BATCHES * LINEARS
+    both = {"int8_matmul": 3 * passes, "quantize_both": 2 * passes}  # x in the forward, dy in the backward
+    # DDP: a weight's two forms are made in each pass of the first step, once in each of the others.
+    first = MICRO_BATCHES * LINEARS
+    reused = {
+        "int8_matmul": 3 * passes,
+        "quantize_both": 2 * passes + (STEPS - 1) * LINEARS,
+        "quantize_rowwise": first,
+        "quantize_colwise": first,
+    }
+    check("DDP", replicated(), expected, reused)
+    each_time = {**both, "quantize_rowwise": passes, "quantize_colwise": passes}
+    check("FSDP2", sharded(reshard=True), expected, each_time)
+    check("FSDP2 without resharding", sharded(reshard=False), expected, each_time)
+    again = {"int8_matmul": 4 * passes, "quantize_both": 3 * passes, "quantize_rowwise": 2 * passes}
+    check("FSDP2, checkpointed", sharded(True, checkpointed=True), expected, {**again, "quantize_colwise": passes})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    mp.start_processes(rank, (int(sys.argv[1]),), nprocs=RANKS, start_method="fork")
