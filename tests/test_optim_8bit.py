@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import one_thread, parameters, spread, step, twins
+from optimizers import one_thread, parameters, spread, step, twins, values
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -262,3 +262,22 @@ def test_non_negative_states_use_the_unsigned_map() -> None:
     for kind, maps in wanted.items():
         optimizer = getattr(optim, kind)([Parameter(p.detach())])
         assert optimizer.state_dict()["param_groups"][0]["state_format"]["maps"] == maps
+
+
+def test_a_centered_variance_has_a_floor_in_8_bits_alone() -> None:
+    """A small parameter beside a large one keeps 32-bit states, and torch's update. Gradients vary little about 1."""
+    ours = parameters((16, 512), (300,))
+    theirs = twins(ours)
+    options: dict[str, Any] = {"alpha": 0.5, "centered": True, "lr": 1e-3}
+    a, b = optim.RMSprop(ours, **options), torch.optim.RMSprop(theirs, **options)
+    start = values(ours)
+    for _ in range(40):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = 1 + 0.05 * torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    moved = [((p.detach() - x).norm() / (q.detach() - x).norm()) for p, q, x in zip(ours, theirs, start, strict=True)]
+    assert moved[0] < 0.9, "the floor holds nothing here: variances are too large"
+    assert float(moved[1]) == pytest.approx(1.0, abs=1e-3)
+    assert "square_avg" in a.state[ours[1]]

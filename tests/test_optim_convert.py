@@ -74,7 +74,7 @@ class Run:
 def test_the_loss_curve_goes_on(kind: str, options: dict[str, Any], bits: int, before: int) -> None:
     run, torchs = Run(kind, **options), Run(kind, **options)
     assert torch.equal(run.steps(before), torchs.steps(before)) if before else True
-    optim.convert_(run.optimizer, bits=bits)
+    optim.convert_(run.optimizer, bits)
     ours, theirs = run.steps(25), torchs.steps(25)
     if bits == 32:
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
@@ -389,7 +389,7 @@ def test_torchs_adagrad_finds_the_sums_that_ours_has_not_made_yet(bits: int) -> 
 @pytest.mark.parametrize("before", [0, 3])
 def test_torch_goes_on_from_our_state(kind: str, options: dict[str, Any], bits: int, before: int) -> None:
     run = Run(kind, **options)
-    optim.convert_(run.optimizer, bits=bits)
+    optim.convert_(run.optimizer, bits)
     if before:
         run.steps(before)
     saved = copy.deepcopy(run.optimizer.state_dict(bits=32))

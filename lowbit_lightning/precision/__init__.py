@@ -16,7 +16,8 @@ How it works
     registration); once Lightning knows the string itself, it stands down.
 
 Interactions
-    The environment variables ``PL_TRAINER_PRECISION`` and ``LT_PRECISION`` work like the argument. After ``fit`` the
+    Under a Trainer, with whatever precision, the optimizers of ``lowbit_lightning.optim`` unscale, clip and skip in
+    their step (``in_step.py``). The environment variables ``PL_TRAINER_PRECISION`` and ``LT_PRECISION`` work like the argument. After ``fit`` the
     model stays converted; ``convert.restore(model)`` gives plain layers back.
 
 Limitations
