@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 
-.PHONY: train test lint unit cuda-compile slow gpu bench floor wheel clean
+.PHONY: train test lint unit cuda-compile slow gpu bench quality floor wheel clean
 
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -39,6 +39,12 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/int8_linear.py
+
+# What 8 bits cost: every optimizer at 32 and 8 bits on two small models, into docs/benchmarks. It takes long;
+# ARGS=--quick shows that it runs.
+quality: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
+	$(BIN)/python benchmarks/optimizer_quality.py --output docs/benchmarks $(ARGS)
 
 # The oldest torch and Lightning the package claims, in an environment of their own.
 floor: $(FLOOR)/.installed
