@@ -2,12 +2,14 @@
 
     python examples/train_gpt.py                          # under five minutes on two cores
     python examples/train_gpt.py --full                   # a larger model, for a machine with time or a GPU
+    python examples/train_gpt.py --full --steps 12 --validation-batches 1       # speed alone, beside bf16-mixed's
     python examples/train_gpt.py --text book.txt --steps 2000
     python examples/train_gpt.py --config my.yaml --width 512
 
 The text is the Python standard library of the interpreter that runs this, unless ``--text`` names a file or folder.
 Both runs start from the same weights and see the same windows of it in the same order. Run 1 is plain Lightning with
 ``torch.optim.AdamW``; run 2 differs in two lines: ``precision="int8-mixed"`` and ``lowbit_lightning.optim.AdamW``.
+With ``--bf16``, which ``--full`` includes, a run in between differs from run 1 in ``precision="bf16-mixed"``.
 
 Everything lands in ``--out`` (runs/train_gpt): checkpoints, CSV logs, results.json, loss.png. The exit status is 1 if
 the int8 run's validation loss is not within ``tolerance`` of fp32's, or if the number of int8 matmuls that ran is not
@@ -66,6 +68,7 @@ class Settings:
     weight_decay: float = 0.1
     seed: int = 1
     tolerance: float = 0.01  # allowed relative difference of the two validation losses
+    bf16: bool = False  # train in bf16-mixed too
     tensorboard: bool = False  # log for TensorBoard too
     progress: bool = True
 
@@ -246,8 +249,9 @@ class Meter(L.Callback):
     ) -> None:
         self.train_losses.append(float(outputs["loss"]))  # waits for the device
         self.seconds.append(time.perf_counter() - self.started)
-        self.int8_layers = sum(isinstance(m, layers.Int8Linear) for m in module.modules())
-        self.int8_calls += 3 * self.int8_layers  # forward, grad-input, grad-weight; every input here needs a gradient
+        products = [m.products.int8 for m in module.modules() if isinstance(m, layers.Int8Linear)]
+        self.int8_layers = len(products)
+        self.int8_calls += sum(map(len, products))  # three of each layer by default; every input here needs a gradient
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
@@ -264,8 +268,9 @@ class Meter(L.Callback):
         self.parameter_bytes = sum(p.nbytes for p in module.parameters())
 
 
-def run(name: str, settings: Settings, text: Text, low_bit: bool) -> dict[str, Any]:
-    """Trains once and returns what results.json says of it."""
+def run(name: str, settings: Settings, text: Text, precision: Any, low_bit: bool = False) -> dict[str, Any]:
+    """Trains once and returns what results.json says of it. ``precision``: a name that the Trainer knows, or a
+    precision plugin; ``low_bit``: whether the optimizer keeps its state in 8 bits."""
     L.seed_everything(settings.seed, workers=True, verbose=False)
     meter = Meter()
     csv = CSVLogger(settings.out, name=name)  # in version_0, version_1, ...: nothing is overwritten
@@ -273,7 +278,7 @@ def run(name: str, settings: Settings, text: Text, low_bit: bool) -> dict[str, A
     if settings.tensorboard:
         loggers.append(TensorBoardLogger(settings.out, name=name, version=csv.version))
     trainer = L.Trainer(
-        precision="int8-mixed" if low_bit else "32-true",  # type: ignore[arg-type]
+        **{"precision": precision} if isinstance(precision, str) else {"plugins": precision},
         max_steps=settings.steps,
         val_check_interval=settings.validate_every,
         num_sanity_val_steps=0,
@@ -282,7 +287,7 @@ def run(name: str, settings: Settings, text: Text, low_bit: bool) -> dict[str, A
         log_every_n_steps=10,
         callbacks=[meter, ModelCheckpoint(monitor="val_loss", save_last=True)],
         enable_progress_bar=settings.progress,
-        enable_model_summary=not low_bit,
+        enable_model_summary=name == "fp32",
     )
     kernels.reset_calls()
     trainer.fit(GPT(settings, low_bit), text)
@@ -306,22 +311,24 @@ def run(name: str, settings: Settings, text: Text, low_bit: bool) -> dict[str, A
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Both runs
+# All runs
 
 
-def report(plain: dict[str, Any], low: dict[str, Any]) -> str:
+def report(runs: list[dict[str, Any]]) -> str:
+    plain, low = runs[0], runs[-1]
     rows = [
         ("", lambda r: r["name"]),
         ("validation loss", lambda r: f"{r['val_loss']:.4f}"),
         ("validation perplexity", lambda r: f"{r['val_perplexity']:.3f}"),
         ("tokens per second", lambda r: f"{r['tokens_per_second']:,.0f}"),
+        ("  relative", lambda r: f"{r['tokens_per_second'] / plain['tokens_per_second']:.2f}"),
         ("optimizer state, bytes", lambda r: f"{r['optimizer_state_bytes']:,}"),
         ("parameters, bytes", lambda r: f"{r['parameter_bytes']:,}"),
         ("linear layers in int8", lambda r: f"{r['int8_layers']:,}"),
         ("int8 matmuls", lambda r: f"{r['int8_matmuls']:,}"),
         ("int8 matmuls predicted", lambda r: f"{r['int8_matmuls_predicted']:,}"),
     ]
-    lines = [f"{title:<24}{cell(plain):>16}{cell(low):>16}" for title, cell in rows]
+    lines = [f"{title:<24}" + "".join(f"{cell(run_):>16}" for run_ in runs) for title, cell in rows]
     lines += [f"  {name}: {count:,}" for name, count in low["kernels"].items()]
     lines.insert(len(rows), f"kernels that ran in {low['name']}:")
     return "\n".join(lines)
@@ -351,7 +358,7 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5))
-    for run_, colour in zip(runs, ("tab:blue", "tab:orange"), strict=True):
+    for run_, colour in zip(runs, ("tab:blue", "tab:orange", "tab:green"), strict=False):
         axes.plot(run_["train_losses"], color=colour, alpha=0.35, linewidth=1)
         steps, losses, _ = zip(*run_["validations"], strict=True)
         axes.plot(steps, losses, "o-", color=colour, label=f"{run_['name']}: validation {losses[-1]:.4f}")
@@ -400,17 +407,19 @@ def main(arguments: list[str]) -> int:
     print(f"{len(text.train):,} bytes to train on, {len(text.validation):,} to validate on; {settings}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     try:
-        plain = run("fp32", settings, text, low_bit=False)
-        low = run("int8-mixed", settings, text, low_bit=True)
+        runs = [run("fp32", settings, text, "32-true")]
+        if settings.bf16:
+            runs.append(run("bf16-mixed", settings, text, "bf16-mixed"))
+        runs.append(run("int8-mixed", settings, text, "int8-mixed", low_bit=True))
     except SIGTERMException:  # by itself it would end the program with status 0
         print("stopped by SIGTERM", file=sys.stderr)
         return 143
 
-    results = {"settings": dataclasses.asdict(settings), "torch": torch.__version__, "runs": [plain, low]}
+    results = {"settings": dataclasses.asdict(settings), "torch": torch.__version__, "runs": runs}
     (Path(settings.out) / "results.json").write_text(json.dumps(results, indent=1))
-    draw(Path(settings.out) / "loss.png", [plain, low])
-    print(f"\n{report(plain, low)}\n\nin {settings.out}: results.json, loss.png, logs and checkpoints")
-    failures = complaints(plain, low, settings.tolerance)
+    draw(Path(settings.out) / "loss.png", runs)
+    print(f"\n{report(runs)}\n\nin {settings.out}: results.json, loss.png, logs and checkpoints")
+    failures = complaints(runs[0], runs[-1], settings.tolerance)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -37,6 +37,7 @@ def test_yaml_file_lists_every_default() -> None:
 def test_full_is_larger_and_known() -> None:
     full, default = train_gpt.parse(["--full"]), train_gpt.Settings()
     assert full.layers >= 12
+    assert full.bf16
     assert full.width >= 512
     assert full.out != default.out
 
@@ -153,19 +154,20 @@ SMALL = """
 def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
-    status = train_gpt.main([*SMALL.split(), "--text", str(text), "--out", str(tmp_path / "out")])
+    status = train_gpt.main([*SMALL.split(), "--bf16", "--text", str(text), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert "int8 matmuls predicted" in printed.out
 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    plain, low = results["runs"]
-    assert plain["int8_matmuls"] == plain["int8_layers"] == 0
+    plain, half, low = results["runs"]
+    assert [run["name"] for run in (plain, half, low)] == ["fp32", "bf16-mixed", "int8-mixed"]
+    assert plain["int8_matmuls"] == plain["int8_layers"] == half["int8_matmuls"] == half["int8_layers"] == 0
     assert low["int8_layers"] == 8  # two blocks of four; the head stays in high precision
     assert low["int8_matmuls"] == 3 * 8 * 20 + 8 * 2 * 3
     assert low["train_losses"][0] == pytest.approx(plain["train_losses"][0], rel=2e-3), "another start or other data"
     assert low["val_perplexity"] == pytest.approx(2.718281828 ** low["val_loss"], rel=0.02)
-    for run in (plain, low):
+    for run in (plain, half, low):
         assert run["train_losses"][-1] < 0.8 * run["train_losses"][0]
         assert (tmp_path / "out" / run["name"] / "version_0" / "checkpoints" / "last.ckpt").exists()
         assert (tmp_path / "out" / run["name"] / "version_0" / "metrics.csv").exists()
