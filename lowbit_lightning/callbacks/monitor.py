@@ -160,7 +160,7 @@ class LowBitMonitor(Callback):
         error = QuantizationError(len(self._layers)).to(trainer.strategy.root_device)
         error.update(*sample.result())  # on every rank, also where nothing was seen: ranks compute together
         measured = {name: values.cpu() for name, values in error.compute().items()}
-        self._history.append((trainer.global_step, measured["snr"].numpy()))
+        self._history.append((self._sampled_step, measured["snr"].numpy()))
         self._report_unseen(measured["operands"])
         self._guard(measured["snr"])
         return self._named(measured)
@@ -173,7 +173,7 @@ class LowBitMonitor(Callback):
             if not seen.any():
                 continue
             named[f"int8/{product}/snr_min"] = snr[seen].min()
-            named[f"int8/{product}/snr_median"] = snr.nanmedian()
+            named[f"int8/{product}/snr_median"] = snr.nanquantile(0.5)
             for name in (*SHARES, "overflow"):
                 named[f"int8/{product}/{name}_max"] = measured[name][:, i][seen].max()
             if self.per_layer:
