@@ -110,9 +110,11 @@ def sum_over_shards(params: Sequence[Tensor], sums: Tensor) -> Tensor:
     A collective: every rank of a mesh calls it with the same parameters in the same order.
     """
     for group, indices in _groups(params).items():
-        part = sums[indices]
+        runs = [sums[first : last + 1] for first, last in _runs(indices)]  # an index list would wait for the host
+        part = torch.cat(runs)
         dist.all_reduce(part, group=group)
-        sums[indices] = part
+        for run, summed in zip(runs, part.split([len(run) for run in runs]), strict=True):
+            run.copy_(summed)
     return sums
 
 
@@ -132,3 +134,10 @@ def _groups(params: Sequence[Tensor]) -> dict[dist.ProcessGroup, list[int]]:
                 if not isinstance(placement, Replicate):
                     groups.setdefault(p.device_mesh.get_group(mesh_dim), []).append(i)
     return groups
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers."""
+    firsts = [i for i, before in zip(indices, (None, *indices), strict=False) if before is None or i != before + 1]
+    lasts = [i for i, after in zip(indices, (*indices[1:], None), strict=True) if after is None or after != i + 1]
+    return list(zip(firsts, lasts, strict=True))

@@ -61,7 +61,7 @@ def forget() -> None:
 
 def _on_device(words: array, device: torch.device) -> Tensor:
     """The words as an int64 tensor, valid for what is launched on the current stream after this call."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         # Every replay of the graph has to find the table, wherever later steps move it: it gets its own, sent by nodes
         # of the graph into memory of the graph.
         return _send(words, device)
@@ -73,6 +73,10 @@ def _on_device(words: array, device: torch.device) -> Tensor:
             _tables.popitem(last=False)  # the allocator reuses it in the order of its stream: after its last launch
     _tables.move_to_end(key)
     return _tables[key]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _send(words: array, device: torch.device) -> Tensor:
