@@ -8,9 +8,9 @@ relative precision. Decade ``d`` (0 to 6) covers ``10**(d-7)`` to ``10**(d-6)`` 
 for the signed map and ``2**(d+1)`` for the unsigned one, and its codes are the middles of the steps; 0 and 1.0
 complete the map (Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization"). Number the non-negative
 codes by ``f``, with ``f = |code - 127|`` (signed) and ``f = code + 1`` (unsigned): decade ``d`` is exactly ``P <= f
-< 2 P``. So ``floor(log2 f)`` *is* the decade, and inside it the value is linear in ``f``. Encoding and decoding need
-no table of 256 entries: one look-up among nine pairs (slope, offset), one multiplication, one addition. The slopes
-and offsets stand here once; ``reference.py`` and ``src/dynamic_map.h`` use them.
+< 2 P``. So the number of bits of ``f`` tells the decade, and inside it the value is linear in ``f``. Encoding and
+decoding need no table of 256 entries: one look-up among ten pairs (slope, offset), one multiplication, one addition.
+The slopes and offsets stand here once; ``reference.py`` and ``src/dynamic_map.h`` use them.
 
 **The scale carries a sign** where the codebook has no -1: a signed block is divided by its element of largest
 magnitude *with its sign*, so that this element is 1.0 exactly and re-quantising changes nothing.
@@ -73,23 +73,23 @@ def check_block_size(block_size: int) -> None:
 class DynamicMap:
     """The constants of a dynamic map, all float32. ``f`` is the number of a non-negative code (see the module).
 
-    ``decode_slope``, ``decode_offset``: nine lines, ``value = n * slope[k] + offset[k]`` with ``n = f + 0.5`` (signed)
-    or ``n = f`` (unsigned) and ``k = floor(log2 n) - first_exponent``; k = 0 is zero, k = 8 is 1.0, k = d + 1 is
-    decade d. ``thresholds``: between decades d and d + 1, and the one above which a value encodes to 1.0 (decade 7,
-    so to speak). ``encode_slope``, ``encode_offset``, ``encode_limit``: eight lines by decade,
-    ``f = floor(min(x * slope[d] + offset[d], limit[d]))``. ``low``: signed: at most this encodes to zero; unsigned: a
-    positive value is raised to this.
+    ``decode_slope``, ``decode_offset``: ten lines, ``value = f * slope[k] + offset[k]``, k the number of bits of f:
+    zero, the seven decades and 1.0, from k = 0 (signed) or k = 1 (unsigned).
+
+    ``low``: a magnitude x is raised to this. ``thresholds``: ascending; l of them are below x. ``encode_slope``,
+    ``encode_offset``, ``encode_limit``: ``f = floor(min(x * slope[l] + offset[l], limit[l]))``, a line for each
+    decade, one for 1.0, and in the signed map one for zero, with the threshold ``low``. (A positive value of the
+    unsigned map never becomes zero.)
     """
 
     signed: bool
-    first_exponent: int
     decode_slope: np.ndarray
     decode_offset: np.ndarray
+    low: np.float32
     thresholds: np.ndarray
     encode_slope: np.ndarray
     encode_offset: np.ndarray
     encode_limit: np.ndarray
-    low: np.float32
 
     @property
     def zero_code(self) -> int:
@@ -104,20 +104,19 @@ def dynamic_map(name: str) -> DynamicMap:
     steps = 2.0 ** (decade + (0 if signed else 1))  # P
     unit = 10.0 ** (decade - 6.0)  # the upper end of the decade
     slope, offset = 0.9 * unit / steps, unit * (0.1 + 0.9 * (0.5 - steps) / steps)  # value = f * slope + offset
-    if signed:  # in terms of n = f + 0.5
-        offset = offset - slope / 2
     first, last = unit * (0.1 + 0.45 / steps), unit * (1 - 0.45 / steps)  # a decade's smallest and largest code
+    low = first[0] / 2 if signed else first[0]
+    zero = [0.0] if signed else []  # its line
     f32 = np.float32
     return DynamicMap(
         signed=signed,
-        first_exponent=-1 if signed else 0,
-        decode_slope=np.array([0, *slope, 0], f32),
-        decode_offset=np.array([0, *offset, 1], f32),
-        thresholds=((last + np.append(first[1:], 1)) / 2).astype(f32),
-        encode_slope=np.array([*(steps / (0.9 * unit)), 0], f32),
-        encode_offset=np.array([*(steps * 8 / 9), 2 * steps[-1]], f32),
-        encode_limit=np.array([*(2 * steps - 0.5), 2 * steps[-1]], f32),
-        low=f32(first[0] / 2 if signed else first[0]),
+        decode_slope=np.array([0, *slope, 0, 0] if signed else [0, 0, *slope, 0], f32),
+        decode_offset=np.array([0, *offset, 1, 0] if signed else [0, 0, *offset, 1], f32),
+        low=f32(low),
+        thresholds=np.array([*[low for _ in zero], *((last + np.append(first[1:], 1)) / 2)], f32),
+        encode_slope=np.array([*zero, *(steps / (0.9 * unit)), 0], f32),
+        encode_offset=np.array([*zero, *(steps * 8 / 9), 2 * steps[-1]], f32),
+        encode_limit=np.array([*zero, *(2 * steps - 0.5), 2 * steps[-1]], f32),
     )
 
 
@@ -125,9 +124,9 @@ def dynamic_map(name: str) -> DynamicMap:
 def _dynamic_values(name: str) -> np.ndarray:
     constants = dynamic_map(name)
     code = np.arange(256)
-    n = (np.abs(code - 127) + 0.5 if constants.signed else code + 1).astype(np.float32)
-    line = np.frexp(n)[1] - 1 - constants.first_exponent
-    magnitude = n * constants.decode_slope[line] + constants.decode_offset[line]  # two float32 roundings
+    f = (np.abs(code - 127) if constants.signed else code + 1).astype(np.float32)
+    line = np.frexp(f)[1]  # the number of bits
+    magnitude = f * constants.decode_slope[line] + constants.decode_offset[line]  # two float32 roundings
     return np.where(code < constants.zero_code, -magnitude, magnitude).astype(np.float32)
 
 
@@ -194,7 +193,8 @@ def cpp_tables() -> str:
 def _cpp_struct(name: str, constants: DynamicMap) -> str:
     arrays = ("decode_slope", "decode_offset", "thresholds", "encode_slope", "encode_offset", "encode_limit")
     lines = [f"struct {name}Constants {{", f"    static constexpr bool is_signed = {str(constants.signed).lower()};"]
-    lines.append(f"    static constexpr int first_exponent = {constants.first_exponent};")
+    lines.append(f"    static constexpr int bias = {127 if constants.signed else -1};  // code = bias + f")
+    lines.append(f"    static constexpr int lines = {len(constants.encode_slope)};")
     lines.append(f"    static constexpr float low = {float(constants.low).hex()}f;")
     for field in arrays:
         values = getattr(constants, field)

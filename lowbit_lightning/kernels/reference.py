@@ -90,14 +90,12 @@ def _encode(x: Tensor, inverse: Tensor, codebook: str, values: Tensor | None) ->
     def line(name: str) -> Tensor:
         return torch.from_numpy(getattr(constants, name)).to(x.device)
 
-    low = float(constants.low)
     y = x * inverse
-    magnitude = y.abs() if constants.signed else y.clamp(min=low)
-    decade = torch.bucketize(magnitude, line("thresholds"))
-    f = magnitude * line("encode_slope")[decade] + line("encode_offset")[decade]
-    f = torch.minimum(f, line("encode_limit")[decade]).int()
+    magnitude = (y.abs() if constants.signed else y).clamp(min=float(constants.low))
+    below = torch.bucketize(magnitude, line("thresholds"))
+    f = magnitude * line("encode_slope")[below] + line("encode_offset")[below]
+    f = torch.minimum(f, line("encode_limit")[below]).int()
     if constants.signed:
-        f = torch.where(magnitude > low, f, 0)
         return torch.where(y < 0, 127 - f, 127 + f).clamp(min=0).to(torch.uint8)
     return torch.where(x > 0, f - 1, 0).to(torch.uint8)
 

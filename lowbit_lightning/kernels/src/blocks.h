@@ -24,14 +24,22 @@ struct Extremes {
     }
 };
 
-// `ahead(i)` is called for every vector of the block: the place to fetch memory that is needed next.
+// `ahead(i)` is called for every vector of the block but a few: the place to fetch memory that is needed next.
 template <class C, class F>
 LB_FN void encode_block(const float* values, int n, float scale, uint8_t* codes, const F& ahead) {
     const float inverse = reciprocal(scale);
     int i = 0;
-    for (; i + W <= n; i += W) {
-        ahead(i);
-        store_codes(codes + i, encode<C, V, I>(load(values + i, W), inverse), W);
+    for (; i + 4 * W <= n; i += 4 * W) {
+        I number[4];
+        for (int j = 0; j < 4; ++j) {
+            ahead(i + j * W);
+            number[j] = encode_number<C, V, I>(load(values + i + j * W, W), inverse);
+        }
+        const ManyBytes packed = pack(number, C::bias);
+        memcpy(codes + i, &packed, sizeof packed);
     }
-    if (i < n) store_codes(codes + i, encode<C, V, I>(load(values + i, W), inverse), n - i);
+    for (; i < n; i += W) {
+        const int count = i + W <= n ? W : n - i;
+        store_codes(codes + i, encode<C, V, I>(load(values + i, W), inverse), count);
+    }
 }

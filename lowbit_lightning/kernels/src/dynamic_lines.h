@@ -1,32 +1,33 @@
 // The look-ups of the dynamic maps on a GPU, in shared memory.
 //
 // A table of all 256 codes would cost a bank conflict in nearly every access, since 32 threads ask for 32 different
-// entries. These tables have 9, 32 and 8 entries: threads that ask for the same one are served together, and different
-// ones lie in different banks (of the 32, only neighbours sixteen binades apart share one).
+// entries. Of these tables 10, 32 and 9 entries are in use: threads that ask for the same one are served together, and
+// different ones lie in different banks (but for binades sixteen apart, and the first and last line of the third).
 #pragma once
 
 struct alignas(8) Line { float slope, offset; };
-struct alignas(8) Binade { float threshold; int32_t decade; };
+struct alignas(8) Binade { float threshold; int32_t line; };
 struct alignas(16) Limited { float slope, offset, limit, unused; };
 
 struct Lines {
-    Line decode[9];      // by floor(log2 n) - C::first_exponent
-    Binade binade[32];   // by the exponent field of a magnitude, its low five bits: the decade that the binade begins
-                         // in, and the threshold inside it
-    Limited encode[8];   // by decade
+    Line decode[16];     // by the number of bits of f; a quarter of its slope, for 4 f
+    Binade binade[32];   // by the exponent field of a magnitude, its low five bits: the line that the binade begins
+                         // with, and the threshold inside it
+    Limited encode[16];  // by line
 };
 
 template <class C> __device__ constexpr Lines lines_of() {
     Lines lines{};
-    for (int e = 0; e < 9; ++e) lines.decode[e] = {C::decode_slope[e], C::decode_offset[e]};
-    for (int d = 0; d < 8; ++d) lines.encode[d] = {C::encode_slope[d], C::encode_offset[d], C::encode_limit[d], 0.0f};
+    for (int k = 0; k < 10; ++k) lines.decode[k] = {C::decode_slope[k] * 0.25f, C::decode_offset[k]};
+    for (int k = 0; k < C::lines; ++k)
+        lines.encode[k] = {C::encode_slope[k], C::encode_offset[k], C::encode_limit[k], 0.0f};
     float low = 1.0f;
     for (int field = 127; field >= 96; --field, low /= 2) {
         Binade& binade = lines.binade[field % 32];
         binade.threshold = 3e38f;  // none
-        for (int d = 0; d < 7; ++d) {
-            if (C::thresholds[d] < low) binade.decade++;
-            else if (C::thresholds[d] < 2 * low) binade.threshold = C::thresholds[d];
+        for (int k = 0; k < C::lines - 1; ++k) {
+            if (C::thresholds[k] < low) binade.line++;
+            else if (C::thresholds[k] < 2 * low) binade.threshold = C::thresholds[k];
         }
     }
     return lines;
@@ -52,14 +53,14 @@ LB_FN void prepare_lines(bool use_signed, bool use_unsigned) {
 }
 
 template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
-    const Line line = lines<C>().decode[(to_bits(n) >> 23) - 127 - C::first_exponent];
+    const Line line = lines<C>().decode[to_bits(n) >> 23 & 15];
     slope = line.slope;
     offset = line.offset;
 }
 
 template <class C> LB_FN void encode_line(V magnitude, V& slope, V& offset, V& limit) {
     const Binade binade = lines<C>().binade[to_bits(magnitude) >> 23 & 31];
-    const Limited line = lines<C>().encode[binade.decade + (magnitude > binade.threshold ? 1 : 0)];
+    const Limited line = lines<C>().encode[binade.line + (magnitude > binade.threshold ? 1 : 0)];
     slope = line.slope;
     offset = line.offset;
     limit = line.limit;

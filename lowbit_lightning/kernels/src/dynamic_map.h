@@ -3,10 +3,11 @@
 // V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or
 // DynamicUnsignedConstants, generated from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for
 // its V and I:
-//   splat<V>(float), splat<I>(int), to_float(I), to_int(V) (towards zero), to_bits(V), from_bits(I), absolute(V),
-//   minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b)
-//   decode_line<C>(V n, V& slope, V& offset): line k = floor(log2 n) - C::first_exponent, 0 to 8
-//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit): line d = the number of thresholds below it, 0 to 7
+//   splat<V>(float), splat<I>(int), to_int(V) (towards zero), to_bits(V), from_bits(I), minimum(V, V), maximum(V, V),
+//   maximum(I, I), where(mask, a, b), magnitude_from(V x, float low) (the larger of |x| and low)
+//   decode_line<C>(V n, V& slope, V& offset): the line of f = |n| / 4, with a quarter of its slope; its number is the
+//     low four bits of n's exponent field
+//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit): the line whose number is how many thresholds are below
 // Every operation is rounded by itself, in this order, as in reference.py.
 #pragma once
 
@@ -14,30 +15,27 @@
 template <bool NON_NEGATIVE> struct MapOf { typedef DynamicSignedConstants Constants; };
 template <> struct MapOf<true> { typedef DynamicUnsignedConstants Constants; };
 
+constexpr int32_t SIGN_BIT = (int32_t)0x80000000, BITS_OF_2_25 = 0x4c000000;
+
 template <class C, class V, class I> LB_FN V decode(I code) {
+    // A float of 2^25 counts in fours: this is 4 (code - bias), and the number of f's bits is its exponent field's.
+    const V n = from_bits(code | BITS_OF_2_25) - (0x1p25f + 4 * C::bias);
     V slope, offset;
-    if (C::is_signed) {
-        const V distance = to_float(code - 127);
-        const V n = absolute(distance) + 0.5f;
-        decode_line<C>(n, slope, offset);
-        return from_bits(to_bits(n * slope + offset) ^ (to_bits(distance) & (int32_t)0x80000000));
-    }
-    const V n = to_float(code + 1);
     decode_line<C>(n, slope, offset);
-    return n * slope + offset;
+    return n * slope + (C::is_signed ? from_bits(to_bits(offset) ^ (to_bits(n) & SIGN_BIT)) : offset);
 }
 
-// The code of x in a block whose scale's reciprocal is `inverse`.
-template <class C, class V, class I> LB_FN I encode(V x, float inverse) {
+// f of the code of x, with x's sign, in a block whose scale's reciprocal is `inverse`.
+template <class C, class V, class I> LB_FN I encode_number(V x, float inverse) {
     V slope, offset, limit;
     const V y = x * inverse;
-    const V magnitude = C::is_signed ? absolute(y) : maximum(y, splat<V>(C::low));
+    const V magnitude = C::is_signed ? magnitude_from(y, C::low) : maximum(y, splat<V>(C::low));
     encode_line<C>(magnitude, slope, offset, limit);
-    I f = to_int(minimum(magnitude * slope + offset, limit));
-    if (C::is_signed) {
-        const I sign = to_bits(y) >> 31;
-        f = where(magnitude > C::low, f, splat<I>(0));
-        return maximum(127 + ((f ^ sign) - sign), splat<I>(0));  // there is no -1.0: its neighbour is the nearest
-    }
-    return where(x > 0.0f, f - 1, splat<I>(0));
+    const V f = minimum(magnitude * slope + offset, limit);
+    if (C::is_signed) return to_int(from_bits(to_bits(f) | (to_bits(y) & SIGN_BIT)));
+    return where(x > 0.0f, to_int(f), splat<I>(0));
+}
+// The code. There is no -1.0: its neighbour is the nearest.
+template <class C, class V, class I> LB_FN I encode(V x, float inverse) {
+    return maximum(encode_number<C, V, I>(x, inverse) + C::bias, splat<I>(0));
 }

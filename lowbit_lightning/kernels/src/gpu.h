@@ -34,6 +34,7 @@ LB_FN V absolute(V x) { return fabsf(x); }
 LB_FN V fused(V a, V b, V c) { return fmaf(a, b, c); }
 LB_FN V maximum(V a, V b) { return a > b ? a : b; }
 LB_FN V minimum(V a, V b) { return a < b ? a : b; }
+LB_FN V magnitude_from(V x, float low) { return maximum(fabsf(x), low); }
 LB_FN V sign(V x) { return x == 0.0f ? 0.0f : x == x ? copysignf(1.0f, x) : x; }  // NaN stays NaN
 LB_FN uint32_t magnitude_bits(float x) { return (uint32_t)to_bits(x) & 0x7fffffffu; }
 

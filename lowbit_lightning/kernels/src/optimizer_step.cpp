@@ -44,7 +44,7 @@ struct Call {
 
 // One block of one parameter.
 struct Block {
-    const Parameter& q;
+    Parameter q;
     int64_t start;   // its first element in the parameter
     int64_t number;  // in the parameter
     int n;           // its length
@@ -209,7 +209,7 @@ LB_FN void store_parameter(const Call& call, const Block& at, int i, int count, 
 // What all blocks of a parameter share: its scalars, and the factor of the gradients.
 struct Shared {
     const Call& call;
-    const Scalars& c;
+    Scalars c;
     float factor;
 };
 
@@ -223,7 +223,9 @@ LB_FN void update_vector(const Shared& shared, const Block& at, int i, int count
     store_parameter(shared.call, at, i, count, p);
 }
 
-static void update_block(const Shared& shared, const Block& at) {
+static void update_block(const Shared& of_all, const Block& of_call) {
+    const Shared shared = of_all;  // copies that stay in registers: no store can change them
+    const Block at = of_call;
     Pending pending;
     Extremes seen[STATES];
     int i = 0;

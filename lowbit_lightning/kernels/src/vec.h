@@ -64,10 +64,16 @@ LB_FN V maximum(V a, V b) { return _mm512_max_ps(a, b); }
 LB_FN V minimum(V a, V b) { return _mm512_min_ps(a, b); }
 LB_FN V sqrt(V x) { return _mm512_sqrt_ps(x); }
 LB_FN I maximum(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#if defined(__AVX512DQ__)
+LB_FN V magnitude_from(V x, float low) { return _mm512_range_ps(x, _mm512_set1_ps(low), 0xb); }
+#else
+LB_FN V magnitude_from(V x, float low) { return maximum(absolute(x), splat<V>(low)); }
+#endif
 #else
 LB_FN V maximum(V a, V b) { return where(a > b, a, b); }
 LB_FN V minimum(V a, V b) { return where(a < b, a, b); }
 LB_FN I maximum(I a, I b) { return where(a > b, a, b); }
+LB_FN V magnitude_from(V x, float low) { return maximum(absolute(x), splat<V>(low)); }
 #if defined(__AVX2__)
 LB_FN V sqrt(V x) { return _mm256_sqrt_ps(x); }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -109,7 +115,6 @@ LB_FN uint32_t highest_unsigned(I x) {
 // ---- look-ups in small tables, and the lines of the dynamic maps
 
 struct alignas(64) Table { float at[16]; };
-struct alignas(64) Binades { float threshold[32]; int32_t decade[32]; };
 
 // table.at[index & 15]
 LB_FN V lookup(const Table& table, I index) {
@@ -126,69 +131,64 @@ LB_FN V lookup(const Table& table, I index) {
 #endif
 }
 
-// Indexed by the low four bits of a float's exponent field.
-constexpr Table by_exponent(const float (&line)[9], int first_exponent) {
+template <int N> constexpr Table table_of(const float (&line)[N], float factor = 1.0f) {
     Table table{};
-    for (int k = 0; k < 9; ++k) table.at[(127 + first_exponent + k) & 15] = line[k];
-    return table;
-}
-constexpr Table by_decade(const float (&line)[8]) {
-    Table table{};
-    for (int d = 0; d < 8; ++d) table.at[d] = line[d];
+    for (int k = 0; k < N; ++k) table.at[k] = line[k] * factor;
     return table;
 }
 
-// For the binade of each exponent field from 96 to 127: the decade that it begins in, and the threshold inside it, if
-// any.
+template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
+    static constexpr Table slopes = table_of(C::decode_slope, 0.25f), offsets = table_of(C::decode_offset);
+    const I field = to_bits(n) >> 23;
+    slope = lookup(slopes, field);
+    offset = lookup(offsets, field);
+}
+
+#if defined(__AVX512F__)
+// The lines by binade, for the exponent fields from 96 to 127, by their low five bits. A binade holds one threshold at
+// most: `shift` moves what is not above it into the binade below.
+struct alignas(64) Binades { int32_t shift[32]; float slope[32], offset[32], limit[32]; };
+
 template <class C> constexpr Binades binades() {
     Binades result{};
     float low = 1.0f;
     for (int field = 127; field >= 96; --field, low /= 2) {
-        result.threshold[field & 31] = __builtin_inff();
-        for (int d = 0; d < 7; ++d) {
-            if (C::thresholds[d] < low) result.decade[field & 31]++;
-            else if (C::thresholds[d] < 2 * low) result.threshold[field & 31] = C::thresholds[d];
-        }
+        const int k = field & 31;
+        int line = 0;
+        for (; line < C::lines - 1 && C::thresholds[line] < 2 * low; ++line)
+            if (C::thresholds[line] >= low) result.shift[k] = (int32_t)((C::thresholds[line] / low - 1) * 0x1p23f) + 1;
+        result.slope[k] = C::encode_slope[line];
+        result.offset[k] = C::encode_offset[line];
+        result.limit[k] = C::encode_limit[line];
     }
     return result;
 }
 
-template <class C> struct Lines {
-    static constexpr Table decode_slope = by_exponent(C::decode_slope, C::first_exponent);
-    static constexpr Table decode_offset = by_exponent(C::decode_offset, C::first_exponent);
-    static constexpr Table slope = by_decade(C::encode_slope), offset = by_decade(C::encode_offset);
-    static constexpr Table limit = by_decade(C::encode_limit);
-    static constexpr Binades by_binade = binades<C>();
-};
-
-template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
-    const I field = to_bits(n) >> 23;
-    slope = lookup(Lines<C>::decode_slope, field);
-    offset = lookup(Lines<C>::decode_offset, field);
+LB_FN V lookup(const float (&table)[32], I index) {
+    return _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
 }
-
-template <class C> LB_FN I decade_of(V magnitude) {
-#if defined(__AVX512F__)
-    const Binades& table = Lines<C>::by_binade;
-    const __m512i field = (__m512i)(to_bits(magnitude) >> 23);
-    const V threshold =
-        _mm512_permutex2var_ps(_mm512_load_ps(table.threshold), field, _mm512_load_ps(table.threshold + 16));
-    const I decade = (I)_mm512_permutex2var_epi32(
-        _mm512_load_si512(table.decade), field, _mm512_load_si512(table.decade + 16));
-    return decade - (I)(magnitude > threshold);
-#else
-    I decade{};
-    for (int d = 0; d < 7; ++d) decade -= (I)(magnitude > C::thresholds[d]);
-    return decade;
-#endif
+LB_FN I lookup(const int32_t (&table)[32], I index) {
+    return (I)_mm512_permutex2var_epi32(_mm512_load_si512(table), (__m512i)index, _mm512_load_si512(table + 16));
 }
 
 template <class C> LB_FN void encode_line(V magnitude, V& slope, V& offset, V& limit) {
-    const I decade = decade_of<C>(magnitude);
-    slope = lookup(Lines<C>::slope, decade);
-    offset = lookup(Lines<C>::offset, decade);
-    limit = lookup(Lines<C>::limit, decade);
+    static constexpr Binades lines = binades<C>();
+    const I bits = to_bits(magnitude), binade = (bits - lookup(lines.shift, bits >> 23)) >> 23;
+    slope = lookup(lines.slope, binade);
+    offset = lookup(lines.offset, binade);
+    limit = lookup(lines.limit, binade);
 }
+#else
+template <class C> LB_FN void encode_line(V magnitude, V& slope, V& offset, V& limit) {
+    static constexpr Table slopes = table_of(C::encode_slope), offsets = table_of(C::encode_offset);
+    static constexpr Table limits = table_of(C::encode_limit);
+    I line{};
+    for (int k = 0; k < C::lines - 1; ++k) line -= (I)(magnitude > C::thresholds[k]);
+    slope = lookup(slopes, line);
+    offset = lookup(offsets, line);
+    limit = lookup(limits, line);
+}
+#endif
 
 // ---- loads and stores of W elements, or of the first `count`
 
@@ -247,6 +247,33 @@ LB_FN Bytes narrow_to_bytes(I x) {  // of values from 0 to 255
 #endif
 }
 
+// The bytes of 4 W numbers of 16 bits, each plus `bias`, saturated: below 0 is 0, above 255 is 255.
+typedef uint8_t ManyBytes __attribute__((vector_size(4 * W)));
+LB_FN ManyBytes pack(const I (&x)[4], int bias) {
+#if defined(__AVX512BW__)
+    const __m512i by = _mm512_set1_epi16((short)bias);
+    const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]), by);
+    const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]), by);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (ManyBytes)_mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i by = _mm256_set1_epi16((short)bias);
+    const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), by);
+    const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]), by);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return (ManyBytes)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+#else
+    Bytes parts[4];
+    for (int j = 0; j < 4; ++j) {
+        const I high = maximum(x[j] + bias, I{});
+        parts[j] = narrow_to_bytes(where(high < 255, high, splat<I>(255)));
+    }
+    ManyBytes all;
+    memcpy(&all, parts, sizeof all);
+    return all;
+#endif
+}
+
 LB_FN V widen_half(Halves x) {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps((__m256i)x);
@@ -281,10 +308,22 @@ LB_FN Halves narrow_half(V x) {
 }
 LB_FN Halves upper_halves(I bits) { return narrow_to_halves((bits >> 16) & 0xffff); }
 // to nearest, ties to even; a NaN keeps its upper bits and stays one
-LB_FN Halves narrow_bfloat16(V x) {
+LB_FN Halves narrow_bfloat16_by_bits(V x) {
     const I bits = to_bits(x);
     const I rounded = bits + 0x7fff + ((bits >> 16) & 1);
     return upper_halves(where(x == x, rounded, bits | 0x400000));
+}
+LB_FN Halves narrow_bfloat16(V x) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    constexpr int SUBNORMAL = 0x20;  // the instruction takes them for zeros
+    if (__builtin_expect(_mm512_fpclass_ps_mask(x, SUBNORMAL) == 0, 1)) {
+        const auto narrow = _mm512_cvtneps_pbh(x);
+        Halves result;
+        memcpy(&result, &narrow, sizeof result);
+        return result;
+    }
+#endif
+    return narrow_bfloat16_by_bits(x);
 }
 
 LB_FN V load(const float* p, int count) { return load_raw<V>(p, count); }
