@@ -16,7 +16,7 @@ import torch
 from optimizers import close, decoded, one_thread, parameters, step, twins, values
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels.formats import BlockGrid
@@ -98,6 +98,24 @@ def test_schedulers(name: str, kind: str) -> None:
             scheduler.step(1.0) if name == "plateau" else scheduler.step()
         assert a.param_groups[0]["lr"] == b.param_groups[0]["lr"]
     close(ours, theirs)
+
+
+def test_averaged_models() -> None:
+    """torch's own average of the weights, and its schedule, beside either optimizer."""
+    averages = []
+    for library, options in ((optim, {"bits": 32}), (torch.optim, {})):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 128)
+        optimizer = library.AdamW(model.parameters(), lr=1e-2, **options)
+        average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
+        schedule = swa_utils.SWALR(optimizer, swa_lr=1e-3, anneal_epochs=4)
+        for i in range(8):
+            step(optimizer, list(model.parameters()), i)
+            average.update_parameters(model)
+            schedule.step()
+        assert any((p - q).abs().max() > 1e-4 for p, q in zip(model.parameters(), average.parameters(), strict=True))
+        averages.append(list(average.parameters()))
+    close(averages[0], averages[1])
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
