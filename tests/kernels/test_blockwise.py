@@ -177,6 +177,18 @@ def test_non_contiguous_input(backend: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_rounded_as_torch_rounds_them(backend: str, dtype: torch.dtype) -> None:
+    """Subnormals, NaN and overflow included: the processor's own instructions differ in these."""
+    values = torch.arange(256, dtype=torch.uint8).repeat(9).reshape(9, 256)
+    scales = torch.tensor([[1.0], [-3e-38], [1e-38], [3e-40], [1e-44], [3.39e38], [7e4], [float("nan")], [-0.0]])
+    decoded = kernels.dequantize_blockwise(values, scales)
+    got = kernels.dequantize_blockwise(values, scales, dtype=dtype)
+    assert torch.equal(got.view(torch.int16)[:7], decoded.to(dtype).view(torch.int16)[:7])
+    assert got[7].isnan().all()
+    assert got[8].eq(0).all()
+
+
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
     n = 2**31 + 300
