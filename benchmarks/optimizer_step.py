@@ -2,13 +2,14 @@
 
     python benchmarks/optimizer_step.py [--device cuda] [--cases big,model] [--millions 64] [--output docs/benchmarks]
 
-Parameters and gradients are float32 and the same tensors for everyone; each optimizer has states of its own. Everyone
+Parameters and gradients are the same tensors for everyone; each optimizer has states of its own. Everyone
 gets warm-up steps, in which torchao compiles. A step must move, per parameter: the parameter in and out, its gradient
 in, and each state in and out; ``GB/s`` and the share of a copy's bandwidth count that and nothing else, so that an
 optimizer that reads memory twice shows a smaller share (LAMB has to: its norms come before its step).
 
-Cases: ``big``, one square matrix of ``--millions`` parameters; ``model``, the 148 tensors of a GPT-2 of 124 million;
-``small``, 2000 matrices of 16 K parameters, where the cost per tensor decides.
+Cases: ``big``, one square matrix of ``--millions`` parameters; ``bf16``, the same in bfloat16 (torch then keeps its
+states in bfloat16 too); ``model``, the 148 tensors of a GPT-2 of 124 million; ``small``, 2000 matrices of 16 K
+parameters, where the cost per tensor decides. All but ``bf16`` are in float32.
 """
 
 from __future__ import annotations
@@ -25,22 +26,25 @@ from torch import nn
 
 from lowbit_lightning import kernels, optim
 
-FLOAT_BYTES = 4 + 4 + 4  # the parameter in and out, the gradient in
-STATE_BYTES = {8: 2 * (1 + 4 / 256), 32: 2 * 4}  # one state in and out; 8 bits with a float32 scale for 256
+CODED = 1 + 4 / 256  # bytes of a state in 8 bits, with a float32 scale for 256
+CASES = ("big", "bf16", "model", "small")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer to measure: what makes it, and how many states of how many bits it keeps."""
+    """An optimizer to measure: what makes it, and how many bytes an element of its states has, together.
+
+    ``states`` of None: two, in the parameter's dtype.
+    """
 
     name: str
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    states: int
-    bits: int
+    states: float | None
 
-    @property
-    def bytes(self) -> float:
-        return FLOAT_BYTES + self.states * STATE_BYTES[self.bits]
+    def bytes(self, dtype: torch.dtype) -> float:
+        """What a step must move for a parameter: it and its states in and out, its gradient in."""
+        states = 2 * dtype.itemsize if self.states is None else self.states
+        return 3 * dtype.itemsize + 2 * states
 
 
 def contenders() -> list[Contender]:
@@ -51,19 +55,25 @@ def contenders() -> list[Contender]:
         return lambda params: torch.optim.AdamW(params, lr=1e-4, **options)
 
     return [
-        Contender("torch AdamW fused", torchs(fused=True), 2, 32),
-        Contender("torch AdamW foreach", torchs(foreach=True), 2, 32),
-        Contender("bitsandbytes AdamW8bit", other("bitsandbytes.optim"), 2, 8),
-        Contender("torchao AdamW8bit", other("torchao.optim"), 2, 8),
-        Contender("AdamW 8 bits", lambda params: optim.AdamW(params, lr=1e-4), 2, 8),
-        Contender("AdamW 32 bits", lambda params: optim.AdamW(params, lr=1e-4, bits=32), 2, 32),
-        Contender("SGD with momentum 8 bits", lambda params: optim.SGD(params, lr=1e-4, momentum=0.9), 1, 8),
-        Contender("LAMB 8 bits", lambda params: optim.LAMB(params, lr=1e-4), 2, 8),
+        Contender("torch AdamW fused", torchs(fused=True), None),
+        Contender("torch AdamW foreach", torchs(foreach=True), None),
+        Contender("bitsandbytes AdamW8bit", other("bitsandbytes.optim"), 2 * CODED),
+        Contender("torchao AdamW8bit", other("torchao.optim"), 2 * CODED),
+        Contender("AdamW 8 bits", lambda params: optim.AdamW(params, lr=1e-4), 2 * CODED),
+        Contender("AdamW 32 bits", lambda params: optim.AdamW(params, lr=1e-4, bits=32), 8),
+        Contender("Adam 8 bits", lambda params: optim.Adam(params, lr=1e-4), 2 * CODED),
+        Contender("SGD with momentum 8 bits", lambda params: optim.SGD(params, lr=1e-4, momentum=0.9), CODED),
+        Contender("Lion 8 bits", lambda params: optim.Lion(params, lr=1e-4), CODED),
+        Contender("RMSprop 8 bits", lambda params: optim.RMSprop(params, lr=1e-4), CODED),
+        Contender("Adagrad 8 bits", lambda params: optim.Adagrad(params, lr=1e-4), CODED),
+        Contender("LAMB 8 bits", lambda params: optim.LAMB(params, lr=1e-4), 2 * CODED),
+        Contender("LARS 8 bits", lambda params: optim.LARS(params, lr=1e-4), CODED),
+        Contender("AdEMAMix 8 bits", lambda params: optim.AdEMAMix(params, lr=1e-4), 2 * CODED + 4),
     ]
 
 
 def shapes(case: str, millions: float) -> list[tuple[int, ...]]:
-    if case == "big":
+    if case in ("big", "bf16"):
         side = math.isqrt(int(millions * 2**20))
         return [(side, side)]
     if case == "small":
@@ -83,7 +93,9 @@ def case(report: Report, name: str, millions: float, bandwidth: float) -> None:
     arguments = report.arguments
     gc.collect()  # the states of the case before
     torch.manual_seed(0)
-    params = [nn.Parameter(0.02 * torch.randn(shape, device=arguments.device)) for shape in shapes(name, millions)]
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    values = (0.02 * torch.randn(shape, device=arguments.device) for shape in shapes(name, millions))
+    params = [nn.Parameter(value.to(dtype)) for value in values]
     for p in params:
         p.grad = 1e-3 * torch.randn_like(p)
     count = sum(p.numel() for p in params)
@@ -93,7 +105,7 @@ def case(report: Report, name: str, millions: float, bandwidth: float) -> None:
     candidates = [Candidate(c.name, lambda make=c.make: make(params).step) for c in everyone]  # type: ignore[misc]
     running = measure(candidates, arguments)
     medians = {c.name: c.median for c in running}
-    moved = {c.name: c.bytes * count for c in everyone}
+    moved = {c.name: c.bytes(dtype) * count for c in everyone}
 
     def ratio(candidate: Candidate, base: str) -> str:
         return f"{medians[base] / candidate.median:.2f}x" if base in medians else "-"
@@ -111,12 +123,12 @@ def case(report: Report, name: str, millions: float, bandwidth: float) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--cases", default="big,model,small", help="which of big, model, small")
+    options.add_argument("--cases", default=",".join(CASES), help=f"which of {', '.join(CASES)}")
     options.add_argument("--millions", type=float, default=64, help="size of the case big")
     arguments = options.parse_args()
-    unknown = set(arguments.cases.split(",")) - {"big", "model", "small"}
+    unknown = set(arguments.cases.split(",")) - set(CASES)
     if unknown:
-        options.error(f"--cases must be of big, model, small; got {sorted(unknown)}")
+        options.error(f"--cases must be of {', '.join(CASES)}; got {sorted(unknown)}")
     report = Report("optimizer step", arguments)
     bandwidth = copy_bandwidth(arguments)
     report.add(f"A copy moves {bandwidth / 1e9:.1f} GB/s, read plus written. {HOW_TO_READ}", "")
