@@ -17,6 +17,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning import Int8MixedPrecision, kernels, optim
-from lowbit_lightning.callbacks import LowBitMonitor
+from lowbit_lightning.callbacks import LowBitMonitor, picture
+from lowbit_lightning.callbacks.quantization import PRODUCTS
 from lowbit_lightning.layers import Int8Linear, Products
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -374,6 +376,23 @@ def test_a_picture_of_a_run_that_failed(tmp_path: Path) -> None:
     assert (tmp_path / "int8_snr.png").read_bytes().startswith(b"\x89PNG")
     assert not model.up._forward_hooks
     assert not model.up._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("steps", "layers"), [(1, 1), (1, 3), (200, 150)])
+def test_pictures_of_any_size_anywhere(steps: int, layers: int) -> None:
+    snr = np.random.default_rng(0).uniform(10, 40, (steps, layers, 3))
+    snr[0], snr[:, 0, 1] = np.nan, np.nan  # nothing measured in a step, nor of a product
+    names = [f"blocks.{i}.mlp.down" for i in range(layers)]
+    picture.draw("memory://pictures", range(steps), names, PRODUCTS, snr, None)
+    with get_filesystem("memory://").open(f"memory://pictures/{picture.FILE}", "rb") as file:
+        assert file.read().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.warns(UserWarning, match="could not write a picture into .*file"):
+        fit(Model(), blocked, LowBitMonitor(1))
 
 
 def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,8 @@ Limitations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -40,17 +38,15 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from lowbit_lightning import kernels
 from lowbit_lightning.callbacks import picture as pictures
-from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, Slot, StateCodes, measure
+from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
+from lowbit_lightning.callbacks.sample import Sample
 from lowbit_lightning.layers import Int8Linear
 from lowbit_lightning.optim import LowBitOptimizer
 from lowbit_lightning.state import blocks, shards
 
-FILE = "int8_snr.png"
 VERSION = 1
 
 
@@ -97,7 +93,7 @@ class LowBitMonitor(Callback):
         self._below: dict[str, dict[str, int]] = {}  # layer -> product -> samples in a row
         self._history: list[tuple[int, np.ndarray]] = []
         self._layers: dict[str, Int8Linear] = {}
-        self._sample: _Sample | None = None
+        self._sample: Sample | None = None
         self._next = self._sampled_step = 0
         self._unseen_reported = False
         self._folder: str | None = None
@@ -110,12 +106,13 @@ class LowBitMonitor(Callback):
             rank_zero_warn("LowBitMonitor finds no Int8Linear in the model (is precision='int8-mixed' set?)")
         self._history, self._unseen_reported = [], False
         self._next = -(-trainer.global_step // self.every_n_steps) * self.every_n_steps
-        self._folder = trainer.log_dir if self.picture else None  # asks the other ranks: not at the end, when one fails
+        if self.picture:  # now, for it asks the other ranks, and at the end one may have failed
+            self._folder = trainer.log_dir or trainer.default_root_dir
         self._apply(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self._sample is None and trainer.global_step >= self._next:
-            self._sample = _Sample(self._layers, lambda: trainer.training)
+            self._sample = Sample(self._layers, lambda: trainer.training)
             self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
             self._sampled_step = trainer.global_step
 
@@ -145,15 +142,14 @@ class LowBitMonitor(Callback):
         rank_zero_info(str(self))
         if self._folder is not None and trainer.is_global_zero:
             steps, snr = zip(*self._history, strict=True)
-            path = Path(self._folder, FILE)
             try:
-                pictures.draw(path, steps, list(self._layers), PRODUCTS, np.stack(snr), self.minimum_snr)
+                pictures.draw(self._folder, steps, list(self._layers), PRODUCTS, np.stack(snr), self.minimum_snr)
             except OSError as error:
-                rank_zero_warn(f"LowBitMonitor could not write {path}: {error}")
+                rank_zero_warn(f"LowBitMonitor could not write a picture into {self._folder}: {error}")
 
     # -- a sample ----------------------------------------------------------------------------------------------------
 
-    def _products(self, trainer: L.Trainer, sample: _Sample) -> dict[str, Tensor]:
+    def _products(self, trainer: L.Trainer, sample: Sample) -> dict[str, Tensor]:
         if not self._layers:
             return {}
         error = QuantizationError(len(self._layers)).to(trainer.strategy.root_device)
@@ -189,7 +185,7 @@ class LowBitMonitor(Callback):
             rank_zero_warn(
                 f"LowBitMonitor could not measure {len(unseen)} of {len(self._layers)} int8 layers. Either the step "
                 "didn't run them, or they are inside torch.compile, which hooks can't see into (monitor a run without "
-                f"compiling): {', '.join(unseen)}"
+                f"compiling): {', '.join(unseen[:8])}{' and others' if len(unseen) > 8 else ''}"
             )
 
     def __str__(self) -> str:
@@ -270,91 +266,7 @@ class LowBitMonitor(Callback):
         self._below = {name: dict(counts) for name, counts in state_dict["below"].items()}
 
 
-# -- hooks -----------------------------------------------------------------------------------------------------------
-
-
-class _Sample:
-    """Hooks on the layers, and what they have measured, for the time of one optimizer step."""
-
-    def __init__(self, layers: dict[str, Int8Linear], training: Callable[[], bool]) -> None:
-        self._training = training  # False while a validation interrupts the step
-        self._measured: list[tuple[Slot, Tensor]] = []
-        self._handles: list[RemovableHandle] = []
-        for i, layer in enumerate(layers.values()):
-            # The weight is read before the layer runs: behind it a sharded one may be in pieces again.
-            self._handles.append(layer.register_forward_pre_hook(partial(self._before, i), with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(partial(self._after, i), with_kwargs=True))
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def result(self) -> tuple[list[Slot], Tensor]:
-        """The operands and, ``[n, 5]``, what ``measure`` gave for each."""
-        if not self._measured:
-            return [], torch.zeros(0, 2 + len(SHARES))
-        return [slot for slot, _ in self._measured], torch.stack([values for _, values in self._measured])
-
-    def _off(self) -> bool:
-        return torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._training()
-
-    def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._off():
-            return
-        assert isinstance(layer, Int8Linear)
-        x, weight, products = _input(args, kwargs), layer.weight, layer.products
-        with torch.no_grad():
-            rows = _rows(_as_computed(x))
-            if products.forward == "int8":
-                self._rowwise(Slot(index, 0, 0), rows)
-                self._rowwise(Slot(index, 0, 1), weight.detach())
-            if products.grad_input == "int8" and x.requires_grad:
-                self._colwise(Slot(index, 1, 1), weight.detach(), "columns")
-            if products.grad_weight == "int8" and weight.requires_grad:
-                self._colwise(Slot(index, 2, 1), rows, "rows")
-
-    def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if self._off() or not output.requires_grad:
-            return
-        assert isinstance(layer, Int8Linear)
-        grad_input = layer.products.grad_input == "int8" and _input(args, kwargs).requires_grad
-        grad_weight = layer.products.grad_weight == "int8" and layer.weight.requires_grad
-        seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
-        output.register_hook(partial(self._backward, index, grad_input, grad_weight, seed))
-
-    def _backward(self, index: int, grad_input: bool, grad_weight: bool, seed: int | None, grad: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        with torch.no_grad():
-            rows = _rows(grad)
-            if grad_input:
-                self._rowwise(Slot(index, 1, 0), rows, seed)
-            if grad_weight:
-                self._colwise(Slot(index, 2, 0), rows, "rows", seed)
-
-    def _rowwise(self, slot: Slot, x: Tensor, seed: int | None = None) -> None:
-        if x.numel():
-            self._measured.append((slot, measure(x, *kernels.quantize_rowwise(x, seed), "columns")))
-
-    def _colwise(self, slot: Slot, x: Tensor, features: str, seed: int | None = None) -> None:
-        """``features``: "rows" or "columns" of ``x.T``, the matrix that is quantised."""
-        if x.numel():
-            self._measured.append((slot, measure(x.T, *kernels.quantize_colwise(x, seed), features)))
-
-
-def _input(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["input"]
-
-
-def _rows(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
-
-
-def _as_computed(x: Tensor) -> Tensor:
-    """The input in the dtype that the layer computes in."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+# -- what the callback needs of layers and optimizers -----------------------------------------------------------------
 
 
 def _to_high(layer: Int8Linear, products: Iterable[str]) -> None:
@@ -364,9 +276,6 @@ def _to_high(layer: Int8Linear, products: Iterable[str]) -> None:
 
 def _listed(products: dict[str, list[str]]) -> str:
     return ", ".join(f"{name} ({', '.join(names)})" for name, names in products.items())
-
-
-# -- optimizer states ------------------------------------------------------------------------------------------------
 
 
 def _optimizer_states(trainer: L.Trainer) -> dict[str, Tensor]:

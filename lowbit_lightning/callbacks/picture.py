@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
+FILE = "int8_snr.png"
 MOST_LABELS = 64
 
 
@@ -20,16 +21,17 @@ def check_matplotlib() -> None:
 
 
 def draw(
-    path: Path,
+    folder: str,
     steps: Sequence[int],
     layers: Sequence[str],
     products: Sequence[str],
     snr: np.ndarray,
     minimum: float | None,
 ) -> None:
-    """Write a PNG: for each product the lowest ratio of all layers over the steps, and a map of each layer's lowest.
+    """Write ``FILE``: for each product the lowest ratio of all layers over the steps, and a map of each layer's lowest.
 
-    ``snr [steps, layers, products]`` in dB, NaN where nothing was measured; ``minimum``: a threshold to mark.
+    ``folder``: local, or any that fsspec knows. ``snr [steps, layers, products]``: in dB, NaN where nothing was
+    measured. ``minimum``: a threshold to mark.
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no state that outlives the call
 
@@ -52,8 +54,10 @@ def draw(
     heat.set_yticks(np.arange(len(layers)) + 0.5 if labelled else [], layers if labelled else [], fontsize=7)
     heat.set(title="lowest of each layer's products (grey: not measured)", xlabel="step")
     figure.colorbar(image, ax=heat, label="dB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    filesystem = get_filesystem(folder)
+    filesystem.makedirs(folder, exist_ok=True)
+    with filesystem.open(f"{folder.rstrip('/')}/{FILE}", "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _lowest(values: np.ndarray, axis: int) -> np.ndarray:

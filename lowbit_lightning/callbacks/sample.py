@@ -1,0 +1,105 @@
+"""``Sample``: hooks on ``Int8Linear`` layers that measure the operands of their int8 products, for one step.
+
+Which operand is quantised how (``layers`` says why), and along what its features lie::
+
+    forward       x [M, K] by rows        columns      w [N, K] by rows        columns
+    grad_input    dy [M, N] by rows       columns      w [N, K] by columns     columns of w.T
+    grad_weight   dy [M, N] by columns    rows of dy.T     x [M, K] by columns     rows of x.T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lowbit_lightning import kernels
+from lowbit_lightning.callbacks.quantization import SHARES, Slot, measure
+from lowbit_lightning.layers import Int8Linear
+
+
+class Sample:
+    """Hooks on the layers, and what they have measured, for the time of one optimizer step."""
+
+    def __init__(self, layers: dict[str, Int8Linear], training: Callable[[], bool]) -> None:
+        self._training = training  # False while a validation interrupts the step
+        self._measured: list[tuple[Slot, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        for i, layer in enumerate(layers.values()):
+            # The weight is read before the layer runs: behind it a sharded one may be in pieces again.
+            self._handles.append(layer.register_forward_pre_hook(partial(self._before, i), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(partial(self._after, i), with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def result(self) -> tuple[list[Slot], Tensor]:
+        """The operands and, ``[n, 5]``, what ``measure`` gave for each."""
+        if not self._measured:
+            return [], torch.zeros(0, 2 + len(SHARES))
+        return [slot for slot, _ in self._measured], torch.stack([values for _, values in self._measured])
+
+    def _off(self) -> bool:
+        return torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._training()
+
+    def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._off():
+            return
+        assert isinstance(layer, Int8Linear)
+        x, weight, products = _input(args, kwargs), layer.weight, layer.products
+        with torch.no_grad():
+            rows = _rows(_as_computed(x))
+            if products.forward == "int8":
+                self._rowwise(Slot(index, 0, 0), rows)
+                self._rowwise(Slot(index, 0, 1), weight.detach())
+            if products.grad_input == "int8" and x.requires_grad:
+                self._colwise(Slot(index, 1, 1), weight.detach(), "columns")
+            if products.grad_weight == "int8" and weight.requires_grad:
+                self._colwise(Slot(index, 2, 1), rows, "rows")
+
+    def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if self._off() or not output.requires_grad:
+            return
+        assert isinstance(layer, Int8Linear)
+        grad_input = layer.products.grad_input == "int8" and _input(args, kwargs).requires_grad
+        grad_weight = layer.products.grad_weight == "int8" and layer.weight.requires_grad
+        seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
+        output.register_hook(partial(self._backward, index, grad_input, grad_weight, seed))
+
+    def _backward(self, index: int, grad_input: bool, grad_weight: bool, seed: int | None, grad: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            rows = _rows(grad)
+            if grad_input:
+                self._rowwise(Slot(index, 1, 0), rows, seed)
+            if grad_weight:
+                self._colwise(Slot(index, 2, 0), rows, "rows", seed)
+
+    def _rowwise(self, slot: Slot, x: Tensor, seed: int | None = None) -> None:
+        if x.numel():
+            self._measured.append((slot, measure(x, *kernels.quantize_rowwise(x, seed), "columns")))
+
+    def _colwise(self, slot: Slot, x: Tensor, features: str, seed: int | None = None) -> None:
+        """``features``: "rows" or "columns" of ``x.T``, the matrix that is quantised."""
+        if x.numel():
+            self._measured.append((slot, measure(x.T, *kernels.quantize_colwise(x, seed), features)))
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["input"]
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """The input in the dtype that the layer computes in."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
