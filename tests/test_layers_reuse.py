@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch import callbacks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -524,6 +524,7 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="Lightning has it from 2.6 on")
 def test_lightnings_weight_averaging_in_the_middle_of_a_window() -> None:
     """Averaged weights are swapped in by ``.data`` for a validation between two accumulated batches."""
     results = []
@@ -540,7 +541,7 @@ def test_lightnings_weight_averaging_in_the_middle_of_a_window() -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
-            callbacks=[WeightAveraging(avg_fn=lambda average, new, count: 0.5 * (average + new))],
+            callbacks=[callbacks.WeightAveraging(avg_fn=lambda average, new, count: 0.5 * (average + new))],
         )
         trainer.fit(module, DataLoader(data, 2), DataLoader(data, 8))
         results.append((module.validated, state(model)))

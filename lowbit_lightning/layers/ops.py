@@ -90,7 +90,6 @@ def _nothing_to_sum(a: Tensor, b: Tensor) -> bool:
     mutates_args=(),
     schema="(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, ScalarType x_dtype, "
     "ScalarType weight_dtype, bool stochastic, bool reuse) -> (Tensor, Tensor)",
-    tags=(torch.Tag.nondeterministic_seeded,),
 )
 def int8_linear_backward(
     dy: Tensor,
