@@ -1,4 +1,4 @@
-"""The int8 ops on CPU: src/int8.cpp, compiled on first use, called through ctypes.
+"""The int8 ops on CPU: src/int8_quantize.cpp and src/int8.cpp, compiled on first use, called through ctypes.
 
 Equal to reference.py to the bit: the quantisers divide, multiply and round in the same order, and the product is exact
 in int32 before it is scaled. src/int8_gemm.h says how the product is computed and with which instructions.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -26,7 +25,7 @@ SLOW = "no int8 instructions"
 _MANY = 1 << 15  # elements, or 64 products each, below which a second thread costs more than it saves
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT]
+_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, *[_POINTER] * 5, _INT]
 _MATMUL: list[Any] = [
     _POINTER,
     _POINTER,
@@ -44,14 +43,20 @@ _MATMUL: list[Any] = [
 
 
 @cache
+def quantize_library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled quantisers; ``flags`` choose another instruction set, for tests."""
+    compiled = host_library(source_text("int8_quantize.cpp"), flags=flags)
+    compiled.lb_int8_quantize.restype, compiled.lb_int8_quantize.argtypes = None, _QUANTIZE
+    return compiled
+
+
+@cache
 def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The compiled kernels, with their argument types; ``flags`` choose another instruction set, for tests."""
+    """The compiled product, with its argument types; ``flags`` choose another instruction set, for tests."""
     compiled = host_library(source_text("int8.cpp"), flags=flags)
     compiled.lb_int8_instructions.restype = ctypes.c_char_p
     compiled.lb_int8_matmul_workspace.restype = _LONG
     compiled.lb_int8_matmul_workspace.argtypes = [_LONG, _LONG, _LONG]
-    for name in ("lb_quantize_rowwise", "lb_quantize_colwise"):
-        getattr(compiled, name).restype, getattr(compiled, name).argtypes = None, _QUANTIZE
     compiled.lb_int8_matmul.restype, compiled.lb_int8_matmul.argtypes = None, _MATMUL
     if instructions(compiled) == SLOW and not flags:
         warnings.warn(
@@ -69,23 +74,25 @@ def instructions(compiled: ctypes.CDLL) -> str:
 
 def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     """See ``reference.quantize_rowwise``."""
-    q = torch.empty(x.shape, dtype=torch.int8)
-    scales = torch.empty(x.shape[0], dtype=torch.float32)
-    _quantize(library().lb_quantize_rowwise, x, seed, q, scales)
-    return q, scales
+    form = _empty_form(*x.shape)
+    _quantize(x, seed, *form, None, None)
+    return form
 
 
 def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     """See ``reference.quantize_colwise``."""
-    q = torch.empty(x.shape[1], x.shape[0], dtype=torch.int8)
-    scales = torch.empty(x.shape[1], dtype=torch.float32)
-    _quantize(library().lb_quantize_colwise, x, seed, q, scales)
-    return q, scales
+    rows, columns = x.shape
+    form = _empty_form(columns, rows)
+    _quantize(x, seed, None, None, *form)
+    return form
 
 
 def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.quantize_both``."""
-    return *quantize_rowwise(x, seed), *quantize_colwise(x, seed)
+    rows, columns = x.shape
+    forms = *_empty_form(rows, columns), *_empty_form(columns, rows)
+    _quantize(x, seed, *forms)
+    return forms
 
 
 def int8_matmul(
@@ -113,11 +120,15 @@ def int8_matmul(
     return out
 
 
-def _quantize(kernel: Callable[..., None], x: Tensor, seed: int | None, q: Tensor, scales: Tensor) -> None:
-    rows, columns = x.shape
-    threads = _threads(x.numel())
+def _empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
+
+
+def _quantize(x: Tensor, seed: int | None, *forms: Tensor | None) -> None:
     word = None if seed is None else ctypes.byref(ctypes.c_int64(seed))
-    kernel(x.data_ptr(), DTYPES[x.dtype], rows, columns, word, q.data_ptr(), scales.data_ptr(), threads)
+    pointers = [None if form is None else form.data_ptr() for form in forms]
+    threads = _threads(x.numel())
+    quantize_library().lb_int8_quantize(x.data_ptr(), DTYPES[x.dtype], *x.shape, word, *pointers, threads)
 
 
 def _threads(work: int) -> int:

@@ -2,19 +2,30 @@
 // index, as in reference.py.
 #pragma once
 
-struct Philox { uint32_t word[4]; };
+template <class Word> struct PhiloxOf { Word word[4]; };  // of one block, or of as many as a vector has lanes
+typedef PhiloxOf<uint32_t> Philox;
 
-LB_FN Philox philox(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t group) {
-    Philox c = {{(uint32_t)group, (uint32_t)(group >> 32), step, ordinal}};
+LB_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+    const uint64_t product = (uint64_t)a * b;
+    high = (uint32_t)(product >> 32);
+    low = (uint32_t)product;
+}
+
+// Of vectors too, where multiply_wide for them stands before this file.
+template <class Word> LB_FN PhiloxOf<Word> philox(uint64_t seed, PhiloxOf<Word> c) {
     uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; ++round) {
-        const uint64_t a = (uint64_t)c.word[0] * 0xD2511F53u, b = (uint64_t)c.word[2] * 0xCD9E8D57u;
-        const uint32_t high_a = (uint32_t)(a >> 32), high_b = (uint32_t)(b >> 32);
-        c = {{high_b ^ c.word[1] ^ key0, (uint32_t)b, high_a ^ c.word[3] ^ key1, (uint32_t)a}};
+        Word high_a, low_a, high_b, low_b;
+        multiply_wide(c.word[0], 0xD2511F53u, high_a, low_a);
+        multiply_wide(c.word[2], 0xCD9E8D57u, high_b, low_b);
+        c = {{high_b ^ c.word[1] ^ key0, low_b, high_a ^ c.word[3] ^ key1, low_a}};
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }
     return c;
+}
+LB_FN Philox philox(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t group) {
+    return philox(seed, Philox{{(uint32_t)group, (uint32_t)(group >> 32), step, ordinal}});
 }
 
 // The 16 bits of element `index` from the Philox block of its group, index / 8.

@@ -1,0 +1,273 @@
+// Row-wise and column-wise int8 quantisation on the CPU: what the ops mean is said in reference.py.
+//
+// Little is computed, so memory decides. A scale is known only after all of its row or column was seen, so x is read
+// twice, the second time from a cache where that can be. And a core reads at full speed only while some 50 lines are on
+// their way into its L2 cache. The processor sees to that alone where addresses follow each other for pages; elsewhere
+// lines are fetched well before they are needed (`fetch`).
+//
+//   rows      A few rows at a time: looked at, then written from the cache, while the next ones are fetched.
+//   columns   A strip of 1 KB at a time: all its rows looked at, then turned from the cache.
+//   both      Each thread takes its share of the rows, looks at rows and columns, and writes the rows. Then all turn,
+//             last rows first, since those are still in a cache.
+#include "int8_vectors.h"
+#include "parallel.h"
+#include <algorithm>
+#include <vector>
+
+// ---- scale and rounding
+
+constexpr float TINY_ROW = 0x1p-120f, ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
+constexpr int32_t INFINITY_BITS = 0x7f800000;
+
+struct Scale { float inverse, scale; };
+
+// from the bits of the largest magnitude, which order like the magnitudes themselves, with infinity and NaN on top
+static Scale scale_of(int32_t bits) {
+    float absmax;
+    memcpy(&absmax, &bits, 4);
+    if (bits >= INFINITY_BITS) return {0.0f, __builtin_nanf("")};
+    if (absmax < TINY_ROW) return {0.0f, 0.0f};
+    return {127.0f / absmax, absmax / 127.0f};
+}
+
+// The int8 is the low byte; garbage where x * inverse is NaN. To nearest there is nothing to clamp: |x * inverse| is
+// below 127.5 by the choice of inverse.
+template <bool RANDOM> LB_FN I rounded(V x, V inverse, const uint16_t* words, int count) {
+    const V y = x * inverse;
+    if (!RANDOM) return to_bits(y + ROUND) & 255;
+    const V u = (to_float(widen(load_raw<Halves>(words, count))) + 0.5f) * 0x1p-16f;
+    const V moved = y + from_bits(to_bits(u) | (to_bits(y) & (int32_t)0x80000000));
+    return to_int(minimum(maximum(moved, splat<V>(-127.0f)), splat<V>(127.0f))) & 255;
+}
+
+// ---- looking: the bits of the largest magnitudes
+
+// Of ROWS rows of n elements, in `top`; joined into those of the columns, in `columns`, where COLUMNS.
+// ahead: as many rows later, the same elements are fetched; 0: none
+template <int ROWS, bool COLUMNS, class T>
+LB_FN void look(const T* x, int64_t stride, int64_t n, int64_t ahead, I (&top)[ROWS], int32_t* columns) {
+    I highest[ROWS] = {};
+    const auto step = [&](int64_t c, int count) __attribute__((always_inline)) {
+        I together{};
+        if (ahead && c * sizeof(T) % 64 == 0)
+            for (int k = 0; k < ROWS; ++k) fetch(x + (ahead + k) * stride + c);
+#pragma GCC unroll 4
+        for (int k = 0; k < ROWS; ++k) {
+            const I seen = to_bits(absolute(load(x + k * stride + c, count)));
+            highest[k] = maximum(highest[k], seen);
+            together = maximum(together, seen);
+        }
+        if (COLUMNS) store_raw(columns + c, maximum(load_raw<I>(columns + c, count), together), count);
+    };
+    int64_t c = 0;
+    for (; c + W <= n; c += W) step(c, W);
+    if (c < n) step(c, (int)(n - c));
+    for (int k = 0; k < ROWS; ++k) top[k] = highest[k];
+}
+
+template <class T, bool RANDOM> struct Quantiser {
+    const T* x;
+    int64_t rows, columns;
+    uint64_t seed;
+    int threads;
+
+    // ---- rows
+
+    struct RowForm { int8_t* q; float* scales; };  // scales: null where it is not wanted
+
+    static constexpr int TOGETHER = 4;  // rows
+    static constexpr int CHUNK = 512;   // elements whose random words are made together
+
+    void write_row(int64_t r, float inverse, int8_t* q, bool stream) const {
+        if (inverse == 0.0f) {
+            memset(q, 0, columns);
+            return;
+        }
+        const T* from = x + r * columns;
+        RandomWords<1, CHUNK> random;
+        for (int64_t c = 0; c < columns; c += CHUNK) {
+            const int64_t end = std::min<int64_t>(columns, c + CHUNK);
+            if (RANDOM) random.fill(seed, r * columns + c, 0);
+            const auto codes = [&](int64_t i, int count) __attribute__((always_inline)) {
+                return rounded<RANDOM>(load(from + i, count), splat<V>(inverse), random.row[0] + (i - c), count);
+            };
+            int64_t i = c;
+            for (; i + 64 <= end; i += 64) {
+                for (size_t b = 0; b < sizeof(T); ++b) fetch((const char*)(from + TOGETHER * columns + i) + 64 * b);
+                I values[64 / W];
+                for (int k = 0; k < 64 / W; ++k) values[k] = codes(i + k * W, W);
+                alignas(64) uint8_t line[64];
+                narrow_line(values, line);
+                store_line(q + i, line, stream);
+            }
+            for (; i < end; i += W) {
+                const int count = (int)std::min<int64_t>(W, end - i);
+                store_codes((uint8_t*)q + i, codes(i, count), count);
+            }
+        }
+    }
+    template <int N> void take(int64_t r, const RowForm& form, int32_t* tops, bool stream) const {
+        I top[N] = {};
+        if (tops) look<N, true>(x + r * columns, columns, columns, 0, top, tops);
+        else look<N, false>(x + r * columns, columns, columns, 0, top, tops);
+        if (!form.scales) return;
+        for (int k = 0; k < N; ++k) {
+            const Scale s = scale_of((int32_t)highest_unsigned(top[k]));
+            form.scales[r + k] = s.scale;
+            write_row(r + k, s.inverse, form.q + (r + k) * columns, stream);
+        }
+    }
+    // Rows [first, last): their form, and the largest magnitudes of their columns in `tops`, unless null.
+    void take_rows(int64_t first, int64_t last, const RowForm& form, int32_t* tops) const {
+        const bool stream = streams(form.q, rows, columns);
+        if (tops) memset(tops, 0, 4 * columns);
+        int64_t r = first;
+        for (; r + TOGETHER <= last; r += TOGETHER) take<TOGETHER>(r, form, tops, stream);
+        for (; r < last; ++r) take<1>(r, form, tops, stream);
+        finish_stream();
+    }
+    void rowwise(const RowForm& form) const {
+        const int64_t step = TOGETHER * (1 + (1 << 13) / (columns + 1));
+        parallel_for((rows + step - 1) / step, threads, [&](int64_t task) {
+            take_rows(task * step, std::min(rows, (task + 1) * step), form, nullptr);
+        });
+    }
+
+    // ---- columns
+
+    struct ColumnForm { int8_t* q; float* scales; };
+
+    static constexpr int TILE = 64;                   // rows and columns turned at a time: 64 rows are a line of q
+    static constexpr int ACROSS = 16 / sizeof(T);     // tiles in 1 KB of a row
+    static constexpr int64_t STRIP = ACROSS * TILE;   // columns
+    static constexpr int LOOK_AHEAD = 16;             // rows
+
+    struct Place { int64_t row, column; };
+
+    // q[column][row] from x[row][column] for the tile at `at`. WHOLE: all its rows and columns exist.
+    template <bool WHOLE>
+    void turn(Place at, Place next, const float* inverses, int8_t* q, bool stream) const {
+        const int64_t depth = WHOLE ? TILE : std::min<int64_t>(TILE, rows - at.row);
+        const int64_t width = WHOLE ? TILE : std::min<int64_t>(TILE, columns - at.column);
+        const T* from = x + at.row * columns + at.column;
+        const T* ahead = x + next.row * columns + next.column;
+        I words[TILE / 4][TILE / W];  // four rows to a word
+        RandomWords<4, TILE> random;
+        for (int64_t i = 0; i < depth; i += 4) {
+            if (RANDOM) random.fill(seed, (at.row + i) * columns + at.column, columns);
+            for (int64_t j = 0; j < width; j += W) {
+                const int count = WHOLE ? W : (int)std::min<int64_t>(W, width - j);
+                const V inverse = load(inverses + at.column + j, count);
+                I word{};
+                for (int k = 0; k < 4; ++k) {
+                    if (j * sizeof(T) % 64 == 0) fetch(ahead + (i + k) * columns + j);
+                    if (!WHOLE && i + k >= depth) continue;
+                    const V values = load(from + (i + k) * columns + j, count);
+                    word |= rounded<RANDOM>(values, inverse, random.row[k] + j, count) << (8 * k);
+                }
+                words[i / 4][j / W] = word & (I)(inverse != 0.0f);  // no byte of a NaN gets through
+            }
+        }
+        for (int64_t j = 0; j < width; j += W) {
+            I lines[W][TILE / 4 / W];
+            for (int part = 0; part < TILE / 4 / W; ++part) {
+                I square[W];
+                for (int i = 0; i < W; ++i) square[i] = words[part * W + i][j / W];
+                transpose(square);
+                for (int i = 0; i < W; ++i) lines[i][part] = square[i];
+            }
+            for (int i = 0; i < W; ++i) {
+                int8_t* to = q + (at.column + j + i) * rows + at.row;
+                if (WHOLE) store_line(to, lines[i], stream);
+                else if (j + i < width) memcpy(to, lines[i], depth);
+            }
+        }
+    }
+    // Turns `count` tiles, number t lying at at(t), and fetches those that come ACROSS later.
+    template <class F> void walk(int64_t count, const float* inverses, int8_t* q, const F& at) const {
+        const bool stream = streams(q, columns, rows);
+        for (int64_t t = 0; t < count; ++t) {
+            const Place here = at(t), next = at(std::min(t + ACROSS, count - 1));
+            const bool whole = here.row + TILE <= rows && here.column + TILE <= columns;
+            if (whole) turn<true>(here, next, inverses, q, stream);
+            else turn<false>(here, next, inverses, q, stream);
+        }
+        finish_stream();
+    }
+    static void set_scales(const int32_t* tops, int64_t n, float* scales, float* inverses) {
+        for (int64_t c = 0; c < n; ++c) {
+            const Scale s = scale_of(tops[c]);
+            scales[c] = s.scale;
+            inverses[c] = s.inverse;
+        }
+    }
+    int64_t tiles(int64_t n) const { return (n + TILE - 1) / TILE; }
+
+    void turn_strip(int64_t first, const ColumnForm& form, float* inverses) const {
+        const int64_t width = std::min(STRIP, columns - first), across = tiles(width);
+        int32_t tops[STRIP] = {};
+        const T* from = x + first;
+        I unused[TOGETHER] = {}, also[1] = {};
+        int64_t r = 0;
+        for (; r + TOGETHER <= rows; r += TOGETHER)
+            look<TOGETHER, true>(from + r * columns, columns, width, LOOK_AHEAD, unused, tops);
+        for (; r < rows; ++r) look<1, true>(from + r * columns, columns, width, 0, also, tops);
+        set_scales(tops, width, form.scales + first, inverses + first);
+        walk(tiles(rows) * across, inverses, form.q, [&](int64_t t) {  // the last rows first
+            return Place{(tiles(rows) - 1 - t / across) * TILE, first + t % across * TILE};
+        });
+    }
+    void both(const RowForm& row_form, const ColumnForm& form, float* inverses) const {
+        const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tiles(rows)));
+        const int64_t share = (rows + parts - 1) / parts;
+        std::vector<int32_t> tops(parts * columns);
+        parallel_for(parts, threads, [&](int64_t p) {
+            take_rows(std::min(rows, p * share), std::min(rows, (p + 1) * share), row_form, &tops[p * columns]);
+        });
+        for (int64_t p = 1; p < parts; ++p)
+            for (int64_t c = 0; c < columns; ++c) tops[c] = std::max(tops[c], tops[p * columns + c]);
+        set_scales(tops.data(), columns, form.scales, inverses);
+
+        const int64_t down = ACROSS, bands = (tiles(rows) + down - 1) / down;
+        const int64_t sections = bands < 4 * threads ? (columns + 16 * TILE - 1) / (16 * TILE) : 1;
+        const int64_t across = (tiles(columns) + sections - 1) / sections;
+        parallel_for(bands * sections, threads, [&](int64_t task) {
+            const int64_t row = (bands - 1 - task / sections) * down, column = task % sections * across;
+            const int64_t height = std::min(down, tiles(rows) - row), width = std::min(across, tiles(columns) - column);
+            walk(height * width, inverses, form.q, [&](int64_t t) {
+                return Place{(row + t % height) * TILE, (column + t / height) * TILE};
+            });
+        });
+    }
+    void columnwise(const ColumnForm& form) const {
+        std::vector<float> inverses(columns);
+        const int64_t strips = (columns + STRIP - 1) / STRIP;
+        if (strips < threads) return both({nullptr, nullptr}, form, inverses.data());
+        parallel_for(strips, threads, [&](int64_t s) { turn_strip(s * STRIP, form, inverses.data()); });
+    }
+};
+
+// ---- what Python calls; dtype: 0 float32, 1 float16, 2 bfloat16; seed: null rounds to nearest
+
+template <class T, bool RANDOM> static void run(const Quantiser<T, RANDOM>& quantiser, int8_t* row_q, float* row_scales,
+                                                int8_t* column_q, float* column_scales) {
+    if (!column_scales) return quantiser.rowwise({row_q, row_scales});
+    if (!row_scales) return quantiser.columnwise({column_q, column_scales});
+    std::vector<float> inverses(quantiser.columns);
+    quantiser.both({row_q, row_scales}, {column_q, column_scales}, inverses.data());
+}
+
+// A form without scales is not wanted, or empty.
+extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed,
+                                 int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales,
+                                 int threads) {
+    const auto by_dtype = [&](auto* from) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+        const auto go = [&](const auto& quantiser) { run(quantiser, row_q, row_scales, column_q, column_scales); };
+        if (seed) go(Quantiser<T, true>{from, rows, columns, *seed, threads});
+        else go(Quantiser<T, false>{from, rows, columns, 0, threads});
+    };
+    if (dtype == 0) by_dtype((const float*)x);
+    else if (dtype == 1) by_dtype((const Half*)x);
+    else by_dtype((const BFloat16*)x);
+}
