@@ -8,8 +8,8 @@
 // tile needs come through shared memory in steps of 64 along K, STAGES of them in a ring: while one is multiplied,
 // STAGES - 1 are on their way. A and B must start at multiples of 16 bytes and K be one; M and N are free.
 //
-// Banks. A row of a stage is four chunks of 16 bytes, and a warp reads chunk c of 8 rows at a time, which must fall into
-// 8 different eighths of a 128-byte line. Two rows make a line, so rows that agree in their last bit need chunks in
+// Banks. A row of a stage is four chunks of 16 bytes, and a warp reads chunk c of 8 rows at a time, which must fall
+// into different eighths of a 128-byte line. Two rows make a line, so rows that agree in their last bit need chunks in
 // different places: chunk c of row r lies at c ^ x, with x = 0, 1, 2, 3 over those rows. Of A they are 8 in succession.
 //
 // Columns. A lane holds two neighbouring columns of each fragment of 8. Four fragments side by side would give it four
@@ -104,11 +104,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_product(
     const BIAS* bias, ELEMENT* out) {
     extern __shared__ __align__(128) int8_t ring[];
 
-    // Tiles down a band of BAND rows of them, before the next column: those that run together share what L2 caches hold.
+    // Tiles down a band of BAND rows of them, before the next column: those that run together share what L2 holds.
     const uint32_t tiles_m = (uint32_t)((M + TILE_M - 1) / TILE_M), tiles_n = (uint32_t)((N + TILE_N - 1) / TILE_N);
     const uint32_t band = blockIdx.x / (BAND * tiles_n) * BAND, place = blockIdx.x % (BAND * tiles_n);
     const uint32_t height = min((uint32_t)BAND, tiles_m - band);
-    const int64_t tile_row = (int64_t)(band + place % height) * TILE_M, tile_column = (int64_t)(place / height) * TILE_N;
+    const int64_t tile_row = (int64_t)TILE_M * (band + place % height);
+    const int64_t tile_column = (int64_t)TILE_N * (place / height);
     const int warp = threadIdx.x / 32, row = warp % WARPS_M * WARP_TILE, column = warp / WARPS_M * WARP_TILE;
 
     const int64_t steps = (K + TILE_K - 1) / TILE_K;
