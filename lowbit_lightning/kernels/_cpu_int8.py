@@ -1,11 +1,12 @@
 """The int8 ops on CPU: src/int8_quantize.cpp and src/int8.cpp, compiled on first use, called through ctypes.
 
 Equal to reference.py to the bit: the quantisers divide, multiply and round in the same order, and the product is exact
-in int32 before it is scaled. src/int8_gemm.h says how the product is computed and with which instructions.
+in int32 before it is scaled. src/int8_gemm.h says how the product is computed, src/int8_dot.h and src/int8_amx.h by
+which instructions.
 
 torch's own engines are not used. ``torch._int_mm`` is as fast on a processor with AVX-512 VNNI, but leaves the scaling
-to another pass over memory; oneDNN's ``qlinear_pointwise`` scales in another order, and without AMX has no fast kernel
-for int8 inputs at all (measured: minutes instead of milliseconds). AMX itself is not used yet.
+to another pass over memory and does not use AMX; oneDNN's ``qlinear_pointwise`` scales in another order, and without
+AMX has no fast kernel for int8 inputs at all (measured: minutes instead of milliseconds).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lowbit_lightning.kernels.compile import host_library, source_text
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SLOW = "no int8 instructions"
+REFUSED = "AMX refused, "  # and what is used in its place
 _MANY = 1 << 15  # elements, or 64 products each, below which a second thread costs more than it saves
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -64,11 +66,18 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
             " numbers, but not faster than float32; precision='bf16-mixed' or '32-true' may train faster here",
             stacklevel=2,
         )
+    if instructions(compiled).startswith(REFUSED) and not flags:
+        warnings.warn(
+            "this processor has AMX, but the system does not give this process its registers (Linux 5.16 and newer do,"
+            " unless a sandbox or a hypervisor forbids it); int8 products run several times slower than they could, by"
+            f" {instructions(compiled).removeprefix(REFUSED)}",
+            stacklevel=2,
+        )
     return compiled
 
 
 def instructions(compiled: ctypes.CDLL) -> str:
-    """The instruction set that the product was compiled for, as ``int8_gemm.h`` names it."""
+    """What the product is computed with: "AMX", or an instruction set as ``int8_dot.h`` names it."""
     return compiled.lb_int8_instructions().decode()
 
 

@@ -224,13 +224,15 @@ def test_any_shape(m: int, n: int, k: int, seed: int) -> None:
 
 # -- the CPU backend -------------------------------------------------------------------------------------------------
 
-NO_AVX512 = ("-U__AVX512F__", "-U__AVX512BW__", "-U__AVX512VNNI__")
+NO_AVX512 = ("-U__AVX512F__", "-U__AVX512BW__", "-U__AVX512VNNI__", "-U__AVX512BF16__")
 INSTRUCTIONS = {  # what a build without the newer ones is, and what the processor must have to run it
     "AVX-512 BW": (("-mno-avx512vnni",), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
     "AVX-VNNI": (
         (*NO_AVX512, "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"),  # by its AVX-512 twin
         {"avx512_vnni", "avx512vl"},
     ),
+    "AMX": (("-DLB_AMX_TWIN=1",), set()),  # its instructions in plain C++
+    "AMX refused, AVX2": (("-march=x86-64-v3", "-DLB_AMX_TWIN=0"), {"avx2", "fma", "f16c"}),
     "AVX2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
     "SSE2": (("-march=x86-64",), {"sse2"}),
     _cpu_int8.SLOW: (("-march=x86-64", "-U__SSE2__"), {"sse2"}),
@@ -259,10 +261,16 @@ def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: py
 
 
 @needs_compiler
-def test_a_processor_without_int8_instructions_is_warned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(_cpu_int8.SLOW, "no instructions for int8 products"), ("AMX refused, AVX2", "slower than they could, by AVX2")],
+)
+def test_a_processor_without_the_fast_way_is_warned_once(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _cpu_int8.library.cache_clear()
-    monkeypatch.setattr(_cpu_int8, "instructions", lambda _: _cpu_int8.SLOW)
-    with pytest.warns(UserWarning, match="no instructions for int8 products"):
+    monkeypatch.setattr(_cpu_int8, "instructions", lambda _: name)
+    with pytest.warns(UserWarning, match=message):
         _cpu_int8.library()
     _cpu_int8.library()  # warnings are errors here
     _cpu_int8.library.cache_clear()

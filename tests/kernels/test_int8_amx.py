@@ -1,0 +1,77 @@
+"""The int8 product by AMX. Most machines lack it, so its five instructions are played by plain C++ (LB_AMX_TWIN) under
+the same loops; the real ones are compiled, and run where the processor and the system allow it."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import numpy as np
+import pytest
+import torch
+
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels import _cpu_int8
+from lowbit_lightning.kernels.compile import CompilerNotFound, host_compiler, host_library, source_text
+
+try:
+    host_compiler()
+    COMPILER = True
+except CompilerNotFound:
+    COMPILER = False
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler: there is no CPU backend to test")
+
+TWIN = ("-DLB_AMX_TWIN=1", "-O2")
+# One row, a tile of 16, two, more; K copied, or read as it lies (multiples of 64), in one block of 1024 and several.
+ROWS, COLUMNS, DEPTHS = (1, 15, 16, 17, 32, 33, 70), (1, 16, 17, 32, 33, 100), (0, 5, 64, 960, 1024, 1088, 2240)
+
+
+def assert_product(m: int, n: int, k: int) -> None:
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
+    exact = a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T
+    y = kernels.int8_matmul(a, b, torch.ones(m), torch.ones(n)).numpy()
+    np.testing.assert_array_equal(y, exact.astype(np.float32), f"{m} x {n} x {k}")
+
+
+@pytest.mark.parametrize("k", DEPTHS)
+def test_every_height_and_width_of_a_tile(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = _cpu_int8.library(TWIN)
+    assert _cpu_int8.instructions(build) == "AMX"
+    monkeypatch.setattr(_cpu_int8, "library", lambda: build)
+    with kernels.use_backend("cpu"):
+        for m in ROWS:
+            for n in COLUMNS:
+                assert_product(m, n, k)
+
+
+def test_the_tile_shapes_of_the_thread_are_as_they_were() -> None:
+    """torch's own AMX kernels may rely on what they have set in this thread."""
+    peek = """
+        static TileShapes shapes;
+        extern "C" void set_shapes(const void* from) { memcpy(&shapes, from, 64), set_tile_shapes(&shapes); }
+        extern "C" void get_shapes(void* to) { save_tile_shapes(&shapes), memcpy(to, &shapes, 64); }
+    """
+    library = host_library(source_text("int8.cpp") + peek, flags=TWIN)
+    before, after = (ctypes.c_uint8 * 64)(*range(64)), (ctypes.c_uint8 * 64)()
+    library.set_shapes(before)
+    q, ones, out = torch.ones(40, 64, dtype=torch.int8), torch.ones(40), torch.zeros(40, 40)
+    room = torch.zeros(1 << 16, dtype=torch.uint8)
+    sizes = [ctypes.c_int64(size) for size in (40, 40, 64)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (ones, ones)]
+    library.lb_int8_matmul(
+        *(ctypes.c_void_p(q.data_ptr()), ctypes.c_void_p(q.data_ptr()), *sizes, *pointers, None),
+        *(ctypes.c_void_p(out.data_ptr()), 0, ctypes.c_void_p(room.data_ptr()), 1),
+    )
+    library.get_shapes(after)
+    assert bool((out == 64).all())
+    assert list(after) == list(before)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is x86's")
+def test_the_real_instructions_compile_and_a_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = _cpu_int8.instructions(_cpu_int8.library(("-mno-amx-int8",)))
+    build = _cpu_int8.library(("-mamx-tile", "-mamx-int8"))
+    assert _cpu_int8.instructions(build) in ("AMX", _cpu_int8.REFUSED + native)
+    monkeypatch.setattr(_cpu_int8, "library", lambda: build)
+    with kernels.use_backend("cpu"):
+        assert_product(70, 100, 1088)
