@@ -251,7 +251,10 @@ def _norms(arguments: StepArguments) -> Tensor:
     contiguous = _contiguous(arguments)
     result = _optimizer_norms_fake(arguments.rule, arguments.params).zero_()
     for indices, part in contiguous.parts():
-        result.index_copy_(0, _index(part, indices), run("optimizer_norms", arguments.device, part))
+        found = run("optimizer_norms", arguments.device, part)
+        if part is contiguous:
+            return found
+        result.index_copy_(0, _index(part, indices), found)
     return result
 
 
