@@ -17,9 +17,9 @@ template <> struct MapOf<true> { typedef DynamicUnsignedConstants Constants; };
 
 constexpr int32_t SIGN_BIT = (int32_t)0x80000000, BITS_OF_2_25 = 0x4c000000;
 
-template <class C, class V, class I> LB_FN V decode(I code) {
-    // A float of 2^25 counts in fours: this is 4 (code - bias), and the number of f's bits is its exponent field's.
-    const V n = from_bits(code | BITS_OF_2_25) - (0x1p25f + 4 * C::bias);
+// `counted`: code | BITS_OF_2_25, the bits of 2^25 + 4 code, since a float of 2^25 counts in fours.
+template <class C, class V, class I> LB_FN V decode(I counted) {
+    const V n = from_bits(counted) - (0x1p25f + 4 * C::bias);
     V slope, offset;
     decode_line<C>(n, slope, offset);
     return n * slope + (C::is_signed ? from_bits(to_bits(offset) ^ (to_bits(n) & SIGN_BIT)) : offset);

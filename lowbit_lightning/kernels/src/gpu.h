@@ -33,7 +33,8 @@ LB_FN V from_bits(I x) { return __int_as_float(x); }
 LB_FN V absolute(V x) { return fabsf(x); }
 LB_FN V fused(V a, V b, V c) { return fmaf(a, b, c); }
 LB_FN V maximum(V a, V b) { return a > b ? a : b; }
-LB_FN V minimum(V a, V b) { return a < b ? a : b; }
+LB_FN I maximum(I a, I b) { return a > b ? a : b; }
+LB_FN V minimum(V a, V b) { return fminf(a, b); }
 LB_FN V magnitude_from(V x, float low) { return maximum(fabsf(x), low); }
 LB_FN V sign(V x) { return x == 0.0f ? 0.0f : x == x ? copysignf(1.0f, x) : x; }  // NaN stays NaN
 LB_FN uint32_t magnitude_bits(float x) { return (uint32_t)to_bits(x) & 0x7fffffffu; }
@@ -125,11 +126,13 @@ template <int N, class T> LB_FN void store_packet(T* to, const T* v) {
     for (int i = 0; i < N; ++i) pack(packet.word, i, v[i]);
     copy(&packet, (Packet<N * sizeof(T)>*)to);
 }
+// Codes come counted, as dynamic_map.h decodes them: each behind the upper bytes of 2^25, by one permutation.
+constexpr uint32_t COUNTED = 0x4c000000;
 template <int N> LB_FN void load_packet(const uint8_t* from, int32_t* v) {
     Packet<N> packet;
     copy((const Packet<N>*)from, &packet);
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = (int32_t)(packet.word[i / 4] >> (8 * (i % 4)) & 255);
+    for (int i = 0; i < N; ++i) v[i] = (int32_t)__byte_perm(packet.word[i / 4], COUNTED, 0x7540 + i % 4);
 }
 template <int N> LB_FN void store_packet(uint8_t* to, const int32_t* v) {
     Packet<N> packet;

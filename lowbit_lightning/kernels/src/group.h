@@ -60,7 +60,7 @@ template <int RUN> struct Share {
     }
 
   private:
-    LB_FN int32_t raise(uint8_t code) { return code; }
+    LB_FN int32_t raise(uint8_t code) { return (int32_t)(code | COUNTED); }
     template <class T> LB_FN float raise(T x) { return widen(x); }
 };
 
@@ -102,9 +102,9 @@ template <int SIZE, int KEYS> LB_FN void group_max(uint32_t (&key)[KEYS]) {
 // What a value says about its block's scale, as a number whose maximum over the block decides. Signed: the value of
 // largest magnitude, positive on a tie. Otherwise: the largest value, if any is positive.
 LB_FN uint32_t scale_key(float x, bool is_signed) {
-    const uint32_t magnitude = magnitude_bits(x);
-    if (!is_signed) return x > 0.0f ? magnitude : 0;
-    return magnitude << 1 | (to_bits(x) < 0 ? 0 : 1);
+    const int32_t bits = to_bits(x);
+    if (!is_signed) return bits > 0 ? (uint32_t)bits : 0;
+    return (uint32_t)bits << 1 | (~(uint32_t)bits >> 31);
 }
 LB_FN float scale_of(uint32_t key, bool is_signed) {
     if (!is_signed) return not_too_small(from_bits((int32_t)key));

@@ -86,8 +86,8 @@ template <class F> static void for_blocks(const Call& call, const F& body) {
 template <int S> LB_FN V load_state(const Block& at, int i, int count) {
     if constexpr (coded(S)) {
         typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
-        const I codes = load_codes((const uint8_t*)at.q.state[S] + at.start + i, count);
-        return decode<C, V, I>(codes) * at.q.scales[S][at.number];
+        const I counted = load_counted((const uint8_t*)at.q.state[S] + at.start + i, count);
+        return decode<C, V, I>(counted) * at.q.scales[S][at.number];
     } else {
         return load((const float*)at.q.state[S] + at.start + i, count);
     }

@@ -43,7 +43,27 @@ template <bool PACKETS> LB_FN void store_parameter(const Block& b, const float (
     Mine::store<PACKETS>(b.p, b.at.n, rounded);
 }
 
-// An element any of whose coded states is not finite has them all set to zero. The others decide on the scales.
+// The scale keys of an element. Of a state that is not finite, or below zero where none can be, it is too large.
+LB_FN constexpr uint32_t too_large(bool is_signed) { return is_signed ? INFINITE << 1 : INFINITE; }
+template <int S = 0> LB_FN void raise_keys(const Elements& e, int i, uint32_t (&key)[STATES]) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (coded<S>()) {
+            const uint32_t one = Map<S>::is_signed ? scale_key(e.s[S][i], true) : (uint32_t)to_bits(e.s[S][i]);
+            key[S] = key[S] > one ? key[S] : one;
+        }
+        raise_keys<S + 1>(e, i, key);
+    }
+}
+template <int S = 0> LB_FN bool all_below(const uint32_t (&key)[STATES]) {
+    if constexpr (S < RULE_STATES) {
+        return (!coded<S>() || key[S] < too_large(Map<S>::is_signed)) && all_below<S + 1>(key);
+    } else {
+        return true;
+    }
+}
+
+// What that does not hold for, it is done again with more care: an element any of whose coded states is not finite has
+// them all set to zero. The others decide on the scales.
 template <int S = 0> LB_FN bool all_finite(const Elements& e, int i) {
     if constexpr (S < RULE_STATES) {
         const bool rest = all_finite<S + 1>(e, i);
@@ -56,11 +76,17 @@ template <int S = 0> LB_FN void keep(Elements& e, int i, bool kept, uint32_t (&k
     if constexpr (S < RULE_STATES) {
         if constexpr (coded<S>()) {
             if (!kept) e.s[S][i] = 0.0f;
-            const uint32_t one = kept ? scale_key(e.s[S][i], Map<S>::is_signed) : 0;
+            const uint32_t one = scale_key(e.s[S][i], Map<S>::is_signed);
             key[S] = key[S] > one ? key[S] : one;
         }
         keep<S + 1>(e, i, kept, key);
     }
+}
+
+LB_FN void keep_what_counts(const Block& b, Elements& e, uint32_t (&key)[STATES]) {
+    for (int s = 0; s < STATES; ++s) key[s] = 0;
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; ++k) keep(e, k, all_finite(e, k) && Mine::index(k) < b.at.n, key);
 }
 
 template <bool PACKETS, int S = 0> LB_FN void store_states(const Block& b, const Elements& e, uint32_t (&key)[STATES]) {
@@ -104,9 +130,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) step(
                 e.g[k] *= f;
                 apply<DIRECTION>(c, e, k);
                 apply<FINISH>(c, e, k);
-                const bool kept = all_finite(e, k);
-                keep(e, k, kept && Mine::index(k) < b.at.n, key);
+                raise_keys(e, k, key);
             }
+            if (!b.packets || !all_below(key)) keep_what_counts(b, e, key);
             const Parameter& q = parameters[i];
             const uint32_t steps = STOCHASTIC ? (uint32_t)*q.step : 0;
             if (b.packets) store_parameter<true>(b, e.p, seed, (uint32_t)q.ordinal, steps, q.offset);

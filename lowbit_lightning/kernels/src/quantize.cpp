@@ -92,7 +92,7 @@ static void dequantize_dynamic(const uint8_t* codes, const float* scales, const 
         const int n = grid.length(b);
         for (int i = 0; i < n; i += W) {
             const int count = std::min(W, n - i);
-            store(out + start + i, decode<C, V, I>(load_codes(codes + start + i, count)) * scales[b], count);
+            store(out + start + i, decode<C, V, I>(load_counted(codes + start + i, count)) * scales[b], count);
         }
     });
 }

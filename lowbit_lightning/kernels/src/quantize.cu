@@ -25,7 +25,7 @@ LB_FN void prepare(const float* values, int count) {
 }
 LB_FN bool has_negative() { return book[0] < 0.0f; }
 LB_FN bool carries_sign() { return has_negative() && book[0] > -1.0f; }
-LB_FN float decoded(int32_t code) { return book[code]; }
+LB_FN float decoded(int32_t counted) { return book[counted & 255]; }
 // The nearest code, the lower one on a tie: the number of middles below y.
 LB_FN int32_t encoded(float x, float inverse) {
     const float y = x * inverse;
@@ -46,7 +46,7 @@ typedef DynamicUnsignedConstants Map;
 LB_FN void prepare(const float*, int) { prepare_lines(Map::is_signed, !Map::is_signed); }
 LB_FN bool has_negative() { return Map::is_signed; }
 LB_FN bool carries_sign() { return Map::is_signed; }
-LB_FN float decoded(int32_t code) { return decode<Map, V, I>(code); }
+LB_FN float decoded(int32_t counted) { return decode<Map, V, I>(counted); }
 LB_FN int32_t encoded(float x, float inverse) { return encode<Map, V, I>(x, inverse); }
 
 #endif

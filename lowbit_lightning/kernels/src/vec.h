@@ -334,5 +334,6 @@ LB_FN V load(const BFloat16* p, int count) {
 LB_FN void store(float* p, V x, int count) { store_raw(p, x, count); }
 LB_FN void store(Half* p, V x, int count) { store_raw(p, narrow_half(x), count); }
 LB_FN void store(BFloat16* p, V x, int count) { store_raw(p, narrow_bfloat16(x), count); }
-LB_FN I load_codes(const uint8_t* p, int count) { return widen(load_raw<Bytes>(p, count)); }
+// Codes as dynamic_map.h decodes them.
+LB_FN I load_counted(const uint8_t* p, int count) { return widen(load_raw<Bytes>(p, count)) | 0x4c000000; }
 LB_FN void store_codes(uint8_t* p, I x, int count) { store_raw(p, narrow_to_bytes(x), count); }
