@@ -117,8 +117,11 @@ def oracle(left: np.ndarray, right: np.ndarray, features: int) -> float:
     return -10 * np.log10(noise_to_signal(left) + noise_to_signal(right))
 
 
-def test_measures_what_float64_measures(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:autocast='bf16' on cpu, whose hardware emulates")
+@pytest.mark.parametrize("autocast", ["off", "bf16"])
+def test_measures_what_float64_measures(tmp_path: Path, autocast: str) -> None:
     """All three products of both layers in a step, from operands that hooks of our own caught."""
+    dtype = torch.bfloat16 if autocast == "bf16" else torch.float32
     caught: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     class Catch(Callback):
@@ -129,13 +132,13 @@ def test_measures_what_float64_measures(tmp_path: Path) -> None:
 
         def hook(self, name: str) -> Any:
             def keep(layer: nn.Linear, args: Any, kwargs: Any, output: Tensor) -> None:
-                x, weight = (args[0] if args else kwargs["input"]).detach(), layer.weight.detach().clone()
+                x, weight = (args[0] if args else kwargs["input"]).detach().to(dtype), layer.weight.detach().clone()
                 output.register_hook(lambda grad: caught.update({name: (x, weight, grad)}))
 
             return keep
 
     monitor = quiet(per_layer=True)
-    fit(Model(spike=30), tmp_path, monitor, Catch(), max_steps=1)
+    fit(Model(spike=30), tmp_path, monitor, Catch(), max_steps=1, precision={"autocast": autocast})
     for name in ("up", "down"):
         x, w, dy = (t.double().numpy() for t in caught[name])
         expected = {"forward": oracle(x, w, 1), "grad_weight": oracle(dy.T, x.T, 0)}

@@ -112,7 +112,7 @@ class LowBitMonitor(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self._sample is None and trainer.global_step >= self._next:
-            self._sample = Sample(self._layers, lambda: trainer.training)
+            self._sample = Sample(self._layers)
             self._next = (trainer.global_step // self.every_n_steps + 1) * self.every_n_steps
             self._sampled_step = trainer.global_step
 

@@ -9,7 +9,6 @@ Which operand is quantised how (``layers`` says why), and along what its feature
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,8 +23,7 @@ from lowbit_lightning.layers import Int8Linear
 class Sample:
     """Hooks on the layers, and what they have measured, for the time of one optimizer step."""
 
-    def __init__(self, layers: dict[str, Int8Linear], training: Callable[[], bool]) -> None:
-        self._training = training  # False while a validation interrupts the step
+    def __init__(self, layers: dict[str, Int8Linear]) -> None:
         self._measured: list[tuple[Slot, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         for i, layer in enumerate(layers.values()):
@@ -44,7 +42,8 @@ class Sample:
         return [slot for slot, _ in self._measured], torch.stack([values for _, values in self._measured])
 
     def _off(self) -> bool:
-        return torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._training()
+        """Inside torch.compile, in a validation that interrupts the step, or in a first pass that will be repeated."""
+        return torch.compiler.is_compiling() or not torch.is_grad_enabled()
 
     def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._off():
