@@ -4,11 +4,13 @@ the same loops; the real ones are compiled, and run where the processor and the 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import _cpu_int8
@@ -42,6 +44,28 @@ def test_every_height_and_width_of_a_tile(k: int, monkeypatch: pytest.MonkeyPatc
         for m in ROWS:
             for n in COLUMNS:
                 assert_product(m, n, k)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="guards its memory by Linux's mprotect")
+@pytest.mark.parametrize("flags", [(), TWIN], ids=["native", "AMX"])
+def test_nothing_behind_the_matrices_is_read(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read beyond the end would end the process here: the next page may not be touched."""
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+
+    def guarded(rows: int, k: int) -> Tensor:
+        pages = mmap.mmap(-1, -(-rows * k // page) * page + page)
+        end = len(pages) - page
+        start = torch.frombuffer(pages, dtype=torch.int8)
+        assert libc.mprotect(ctypes.c_void_p(start.data_ptr() + end), ctypes.c_size_t(page), 0) == 0
+        return start[end - rows * k : end].view(rows, k).fill_(1)
+
+    build = _cpu_int8.library(flags)
+    monkeypatch.setattr(_cpu_int8, "library", lambda: build)
+    with kernels.use_backend("cpu"):
+        for m, n, k in ((17, 20, 64), (3, 70, 128), (33, 5, 1024), (7, 9, 100), (40, 33, 63), (180, 100, 64)):
+            y = kernels.int8_matmul(guarded(m, k), guarded(n, k), torch.ones(m), torch.ones(n))
+            assert bool((y == k).all())
 
 
 def test_the_tile_shapes_of_the_thread_are_as_they_were() -> None:
