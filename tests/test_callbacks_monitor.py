@@ -467,7 +467,9 @@ def test_ranks_agree(tmp_path: Path) -> None:
     outlier = "int8/forward/snr/net.0"
     assert alone[0][outlier] - alone[1][outlier] > 20  # decibels, and the mean is taken for each operand
     means = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
-    assert first["replicated"] == pytest.approx(means, abs=1)
+    ratios = {name: value for name, value in first["replicated"].items() if "/snr/" in name}
+    assert ratios == pytest.approx({name: value for name, value in means.items() if "/snr/" in name}, abs=1)
+    assert 0 < first["sharded"]["int8/optimizer/exp_avg/largest"] < 0.1
     assert first["sharded"] == pytest.approx(first["replicated"], abs=1e-3)
     assert first["fallen_back"] == {"net.0": ["forward"]}
     assert first["products"][:3] == ["high", "int8", "int8"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lowbit_lightning import convert
+from lowbit_lightning import convert, optim
 from lowbit_lightning.callbacks import LowBitMonitor
 
 
@@ -43,7 +43,7 @@ class Model(L.LightningModule):
         return self(batch[0]).float().square().mean()
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.0)  # a model that stands still
+        return optim.AdamW(self.parameters(), lr=0.0, min_size=1024)  # a model that stands still
 
 
 def data(rank: int) -> DataLoader:
@@ -73,24 +73,25 @@ def fit(rank: int | None, folder: Path, **settings: Any) -> tuple[Model, LowBitM
     return model, monitor, trainer
 
 
-def ratios(monitor: LowBitMonitor) -> dict[str, float]:
-    return {name: value.item() for name, value in monitor.metrics.items() if "/snr/" in name}
+def measured(monitor: LowBitMonitor) -> dict[str, float]:
+    wanted = ("/snr/", "/optimizer/")
+    return {name: value.item() for name, value in monitor.metrics.items() if any(part in name for part in wanted)}
 
 
 def alone(folder: Path) -> None:
-    ranks = [ratios(fit(rank, folder, devices=1)[1]) for rank in (0, 1)]
+    ranks = [measured(fit(rank, folder, devices=1)[1]) for rank in (0, 1)]
     (folder / "alone.json").write_text(json.dumps(ranks))
 
 
 def together(folder: Path) -> None:
     model, monitor, trainer = fit(None, folder, strategy="ddp", devices=2)
     result: dict[str, Any] = {
-        "replicated": ratios(monitor),
+        "replicated": measured(monitor),
         "fallen_back": monitor.fallen_back,
         "products": list(vars(model.net[0].products).values()),
     }
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    result["sharded"] = ratios(fit(None, folder, strategy=sharded, devices=2)[1])
+    result["sharded"] = measured(fit(None, folder, strategy=sharded, devices=2)[1])
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
