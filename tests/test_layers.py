@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +24,14 @@ CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_
 
 def matmuls() -> int:
     return sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
+
+
+@contextmanager
+def counted(expected: int) -> Iterator[None]:
+    """The block runs so many int8 products, no more and no fewer."""
+    before = matmuls()
+    yield
+    assert matmuls() - before == expected
 
 
 def layer(**settings: Any) -> Int8Linear:
@@ -58,8 +68,9 @@ def test_three_products_against_float64(dtype: torch.dtype, device: str) -> None
     linear = layer(dtype=dtype, device=device)
     x = (torch.randn(40, K) * torch.logspace(-2, 2, 40).unsqueeze(1)).to(device, dtype).requires_grad_()
     dy = torch.randn(40, N).to(device, dtype)
-    y = linear(x)
-    y.backward(dy)
+    with counted(3):
+        y = linear(x)
+        y.backward(dy)
     assert x.grad is not None
     assert linear.weight.grad is not None
     assert linear.bias.grad is not None
@@ -138,9 +149,10 @@ def test_evaluation_runs_in_int8(context: Any) -> None:
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     linear = layer()
     x = torch.randn(*shape, requires_grad=True)
-    y = linear(x)
-    assert y.shape == (*shape[:-1], N)
-    y.sum().backward()
+    with counted(3 if x.numel() else 0):
+        y = linear(x)
+        assert y.shape == (*shape[:-1], N)
+        y.sum().backward()
     assert x.grad is not None
     assert linear.weight.grad is not None
     assert x.grad.shape == x.shape
@@ -156,8 +168,9 @@ def test_no_bias_and_strided_operands() -> None:
     linear = layer(bias=False)
     x, dy = torch.randn(K, 24).T, torch.randn(N, 24).T
     x.requires_grad_()
-    y = linear(x)
-    y.backward(dy)
+    with counted(3):
+        y = linear(x)
+        y.backward(dy)
     dense = x.detach().contiguous().requires_grad_()
     other = copy.deepcopy(linear)
     other.weight.grad = None
@@ -271,8 +284,9 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     expected = backward_of(module, x)
     again = x.clone().requires_grad_()
     module.zero_grad()
-    y = Checkpointed()(again)
-    y.square().sum().backward()
+    with counted(8):  # the forward runs twice
+        y = Checkpointed()(again)
+        y.square().sum().backward()
     assert_equal((y, again.grad, *(p.grad for p in module.parameters())), expected)  # type: ignore[arg-type]
 
 
@@ -280,8 +294,9 @@ def test_gradients_accumulate() -> None:
     linear = layer()
     first, second = torch.randn(8, K), torch.randn(8, K)
     parts = [backward_of(linear, x)[2] for x in (first, second)]
-    for x in (first, second):
-        linear(x).square().sum().backward()
+    with counted(2 * 2):  # the inputs need no gradient
+        for x in (first, second):
+            linear(x).square().sum().backward()
     assert torch.equal(linear.weight.grad, parts[0] + parts[1])  # type: ignore[arg-type]
 
 
@@ -289,13 +304,38 @@ def test_tied_weights_sum_their_gradients() -> None:
     one, two = Int8Linear(K, K), Int8Linear(K, K)
     two.weight = one.weight
     x = torch.randn(8, K)
-    (one(x).sum() + two(x).sum()).backward()
+    with counted(2 * 2):
+        (one(x).sum() + two(x).sum()).backward()
     assert one.weight.grad is two.weight.grad
     assert torch.allclose(one.weight.grad, 2 * backward_sum(one, x))  # type: ignore[arg-type]
 
 
 def backward_sum(linear: Int8Linear, x: Tensor) -> Tensor:
     return torch.autograd.grad(linear(x).sum(), linear.weight)[0]
+
+
+def test_a_graph_that_is_kept_and_gradients_asked_for_one_by_one() -> None:
+    linear, x = layer(), torch.randn(8, K, requires_grad=True)
+    expected = backward_of(linear, x)
+    with counted(1):
+        loss = linear(x).square().sum()
+    with counted(2 + 2):
+        first, second = (torch.autograd.grad(loss, [x, linear.weight], retain_graph=True) for _ in range(2))
+    with counted(2 + 2):  # torch doesn't tell an op that only one of its gradients is asked for
+        (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (dw,) = torch.autograd.grad(loss, linear.weight)
+    for found in (first, second, (dx, dw)):
+        assert_equal(found, expected[1:3])
+
+
+def test_a_weight_changed_before_the_backward_is_an_error() -> None:
+    """As with nn.Linear."""
+    linear = layer()
+    y = linear(torch.randn(8, K, requires_grad=True))
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_copies() -> None:
@@ -307,7 +347,8 @@ def test_copies() -> None:
     for copied in (copy.deepcopy(linear), torch.load(buffer, weights_only=False)):
         assert type(copied) is Int8Linear
         assert copied.products == Products(grad_weight="high")
-        assert_equal(backward_of(copied, x), backward_of(linear, x))
+        with counted(2 * 2):
+            assert_equal(backward_of(copied, x), backward_of(linear, x))
 
 
 def test_state_dict_is_that_of_a_linear() -> None:
