@@ -9,6 +9,9 @@ A misaligned access is an error, always. With ``check=True`` the compiler also r
 instrumentation for thread sanitizers), and ``checker.cpp`` raises on the first that is out of bounds, reads shared
 memory never written, or races with an access of another thread that no barrier separates from it.
 
+An asynchronous copy overwrites its target with 0xFF when it starts, and takes place when its thread waits for it: who
+reads too early, or still reads what is replaced, gets a wrong result, and check mode names the place.
+
 What it cannot see: anything between launches (streams, events, lifetimes), inline PTX (a kernel has to offer plain C++
 where ``__CUDA_ARCH__`` is not defined), and speed.
 """

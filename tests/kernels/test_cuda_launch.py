@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,12 +34,17 @@ class Driver:
     """``cuda.bindings.driver`` with an emulator behind ``cuLaunchKernel``: it reads what the addresses point to."""
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"))
-    CUstream = staticmethod(int)
+    CUstream = CUkernel = CUdevice = staticmethod(int)
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
 
     def __init__(self, answer: Any = CUresult.CUDA_SUCCESS) -> None:
         self.answer = answer
         self.module = emulator.Module(KERNEL)
         self.calls: list[tuple] = []
+
+    def cuKernelSetAttribute(self, *arguments: int) -> tuple[Any]:
+        self.calls.append(arguments)
+        return (self.answer,)
 
     def cuLaunchKernel(self, kernel: str, *rest: Any) -> tuple[Any]:
         *geometry, stream, parameters, _extra = rest
@@ -73,6 +79,24 @@ def test_a_launch_that_the_driver_refuses_raises(monkeypatch: pytest.MonkeyPatch
         launch._start(a_launch(), "scale_add", stream=0)
 
 
+def test_a_device_is_told_once_of_large_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(cuda.bindings, "driver", driver)
+    for device in (0, 1, 0):
+        launch._allow_shared(77, 73728, device)
+    assert driver.calls == [(8, 73728, 77, 0), (8, 73728, 77, 1)]
+    driver.answer = SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
+    with pytest.raises(RuntimeError, match="its 300000 bytes of shared memory: CUDA_ERROR_INVALID_VALUE"):
+        launch._allow_shared(78, 300000, 0)
+
+
+def test_dynamic_shared_memory_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(cuda.bindings, "driver", driver)
+    launch._start(replace(a_launch(), shared=49152), "scale_add", stream=1)
+    assert driver.calls == [(1, 2, 1, 4, 1, 1, 49152, 1)]
+
+
 def test_the_real_driver_has_what_is_called() -> None:
     """Names and parameters of the installed cuda-bindings; without a driver a call ends at the missing library."""
     from cuda.bindings import driver
@@ -81,6 +105,8 @@ def test_the_real_driver_has_what_is_called() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"libcuda|driver"):
             launch._start(a_launch(), driver.CUfunction(1), stream=0)
+        with pytest.raises(RuntimeError, match=r"libcuda|driver"):
+            launch._allow_shared(driver.CUfunction(1), 1 << 16, 0)
 
 
 def test_without_cuda_core_the_backend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

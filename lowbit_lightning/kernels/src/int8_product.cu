@@ -22,7 +22,7 @@
 constexpr int TILE_M = 128, TILE_K = 64, WARP_TILE = 64, CHUNK = 16, CHUNKS = TILE_K / CHUNK;
 constexpr int WARPS_M = TILE_M / WARP_TILE, WARPS_N = TILE_N / WARP_TILE, THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * TILE_K;
-constexpr int BAND = 8;  // tiles that share columns of the result and run at about the same time
+constexpr int BAND = 16;  // tiles down: of the 100 to 200 that run at a time, so that they form about a square
 
 struct OfA { LB_METHOD static int place(int r, int c) { return (r * CHUNKS + (c ^ (r / 2 % 4))) * CHUNK; } };
 struct OfB { LB_METHOD static int place(int r, int c) { return (r * CHUNKS + (c ^ (r / 8 % 4))) * CHUNK; } };
