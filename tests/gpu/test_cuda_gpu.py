@@ -102,6 +102,7 @@ def test_int8(dtype: torch.dtype) -> None:
                 qa, sa = kernels.quantize_rowwise(a.to(place))
                 qb, sb = kernels.quantize_rowwise(b.to(place))
                 out += [qa, sa, qb, sb, *kernels.quantize_colwise(a.to(place))]
+                out += [*kernels.quantize_both(a.to(place)), *kernels.quantize_both(a.to(place), 2**64 - 77)]
                 out += [kernels.int8_matmul(qa, qb, sa, sb, bias.to(place), dtype)]
         assert_same_bits(ours, expected)
 

@@ -52,7 +52,8 @@ def texts() -> dict[str, str]:
     ):
         found[f"quantize {dtype} {codebook} block {block_size}"] = cuda.quantize_text(dtype, codebook, block_size)
     for dtype, threads in ((F32, 256), (F32, 32), (BF16, 256), (F16, 32)):
-        found[f"int8 {dtype} threads {threads}"] = int8.int8_text(dtype, threads)
+        for stochastic in (False, True):
+            found[f"int8 {dtype} threads {threads} at random {stochastic}"] = int8.int8_text(dtype, threads, stochastic)
     for out, bias in ((F32, F32), (BF16, BF16), (F16, F32)):
         found[f"int8 product's epilogue {out} bias {bias}"] = int8_product.scale_sums_text(out, bias)
         for tile_n in (128, 256):
@@ -77,7 +78,7 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
     assert not bad, "\n".join(map(str, bad))
     assert {kernel for _, kernel, _ in rows} == {
         *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
-        *("quantize_rows", "column_tops", "quantize_columns", "scale_sums", "int8_product"),
+        *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product"),
     }
     # A thread of the product holds 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
     assert all(8 <= r.registers <= (255 if kernel == "int8_product" else 128) for _, kernel, r in rows)

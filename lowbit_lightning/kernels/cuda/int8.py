@@ -14,7 +14,7 @@ from lowbit_lightning.kernels.cuda.launch import Launch
 from lowbit_lightning.kernels.cuda.types import CPP_TYPES, ceil_div
 
 _SHORT_ROW = 1024  # elements up to which one warp takes a row
-_STRIDE_ROWS = 64  # tiles, strips or rows that a launch's second dimension spreads over; each then takes the next ones
+_STRIDE_ROWS = 64  # tiles that a launch's second dimension spreads over; each CUDA block then takes the next ones
 
 
 @cache
@@ -40,22 +40,34 @@ def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
 
 def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     """See ``reference.quantize_colwise``; equal to it to the bit."""
-    rows, columns = x.shape
-    q = torch.empty(columns, rows, dtype=torch.int8, device=x.device)
-    scales = torch.empty(columns, dtype=torch.float32, device=x.device)
-    if not columns:
-        return q, scales
-    tops = torch.zeros(columns, dtype=torch.int32, device=x.device)  # bits of floats; their order is that of integers
-    shape = x, ctypes.c_int64(rows), ctypes.c_int64(columns)
-    text = int8_text(x.dtype, stochastic=seed is not None)
-    strips = min(_STRIDE_ROWS, max(1, ceil_div(rows, 256)))
-    launch.run(Launch(text, "column_tops", (ceil_div(columns, 32), strips, 1), 256, (*shape, tops)))
-    tiles = min(_STRIDE_ROWS, max(1, ceil_div(rows, 64)))
-    arguments = *shape, tops, ctypes.c_uint64(seed or 0), q, scales
-    launch.run(Launch(text, "quantize_columns", (ceil_div(columns, 64), tiles, 1), 256, arguments))
+    q, scales, _, _ = _quantize_tiles(x, seed, with_rows=False)
     return q, scales
 
 
 def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.quantize_both``; equal to it to the bit."""
-    return *quantize_rowwise(x, seed), *quantize_colwise(x, seed)
+    column_q, column_scales, row_q, row_scales = _quantize_tiles(x, seed, with_rows=True)
+    return row_q, row_scales, column_q, column_scales
+
+
+def _quantize_tiles(x: Tensor, seed: int | None, with_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The column-wise form, and the row-wise one or what stands for it, empty."""
+    rows, columns = x.shape
+    row_count = rows if with_rows else 0
+    column_q = torch.empty(columns, rows, dtype=torch.int8, device=x.device)
+    row_q = torch.empty(row_count, columns, dtype=torch.int8, device=x.device)
+    column_scales, row_scales = (torch.zeros(n, dtype=torch.float32, device=x.device) for n in (columns, row_count))
+    if not columns:
+        return column_q, column_scales, row_q, row_scales
+    tops = torch.zeros(columns + row_count, dtype=torch.int32, device=x.device)  # bits of floats: they order alike
+    column_tops, row_tops = tops[:columns], tops[columns:]
+    text = int8_text(x.dtype, stochastic=seed is not None)
+    shape = x, ctypes.c_int64(rows), ctypes.c_int64(columns)
+    row_form = (row_tops, row_q, row_scales) if with_rows else (None, None, None)
+    down = min(_STRIDE_ROWS, max(1, ceil_div(rows, 64)))
+    width = 16 // x.element_size()  # elements of a packet
+    arguments = *shape, column_tops, row_form[0]
+    launch.run(Launch(text, "find_tops", (ceil_div(columns, 32 * width), down, 1), 256, arguments))
+    arguments = *shape, ctypes.c_uint64(seed or 0), column_tops, column_q, column_scales, *row_form
+    launch.run(Launch(text, "quantize_tiles", (ceil_div(columns, 16 * width), down, 1), 256, arguments))
+    return column_q, column_scales, row_q, row_scales

@@ -1,7 +1,7 @@
 // Row-wise and column-wise int8 quantisation on the GPU. What the ops mean is said in reference.py.
 //
-// Specialised by macros: ELEMENT (float, Half, BFloat16), ROW_THREADS (32 or 256: how many threads share a row),
-// STOCHASTIC (1: rounded at random).
+// Specialised by macros: ELEMENT (float, Half, BFloat16: of the matrix), ROW_THREADS (32 or 256: how many threads share
+// a row), STOCHASTIC (1: rounded at random).
 #define BLOCK 256
 #include "gpu.h"
 #include "scale.h"
@@ -21,21 +21,37 @@ LB_FN RowScale row_scale(uint32_t top) {
     if (absmax < TINY_ROW) return {0.0f, 0.0f};
     return {127.0f / absmax, absmax / 127.0f};
 }
-// To nearest, ties to even. |x * inverse| is below 127.5 by the choice of the inverse; a row without scale gives zeros.
-// At random: by the random word of the element, whose index in the matrix is `index`.
-LB_FN int32_t rounded(float x, float inverse, uint64_t seed, uint64_t index) {
+
+// The random words of N adjacent elements, from index `first` in the matrix on.
+template <int N> LB_FN void random_run(uint64_t seed, uint64_t first, uint32_t (&word)[N]) {
+#if STOCHASTIC
+    const int shift = (int)(first & 7);  // the elements may lie in two groups of eight
+    const Philox block = philox(seed, 0, 0, first >> 3);
+    const Philox next = shift + N > 8 ? philox(seed, 0, 0, (first >> 3) + 1) : block;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {  // by selections: an array in registers has no index
+        const int n = shift + i;
+        const Philox& from = n < 8 ? block : next;
+        const uint32_t low = n & 2 ? from.word[1] : from.word[0], high = n & 2 ? from.word[3] : from.word[2];
+        word[i] = (n & 4 ? high : low) >> (16 * (n & 1)) & 0xffff;
+    }
+#endif
+}
+
+// The int8, in the low byte. To nearest, ties to even: |x * inverse| is below 127.5 by the choice of the inverse. A row
+// without scale gives zeros.
+LB_FN int32_t rounded(float x, float inverse, uint32_t word) {
     if (inverse == 0.0f) return 0;
 #if STOCHASTIC
-    const float u = ((float)random_word(philox(seed, 0, 0, index >> 3), index) + 0.5f) * 0x1p-16f;
-    const float y = x * inverse;
-    return max(-127, min(127, __float2int_rz(y + copysignf(u, y))));
+    const float y = x * inverse, u = ((float)word + 0.5f) * 0x1p-16f;
+    return max(-127, min(127, __float2int_rz(y + copysignf(u, y)))) & 255;
 #else
-    return __float2int_rn(x * inverse);
+    return __float2int_rn(x * inverse) & 255;
 #endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Rows: x [rows][columns] -> q of the same shape, scales [rows]
+// Rows alone: x [rows][columns] -> q of the same shape, scales [rows]
 
 extern "C" __global__ void __launch_bounds__(256) quantize_rows(
     const ELEMENT* x, int64_t rows, int64_t columns, uint64_t seed, int8_t* q, float* scales) {
@@ -49,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(256) quantize_rows(
 
     uint32_t top[1] = {0};
     if (active) {
+#pragma unroll 4
         for (int64_t c = lane * WIDTH; c < in_packets; c += ROW_THREADS * WIDTH) {
             float v[WIDTH];
             load_packet<WIDTH>(from + c, v);
@@ -66,91 +83,162 @@ extern "C" __global__ void __launch_bounds__(256) quantize_rows(
     for (int64_t c = lane * WIDTH; c < in_packets; c += ROW_THREADS * WIDTH) {  // from the caches, the second time
         float v[WIDTH];
         int32_t r[WIDTH];
+        uint32_t word[WIDTH];
         load_packet<WIDTH>(from + c, v);
+        random_run(seed, row * columns + c, word);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) r[i] = rounded(v[i], s.inverse, seed, row * columns + c + i) & 255;
+        for (int i = 0; i < WIDTH; ++i) r[i] = rounded(v[i], s.inverse, word[i]);
         store_packet<WIDTH>(to + c, r);
     }
-    for (int64_t c = in_packets + lane; c < columns; c += ROW_THREADS)
-        to[c] = (uint8_t)rounded(widen(from[c]), s.inverse, seed, row * columns + c);
+    for (int64_t c = in_packets + lane; c < columns; c += ROW_THREADS) {
+        uint32_t word[1];
+        random_run(seed, row * columns + c, word);
+        to[c] = (uint8_t)rounded(widen(from[c]), s.inverse, word[0]);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Columns: x [rows][columns] -> q [columns][rows], scales [columns]. First the largest magnitudes, then tiles turn.
+// Columns, and rows in passing: x [rows][columns] -> column_q [columns][rows], column_scales [columns], and what
+// quantize_rows gives. Two readings: one for the largest magnitudes, one that rounds and turns. A CUDA block sees a tile
+// as wide as its threads' packets together, and takes several, one below the other.
 
-constexpr int TILE = 64;          // rows and columns
-constexpr int STRIP_ROWS = 256;   // that one CUDA block of column_tops looks at
-constexpr int PATCH = 4;          // rows and columns that one thread turns
-
-// tops: [columns], zero before: the bits of the largest magnitudes. A maximum does not depend on the order.
-extern "C" __global__ void __launch_bounds__(256) column_tops(
-    const ELEMENT* x, int64_t rows, int64_t columns, uint32_t* tops) {
-    __shared__ uint32_t of_row[8][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t column = (int64_t)blockIdx.x * 32 + lane;
-    uint32_t top = 0;
-    for (int64_t strip = blockIdx.y; strip * STRIP_ROWS < rows; strip += gridDim.y) {
-        const int64_t end = min(rows, (strip + 1) * STRIP_ROWS);
-        if (column < columns)
-#pragma unroll 8
-            for (int64_t r = strip * STRIP_ROWS + warp; r < end; r += 8)
-                top = max(top, magnitude_bits(widen(x[r * columns + column])));
+// Of one row, from `column` on; zeros behind the end. packets: whole ones, aligned.
+LB_FN void load_some(const ELEMENT* row, int64_t column, int64_t columns, bool packets, float (&v)[WIDTH]) {
+    if (packets) {
+        if (column < columns) load_packet<WIDTH>(row + column, v);
+    } else {
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j)
+            if (column + j < columns) v[j] = widen(row[column + j]);
     }
-    of_row[warp][lane] = top;
-    __syncthreads();
-    if (warp) return;
-    for (int w = 1; w < 8; ++w) top = max(top, of_row[w][lane]);
-    if (column < columns) atomicMax(tops + column, top);
 }
 
-// One CUDA block turns a tile: column tile blockIdx.x, row tiles blockIdx.y, blockIdx.y + gridDim.y, ...
-extern "C" __global__ void __launch_bounds__(256) quantize_columns(
-    const ELEMENT* x, int64_t rows, int64_t columns, const uint32_t* tops, uint64_t seed, int8_t* q, float* scales) {
-    __shared__ uint32_t turned[TILE][TILE / 4 + 1];  // [column][rows, four to a word]; the odd pitch spreads the banks
+constexpr int STRIP_ROWS = 64;  // that a CUDA block of find_tops looks at together
+constexpr int FLIGHT = 4;       // rows whose packets a thread waits for together
+
+// The bits of the largest magnitudes: column_tops [columns] and, unless null, row_tops [rows]; zero before. A maximum
+// does not depend on the order.
+extern "C" __global__ void __launch_bounds__(256) find_tops(
+    const ELEMENT* x, int64_t rows, int64_t columns, uint32_t* column_tops, uint32_t* row_tops) {
+    __shared__ uint32_t of_warp[8][WIDTH * 32];  // [warp][i * 32 + lane]
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t first = (int64_t)blockIdx.x * 32 * WIDTH, column = first + lane * WIDTH;
+    const bool packets = columns % WIDTH == 0 && (uint64_t)x % 16 == 0;
+    uint32_t top[WIDTH] = {};
+    for (int64_t strip = blockIdx.y; strip * STRIP_ROWS < rows; strip += gridDim.y) {
+        const int64_t end = min(rows, (strip + 1) * STRIP_ROWS);
+        for (int64_t r = strip * STRIP_ROWS + warp * FLIGHT; r < end; r += 8 * FLIGHT) {
+            float v[FLIGHT][WIDTH] = {};
+#pragma unroll
+            for (int i = 0; i < FLIGHT; ++i)
+                if (r + i < end) load_some(x + (r + i) * columns, column, columns, packets, v[i]);
+            uint32_t of_row = 0;  // lane i's: of row r + i
+#pragma unroll
+            for (int i = 0; i < FLIGHT; ++i) {
+                uint32_t highest = 0;
+#pragma unroll
+                for (int j = 0; j < WIDTH; ++j) {
+                    const uint32_t bits = magnitude_bits(v[i][j]);
+                    top[j] = max(top[j], bits);
+                    highest = max(highest, bits);
+                }
+                if (row_tops) {
+                    highest = lanes_max<32>(highest);
+                    if (lane == i) of_row = highest;
+                }
+            }
+            if (row_tops && lane < FLIGHT && r + lane < end) atomicMax(row_tops + r + lane, of_row);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) of_warp[warp][j * 32 + lane] = top[j];
+    __syncthreads();
+    for (int slot = threadIdx.x; slot < 32 * WIDTH; slot += 256) {
+        uint32_t highest = 0;
+#pragma unroll
+        for (int w = 0; w < 8; ++w) highest = max(highest, of_warp[w][slot]);
+        const int64_t c = first + slot % 32 * WIDTH + slot / 32;
+        if (c < columns) atomicMax(column_tops + c, highest);
+    }
+}
+
+constexpr int PATCH = 4;                   // rows of a thread's patch, WIDTH columns wide
+constexpr int TILE_ROWS = 16 * PATCH;      // of 16 x 16 threads
+constexpr int TILE_COLUMNS = 16 * WIDTH;
+
+// Where a column of the tile begins in shared memory: 16 words of four rows each. No two lanes of a warp then meet in a
+// bank, neither those that write (one word of 16 patches, two deep) nor those that read (see `out_column`).
+LB_FN int place_of(int column) { return 16 * column + 2 * (column / WIDTH); }
+// The column that a group of four threads writes out: neighbouring groups take two columns each of two patches.
+LB_FN int out_column(int group) {
+    const int rest = group / 4;
+    const int patch = group / 2 % 2 + rest / (WIDTH / 2) * 2, inside = group % 2 + rest % (WIDTH / 2) * 2;
+    return patch * WIDTH + inside;
+}
+
+// row_q, row_scales, row_tops: null where the rows are not wanted
+extern "C" __global__ void __launch_bounds__(256) quantize_tiles(
+    const ELEMENT* x, int64_t rows, int64_t columns, uint64_t seed, const uint32_t* column_tops, int8_t* column_q,
+    float* column_scales, const uint32_t* row_tops, int8_t* row_q, float* row_scales) {
+    __shared__ __align__(8) uint32_t turned[16 * TILE_COLUMNS + 2 * 16];
     const int across = threadIdx.x % 16, down = threadIdx.x / 16;  // this thread's patch
-    const int64_t column = (int64_t)blockIdx.x * TILE + across * PATCH;
-    const bool aligned = columns % PATCH == 0 && (uint64_t)x % (PATCH * sizeof(ELEMENT)) == 0;
-    const bool whole = aligned && column + PATCH <= columns;
-    RowScale s[PATCH] = {};
-    for (int j = 0; j < PATCH; ++j) {
+    const int64_t column = (int64_t)blockIdx.x * TILE_COLUMNS + across * WIDTH;
+    const bool packets = columns % WIDTH == 0 && (uint64_t)x % 16 == 0 && (uint64_t)row_q % WIDTH == 0;
+    float inverse[WIDTH] = {};
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) {
         if (column + j >= columns) continue;
-        s[j] = row_scale(tops[column + j]);
-        if (blockIdx.y == 0 && down == 0) scales[column + j] = s[j].scale;
+        const RowScale s = row_scale(column_tops[column + j]);
+        inverse[j] = s.inverse;
+        if (blockIdx.y == 0 && down == 0) column_scales[column + j] = s.scale;
     }
 
-    for (int64_t tile = blockIdx.y; tile * TILE < rows; tile += gridDim.y) {
-        const int64_t first = tile * TILE + down * PATCH;
-        float v[PATCH][PATCH] = {};
+    for (int64_t tile = blockIdx.y; tile * TILE_ROWS < rows; tile += gridDim.y) {
+        const int64_t first = tile * TILE_ROWS + down * PATCH;
+        float v[PATCH][WIDTH] = {};
+#pragma unroll
+        for (int i = 0; i < PATCH; ++i)
+            if (first + i < rows) load_some(x + (first + i) * columns, column, columns, packets, v[i]);
+        uint32_t four[WIDTH] = {};
 #pragma unroll
         for (int i = 0; i < PATCH; ++i) {
-            if (first + i >= rows) continue;
-            const ELEMENT* from = x + (first + i) * columns + column;
-            if (whole) load_packet<PATCH>(from, v[i]);
-            else
-                for (int j = 0; j < PATCH; ++j) v[i][j] = column + j < columns ? widen(from[j]) : 0.0f;
-        }
+            uint32_t word[WIDTH];
+            random_run(seed, (first + i) * columns + column, word);
 #pragma unroll
-        for (int j = 0; j < PATCH; ++j) {
-            uint32_t word = 0;
+            for (int j = 0; j < WIDTH; ++j) four[j] |= (uint32_t)rounded(v[i][j], inverse[j], word[j]) << (8 * i);
+            if (!row_q || first + i >= rows) continue;
+            const RowScale s = row_scale(row_tops[first + i]);
+            if (blockIdx.x == 0 && across == 0) row_scales[first + i] = s.scale;
+            int32_t r[WIDTH];
 #pragma unroll
-            for (int i = 0; i < PATCH; ++i) {
-                const uint64_t index = (first + i) * columns + column + j;
-                word |= (uint32_t)(rounded(v[i][j], s[j].inverse, seed, index) & 255) << (8 * i);
+            for (int j = 0; j < WIDTH; ++j) r[j] = rounded(v[i][j], s.inverse, word[j]);
+            uint8_t* to = (uint8_t*)row_q + (first + i) * columns + column;
+            if (packets) {
+                if (column < columns) store_packet<WIDTH>(to, r);
+            } else {
+#pragma unroll
+                for (int j = 0; j < WIDTH; ++j)
+                    if (column + j < columns) to[j] = (uint8_t)r[j];
             }
-            turned[across * PATCH + j][down] = word;
         }
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) turned[place_of(across * WIDTH + j) + down] = four[j];
         __syncthreads();
 
-        // Out: 64 columns, four pieces of 16 rows each.
-        const int64_t out_column = (int64_t)blockIdx.x * TILE + threadIdx.x / 4;
-        const int64_t out_row = tile * TILE + threadIdx.x % 4 * 16;
-        if (out_column < columns && out_row < rows) {
-            const uint32_t* words = &turned[threadIdx.x / 4][threadIdx.x % 4 * 4];
-            int8_t* to = q + out_column * rows + out_row;
-            if (out_row + 16 <= rows && (uint64_t)to % 16 == 0) {
-                *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+        for (int item = threadIdx.x; item < 4 * TILE_COLUMNS; item += 256) {  // 16 rows of a column each
+            const int inside = out_column(item / 4), piece = item % 4;
+            const int64_t out = (int64_t)blockIdx.x * TILE_COLUMNS + inside, row = tile * TILE_ROWS + piece * 16;
+            if (out >= columns || row >= rows) continue;
+            const uint2* pairs = (const uint2*)(turned + place_of(inside) + 4 * piece);
+            const uint2 low = pairs[0], high = pairs[1];
+            int8_t* to = column_q + out * rows + row;
+            if (row + 16 <= rows && (uint64_t)to % 16 == 0) {
+                *(uint4*)to = make_uint4(low.x, low.y, high.x, high.y);
             } else {
-                for (int i = 0; i < 16 && out_row + i < rows; ++i) to[i] = (int8_t)(words[i / 4] >> (8 * (i % 4)));
+                const uint32_t word[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+                for (int i = 0; i < 16; ++i)
+                    if (row + i < rows) to[i] = (int8_t)(word[i / 4] >> (8 * (i % 4)));
             }
         }
         __syncthreads();
