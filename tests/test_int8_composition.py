@@ -221,6 +221,20 @@ def test_stochastic_rounding_of_gradients() -> None:
         assert ((mean - expected).abs() / deviation).mean().item() == pytest.approx(0.8, abs=0.1), name
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_backends_agree_to_the_bit(rounding: str) -> None:
+    block, x = swapped(Block(), gradient_rounding=rounding), torch.randn(2, TOKENS, WIDTH)
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(5)
+        kernels.reset_calls()
+        with kernels.use_backend(backend):
+            results.append(gradients(block, x))
+        assert {name for _, name in kernels.calls()} == {backend}
+        assert matmuls() == 3 * LINEARS
+    assert_equal(*results)
+
+
 def test_options_are_validated() -> None:
     for name, value in (("save_inputs", "int4"), ("gradient_rounding", "up"), ("cache_weights", "yes")):
         with pytest.raises(ValueError, match=rf"{name} must be .* or .*, got '{value}'"):
