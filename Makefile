@@ -33,11 +33,13 @@ slow: $(STAMP)
 gpu:
 	PYTHONPATH=. python -m pytest -m gpu --ignore tests/test_examples.py $(ARGS)
 	PYTHONPATH=. python benchmarks/optimizer_step.py
+	PYTHONPATH=. python benchmarks/int8_quantize.py
 	PYTHONPATH=. python benchmarks/int8_linear.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/int8_quantize.py
 	$(BIN)/python benchmarks/int8_linear.py
 
 # What 8 bits cost: every optimizer at 32 and 8 bits on two small models, into docs/benchmarks. It takes long;

@@ -10,6 +10,7 @@
 //   both      Each thread takes its share of the rows, looks at rows and columns, and writes the rows. Then all turn,
 //             last rows first, since those are still in a cache.
 #include "int8_vectors.h"
+#include "pages.h"
 #include "parallel.h"
 #include <algorithm>
 #include <vector>
@@ -261,6 +262,9 @@ template <class T, bool RANDOM> static void run(const Quantiser<T, RANDOM>& quan
 extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed,
                                  int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales,
                                  int threads) {
+    if (rows * columns > STREAM)
+        for (int8_t* q : {row_q, column_q})
+            if (q) ask_for_huge_pages(q, rows * columns);
     const auto by_dtype = [&](auto* from) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
         const auto go = [&](const auto& quantiser) { run(quantiser, row_q, row_scales, column_q, column_scales); };
