@@ -74,7 +74,7 @@ OPS = (
 
 # Module -> its public names, in ruff's order. Add to them; renaming one breaks somebody.
 PUBLIC = {
-    "": ["Int8MixedPrecision", "callbacks", "convert", "kernels", "layers", "optim", "precision"],
+    "": ["Int8MixedPrecision", "callbacks", "convert", "kernels", "layers", "optim", "precision", "strategies"],
     "callbacks": ["DeterministicResume", "LowBitMonitor"],
     "convert": ["Report", "restore", "swap_linears"],
     "kernels": [
@@ -109,6 +109,7 @@ PUBLIC = {
         "release_gradients",
     ],
     "precision": ["FabricInt8MixedPrecision", "Int8MixedPrecision", "PrecisionNotApplied", "register"],
+    "strategies": ["ShardedStrategy", "register"],
 }
 
 
