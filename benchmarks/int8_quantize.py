@@ -15,6 +15,7 @@ compiled.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from _common import HOW_TO_READ, Candidate, Report, copy_bandwidth, measure, parser, skipped
@@ -56,7 +57,7 @@ def candidates(x: Tensor, form: str) -> list[Candidate]:
     ours, plain = getattr(kernels, f"quantize_{form}"), PLAIN[form]
     found = [
         Candidate(f"{form}, torch", lambda: lambda: plain(x)),
-        Candidate(f"{form}, torch compiled", lambda: lambda compiled=torch.compile(plain): compiled(x)),
+        Candidate(f"{form}, torch compiled", lambda: partial(torch.compile(plain, dynamic=False), x)),
         Candidate(f"{form}", lambda: lambda: ours(x)),
         Candidate(f"{form}, at random", lambda: lambda: ours(x, SEED)),
     ]
@@ -74,6 +75,7 @@ def needed_bytes(x: Tensor, form: str) -> int:
 def case(report: Report, shape: str, dtype: torch.dtype, bandwidth: float) -> None:
     rows, columns = map(int, shape.split("x"))
     torch.manual_seed(0)
+    torch.compiler.reset()  # so that every shape is compiled as it is
     x = torch.randn(rows, columns, device=report.arguments.device).to(dtype)
     report.add(f"## {shape}, {str(dtype).removeprefix('torch.')}", "")
     everyone = {form: candidates(x, form) for form in PLAIN}
