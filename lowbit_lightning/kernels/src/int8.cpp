@@ -3,10 +3,8 @@
 #include "int8_amx.h"
 #include "int8_dot.h"
 #include "int8_gemm.h"
+#include "pages.h"
 #include <type_traits>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 // out[m][n] = sum * a_scales[m] * b_scales[n] (+ bias[n]), rounded in this order
 template <class T> struct Epilogue {
@@ -15,23 +13,28 @@ template <class T> struct Epilogue {
     int64_t N;
 
     // Fetches the lines that results will be written to: stores that wait for memory would hold the next tile up.
-    void expect(int64_t m, int64_t n, int64_t count) const {
-        const char* to = (const char*)(out + m * N + n);
-        for (int64_t i = 0; i < count * (int64_t)sizeof(T); i += 64) __builtin_prefetch(to + i, 1);
+    void expect(int64_t m, int64_t height, int64_t n, int64_t count) const {
+        for (int64_t i = m; i < m + height; ++i) {
+            const char* to = (const char*)(out + i * N + n);
+            for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += 64) __builtin_prefetch(to + byte, 1);
+        }
     }
-    void operator()(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
-        const V a_scale = splat<V>(a_scales[m]);
+    // Rows m to m + height - 1, columns n to n + count - 1; `pitch` sums lie between rows
+    void operator()(int64_t m, int64_t height, int64_t n, int64_t count, const int32_t* sums, int64_t pitch) const {
         int64_t j = 0;
-        for (; j + W <= count; j += W) scale(a_scale, sums + j, m * N, n + j, W);
-        if (j < count) scale(a_scale, sums + j, m * N, n + j, (int)(count - j));
+        for (; j + W <= count; j += W) strip(m, height, n + j, W, sums + j, pitch);
+        if (j < count) strip(m, height, n + j, (int)(count - j), sums + j, pitch);
     }
 
 private:
-    inline __attribute__((always_inline)) void scale(
-        V a_scale, const int32_t* sums, int64_t row, int64_t n, int width) const {
-        V y = to_float(load_raw<I>(sums, W)) * a_scale * load(b_scales + n, width);
-        if (bias) y = y + load(bias + n, width);
-        store(out + row + n, y, width);
+    inline __attribute__((always_inline)) void strip(
+        int64_t m, int64_t height, int64_t n, int width, const int32_t* sums, int64_t pitch) const {
+        const V b_scale = load(b_scales + n, width), shift = bias ? load(bias + n, width) : V{};
+        for (int64_t i = 0; i < height; ++i) {
+            V y = to_float(load_raw<I>(sums + i * pitch, W)) * splat<V>(a_scales[m + i]) * b_scale;
+            if (bias) y = y + shift;
+            store(out + (m + i) * N + n, y, width);
+        }
     }
 };
 
@@ -41,17 +44,6 @@ static void product(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int6
     const Workspace<Engine> w(memory, a, M, N, K);
     prepare(w, a, b, M, N, K, threads);
     multiply(w, M, N, threads, epilogue);
-}
-
-// Of a large result that is fresh from the system each page costs a fault, together a fifth of the time of the product.
-// Huge pages are 512 times fewer; where the system gives them to all who ask, or to nobody, this changes nothing.
-static void ask_for_huge_pages(void* result, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t PAGE = 2 << 20;
-    const uintptr_t start = ((uintptr_t)result + PAGE - 1) / PAGE * PAGE;
-    const uintptr_t end = ((uintptr_t)result + (uintptr_t)bytes) / PAGE * PAGE;
-    if (start < end) madvise((void*)start, end - start, MADV_HUGEPAGE);
-#endif
 }
 
 #ifdef LB_AMX

@@ -108,20 +108,19 @@ static void multiply_part(
         const bool last = k + depth == w.stride;
         const typename Engine::Element* panel = w.panels + n * w.stride + k * width;
         for (int64_t top = 0; top < rows; top += MR) {
-            const int64_t end = least(rows, top + MR);
-            for (int64_t i = top; i < end; ++i) {
-                if (last) finish.expect(first + i, n, count);
-                if (k == 0)
-                    for (int64_t j = 0; j < NR; ++j) sums[i * NR + j] = w.start[first + i];
-            }
-            engine.add(w.a + (first + top) * w.stride + k, w.stride, panel, depth, end - top, width, sums + top * NR);
-            if (last)
-                for (int64_t i = top; i < end; ++i) finish(first + i, n, count, sums + i * NR);
+            const int64_t m = first + top, height = least(MR, rows - top);
+            int32_t* tile = sums + top * NR;
+            if (k == 0)
+                for (int64_t i = 0; i < height; ++i)
+                    for (int64_t j = 0; j < NR; ++j) tile[i * NR + j] = w.start[m + i];
+            if (last) finish.expect(m, height, n, count);
+            engine.add(w.a + m * w.stride + k, w.stride, panel, depth, height, width, tile);
+            if (last) finish(m, height, n, count, tile, NR);
         }
     }
 }
 
-// finish(m, n, count, sums): the exact sums of row m, columns n to n + count - 1; finish.expect(m, n, count) before it
+// finish is told of the sums of some rows and columns when they are exact, and by finish.expect before they are computed
 template <class Engine, class F>
 static void multiply(const Workspace<Engine>& w, int64_t M, int64_t N, int threads, const F& finish) {
     const int64_t panels = (N + Engine::columns - 1) / Engine::columns;
