@@ -194,5 +194,5 @@ def _table(arguments: StepArguments) -> array:
     table = arguments.cache["cpu"]
     for number, tensors in enumerate(columns):
         if tensors:
-            table[number :: len(columns) + 4] = array("q", [t.data_ptr() for t in tensors])
+            table[number :: len(columns) + 4] = array("q", map(Tensor.data_ptr, tensors))
     return table

@@ -13,6 +13,9 @@ from lowbit_lightning.kernels import rules
 from lowbit_lightning.state import blocks, shards
 
 
+_PLACE, _DTYPE = operator.attrgetter("shape", "dtype", "device"), operator.attrgetter("dtype")
+
+
 class Work(NamedTuple):
     """The parameters of a group that a step is to change, and this rank's parts of their gradients.
 
@@ -39,7 +42,7 @@ class Plan(NamedTuple):
     form: tuple
     params: list[Tensor]
     held: list[Any]
-    places: list[tuple]
+    places: list[Any]
     parts: list[Part]
 
     def fits(self, form: tuple, work: Work, held: list[Any]) -> bool:
@@ -59,10 +62,9 @@ def work_of(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) ->
     return Work(group, params, [shards.part_of(p, p.grad) for p in params], ordinals)  # type: ignore[arg-type]
 
 
-def places(work: Work) -> list[tuple]:
+def places(work: Work) -> list[Any]:
     """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
-    pairs = zip(work.params, work.grads, work.ordinals, strict=True)
-    return [(p.shape, p.dtype, p.device, g.dtype, i) for p, g, i in pairs]
+    return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:

@@ -37,7 +37,7 @@ def parameter_table(arguments: StepArguments) -> tuple[Tensor, int]:
     width = len(columns) + _SHAPE_WORDS
     for number, tensors in enumerate(columns):
         if tensors:
-            words[number : len(tensors) * width : width] = array("q", [t.data_ptr() for t in tensors])
+            words[number : len(tensors) * width : width] = array("q", map(Tensor.data_ptr, tensors))
     return _on_device(words, arguments.device), words[-1]
 
 
