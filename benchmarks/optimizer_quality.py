@@ -330,7 +330,8 @@ def main() -> None:
     chosen = [c for c in CONTENDERS if not wanted or any(part in c.name.lower() for part in wanted)]
     if not chosen:
         raise SystemExit(f"--only {arguments.only} matches none of {[c.name for c in CONTENDERS]}")
-    report = Report("Optimizer quality" + (" quick" if arguments.quick else ""), arguments)
+    tasks_named = "" if "," in arguments.tasks else f" {arguments.tasks}"
+    report = Report("Optimizer quality" + tasks_named + (" quick" if arguments.quick else ""), arguments)
     report.add("Means and standard deviations over seeds; of the paired differences, means and their standard errors.")
     report.add("Losses are of held-out data, after the last step. Below 0 %: 8 bits did better.", "")
     makers = {"gpt": gpt, "digits": digits}
