@@ -120,7 +120,7 @@ static void multiply_part(
     }
 }
 
-// finish is told of the sums of some rows and columns when they are exact, and by finish.expect before they are computed
+// finish gets the sums of some rows and columns when they are exact; finish.expect is told of them before that
 template <class Engine, class F>
 static void multiply(const Workspace<Engine>& w, int64_t M, int64_t N, int threads, const F& finish) {
     const int64_t panels = (N + Engine::columns - 1) / Engine::columns;
