@@ -94,7 +94,8 @@ template <class T, bool RANDOM> struct Quantiser {
             };
             int64_t i = c;
             for (; i + 64 <= end; i += 64) {
-                for (size_t b = 0; b < sizeof(T); ++b) fetch((const char*)(from + TOGETHER * columns + i) + 64 * b);
+                if (sizeof(T) == 2)  // with wider elements the processor keeps pace alone
+                    for (int b = 0; b < 64; b += 32) fetch(from + TOGETHER * columns + i + b);
                 I values[64 / W];
                 for (int k = 0; k < 64 / W; ++k) values[k] = codes(i + k * W, W);
                 alignas(64) uint8_t line[64];
@@ -160,6 +161,7 @@ template <class T, bool RANDOM> struct Quantiser {
                 const int count = WHOLE ? W : (int)std::min<int64_t>(W, width - j);
                 const V inverse = load(inverses + at.column + j, count);
                 I word{};
+#pragma GCC unroll 4
                 for (int k = 0; k < 4; ++k) {
                     if (j * sizeof(T) % 64 == 0) fetch(ahead + (i + k) * columns + j);
                     if (!WHOLE && i + k >= depth) continue;
