@@ -200,6 +200,22 @@ def cast_and_back(model: Model) -> None:
     model.to(torch.bfloat16).to(torch.float32)
 
 
+def apply_in_place(model: Model) -> None:
+    model._apply(lambda tensor: tensor.mul_(1.5))
+
+
+def load_by_a_hook(model: Model) -> None:
+    """A layer's own way to load, which writes through ``.data``."""
+
+    def load(layer: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name, p in layer.named_parameters():
+            p.data.copy_(state_dict.pop(prefix + name))
+
+    for layer in model.layers:
+        layer.register_load_state_dict_pre_hook(load)
+    model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()}, strict=False)
+
+
 def from_a_vector(model: Model) -> None:
     vector = nn.utils.parameters_to_vector(model.parameters())
     nn.utils.vector_to_parameters(vector * 1.5, model.parameters())
@@ -238,6 +254,8 @@ EDITS = [
     load,
     assign,
     cast_and_back,
+    apply_in_place,
+    load_by_a_hook,
     from_a_vector,
     initialise,
     write_and_say_so,

@@ -56,14 +56,18 @@ def loss(trained: nn.Module, x: Tensor) -> Tensor:
     return trained(x).square().mean()
 
 
-def ranks(trained: Any, sync: Callable[[bool], Any]) -> dict[str, int]:
-    """Train on this rank's micro-batches; gradients are averaged over the ranks after the last of a step."""
+def ranks(trained: Any, sync: Callable[[bool], Any], kept: int) -> dict[str, int]:
+    """Train on this rank's micro-batches; gradients are averaged over the ranks after the last of a step.
+
+    ``kept``: of how many weights int8 forms should be there before a step, but for the first.
+    """
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     kernels.reset_calls()
     for step in range(STEPS):
         for micro in range(MICRO_BATCHES):
             sync(micro == MICRO_BATCHES - 1)
             loss(trained, batch(step, micro, dist.get_rank())).backward()
+        assert len(weights._store) == (kept if step else 0)
         optimizer.step()
         optimizer.zero_grad()
     return {op: count for (op, _), count in kernels.calls().items()}
@@ -89,7 +93,7 @@ def alone() -> nn.Module:
 def replicated() -> tuple[nn.Module, dict[str, int]]:
     trained = model()
     wrapped = DistributedDataParallel(trained)
-    return trained, ranks(wrapped, lambda last: setattr(wrapped, "require_backward_grad_sync", last))
+    return trained, ranks(wrapped, lambda last: setattr(wrapped, "require_backward_grad_sync", last), LINEARS)
 
 
 def sharded(reshard: bool, checkpointed: bool = False) -> tuple[nn.Module, dict[str, int]]:
@@ -97,9 +101,7 @@ def sharded(reshard: bool, checkpointed: bool = False) -> tuple[nn.Module, dict[
     mesh = init_device_mesh("cpu", (RANKS,))
     for block in (*trained, trained):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    calls = ranks(trained, trained.set_requires_gradient_sync)
-    assert len(weights._store) == 0, "FSDP's unsharded weights must not be kept"
-    return trained, calls
+    return trained, ranks(trained, trained.set_requires_gradient_sync, kept=0)
 
 
 def full(trained: nn.Module) -> Iterator[Tensor]:
