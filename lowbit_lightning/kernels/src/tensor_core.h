@@ -38,6 +38,16 @@ template <int NEWEST> LB_FN void wait_for_all_but() {
 #endif
 }
 
+// 16 bytes to global memory in one access. (The compiler takes an assignment of a uint4 apart, here and there.)
+LB_FN void store_chunk(void* to, const uint32_t* words) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+#else
+    *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Fragments: the parts of small matrices that the lanes of a warp hold. With g = lane / 4 and t = lane % 4,
 //   8 rows of 16 bytes, one word a lane:  row g, bytes 4t to 4t + 3
