@@ -1,7 +1,7 @@
 """Int8 forms of weights that are used again: fewer quantisations, and never a stale one.
 
 The oracle is the same model with ``cache_weights=False``: whatever happens to the weights, both must give the same
-gradients to the bit.
+gradients to the bit. tests/test_layers_reuse_training.py has what wraps layers and trains them in other ways.
 """
 
 from __future__ import annotations
@@ -9,95 +9,30 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch import callbacks
+from reuse import (
+    LAYERS,
+    WIDTH,
+    Model,
+    assert_same,
+    edit_in_place,
+    empty_store,
+    stepped,
+    twins,
+    window,
+    write_behind_every_counter,
+)
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning import kernels, optim
-from lowbit_lightning.layers import Int8Linear, invalidate, weights
+from lowbit_lightning.layers import invalidate, weights
 
-WIDTH, LAYERS = 64, 3
-
-
-class Model(nn.Module):
-    """``Int8Linear`` layers behind an embedding of the input, so that every layer's input needs a gradient."""
-
-    def __init__(self, reuse: bool, tied: bool = False, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.randn(WIDTH))
-        layers = [Int8Linear(WIDTH, WIDTH, cache_weights=reuse) for _ in range(LAYERS)]
-        if tied:
-            layers[-1].weight = layers[0].weight
-        self.layers, self.reentrant = nn.ModuleList(layers), reentrant
-
-    def forward(self, x: Tensor) -> Any:
-        x = x * self.embedding
-        for layer in self.layers:
-            x = x + layer(x).tanh() if self.reentrant is None else self.checkpointed(layer, x)
-        return x
-
-    def checkpointed(self, layer: nn.Module, x: Tensor) -> Any:
-        return checkpoint(lambda x: x + layer(x).tanh(), x, use_reentrant=self.reentrant)
-
-
-def quantised_weights() -> int:
-    """How many int8 forms of weights were made in a training pass: all forms, less two of x and two of dy."""
-    forms = {"quantize_rowwise": 1, "quantize_colwise": 1, "quantize_both": 2}
-    calls = {op: count for (op, _), count in kernels.calls().items()}
-    assert calls.pop("int8_matmul") == 3 * LAYERS
-    return sum(forms.get(op, 0) * count for op, count in calls.items()) - 4 * LAYERS
-
-
-def window(model: nn.Module, micro_batches: int = 2, between: Callable[[], None] = lambda: None) -> int:
-    """Forward and backward of some micro-batches; returns how many forms of weights were made."""
-    made = 0
-    for i in range(micro_batches):
-        kernels.reset_calls()
-        x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(i))
-        model(x).square().mean().backward()
-        made += quantised_weights()
-        if i == 0:
-            between()
-    return made
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {**dict(model.named_parameters()), **gradients}
-
-
-def assert_same(one: nn.Module, two: nn.Module) -> None:
-    a, b = state(one), state(two)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), f"{name} differs: a stale form was used"
-
-
-def twins(**settings: Any) -> tuple[Model, Model]:
-    torch.manual_seed(1)
-    one = Model(True, **settings)
-    two = Model(False, **settings)
-    two.load_state_dict(one.state_dict())
-    return one, two
-
-
-@pytest.fixture(autouse=True)
-def _empty() -> Iterator[None]:
-    """No optimizer of an earlier test is known, and nothing is left in the store."""
-    gc.collect()
-    invalidate()
-    yield
-    invalidate()
-
+__all__ = ["empty_store"]  # used by pytest
 
 Optimizers: dict[str, Callable[[Any], Any]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -156,21 +91,6 @@ def test_weights_are_quantised_once_in_a_step(name: str) -> None:
         assert_same(one, two)
 
 
-def stepped(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer that owns the model's weights."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.ones(8, WIDTH)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
-
-
-def edit_in_place(model: Model) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-
-
 def edit_by_detach(model: Model) -> None:
     for p in model.parameters():
         p.detach().add_(0.1)
@@ -224,11 +144,6 @@ def from_a_vector(model: Model) -> None:
 def initialise(model: Model) -> None:
     for layer in model.layers:
         nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-
-
-def write_behind_every_counter(model: Model) -> None:
-    for p in model.parameters():
-        p.data.mul_(1.5)
 
 
 def write_and_say_so(model: Model) -> None:
@@ -323,148 +238,6 @@ def test_evaluation_neither_reads_nor_fills_the_store() -> None:
     del keep
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant: bool) -> None:
-    one, two = twins(reentrant=reentrant)
-    optimizers = stepped(one), stepped(two)
-    for _ in range(2):
-        kernels.reset_calls()
-        for model in (one, two):
-            model(torch.ones(8, WIDTH)).square().mean().backward()
-        assert kernels.calls()["int8_matmul", "cpu"] == 2 * 4 * LAYERS  # the forward runs twice
-        assert_same(one, two)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def test_tied_weights() -> None:
-    one, two = twins(tied=True)
-    optimizers = stepped(one), stepped(two)
-    for _ in range(2):
-        assert window(one) == 2 * (LAYERS - 1)
-        assert window(two) == 2 * 2 * LAYERS
-        assert_same(one, two)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def test_released_gradients() -> None:
-    """Weights change inside backward, one after the other."""
-    one, two = twins()
-    optimizers = []
-    for model in (one, two):
-        optimizer = optim.AdamW(model.parameters(), lr=0.01, min_size=0)
-        optim.release_gradients(model, optimizer)
-        optimizers.append(optimizer)
-    for step in range(3):
-        made = window(one, 1)
-        assert made == 2 * LAYERS
-        window(two, 1)
-        for optimizer in optimizers:
-            optimizer.step()
-        assert_same(one, two)
-        assert len(weights._store) == 0, f"step {step}"
-
-
-def step_at_once(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
-    def hook(p: Tensor) -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return hook
-
-
-def test_optimizers_in_backward() -> None:
-    one, two = twins()
-    for model in (one, two):
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(step_at_once(torch.optim.SGD([p], lr=0.1)))
-    for _ in range(3):
-        window(one, 3), window(two, 3)
-        assert_same(one, two)
-
-
-def test_closures_that_look_again_after_a_change() -> None:
-    one, two = twins()
-    for model in (one, two):
-        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
-
-        def closure(model: Model = model, optimizer: Any = optimizer) -> Tensor:
-            optimizer.zero_grad()
-            loss = model(torch.ones(8, WIDTH)).square().mean()
-            loss.backward()
-            return loss
-
-        for _ in range(2):
-            optimizer.step(closure)
-    assert_same(one, two)
-
-
-def test_sharpness_aware_steps() -> None:
-    """Two passes in a step, at two places."""
-    one, two = twins()
-    optimizers = stepped(one), stepped(two)
-    for model, optimizer in zip((one, two), optimizers, strict=True):
-        window(model, 1)
-        before = [p.detach().clone() for p in model.parameters()]
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(p.grad)  # type: ignore[arg-type]
-        optimizer.zero_grad()
-        window(model, 1)
-        for p, value in zip(model.parameters(), before, strict=True):
-            p.data = value
-        optimizer.step()
-        window(model, 1)
-    assert_same(one, two)
-
-
-def test_two_models_with_an_optimizer_each() -> None:
-    pairs = twins(), twins()
-    optimizers = [[stepped(model) for model in pair] for pair in pairs]
-    for _ in range(2):
-        for pair, own in zip(pairs, optimizers, strict=True):
-            for models in pairs:
-                assert window(models[0]) <= 2 * LAYERS
-                window(models[1])
-            assert_same(*pair)
-            for optimizer in own:
-                optimizer.step()
-                optimizer.zero_grad()
-    for pair in pairs:
-        assert_same(*pair)
-
-
-def test_threads() -> None:
-    """Each empties the store under the other's hands."""
-    pairs = [twins() for _ in range(2)]
-    errors: list[BaseException] = []
-
-    def train(one: Model, two: Model) -> None:
-        try:
-            optimizers = stepped(one), stepped(two)
-            for _ in range(25):
-                for model in (one, two):
-                    for i in range(2):
-                        x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(i))
-                        model(x).square().mean().backward()
-                assert_same(one, two)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=train, args=pair) for pair in pairs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors[0]
-
-
 def test_a_form_made_while_the_weight_changed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(True)
     optimizer = stepped(model)
@@ -512,60 +285,3 @@ def test_copies_carry_no_forms() -> None:
     edit_in_place(copied)
     assert window(copied) == 2 * 2 * LAYERS  # no optimizer owns the copy
     del keep
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, when it is first imported
-def test_compiled(backend: str) -> None:
-    one, two = twins()
-    runs: list[Any] = [torch.compile(model, backend=backend, fullgraph=True) for model in (one, two)]
-    optimizers = stepped(one), stepped(two)
-    for _ in range(3):
-        assert window(runs[0]) == 2 * LAYERS
-        assert window(runs[1]) == 2 * 2 * LAYERS
-        assert_same(one, two)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-class Module(L.LightningModule):
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-        self.validated: list[float] = []
-
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        return self.model(batch[0]).square().mean()
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.validated.append(self.model(batch[0]).square().mean().item())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="Lightning has it from 2.6 on")
-def test_lightnings_weight_averaging_in_the_middle_of_a_window() -> None:
-    """Averaged weights are swapped in by ``.data`` for a validation between two accumulated batches."""
-    results = []
-    for model in twins():
-        module = Module(model)
-        data = TensorDataset(torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0)))
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            accumulate_grad_batches=2,
-            val_check_interval=3,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=[callbacks.WeightAveraging(avg_fn=lambda average, new, count: 0.5 * (average + new))],
-        )
-        trainer.fit(module, DataLoader(data, 2), DataLoader(data, 8))
-        results.append((module.validated, state(model)))
-    assert results[0][0] == results[1][0]
-    for name, value in results[0][1].items():
-        assert torch.equal(value, results[1][1][name]), name
