@@ -7,7 +7,7 @@ they differ in the precision alone. SwitchBack is ``grad_weight="high"`` (Wortsm
 gradients at random. The settings of ``examples/train_gpt.py`` are options here too; ``--steps`` defaults to 1000.
 
 The exit status is 1 if a mean validation loss is more than 1 % from bf16-mixed's, if SwitchBack's is worse than plain
-int8's by more than that difference's standard error can explain, or if int8 products were not as many as predicted.
+int8's by more than 0.5 % and two standard errors, or if int8 products were not as many as predicted.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def complaints(results: dict[str, list[dict[str, Any]]]) -> list[str]:
             found.append(f"{name}: {ran} int8 matmuls ran, {predicted} predicted")
     if PLAIN in results and SWITCHBACK in results:
         worse = differences(results[SWITCHBACK], results[PLAIN])
-        if statistics.mean(worse) > max(0.1, 2 * error(worse)):
+        if statistics.mean(worse) > max(ALLOWED / 2, 2 * error(worse)):
             found.append(f"SwitchBack is {statistics.mean(worse):+.2f} % worse than {PLAIN}, which quantises more")
     return found
 
