@@ -89,17 +89,11 @@ LB_FN void store_sums(const int32_t (&sums)[4][8][4], int64_t row, int64_t colum
                 result[j] = narrow<ELEMENT>(bias ? scaled + shift[j] : scaled);
             }
             ELEMENT* to = out + m * N + n;
-            if (whole) {
-                uint32_t words[8 * sizeof(ELEMENT) / 4];
-#pragma unroll
-                for (int j = 0; j < 8; ++j) pack(words, j, result[j]);
-#pragma unroll
-                for (int c = 0; c < (int)sizeof(ELEMENT) / 2; ++c) store_chunk((char*)to + c * CHUNK, words + 4 * c);
-            } else {
+            if (whole) store_whole<8>(to, result);
+            else
 #pragma unroll
                 for (int j = 0; j < 8; ++j)
                     if (j < count) to[j] = result[j];
-            }
         }
     }
 }

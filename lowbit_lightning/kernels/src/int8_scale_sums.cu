@@ -2,7 +2,7 @@
 // null).
 //
 // Specialised by macros: ELEMENT (float, Half, BFloat16: of the result) and BIAS (the same, of the bias).
-#include "gpu.h"
+#include "tensor_core.h"
 
 extern "C" __global__ void __launch_bounds__(256) scale_sums(
     const int32_t* sums, int64_t M, int64_t N, int64_t pitch, const float* a_scales, const float* b_scales,
@@ -19,6 +19,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_sums(
     for (int64_t m = blockIdx.y; m < M; m += gridDim.y) {
         const int32_t* from = sums + m * pitch + n;
         ELEMENT* to = out + m * N + n;
+        const float a_scale = a_scales[m];
         int32_t sum[4];
         if (packets) copy((const Packet<16>*)from, (Packet<16>*)sum);
         else
@@ -27,10 +28,10 @@ extern "C" __global__ void __launch_bounds__(256) scale_sums(
         ELEMENT result[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float scaled = (float)sum[i] * a_scales[m] * scale[i];
+            const float scaled = (float)sum[i] * a_scale * scale[i];
             result[i] = narrow<ELEMENT>(bias ? scaled + shift[i] : scaled);
         }
-        if (packets) store_packet<4>(to, result);
+        if (packets) store_whole<4>(to, result);
         else
 #pragma unroll
             for (int i = 0; i < 4; ++i)

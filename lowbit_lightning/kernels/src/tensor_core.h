@@ -38,13 +38,23 @@ template <int NEWEST> LB_FN void wait_for_all_but() {
 #endif
 }
 
-// 16 bytes to global memory in one access. (The compiler takes an assignment of a uint4 apart, here and there.)
-LB_FN void store_chunk(void* to, const uint32_t* words) {
+// ---------------------------------------------------------------------------------------------------------------------
+// N adjacent elements to global memory, 16 bytes (or 8, if that is all) in one access. The compiler takes the assignment
+// of a Packet apart here, where loads from other pointers lie between the stores of a loop.
+
+template <int N, class T> LB_FN void store_whole(T* to, const T* v) {
 #ifdef __CUDA_ARCH__
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                 ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+    constexpr int WORDS = N * sizeof(T) / 4;
+    uint32_t w[WORDS];
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack(w, i, v[i]);
+    if (WORDS == 2) asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w[0]), "r"(w[1]) : "memory");
+#pragma unroll
+    for (int i = 0; i + 4 <= WORDS; i += 4)
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                     ::"l"((uint32_t*)to + i), "r"(w[i]), "r"(w[i + 1]), "r"(w[i + 2]), "r"(w[i + 3]) : "memory");
 #else
-    *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+    store_packet<N>(to, v);
 #endif
 }
 
