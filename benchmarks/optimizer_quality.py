@@ -226,9 +226,10 @@ class Pairs:
         row = [self.contender.name, f"{getattr(self.contender, task.name):g}"]
         row += [spread(self.losses(bits), 4) for bits in (32, 8)]
         row.append(f"{statistics.mean(change):+.2f} ± {error:.2f} %")
-        if task.accuracy:
-            row += [spread([100 * run.accuracy for run in self.runs[bits]], 2) for bits in (32, 8)]
-        return [*row, *[f"{self.runs[bits][0].state_bytes:.2f}" for bits in (32, 8)]]
+        return [*row, ", ".join(f"{self.runs[bits][0].state_bytes:.2f}" for bits in (32, 8))]
+
+    def accuracies(self) -> list[str]:
+        return [self.contender.name, *(spread([100 * run.accuracy for run in self.runs[bits]], 2) for bits in (32, 8))]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -249,10 +250,11 @@ def compare(task: Task, contenders: list[Contender], arguments: argparse.Namespa
                 runs[bits].append(train(task, contender, bits, seed, arguments.device))
         results.append(Pairs(contender, runs))
         print(f"{task.name}: {contender.name}, {time.perf_counter() - start:.0f} s", flush=True)
-    accuracy = ["accuracy, 32 bits, %", "8 bits, %"] if task.accuracy else []
-    header = ["optimizer", "rate", "loss, 32 bits", "8 bits", "8 over 32, paired", *accuracy]
+    header = ["optimizer", "rate", "loss, 32 bits", "8 bits", "8 over 32, paired", "state bytes"]
     report.add(f"## {task.name}: {task.steps} steps, {arguments.seeds} pairs", "")
-    report.table([*header, "state, 32 bits, bytes/parameter", "8 bits"], [pairs.row(task) for pairs in results])
+    report.table(header, [pairs.row(task) for pairs in results])
+    if task.accuracy:
+        report.table(["accuracy, %", "32 bits", "8 bits"], [pairs.accuracies() for pairs in results])
     worst = max(results, key=lambda pairs: abs(statistics.mean(pairs.differences())))
     mean = statistics.mean(worst.differences())
     report.add(f"Farthest from its 32-bit twin: {worst.contender.name}, {mean:+.2f} % of the loss.", "")
@@ -333,7 +335,10 @@ def main() -> None:
     tasks_named = "" if "," in arguments.tasks else f" {arguments.tasks}"
     report = Report("Optimizer quality" + tasks_named + (" quick" if arguments.quick else ""), arguments)
     report.add("Means and standard deviations over seeds; of the paired differences, means and their standard errors.")
-    report.add("Losses are of held-out data, after the last step. Below 0 %: 8 bits did better.", "")
+    report.add(
+        "Losses are of held-out data, after the last step. Below 0 %: 8 bits did better. State bytes are those of a"
+    )
+    report.add("parameter, at 32 and at 8 bits.", "")
     makers = {"gpt": gpt, "digits": digits}
     tasks = [makers[name](arguments.quick, arguments.device) for name in arguments.tasks.split(",")]
     results = [(task, compare(task, chosen, arguments, report)) for task in tasks]
