@@ -17,7 +17,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_quick_writes_a_table_and_pictures(tmp_path: Path) -> None:
     done = run("--tasks", "gpt", "--only", "adamw,nesterov", "--seeds", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    (report,) = tmp_path.glob("*-optimizer-quality-quick-cpu.md")
+    (report,) = tmp_path.glob("*-optimizer-quality-gpt-quick-cpu.md")
     rows = {line.split("|")[1].strip(): line.split("|") for line in report.read_text().splitlines() if "±" in line}
     assert set(rows) == {"SGD, Nesterov", "AdamW"}
     full, low = (float(rows["AdamW"][i].split("±")[0]) for i in (3, 4))
