@@ -88,7 +88,7 @@ template <class T, bool RANDOM> struct Quantiser {
         RandomWords<1, CHUNK> random;
         for (int64_t c = 0; c < columns; c += CHUNK) {
             const int64_t end = std::min<int64_t>(columns, c + CHUNK);
-            if (RANDOM) random.fill(seed, r * columns + c, 0);
+            if (RANDOM) random.fill(0, seed, r * columns + c, end - c);
             const auto codes = [&](int64_t i, int count) __attribute__((always_inline)) {
                 return rounded<RANDOM>(load(from + i, count), splat<V>(inverse), random.row[0] + (i - c), count);
             };
@@ -156,7 +156,8 @@ template <class T, bool RANDOM> struct Quantiser {
         I words[TILE / 4][TILE / W];  // four rows to a word
         RandomWords<4, TILE> random;
         for (int64_t i = 0; i < depth; i += 4) {
-            if (RANDOM) random.fill(seed, (at.row + i) * columns + at.column, columns);
+            if (RANDOM)
+                for (int k = 0; k < 4; ++k) random.fill(k, seed, (at.row + i + k) * columns + at.column, width);
             for (int64_t j = 0; j < width; j += W) {
                 const int count = WHOLE ? W : (int)std::min<int64_t>(W, width - j);
                 const V inverse = load(inverses + at.column + j, count);

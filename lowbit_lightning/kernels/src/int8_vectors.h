@@ -4,75 +4,49 @@
 
 // ---- random words
 
-typedef uint32_t Words __attribute__((vector_size(4 * W)));  // of W Philox blocks
+typedef uint64_t Words __attribute__((vector_size(4 * W)));  // of BLOCKS Philox blocks, in the lanes' lower halves
+constexpr int BLOCKS = W / 2;
 
 LB_FN void multiply_wide(Words a, uint32_t b, Words& high, Words& low) {
 #if defined(__AVX512F__)
-    const __m512i factor = _mm512_set1_epi32((int)b), odd_a = _mm512_srli_epi64((__m512i)a, 32);
-    const __m512i even = _mm512_mul_epu32((__m512i)a, factor), odd = _mm512_mul_epu32(odd_a, factor);
-    high = (Words)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-    low = (Words)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+    low = (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif defined(__AVX2__)
-    const __m256i factor = _mm256_set1_epi32((int)b), odd_a = _mm256_srli_epi64((__m256i)a, 32);
-    const __m256i even = _mm256_mul_epu32((__m256i)a, factor), odd = _mm256_mul_epu32(odd_a, factor);
-    high = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    low = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    low = (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #else
-    for (int i = 0; i < W; ++i) {
-        const uint64_t product = (uint64_t)a[i] * b;
-        high[i] = (uint32_t)(product >> 32);
-        low[i] = (uint32_t)product;
-    }
+    low = (a & 0xffffffff) * b;
 #endif
+    high = low >> 32;
 }
 #include "philox.h"
 
-// words[8 k + i] = the random word of element i of group[k]
-static void random_blocks(uint64_t seed, const uint64_t (&group)[W], uint16_t* words) {
-    Words low, high;
-    for (int p = 0; p < W; ++p) {  // in the order in which the transposition below restores theirs
-        const uint64_t g = group[W > 4 ? p % 4 * (W / 4) + p / 4 : p];
-        low[p] = (uint32_t)g;
-        high[p] = (uint32_t)(g >> 32);
-    }
-    const PhiloxOf<Words> block = philox(seed, PhiloxOf<Words>{{low, high, Words{}, Words{}}});
-    Words quarter[4];  // each all four words of W / 4 blocks
-#define LB_TRANSPOSE(prefix, suffix)                                                      \
-    const auto a = prefix##_unpacklo_epi32((suffix)block.word[0], (suffix)block.word[1]); \
-    const auto b = prefix##_unpackhi_epi32((suffix)block.word[0], (suffix)block.word[1]); \
-    const auto c = prefix##_unpacklo_epi32((suffix)block.word[2], (suffix)block.word[3]); \
-    const auto d = prefix##_unpackhi_epi32((suffix)block.word[2], (suffix)block.word[3]); \
-    quarter[0] = (Words)prefix##_unpacklo_epi64(a, c);                                    \
-    quarter[1] = (Words)prefix##_unpackhi_epi64(a, c);                                    \
-    quarter[2] = (Words)prefix##_unpacklo_epi64(b, d);                                    \
-    quarter[3] = (Words)prefix##_unpackhi_epi64(b, d);
+// words[8 k + i] = the random word of element i of group `group` + k, for BLOCKS groups
+LB_FN void random_blocks(uint64_t seed, uint64_t group, uint16_t* words) {
+    Words groups;
+    for (int p = 0; p < BLOCKS; ++p) groups[p] = group + p / 2 + p % 2 * (BLOCKS / 2);
+    const PhiloxOf<Words> block = philox(seed, PhiloxOf<Words>{{groups, groups >> 32, Words{}, Words{}}});
+    const Words low = (block.word[0] & 0xffffffff) | block.word[1] << 32;
+    const Words high = (block.word[2] & 0xffffffff) | block.word[3] << 32;
+    Words ordered[2];
 #if defined(__AVX512F__)
-    LB_TRANSPOSE(_mm512, __m512i)
+    ordered[0] = (Words)_mm512_unpacklo_epi64((__m512i)low, (__m512i)high);
+    ordered[1] = (Words)_mm512_unpackhi_epi64((__m512i)low, (__m512i)high);
 #elif defined(__AVX2__)
-    LB_TRANSPOSE(_mm256, __m256i)
+    ordered[0] = (Words)_mm256_unpacklo_epi64((__m256i)low, (__m256i)high);
+    ordered[1] = (Words)_mm256_unpackhi_epi64((__m256i)low, (__m256i)high);
 #else
-    for (int k = 0; k < 4; ++k)
-        for (int i = 0; i < 4; ++i) quarter[k][i] = block.word[i][k];
+    for (int k = 0; k < 2; ++k) ordered[k] = Words{low[k], high[k]};
 #endif
-    memcpy(words, quarter, sizeof quarter);
+    memcpy(words, ordered, sizeof ordered);
 }
 
-// The random words of WIDTH elements in each of ROWS rows.
+// The random words of up to WIDTH elements in each of ROWS rows.
 template <int ROWS, int WIDTH> struct RandomWords {
-    uint16_t words[ROWS * (WIDTH + 8) + 8 * W];
+    uint16_t words[ROWS][WIDTH + 8 + 8 * BLOCKS];
     const uint16_t* row[ROWS];
-    // first: index of the first element; the rows are `stride` elements apart
-    void fill(uint64_t seed, uint64_t first, uint64_t stride) {
-        const int groups = WIDTH / 8 + ((first | stride) % 8 != 0), all = ROWS * groups;
-        for (int k = 0; k < ROWS; ++k) row[k] = words + 8 * groups * k + (first + k * stride) % 8;
-        for (int n = 0, k = 0, g = 0; n < all; n += W) {
-            uint64_t group[W];
-            for (int p = 0; p < W; ++p) {
-                group[p] = ((first + k * stride) >> 3) + g;
-                if (++g == groups) g = 0, ++k;
-            }
-            random_blocks(seed, group, words + 8 * n);
-        }
+    void fill(int k, uint64_t seed, uint64_t first, int64_t count) {  // first: index of the first element
+        const int64_t before = first % 8;
+        for (int64_t n = 0; n < before + count; n += 8 * BLOCKS) random_blocks(seed, (first + n) / 8, words[k] + n);
+        row[k] = words[k] + before;
     }
 };
 
