@@ -74,7 +74,17 @@ OPS = (
 
 # Module -> its public names, in ruff's order. Add to them; renaming one breaks somebody.
 PUBLIC = {
-    "": ["Int8MixedPrecision", "callbacks", "convert", "kernels", "layers", "optim", "precision", "strategies"],
+    "": [
+        "Int8MixedPrecision",
+        "callbacks",
+        "convert",
+        "kernels",
+        "layers",
+        "memory",
+        "optim",
+        "precision",
+        "strategies",
+    ],
     "callbacks": ["DeterministicResume", "LowBitMonitor"],
     "convert": ["Report", "restore", "swap_linears"],
     "kernels": [
@@ -92,6 +102,7 @@ PUBLIC = {
         "use_backend",
     ],
     "layers": ["Int8Linear", "Products", "invalidate"],
+    "memory": ["Advice", "Plan", "plan"],
     "optim": [
         "LAMB",
         "LARS",
@@ -109,7 +120,7 @@ PUBLIC = {
         "release_gradients",
     ],
     "precision": ["FabricInt8MixedPrecision", "Int8MixedPrecision", "PrecisionNotApplied", "register"],
-    "strategies": ["ShardedStrategy", "register"],
+    "strategies": ["AtomicCheckpointIO", "ShardedStrategy", "consolidate", "register"],
 }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO, consolidate
 from lowbit_lightning.strategies.sharded import NAME, ShardedStrategy
 
-__all__ = ["ShardedStrategy", "register"]
+__all__ = ["AtomicCheckpointIO", "ShardedStrategy", "consolidate", "register"]
 
 
 def register() -> None:

@@ -18,27 +18,36 @@ Limitations
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.fabric.strategies.model_parallel import _materialize_distributed_module
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
-from lowbit_lightning.strategies import blocks
+from lowbit_lightning.state import shards
+from lowbit_lightning.strategies import blocks, checkpoints
 from lowbit_lightning.strategies.blocks import Policy
+from lowbit_lightning.strategies.gather import gather_in_int8
+from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
 
 NAME = "lowbit_sharded"
 
@@ -54,6 +63,8 @@ class ShardedStrategy(ModelParallelStrategy):
         optimizer_bits: torch.optim optimizers become their twins with states of 8 or 32 bits; None leaves them.
         gather_dtype: the dtype in which parameters are gathered and computed with; gradients are reduced in float32.
             "auto": bfloat16 where the precision plugin computes in it, else the parameters' own.
+        all_gather: "int8": matrices travel quantised by rows, a byte per element (``strategies.gather``), and forward
+            and backward compute with what arrives. "high": as they are.
         replicas: how many groups of ranks hold a copy each (HSDP; gradients are reduced inside a group, then among
             groups); it must divide the number of ranks. The number of nodes is the usual choice.
         save_distributed_checkpoint: True: a folder, each rank writes its part. False: one file, gathered on rank 0.
@@ -73,6 +84,7 @@ class ShardedStrategy(ModelParallelStrategy):
         reshard_after_forward: bool | int = True,
         optimizer_bits: Literal[8, 32] | None = 8,
         gather_dtype: torch.dtype | Literal["auto"] | None = "auto",
+        all_gather: Literal["high", "int8"] = "high",
         replicas: int = 1,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
@@ -80,6 +92,8 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> None:
         if optimizer_bits not in (8, 32, None):
             raise ValueError(f"optimizer_bits must be 8, 32 or None, got {optimizer_bits!r}")
+        if all_gather not in ("high", "int8"):
+            raise ValueError(f"all_gather must be 'high' or 'int8', got {all_gather!r}")
         if replicas < 1:
             raise ValueError(f"replicas must be at least 1, got {replicas!r}")
         if gather_dtype not in ("auto", None, torch.float32, torch.float16, torch.bfloat16):
@@ -91,6 +105,7 @@ class ShardedStrategy(ModelParallelStrategy):
         )
         self.policy, self.reshard_after_forward = policy, reshard_after_forward
         self.optimizer_bits, self.gather_dtype, self.replicas = optimizer_bits, gather_dtype, replicas
+        self._gathers_int8 = all_gather == "int8"
 
     # -- the processes -----------------------------------------------------------------------------------------------
 
@@ -138,6 +153,8 @@ class ShardedStrategy(ModelParallelStrategy):
         names = blocks.chosen_blocks(model, self.policy)
         options = {"mp_policy": MixedPrecisionPolicy(self._gather_dtype(), torch.float32, cast_forward_inputs=False)}
         blocks.shard(model, names, self._mesh(), self.reshard_after_forward, **options)
+        if self._gathers_int8:
+            gather_in_int8(model)
         what = f"{len(names)} blocks and the root" if names else "the whole model as one: it has no repeated blocks"
         rank_zero_info(f"{NAME}: shards {what} over {self.world_size // self.replicas} ranks")
 
@@ -210,3 +227,119 @@ class ShardedStrategy(ModelParallelStrategy):
         finally:
             for module in sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+    #
+    # Optimizer states are kept by the parameter's number, as on a single device, and go through the optimizer's own
+    # state_dict. torch's get_optimizer_state_dict steps an optimizer that has no state yet, and counts that step.
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes and reads a single file: AtomicCheckpointIO unless the Trainer was given another."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights: as they are placed for a folder; for a single file whole, on rank 0, and nothing elsewhere."""
+        assert self.lightning_module is not None
+        state = dict(self.lightning_module.state_dict())
+        first: dict[Tensor, str] = {}
+        for name, p in self.lightning_module.named_parameters(remove_duplicate=False):
+            if name in state:  # tied weights: one tensor under all of its names
+                state[name] = state[first.setdefault(p, name)]
+        return self._saved(state)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state_dict, likewise."""
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        saved = inner.state_dict()
+        state = {key: self._saved(entries) for key, entries in saved["state"].items()}
+        return {**saved, "state": state} if self._save_distributed_checkpoint or self.is_global_zero else {}
+
+    def _saved(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """A collective: gathers one tensor after the other, and keeps them on the CPU of rank 0."""
+        if self._save_distributed_checkpoint:
+            return entries
+        whole: dict[int, Any] = {}
+        for value in entries.values():
+            if id(value) not in whole:
+                full = shards.full(value) if isinstance(value, Tensor) else value
+                whole[id(value)] = _compact(full) if self.is_global_zero else None
+        return {name: whole[id(value)] for name, value in entries.items()} if self.is_global_zero else {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        path = self.broadcast(filepath)
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
+        if storage_options is not None or checkpoints.is_remote(path):
+            raise TypeError(f"a distributed checkpoint goes to a local folder, without storage_options; got {path}")
+        token = self.broadcast(checkpoints.new_token())
+        checkpoints.save_folder(checkpoint, Path(path), token, self.is_global_zero, self.barrier)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of any strategy and number of ranks; nothing is put into place yet.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the path, on all ranks.
+        """
+        self._source = path = self.broadcast(checkpoint_path)
+        if checkpoints.is_remote(path) or type(self.checkpoint_io) is not AtomicCheckpointIO:
+            return self._together(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+        found = self._together(lambda: checkpoints.locate(Path(path)))
+        if not found.is_dir():
+            return self._together(lambda: checkpoints.load_file(found, weights_only, mmap=True))
+        optimizers = self.optimizers if self._is_fitting() else []
+        return checkpoints.load_folder(found, weights_only, self.lightning_module, optimizers, self._together)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put weights and optimizer states in place; where something does not fit, raise on all ranks and leave all
+        as it was."""
+        model = self.lightning_module
+        assert model is not None
+        weights = self._together(lambda: checkpoints.fitted(model, checkpoint["state_dict"], strict, self._source))
+        if self._is_fitting():
+            before = [optimizer.state_dict() for optimizer in self.optimizers]
+            try:
+                self._together(lambda: checkpoints.load_optimizers(self.optimizers, checkpoint, self._source))
+            except Exception:
+                for optimizer, saved in zip(self.optimizers, before, strict=True):
+                    optimizer.load_state_dict(saved)
+                raise
+        model.load_state_dict(weights, strict=strict)
+
+    def _is_fitting(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+
+    def _together(self, action: Callable[[], Any]) -> Any:
+        """The action's result; raises on all ranks where it raises on one."""
+        result, problem = None, None
+        try:
+            result = action()
+        except Exception as error:
+            problem = error
+        problems: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(problems, None if problem is None else f"{type(problem).__name__}: {problem}")
+        if problem is not None:
+            raise problem
+        for rank, other in enumerate(problems):
+            if other is not None:
+                raise RuntimeError(f"rank {rank} failed: {other}")
+        return result
+
+
+def _compact(value: Any) -> Any:
+    """On the CPU, without memory that a view would drag into the file."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value

@@ -1,0 +1,377 @@
+"""Checkpoints of sharded training: one file that every strategy reads, or a folder to which each rank writes its part.
+
+How it works
+    One file
+        What Lightning saves on a single device: whole tensors, optimizer states by the parameter's number. Each rank
+        maps the file and takes its rows.
+    A folder
+        ``torch.distributed.checkpoint`` for the tensors, under flat keys (``state_dict.NAME``,
+        ``optimizer_0.state.3.exp_avg_codes``); ``meta.pt`` for all the rest; ``complete.json``, the marker, with the
+        size of each file.
+
+Whoever saves writes beside the target (``NAME.partial-...``), and renames when everything is on disk. A file replaces
+a file in one rename. A folder can't: the old one is ``NAME.previous`` for the instant between two renames, and is
+read from there if the second never came. So at every moment the old or the new checkpoint loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from lowbit_lightning.state import shards
+
+META, MARKER, VERSION = "meta.pt", "complete.json", 1  # meta.pt is also how Lightning knows a folder of shards
+
+State = dict[str, Any]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's CheckpointIO with saves that an interruption can't spoil, and folders of shards readable.
+
+    For any strategy: ``Trainer(plugins=[AtomicCheckpointIO()])`` lets DDP and single devices read what
+    ``ShardedStrategy(save_distributed_checkpoint=True)`` saved. Remote paths (``s3://...``) are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: State, path: _PATH, storage_options: Any | None = None) -> None:
+        if is_remote(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            save_file(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None) -> State:  # type: ignore[override]
+        if is_remote(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        found = locate(Path(path))
+        return load_folder(found, weights_only) if found.is_dir() else load_file(found, weights_only)
+
+
+def is_remote(path: _PATH) -> bool:
+    return "://" in str(path)
+
+
+def consolidate(folder: _PATH, file: _PATH) -> None:
+    """Make one file, which every strategy and plain torch loads, of a folder of shards.
+
+    Runs in a single process, without a process group; needs room for the whole checkpoint in memory.
+
+    Raises:
+        FileNotFoundError, ValueError: where ``folder`` is missing, incomplete or something else.
+    """
+    found = locate(Path(folder))
+    if not found.is_dir():
+        raise ValueError(f"folder must be a distributed checkpoint, a folder, got {found}, which is a file")
+    save_file(load_folder(found, weights_only=False), Path(file))
+
+
+# -- saving: beside, then a rename -------------------------------------------------------------------------------------
+
+
+def save_file(checkpoint: State, path: Path) -> None:
+    """Write one file; called by one rank."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    partial = _beside(path, f"partial-{uuid.uuid4().hex[:12]}")
+    with open(partial, "wb") as file:
+        torch.save(checkpoint, file)
+        _to_disk(file)
+    _replace(partial, path)
+
+
+def save_folder(checkpoint: State, path: Path, token: str, first: bool, barrier: Callable[[], None]) -> None:
+    """Write a folder; every rank calls it with the same ``path`` and ``token``, and one as ``first``.
+
+    ``checkpoint``: as Lightning has it, with DTensors of which each rank holds its part.
+    """
+    partial = _beside(path, f"partial-{token}")
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        partial.mkdir()
+    barrier()
+    tensors, rest = _split(checkpoint)
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=not _distributed())
+    except CheckpointException as error:
+        raise OSError(f"the checkpoint {path} could not be written, and what was there stays: {error}") from error
+    if first:
+        with open(partial / META, "wb") as file:
+            torch.save(rest, file)
+            _to_disk(file)
+        sizes = {child.name: child.stat().st_size for child in sorted(partial.iterdir())}
+        with open(partial / MARKER, "w") as text:
+            json.dump({"version": VERSION, "files": sizes}, text)
+            _to_disk(text)
+        _sync_folder(partial)
+        _replace(partial, path)
+    barrier()
+
+
+def new_token() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def _replace(partial: Path, path: Path) -> None:
+    previous = _beside(path, "previous")
+    if path.is_dir() or (path.exists() and partial.is_dir()):
+        _remove(previous)
+        path.rename(previous)
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+    _remove(previous)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{suffix}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    for child in path.parent.iterdir():
+        if child.name.startswith(f"{path.name}.partial-"):
+            _remove(child)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def locate(path: Path) -> Path:
+    """The path, or where the checkpoint is that a save had put aside when it died. Raises FileNotFoundError."""
+    if path.exists():
+        return path
+    previous = _beside(path, "previous")
+    if previous.exists():
+        return previous
+    raise FileNotFoundError(f"no checkpoint at {path}")
+
+
+def load_file(path: Path, weights_only: bool | None = None, mmap: bool = False) -> State:
+    """Lightning's checkpoint; ``mmap``: its tensors are read when they are used. Raises ValueError where the file is
+    no such thing."""
+    try:
+        mmap = mmap and zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, mmap=mmap, map_location="cpu", weights_only=weights_only)
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint, or not all of one: {error}") from error
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) and zipfile.is_zipfile(path):
+            raise  # torch says what is in it and what to do
+        raise ValueError(f"{path} is no checkpoint, or not all of one: {error}") from error
+    return _checked(checkpoint, path)
+
+
+def load_folder(
+    path: Path,
+    weights_only: bool | None = None,
+    model: nn.Module | None = None,
+    optimizers: list[Optimizer] | None = None,
+    together: Callable[[Callable[[], Any]], Any] = lambda action: action(),
+) -> State:
+    """Lightning's checkpoint from a folder: each tensor placed as the parameter of ``model`` it belongs to, or whole.
+
+    With a model every rank calls it; ``together(action)`` raises on all of them where the action does on one. Raises
+    ValueError where the folder is no such thing.
+    """
+    rest, metadata = together(lambda: _open_folder(path, weights_only))
+    tensors = dict(_room(metadata, model, optimizers or []))
+    return _join(together(lambda: _read_tensors(path, tensors, no_dist=model is None)), rest)
+
+
+def _open_folder(path: Path, weights_only: bool | None = None) -> tuple[State, Metadata]:
+    """All but the tensors, and what those are; no collective. Raises ValueError."""
+    try:
+        marker = json.loads((path / MARKER).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no complete checkpoint of lowbit_sharded: it has no readable {MARKER}; checkpoints of other "
+            "strategies become a file by `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
+        ) from error
+    if marker.get("version") != VERSION:
+        raise ValueError(f"{path} has version {marker.get('version')!r}; this library reads version {VERSION}")
+    for name, size in marker["files"].items():
+        found = (path / name).stat().st_size if (path / name).exists() else None
+        if found != size:
+            raise ValueError(f"{path} is damaged: {name} should have {size} bytes and has {found}")
+    try:
+        rest = torch.load(path / META, map_location="cpu", weights_only=weights_only)
+        return _checked(rest, path), dcp.FileSystemReader(path).read_metadata()
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _read_tensors(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> dict[str, Tensor]:
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=no_dist or not _distributed())
+    except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    return tensors
+
+
+def _checked(checkpoint: Any, path: Path) -> State:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        what = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has no state_dict; it holds {what}")
+    return checkpoint
+
+
+# -- putting in place --------------------------------------------------------------------------------------------------
+
+
+def fitted(model: nn.Module, saved: Mapping[str, Any], strict: bool, source: _PATH) -> State:
+    """Saved weights, placed as the model's. Raises ValueError, naming all that does not fit."""
+    own = model.state_dict()
+    problems = []
+    if strict:
+        problems += [f"missing {name}" for name in own.keys() - saved.keys()]
+        problems += [f"unknown {name}" for name in saved.keys() - own.keys()]
+    for name in own.keys() & saved.keys():
+        mine, theirs = own[name], saved[name]
+        if isinstance(mine, Tensor) and tuple(mine.shape) != tuple(getattr(theirs, "shape", ())):
+            problems.append(f"{name} is {tuple(getattr(theirs, 'shape', ()))}, the model's {tuple(mine.shape)}")
+    if problems:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(sorted(problems))}")
+    return {name: _placed_as(own.get(name), value) for name, value in saved.items()}
+
+
+def load_optimizers(optimizers: list[Optimizer], checkpoint: Mapping[str, Any], source: _PATH) -> None:
+    """Raises ValueError where the saved states do not fit; optimizers that came before it are loaded then."""
+    saved = checkpoint.get("optimizer_states")
+    if saved is None or len(saved) != len(optimizers):
+        what = "no optimizer states: it holds weights alone" if saved is None else f"{len(saved)} optimizers"
+        raise ValueError(f"{source} has {what}; this run has {len(optimizers)} optimizers")
+    for optimizer, theirs in zip(optimizers, saved, strict=True):
+        ids = [key for group in theirs["param_groups"] for key in group["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        owners = dict(zip(ids, params, strict=False))
+        state = {
+            key: {name: _placed_as(owners.get(key), value) for name, value in entries.items()}
+            for key, entries in theirs["state"].items()
+        }
+        try:
+            optimizer.load_state_dict({**theirs, "state": state})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{source} does not fit {type(optimizer).__name__}: {error}") from error
+
+
+def _placed_as(owner: Any, value: Any) -> Any:
+    """A saved tensor of the owner's shape as a DTensor, where the owner is one; others in memory of their own."""
+    if not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if isinstance(owner, DTensor) and value.shape == owner.shape and _is_cut_by_rows(owner):
+        part = shards.part_of(owner, value).to(owner.to_local().device)
+        return shards.like(owner, part, owner.shape)
+    return value if isinstance(owner, DTensor) else value.clone()
+
+
+# -- a checkpoint as tensors under flat keys, and the rest -------------------------------------------------------------
+
+
+def _split(checkpoint: State) -> tuple[dict[str, Tensor], State]:
+    tensors = {}
+    weights: State = {}
+    names: dict[int, str] = {}  # tied weights are stored once: the first name of each tensor
+    tied: dict[str, str] = {}
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, Tensor):
+            weights[name] = value
+        elif id(value) in names:
+            tied[name] = names[id(value)]
+        else:
+            names[id(value)] = name
+            tensors[f"state_dict.{name}"] = value
+    optimizers = []
+    for number, saved in enumerate(checkpoint.get("optimizer_states", [])):
+        state: State = {}
+        for key, entries in saved["state"].items():
+            state[key] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+            for entry in entries.keys() - state[key].keys():
+                tensors[f"optimizer_{number}.state.{key}.{entry}"] = entries[entry]
+        optimizers.append({**saved, "state": state})
+    rest = {**checkpoint, "state_dict": weights, "tied": tied}
+    if "optimizer_states" in checkpoint:
+        rest["optimizer_states"] = optimizers
+    return tensors, rest
+
+
+def _join(tensors: dict[str, Tensor], rest: State) -> State:
+    weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
+    tied = rest.pop("tied")
+    rest["state_dict"] = {**rest["state_dict"], **weights, **{name: weights[first] for name, first in tied.items()}}
+    for key, value in tensors.items():
+        if key.startswith("optimizer_"):
+            optimizer, _, number, entry = key.split(".", 3)
+            state = rest["optimizer_states"][int(optimizer.removeprefix("optimizer_"))]["state"]
+            state[int(number)][entry] = value
+    return rest
+
+
+def _room(metadata: Metadata, model: nn.Module | None, optimizers: list[Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """An empty tensor for each saved one that is wanted, by key."""
+    owners: dict[str, Tensor] = {}
+    if model is not None:
+        owners.update((f"state_dict.{name}", x) for name, x in model.state_dict().items() if isinstance(x, Tensor))
+    for i, optimizer in enumerate(optimizers):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        owners.update((f"optimizer_{i}.state.{j}", p) for j, p in enumerate(params))
+    for key, saved in metadata.state_dict_metadata.items():
+        if isinstance(saved, BytesStorageMetadata):
+            continue
+        assert isinstance(saved, TensorStorageMetadata)
+        is_state = key.startswith("optimizer_")
+        if is_state and model is not None and not optimizers:
+            continue
+        owner = owners.get(".".join(key.split(".", 3)[:3]) if is_state else key)
+        yield key, _room_like(owner, saved.size, saved.properties.dtype)
+
+
+def _room_like(owner: Tensor | None, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros of a global size: a DTensor with as many rows as its owner, where that is one; else whole."""
+    if isinstance(owner, DTensor) and size and size[0] == owner.shape[0] and _is_cut_by_rows(owner):
+        local = owner.to_local()
+        return shards.like(owner, torch.zeros((local.shape[0], *size[1:]), dtype=dtype, device=local.device), size)
+    return torch.zeros(size, dtype=dtype)
+
+
+def _is_cut_by_rows(p: DTensor) -> bool:
+    return all(isinstance(place, Replicate) or (type(place) is Shard and place.dim == 0) for place in p.placements)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

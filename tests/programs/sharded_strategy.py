@@ -1,0 +1,343 @@
+"""ShardedStrategy on gloo ranks of one machine: ``sharded_strategy.py FOLDER STEPS ROUND...``; fewer than 50
+steps: a part of the checks.
+
+One process imports everything and forks the ranks of each round in turn. Every rank runs the round's checks and
+writes ``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null. ``test_sharded_strategy.py``
+reads them. The round "single", the first, is Lightning on one device with no strategy of ours: the yardstick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import sharded_strategy_checkpoints as checkpoints
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sharded_strategy_model import Block, Net, Traffic, raised, trainer, whole, world
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lowbit_lightning import optim
+from lowbit_lightning.strategies import ShardedStrategy
+
+STEPS = 6
+# Losses may differ from those of one device by this much: measured at 50 steps, times about four. Sums of gradients
+# are rounded in another order; 8-bit codes and int8 levels magnify what falls on another side of a threshold.
+LIMITS = {"32": 1e-6, "8": 1e-3, "int8": 5e-3}
+
+
+def fit(mode: str = "32", model: Net | None = None, **options: Any) -> tuple[Net, L.Trainer]:
+    model = model or Net(steps=STEPS)
+    if not dist.is_initialized():
+        options["strategy"] = "auto"
+        model.optimizer = (
+            {"32": torch.optim.AdamW}.get(mode, optim.AdamW)
+            if model.optimizer is torch.optim.AdamW
+            else model.optimizer
+        )
+    elif "strategy" not in options:
+        options["strategy"] = ShardedStrategy(optimizer_bits=32 if mode == "32" else 8)
+    made = trainer(precision="int8-mixed" if mode == "int8" else "32-true", **options)
+    made.fit(model)
+    return model, made
+
+
+def against_single(folder: Path, name: str, found: dict[str, Any], limit: float) -> str | None:
+    """Compare tensors or losses with those of the single device, which stores them; relative to the largest."""
+    path = folder / f"{name}.pt"
+    if not dist.is_initialized():
+        torch.save(found, path)
+        return None
+    for key, expected in torch.load(path).items():
+        x, y = torch.as_tensor(found[key]).double(), torch.as_tensor(expected).double()
+        off = float((x - y).abs().max() / y.abs().max())
+        if not off <= limit:
+            return f"{key} is off by {off:.1e}"
+    return None
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+# -- checks: folder -> what is wrong, or None --------------------------------------------------------------------------
+
+
+def trains_like_a_single_device(folder: Path) -> str | None:
+    """32 bits against torch's own optimizer, clipping by the global norm included."""
+    for mode, limit in LIMITS.items():
+        model, made = fit(mode, gradient_clip_val=1.0)
+        problem = against_single(folder, f"losses_{mode}", {"losses": model.mean_losses()}, limit)
+        if problem:
+            return f"{mode}: {problem}"
+        if dist.is_initialized() and mode != "32":
+            for p, entries in made.optimizers[0].state.items():
+                rows = -(-p.shape[0] // world())
+                for name, x in entries.items():
+                    held = x.to_local() if x.ndim else x
+                    if held.nbytes > max(4, x.nbytes / x.shape[0] * rows if x.ndim else 4):
+                        return f"{mode}: {held.nbytes} bytes of {name} {tuple(p.shape)}"
+            if not any("exp_avg_codes" in entries for entries in made.optimizers[0].state.values()):
+                return f"{mode}: no codes"
+    return None
+
+
+def clipping_and_norms_are_global(folder: Path) -> str | None:
+    """In the step, by passes, and in LAMB's and LARS's trust ratios: the parameters of a single device."""
+    for name, optimizer, options in (
+        ("clipped", lambda groups, lr: optim.SGD(groups, lr=0.5), {"gradient_clip_val": 0.01}),
+        (
+            "clipped by value",
+            lambda groups, lr: optim.SGD(groups, lr=0.5),
+            {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"},
+        ),
+        ("lamb", lambda groups, lr: optim.LAMB(groups, lr=1e-2, bits=32), {}),
+        ("lars", lambda groups, lr: optim.LARS(groups, lr=1.0, momentum=0.9, bits=32), {}),
+    ):
+        model = Net(optimizer, steps=2)
+        before = weights(model)
+        fit(model=model, **options)
+        if all(torch.equal(x, before[key]) for key, x in weights(model).items()):
+            return f"{name}: nothing moved"
+        problem = against_single(folder, name, weights(model), 1e-3)  # a norm of one rank: off by 0.2
+        if problem:
+            return f"{name}: {problem}"
+    return None
+
+
+def accumulation_reduces_once(folder: Path) -> str | None:
+    """Four micro-batches: one reduce-scatter per group of parameters, and the weights of a single device."""
+    model = Net(lambda groups, lr: optim.SGD(groups, lr=0.5), steps=4)
+    with Traffic() as seen:
+        fit(model=model, accumulate_grad_batches=4)
+    problem = against_single(folder, "accumulated", weights(model), 1e-5)
+    counted = seen.calls["reduce_scatter_base"]
+    expected = 3 if world() > 1 else 0  # two blocks and the root
+    return problem or (None if counted == expected else f"{counted} reduce-scatters, not {expected}")
+
+
+class Manual(Net):
+    """Two optimizers, stepped by hand, in turn."""
+
+    def __init__(self, toggle: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.toggle = False, toggle
+
+    def configure_optimizers(self) -> Any:
+        blocks = list(self.layers.parameters())
+        rest = [p for p in self.parameters() if p.requires_grad and all(p is not q for q in blocks)]
+        return [torch.optim.SGD(blocks, lr=0.1, momentum=0.9), torch.optim.SGD(rest, lr=0.1)]
+
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()[index % 2]
+        if self.toggle:
+            self.toggle_optimizer(optimizer)
+        loss = self.loss(batch)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, 1.0, "norm")
+        optimizer.step()
+        if self.toggle:
+            self.untoggle_optimizer(optimizer)
+
+
+def manual_optimization_works(folder: Path) -> str | None:
+    for toggle in (False, True):
+        model, _ = fit(model=Manual(toggle))
+        problem = against_single(folder, f"manual_{toggle}", weights(model), 1e-4)
+        if problem:
+            return f"toggle={toggle}: {problem}"
+    return None
+
+
+class Calling(Net):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        (tokens,) = batch
+        logits = self(tokens[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        self.losses.append(loss.detach())
+        return loss
+
+
+def a_step_may_call_forward(folder: Path) -> str | None:
+    model, _ = fit(model=Calling(steps=STEPS))
+    return against_single(folder, "calling", {"losses": model.mean_losses()}, LIMITS["32"])
+
+
+def evaluates_without_and_after_fit(folder: Path) -> str | None:
+    model = Net(steps=2)
+    made = trainer("auto" if not dist.is_initialized() else "lowbit_sharded", limit_val_batches=2)
+    found = {"before": made.validate(model, verbose=False)[0]["loss"]}
+    predicted = torch.cat(made.predict(model))  # type: ignore[arg-type]
+    made.fit(model)
+    made.fit_loop.max_epochs = 2
+    made.fit(model)  # goes on where it was
+    found["after"] = made.test(model, verbose=False)[0]["loss"]
+    if predicted.shape != (24 // world(), 5):
+        return f"predictions {tuple(predicted.shape)}"
+    if len(model.losses) != 4:
+        return f"{len(model.losses)} steps"
+    return against_single(folder, "evaluated", found, 1e-3)
+
+
+class Own(Net):
+    """Shards itself: the blocks alone."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.layers[0], FSDPModule) or not dist.is_initialized():
+            return
+        for layer in self.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (world(),)))
+        fully_shard(self, mesh=init_device_mesh("cpu", (world(),)))
+
+
+class Late(L.LightningModule):
+    """Made in configure_model, on the meta device: no rank ever holds all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: Any = None
+
+    def configure_model(self) -> None:
+        if self.layers is None:
+            with torch.device("meta" if dist.is_initialized() else "cpu"):
+                self.layers = nn.Sequential(*(Block() for _ in range(2)))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.layers(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 301)), batch_size=1)
+
+
+def configure_model_is_respected(folder: Path) -> str | None:
+    model, _ = fit(model=Own(steps=STEPS))
+    problem = against_single(folder, "own", {"losses": model.mean_losses()}, LIMITS["32"])
+    if problem or not dist.is_initialized():
+        return problem
+    late = Late()
+    trainer().fit(late)
+    off = [name for name, p in late.named_parameters() if p.is_meta or not torch.isfinite(whole(p)).all()]
+    return f"meta, or not finite: {off}" if off else None
+
+
+def errors_name_the_remedy(folder: Path) -> str | None:
+    if not dist.is_initialized():
+        return None
+
+    class Early(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early = torch.optim.AdamW(self.parameters())
+
+        def configure_optimizers(self) -> Any:
+            return self.early
+
+    def nothing(name: str, module: nn.Module) -> bool:
+        return False
+
+    return (
+        raised(lambda: trainer().fit(Early()), ValueError, "AdamW", "before sharding", "configure_optimizers")
+        or raised(lambda: trainer(ShardedStrategy(policy=nothing)).fit(Net()), ValueError, "policy chose no module")
+        or raised(
+            lambda: trainer(ShardedStrategy(replicas=5)).fit(Net()), ValueError, "replicas must divide", str(world())
+        )
+    )
+
+
+def ranks_need_no_common_seed(folder: Path) -> str | None:
+    model = Net(
+        lambda groups, lr: optim.SGD(groups, lr=0.5), steps=1, seed=dist.get_rank() if dist.is_initialized() else 0
+    )
+    fit(model=model)
+    return against_single(folder, "seeds", weights(model), 1e-4)
+
+
+def replicas_are_equal(folder: Path) -> str | None:
+    """HSDP: two groups of ranks, a copy each; the losses of a single device, and checkpoints as ever."""
+    if dist.is_initialized():
+        strategy = ShardedStrategy(replicas=2)
+        model, made = fit("8", strategy=strategy, gradient_clip_val=1.0)
+        problem = against_single(folder, "losses_8", {"losses": model.mean_losses()}, LIMITS["8"])
+        problem = problem or checkpoints.round_trip(
+            folder / f"hsdp_{world()}", model, made, lambda: ShardedStrategy(replicas=2)
+        )
+        held = {tuple(p.placements) for p in model.parameters()}  # type: ignore[attr-defined]
+        return problem or (None if all(len(places) == 2 for places in held) else f"placed as {held}")
+    return None
+
+
+# -- running them ------------------------------------------------------------------------------------------------------
+
+CHECKS: tuple[Callable[[Path], str | None], ...] = (
+    trains_like_a_single_device,
+    clipping_and_norms_are_global,
+    accumulation_reduces_once,
+    manual_optimization_works,
+    a_step_may_call_forward,
+    evaluates_without_and_after_fit,
+    configure_model_is_respected,
+    errors_name_the_remedy,
+    ranks_need_no_common_seed,
+    *checkpoints.CHECKS,
+)
+QUICK = {
+    "2": (*CHECKS, replicas_are_equal),
+    "3": (trains_like_a_single_device, checkpoints.CHECKS[0]),
+    "single again": checkpoints.CHECKS[:1],
+}
+ALL = {"4": (*CHECKS, replicas_are_equal), "single again": checkpoints.CHECKS[:1]}
+
+
+def rank_main(rank: int, ranks: int, round_name: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), GROUP_RANK="0"
+    )
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if round_name.isdigit():  # as under torchrun
+        os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
+        store = dist.FileStore(str(folder / f"store {round_name}"), ranks)
+        dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=60))
+    results: dict[str, str | None] = {}
+    for check in (QUICK if STEPS < 50 else ALL).get(round_name, CHECKS):
+        try:
+            results[check.__name__] = check(folder)
+        except Exception:
+            results[check.__name__] = traceback.format_exc()
+            break  # the ranks are out of step now
+    (folder / f"{round_name}.{rank}.json").write_text(json.dumps(results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main(folder: Path, steps: int, rounds: list[str]) -> None:
+    global STEPS
+    STEPS = steps
+    checkpoints.QUICK = steps < 50
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere does no harm
+    for round_name in rounds:
+        ranks = int(round_name) if round_name.isdigit() else 1
+        # Forked from a process that computes nothing: quick, and no thread of OpenMP is lost on the way.
+        mp.start_processes(rank_main, (ranks, round_name, folder), nprocs=ranks, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

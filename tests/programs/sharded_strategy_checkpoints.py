@@ -1,0 +1,243 @@
+"""Checks of checkpoints for ``sharded_strategy.py``: files and folders, from and to any number of ranks, DDP and one
+device."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from sharded_strategy_model import BATCH, Net, equal, picture, raised, trainer, world
+from torch import Tensor
+
+from lowbit_lightning import optim
+from lowbit_lightning.callbacks import DeterministicResume
+from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, consolidate
+
+SAVED = 2  # steps before the checkpoint
+QUICK = True  # 4 steps after it, not 10; and a checkpoint of another strategy is loaded by one here, not by each
+
+
+def adamw(groups: Any, lr: float) -> Any:
+    """Matrices in 8 bits, `small` and `single` too; vectors in 32 on one device as in shards."""
+    matrices, vectors = groups
+    return optim.AdamW([matrices, {**vectors, "bits": 32}], lr=lr, min_size=310)
+
+
+def strategies() -> dict[str, Callable[[], Any]]:
+    """What can run here, by name."""
+    if not dist.is_initialized():
+        return {"single": lambda: "auto"}
+    found: dict[str, Callable[[], Any]] = {
+        "file": ShardedStrategy,
+        "folder": lambda: ShardedStrategy(save_distributed_checkpoint=True),
+    }
+    return {**found, "ddp": lambda: "ddp_find_unused_parameters_true"} if world() > 1 else found
+
+
+class Fixed(Net):
+    """The batch of a step depends on its number alone, so that runs on any number of ranks go on with the same."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        data = self._data()[self.trainer.global_step * BATCH : (self.trainer.global_step + 1) * BATCH]
+        return super().training_step([data[self.trainer.global_rank :: self.trainer.world_size]], index)
+
+
+class Saver(L.Callback):
+    """Saves after SAVED steps, and keeps a picture of what was to be saved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.picture = path, {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, model: Any, outputs: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == SAVED:
+            trainer.save_checkpoint(self.path)
+            self.picture = picture(model, trainer.optimizers)
+
+
+class Looker(L.Callback):
+    picture: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, model: Any) -> None:
+        self.picture = picture(model, trainer.optimizers)
+
+
+def run(strategy: Any, callback: L.Callback, path: Path | None = None, seed: int = 0) -> tuple[Net, L.Trainer]:
+    model = Fixed(adamw, steps=SAVED + (4 if QUICK else 10), seed=seed)
+    made = trainer(strategy, callbacks=[DeterministicResume(), callback], plugins=[AtomicCheckpointIO()])
+    made.fit(model, ckpt_path=path)
+    return model, made
+
+
+def saves_of_every_strategy_load_everywhere(folder: Path) -> str | None:
+    """To the bit; then ten steps: equal to the uninterrupted run on as many ranks, close to it on others."""
+    place = folder / "saved"
+    place.mkdir(exist_ok=True)
+    for name, make in strategies().items():
+        path = place / f"{world()}_{name}"
+        if path.with_suffix(".end").exists():
+            continue
+        saver = Saver(path)
+        model, made = run(make(), saver)
+        end = {"picture": saver.picture, "end": picture(model, made.optimizers), "losses": model.mean_losses()}
+        if made.is_global_zero:
+            torch.save(end, path.with_suffix(".end"))
+        if dist.is_initialized():
+            dist.barrier()
+    mine = strategies()
+    for number, end_path in enumerate(sorted(place.glob("*.end"))):
+        path, expected = end_path.with_suffix(""), torch.load(end_path)
+        ranks, kind = path.name.split("_")
+        for name, make in mine.items():
+            same = (ranks, kind == "ddp") == (str(world()), name == "ddp")
+            if QUICK and kind != name and number % len(mine) != list(mine).index(name):
+                continue
+            looker = Looker()
+            model, made = run(make(), looker, path, seed=5)
+            problem = equal(looker.picture, expected["picture"])
+            if problem is None and same:
+                problem = equal(picture(model, made.optimizers), expected["end"])
+            losses = torch.tensor(model.mean_losses()), torch.tensor(expected["losses"][SAVED:])
+            off = float((losses[0] - losses[1]).abs().max())
+            problem = problem or (None if off <= 1e-3 else f"losses are off by {off:.1e}")
+            if problem:
+                return f"{path.name} loaded by {name}: {problem}"
+    return None
+
+
+def round_trip(path: Path, model: Net, made: L.Trainer, make: Callable[[], Any]) -> str | None:
+    made.save_checkpoint(path)
+    looker = Looker()
+    before = picture(model, made.optimizers)
+    again = trainer(make(), callbacks=[looker], max_epochs=2)
+    again.fit(Net(steps=model.steps, seed=5), ckpt_path=path)
+    return equal(looker.picture, before)
+
+
+def bad_checkpoints_change_nothing(folder: Path) -> str | None:
+    """Cut off, foreign, of other shapes, of another optimizer, or not there: an error that names the path."""
+    if not dist.is_initialized():
+        return None
+    good_file, good_folder = folder / "saved" / f"{world()}_file", folder / "saved" / f"{world()}_folder"
+    place = folder / f"bad_{world()}"
+    if dist.get_rank() == 0:
+        make_bad(place, good_file, good_folder)
+    dist.barrier()
+    for path in (*sorted(place.iterdir()), place / "missing"):
+        model = Net(adamw, steps=2)
+        made = trainer(max_epochs=1)
+        made.fit(model)
+        before = picture(model, made.optimizers)
+        made.fit_loop.max_epochs = 2
+        strategy = made.strategy
+        kind = FileNotFoundError if path.name == "missing" else ValueError
+        made.state.fn = L.pytorch.trainer.states.TrainerFn.FITTING
+
+        def load(strategy: Any = strategy, path: Path = path) -> None:
+            strategy.load_model_state_dict(strategy.load_checkpoint(path))
+
+        problem = raised(load, kind, str(path)) or equal(picture(model, made.optimizers), before)
+        if problem:
+            return f"{path.name}: {problem}"
+    return None
+
+
+def make_bad(place: Path, file: Path, folder: Path) -> None:
+    place.mkdir()
+    content = file.read_bytes()
+    (place / "cut").write_bytes(content[: len(content) // 2])
+    (place / "empty").write_bytes(b"")
+    (place / "text").write_text("no checkpoint at all\n")
+    torch.save({"weights": torch.ones(3)}, place / "foreign")
+    saved = torch.load(file, weights_only=False)
+    weight = saved["state_dict"]["small.weight"]
+    torch.save({**saved, "state_dict": {**saved["state_dict"], "small.weight": weight[:4]}}, place / "shape")
+    torch.save(
+        {**saved, "state_dict": {k: v for k, v in saved["state_dict"].items() if k != "pair"}}, place / "lacking"
+    )
+    torch.save({k: v for k, v in saved.items() if k != "optimizer_states"}, place / "weights")
+    states = saved["optimizer_states"][0]
+    entries = {**states["state"], 0: {**states["state"][0], "exp_avg_codes": torch.zeros(3, 3, dtype=torch.uint8)}}
+    torch.save({**saved, "optimizer_states": [{**states, "state": entries}]}, place / "codes")
+    for name in ("without_marker", "short", "without_metadata", "empty_folder"):
+        shutil.copytree(folder, place / name)
+    (place / "without_marker" / "complete.json").unlink()
+    part = next((place / "short").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-100])
+    (place / "without_metadata" / ".metadata").unlink()
+    shutil.rmtree(place / "empty_folder")
+    (place / "empty_folder").mkdir()
+
+
+def saves_replace_and_recover(folder: Path) -> str | None:
+    """File over folder, folder over file; leftovers are cleaned; what a dead save had put aside is found."""
+    if not dist.is_initialized():
+        return None
+    path = folder / f"replaced_{world()}" / "last"
+    model = Net(adamw, steps=2)
+    made = trainer()
+    made.fit(model)
+    expected = picture(model, made.optimizers)
+    for distributed in (False, True, True, False):
+        made.strategy._save_distributed_checkpoint = distributed
+        made.save_checkpoint(path)
+        left = sorted(p.name for p in path.parent.iterdir())
+        if left != ["last"] or path.is_dir() != distributed:
+            return f"distributed={distributed}: {left}"
+        dist.barrier()
+        if dist.get_rank() == 0:  # died between two renames, and in another save
+            path.rename(path.with_name("last.previous"))
+            path.with_name("last.partial-dead").mkdir()
+        dist.barrier()
+        looker = Looker()
+        trainer(callbacks=[looker], max_epochs=2).fit(Net(adamw, steps=2, seed=5), ckpt_path=path)
+        problem = equal(looker.picture, expected)
+        if problem:
+            return f"distributed={distributed}: {problem}"
+    return None
+
+
+def a_folder_becomes_a_file(folder: Path) -> str | None:
+    """``consolidate`` gives what the single file has; plain torch loads it, weights_only too."""
+    if not dist.is_initialized() or dist.get_rank():
+        return None
+    source, target = folder / "saved" / f"{world()}_folder", folder / f"consolidated_{world()}"
+    consolidate(source, target)
+    file, made = (torch.load(p, weights_only=False) for p in (folder / "saved" / f"{world()}_file", target))
+    if file.keys() != made.keys():
+        return f"not in both: {sorted(file.keys() ^ made.keys())}"
+    problem = equal({"": file["state_dict"]}, {"": made["state_dict"]})
+    ours, theirs = ({str(k): v for k, v in x["optimizer_states"][0]["state"].items()} for x in (file, made))
+    groups = [x["optimizer_states"][0]["param_groups"] for x in (file, made)]
+    tied = made["state_dict"]["head.weight"].data_ptr() == made["state_dict"]["embedding.weight"].data_ptr()
+    return problem or equal(ours, theirs) or (None if groups[0] == groups[1] and tied else f"tied: {tied}, {groups}")
+
+
+def a_file_may_be_written_asynchronously(folder: Path) -> str | None:
+    if not dist.is_initialized():
+        return None
+    path = folder / f"async_{world()}" / "last"
+    model = Net(adamw, steps=2)
+    io = AsyncCheckpointIO()
+    made = trainer(plugins=[io])
+    made.fit(model)
+    made.save_checkpoint(path)
+    io.teardown()
+    dist.barrier()
+    looker = Looker()
+    trainer(callbacks=[looker], max_epochs=2).fit(Net(adamw, steps=2, seed=5), ckpt_path=path)
+    return equal(looker.picture, picture(model, made.optimizers))
+
+
+CHECKS: tuple[Callable[[Path], str | None], ...] = (
+    saves_of_every_strategy_load_everywhere,
+    bad_checkpoints_change_nothing,
+    saves_replace_and_recover,
+    a_folder_becomes_a_file,
+    a_file_may_be_written_asynchronously,
+)
