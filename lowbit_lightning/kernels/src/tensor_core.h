@@ -39,8 +39,8 @@ template <int NEWEST> LB_FN void wait_for_all_but() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// N adjacent elements to global memory, 16 bytes (or 8, if that is all) in one access. The compiler takes the assignment
-// of a Packet apart here, where loads from other pointers lie between the stores of a loop.
+// N adjacent elements to global memory, 16 bytes (or 8, if that is all) in one access. The compiler takes the
+// assignment of a Packet apart here, where loads from other pointers lie between the stores of a loop.
 
 template <int N, class T> LB_FN void store_whole(T* to, const T* v) {
 #ifdef __CUDA_ARCH__
