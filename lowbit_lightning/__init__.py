@@ -4,10 +4,20 @@ Importing it makes ``precision="int8-mixed"`` known to ``lightning.Trainer`` and
 GPU and starts no compiler.
 """
 
-from lowbit_lightning import callbacks, convert, kernels, layers, optim, precision, strategies
+from lowbit_lightning import callbacks, convert, kernels, layers, memory, optim, precision, strategies
 from lowbit_lightning.precision import Int8MixedPrecision
 
-__all__ = ["Int8MixedPrecision", "callbacks", "convert", "kernels", "layers", "optim", "precision", "strategies"]
+__all__ = [
+    "Int8MixedPrecision",
+    "callbacks",
+    "convert",
+    "kernels",
+    "layers",
+    "memory",
+    "optim",
+    "precision",
+    "strategies",
+]
 __version__ = "0.1.0"
 
 precision.register()

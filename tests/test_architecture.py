@@ -57,6 +57,7 @@ SAME_LAYER = {
     "state.blocks": {"state.shards"},
     "state.pages": {"state.blocks", "state.shards"},
     "state": {"state.blocks", "state.pages", "state.shards"},
+    "memory": {"convert"},
 }
 LIGHTNING_FROM = 4  # below this layer nothing knows of Lightning
 

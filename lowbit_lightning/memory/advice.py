@@ -1,0 +1,67 @@
+"""What to change first where a plan does not fit: each change planned anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lowbit_lightning.memory.groups import repeated_blocks
+from lowbit_lightning.memory.result import Advice
+from lowbit_lightning.memory.settings import Settings
+
+
+@dataclass(frozen=True)
+class _Change:
+    text: str
+    cost: str
+    weight: float
+    settings: dict[str, Any]
+
+
+def _changes(model: nn.Module, now: Settings) -> list[_Change]:
+    """What could be changed; ``weight`` is the cost that the bytes saved are divided by."""
+    many, changes = now.world_size > 1, []
+    if isinstance(now.optimizer, (str, type)) and now.bits != 8:
+        changes.append(_Change("bits=8", "optimizer states in 8 bits", 1, {"bits": 8}))
+    if many and not now.sharded:
+        changes.append(
+            _Change('strategy="sharded"', "parameters travel in forward and backward", 2, {"strategy": "sharded"})
+        )
+    if now.sharded and not now.reshard_after_forward:
+        cost = "a second all-gather of each block"
+        changes.append(_Change("reshard_after_forward=True", cost, 1.5, {"reshard_after_forward": True}))
+    if now.replicas > 1:
+        changes.append(_Change("replicas=1", "gathers among all ranks", 2, {"replicas": 1}))
+    more = {"world_size": 2 * now.world_size, "strategy": "sharded"}
+    changes.append(_Change(f"{2 * now.world_size} ranks, sharded", "twice the devices", 4, more))
+    if now.precision in ("32-true", "bf16-mixed") and any(type(m) is nn.Linear for m in model.modules()):
+        changes.append(_Change('precision="int8-mixed"', "matmuls in int8", 1.5, {"precision": "int8-mixed"}))
+    if now.precision == "32-true":
+        changes.append(_Change('precision="bf16-mixed"', "activations in bfloat16", 1.2, {"precision": "bf16-mixed"}))
+    if now.precision != "bf16-true" and isinstance(now.optimizer, str) and now.bits is not None:
+        master = {"precision": "bf16-true", "options": {**now.options, "master": "bf16+8"}}
+        master["int8"] = {}
+        changes.append(_Change('precision="bf16-true", master="bf16+8"', "weights of 24 bits", 2, master))
+    if not now.activation_checkpointing and now.batch is not None and repeated_blocks(model):
+        checkpointing = {"activation_checkpointing": True}
+        changes.append(_Change("activation_checkpointing=True", "about a third more time", 3, checkpointing))
+    return changes
+
+
+def advise(model: nn.Module, now: Settings, total: Callable[[Settings], int], memory: int) -> list[Advice]:
+    """The changes that save something, by bytes saved over cost. ``total``: bytes under other settings."""
+    before, found = total(now), []
+    for change in _changes(model, now):
+        try:
+            changed = replace(now, **change.settings)
+            changed.check()
+            after = total(changed)
+        except (ValueError, TypeError):  # a change that this model or optimizer does not allow
+            continue
+        if after < before:
+            advice = Advice(change.text, change.cost, before - after, after <= memory)
+            found.append((advice.saves / change.weight, advice))
+    return [advice for _, advice in sorted(found, key=lambda pair: -pair[0])]

@@ -1,0 +1,64 @@
+"""Copies of parameters and gradients that communication needs, and what travels.
+
+FSDP2 gathers a block's parameters for its forward and again for its backward, where it gathers the block before it at
+the same time; the root's stay from forward to backward. A group's gradients are whole until its last one is there; then
+they are copied into one float32 tensor, padded to equal shares, and reduced. DDP copies all gradients into buckets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lowbit_lightning.memory.groups import chosen_blocks, first_share, grouped, padded
+from lowbit_lightning.memory.settings import Settings
+from lowbit_lightning.memory.step import Reduction
+
+Group = list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Bytes of gathered parameters, of gradients under way; bytes by collective in a step; the groups reduced."""
+
+    gathered: int = 0
+    reduction: int = 0
+    communication: dict[str, int] = field(default_factory=dict)
+    reductions: tuple[Reduction, ...] = ()
+
+
+def copies_of(twin: nn.Module, settings: Settings) -> Copies:
+    """For the run's model on the meta device."""
+    if settings.strategy == "ddp":
+        buckets = sum(p.nbytes for p in twin.parameters() if p.requires_grad)
+        return Copies(reduction=buckets, communication={"all_reduce": buckets})
+    return _sharded(twin, settings) if settings.sharded else Copies()
+
+
+def _sharded(twin: nn.Module, settings: Settings) -> Copies:
+    blocks, root = grouped(twin, chosen_blocks(twin, settings.policy))
+    names, ranks, cast = {p: name for name, p in twin.named_parameters()}, settings.ranks, settings.autocast
+
+    def gather(group: Group) -> int:
+        return sum(padded(tuple(p.shape), ranks) * (cast or p.dtype).itemsize for p in group)
+
+    def reduction(group: Group) -> Reduction:
+        trained = [p for p in group if p.requires_grad]
+        shards = {names[p]: first_share(tuple(p.shape), ranks) for p in trained}
+        return Reduction(shards, sum(padded(tuple(p.shape), ranks) * 4 for p in trained))
+
+    sizes, reductions = [gather(group) for group in blocks], [reduction(group) for group in (*blocks, root)]
+    in_float32 = sum(r.bytes for r in reductions)
+    travels = {
+        "all_gather": settings.accumulate * (gather(root) + sum(sizes) * (2 if settings.reshard_after_forward else 1)),
+        "reduce_scatter": in_float32,
+    }
+    if settings.replicas > 1:
+        travels["all_reduce"] = in_float32 // ranks
+    return Copies(
+        gathered=gather(root) + sum(sorted(sizes)[-2:] if settings.reshard_after_forward else sizes),
+        reduction=max(r.bytes for r in reductions) + (in_float32 if settings.accumulate > 1 else 0),
+        communication=travels,
+        reductions=tuple(r for r in reductions if r.shards),
+    )

@@ -1,0 +1,124 @@
+"""Bytes of optimizer states, by making them on the meta device: the optimizers' own code decides what they are."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowbit_lightning import optim
+from lowbit_lightning.optim.options import MASTER
+from lowbit_lightning.state import blocks
+
+Kind = str | type[Optimizer] | Optimizer
+Parts = Mapping[nn.Parameter, nn.Parameter]
+"""The model's trainable parameters -> this rank's parts of them, on the meta device, in the dtype of the run."""
+
+
+def make(kind: Kind, bits: int | None, parts: Parts, convert: bool, options: dict[str, Any]) -> Optimizer:
+    """The optimizer over the parts. ``convert``: one of torch.optim becomes its twin, as the sharded strategy does it.
+
+    Raises:
+        ValueError, TypeError: naming the argument, for a name, class, instance or option that is of no use here.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself will say what options do nothing
+        made = _made(kind, bits, parts, options)
+        if convert and bits is not None and type(made).__module__.startswith("torch.optim."):
+            optim.convert_(made, bits=bits)
+    return made
+
+
+def _made(kind: Kind, bits: int | None, parts: Parts, options: dict[str, Any]) -> Optimizer:
+    if isinstance(kind, Optimizer):
+        if options:
+            raise ValueError(f"{sorted(options)} cannot be set: optimizer is an instance and has its own settings")
+        return _remade(kind, parts)
+    cls = _named(kind, bits) if isinstance(kind, str) else kind
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise TypeError(f"optimizer must be a name, a class or an instance of torch.optim.Optimizer, got {kind!r}")
+    if issubclass(cls, optim.LowBitOptimizer):
+        options = {"bits": 32 if bits is None else bits, **options}
+    try:
+        return cls(list(parts.values()), **options)  # type: ignore[call-arg, arg-type]
+    except TypeError as error:
+        raise TypeError(f"optimizer={cls.__name__} with options {options}: {error}") from error
+
+
+def _named(name: str, bits: int | None) -> type[Optimizer]:
+    ours = {key: value for key, value in vars(optim).items() if isinstance(value, type) and key != "LowBitOptimizer"}
+    ours = {key: value for key, value in ours.items() if issubclass(value, Optimizer)}
+    theirs = getattr(torch.optim, name, None)
+    if bits is None and isinstance(theirs, type) and issubclass(theirs, Optimizer):
+        return theirs
+    if name not in ours:
+        raise ValueError(
+            f"optimizer must be one of {sorted(ours)}, or with bits=None a name of torch.optim, got {name!r}; "
+            "any other is planned from its class or an instance"
+        )
+    return ours[name]
+
+
+def _remade(optimizer: Optimizer, parts: Parts) -> Optimizer:
+    """An optimizer of the same class and groups over the parts."""
+    groups = []
+    for number, group in enumerate(optimizer.param_groups):
+        strangers = [p for p in group["params"] if p.requires_grad and p not in parts]
+        if strangers:
+            raise ValueError(
+                f"optimizer's group {number} holds {len(strangers)} parameters that are none of the model's, "
+                f"the first of shape {tuple(strangers[0].shape)}: build it from model.parameters()"
+            )
+        groups.append({**group, "params": [parts[p] for p in group["params"] if p in parts]})
+    return type(optimizer)([group for group in groups if group["params"]])  # type: ignore[call-arg]
+
+
+def count(optimizer: Optimizer, parts: Parts, ranks: int) -> dict[str, int]:
+    """Bytes by kind, of parts cut among ``ranks``: "codes", "scales", "32-bit", "steps", "master remainders"; those
+    of other optimizers are "32-bit" and "steps"."""
+    whole = {part: p for p, part in parts.items()}
+    if not isinstance(optimizer, optim.LowBitOptimizer):
+        return _stepped(optimizer)
+    found: Counter[str] = Counter()
+    for group in optimizer.param_groups:
+        rule = optimizer._rule_of(group)
+        for part in group["params"]:
+            cut_vector = ranks > 1 and part.ndim < 2
+            coded = group["bits"] == 8 and blocks.fits_grid(whole[part].shape, group["min_size"]) and not cut_vector
+            entries = optimizer._entries(part, {**group, "bits": 8 if coded else 32, "min_size": 0}, rule)
+            for name, value in entries.items():
+                found[_kind(name, value)] += value.nbytes
+    return dict(found)
+
+
+def _kind(name: str, value: Tensor) -> str:
+    if name == MASTER:
+        return "master remainders"
+    if value.ndim == 0:
+        return "steps"
+    return next((kind for kind in ("codes", "scales") if name.endswith(f"_{kind}")), "32-bit")
+
+
+def _stepped(optimizer: Optimizer) -> dict[str, int]:
+    """What a step on the meta device leaves in ``optimizer.state``."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} cannot be planned: its step needs values, and there are none on the "
+            f"meta device ({str(error).splitlines()[0]})"
+        ) from error
+    found: Counter[str] = Counter()
+    for entries in optimizer.state.values():
+        for value in entries.values():
+            if isinstance(value, Tensor):
+                found["steps" if value.ndim == 0 else "32-bit"] += value.nbytes
+    return dict(found)

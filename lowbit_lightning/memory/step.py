@@ -1,0 +1,189 @@
+"""What a training step holds in memory at its peak, found by running it on tensors without storage.
+
+The forward and the backward run in torch's ``FakeTensorMode``: shapes, dtypes and autograd are real, values are not
+there. A dispatch mode sees every tensor come, weak references see its storage go, and the sum of what lives is followed
+through the step. So what autograd saves is counted exactly: views once, int8 forms of inputs, autocast's copies of
+weights, and what activation checkpointing frees. What an op allocates inside of itself is not seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+Step = Callable[[nn.Module, Any], Tensor]
+"""``step(model, batch) -> loss``, a scalar."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Gradients that become shards together: parameter's name -> shape of the shard; ``bytes`` for the way."""
+
+    shards: Mapping[str, tuple[int, ...]]
+    bytes: int
+
+
+class _Live(TorchDispatchMode):
+    """Follows the bytes of all storages that come up in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.note(x for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in self._known:
+                self._follow(storage, storage._cdata, storage.nbytes())
+
+    def _follow(self, storage: torch.UntypedStorage, key: int, size: int) -> None:
+        def gone(_: Any) -> None:
+            del self._known[key]
+            self.bytes -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.passes(0)
+
+    def passes(self, size: int) -> None:
+        """So many more bytes for a moment."""
+        self.peak = max(self.peak, self.bytes + size)
+
+
+def measure(
+    model: nn.Module,
+    batch: Any,
+    step: Step | None,
+    *,
+    parameter_dtype: torch.dtype | None,
+    input_dtype: torch.dtype | None,
+    autocast: torch.dtype | None,
+    checkpointed: list[str],
+    keep_gradients: bool,
+    reductions: Iterable[Reduction],
+) -> int:
+    """Bytes beside parameters and buffers at the peak of a step, gradients included where they are kept.
+
+    Args:
+        batch: a tensor, a tuple of positional or a dict of keyword arguments; only shapes and dtypes matter.
+        step: None: the model is called with the batch, and the loss is the sum of all it returns.
+        parameter_dtype, input_dtype: what floating ones are cast to before, or None. autocast: its dtype, or None.
+        checkpointed: names of modules that are recomputed in the backward.
+        keep_gradients: False: each gradient goes as soon as it is there. reductions: which gradients become shards.
+
+    Raises:
+        ValueError: for a step that needs values, or gives no loss to go backward from.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # it takes a while to import
+
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = _twin(model, fakes, parameter_dtype)
+    for name in checkpointed:
+        module = twin.get_submodule(name)
+        module.forward = _recomputed(module.forward)  # type: ignore[method-assign]
+    twin.train()
+    fake_batch = tree_map(lambda x: _fake(x, input_dtype, fakes) if isinstance(x, Tensor) else x, batch)
+    live = _Live()
+    live.ignore((*twin.parameters(), *twin.buffers()))
+    if not keep_gradients:
+        _after_each(twin.parameters(), lambda p: setattr(p, "grad", None))
+    for reduction in reductions:
+        _reduce(dict(twin.named_parameters()), reduction, live)
+    cast = torch.autocast("cpu", autocast) if autocast else nullcontext()
+    try:
+        with torch.random.fork_rng(devices=[]), fakes, live:
+            _run(twin, fake_batch, step, live, cast)
+        return live.peak
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"the step could not be run without values: {type(error).__name__}: {str(error).splitlines()[0]}; give "
+            "a batch and a step(model, batch) that returns the loss and reads no values (.item()), or no batch: "
+            "activations are then left out"
+        ) from error
+
+
+def _run(twin: nn.Module, batch: Any, step: Step | None, live: _Live, cast: AbstractContextManager) -> None:
+    live.note(x for x in tree_leaves(batch) if isinstance(x, Tensor))
+    with cast:
+        loss = step(twin, batch) if step else _loss_of(_called(twin, batch))
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise ValueError(f"step must return a loss that requires a gradient, got {loss!r}")
+    loss.backward()
+
+
+def _after_each(params: Iterable[nn.Parameter], do: Callable[[nn.Parameter], None]) -> None:
+    for p in params:
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(do)  # type: ignore[arg-type]
+
+
+def _reduce(named: dict[str, nn.Parameter], reduction: Reduction, live: _Live) -> None:
+    """Let the last gradient of a group turn all of them into shards."""
+    group = {named[name]: shape for name, shape in reduction.shards.items()}
+    missing, shards = set(group), []
+
+    def arrived(p: nn.Parameter) -> None:
+        missing.discard(p)
+        if not missing:
+            live.passes(reduction.bytes)
+            for other, shape in group.items():
+                shards.append(other.new_empty(shape))
+                other.grad = None
+
+    _after_each(group, arrived)
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _loss_of(out: Any) -> Tensor:
+    parts = [x.float().sum() for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
+    if not parts:
+        raise ValueError("the model returns nothing that requires a gradient; give a step(model, batch)")
+    return torch.stack(parts).sum()
+
+
+def _fake(x: Tensor, dtype: torch.dtype | None, fakes: FakeTensorMode) -> Tensor:
+    with fakes:  # on the CPU: autocast knows no meta device
+        return torch.empty(x.shape, dtype=dtype if dtype and x.is_floating_point() else x.dtype, device="cpu")
+
+
+def _twin(model: nn.Module, fakes: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of the model whose parameters and buffers have no storage."""
+    memo: dict[int, Any] = {id(buffer): _fake(buffer, None, fakes) for buffer in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(_fake(p, dtype, fakes), requires_grad=p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

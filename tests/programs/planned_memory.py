@@ -1,0 +1,147 @@
+"""What training really takes, for tests/test_memory.py: bytes of the tensors that a run leaves, and the peak of torch's
+CPU allocator, as its profiler records every allocation. ``python planned_memory.py FOLDER`` does so for two ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+VOCABULARY, WIDTH, LENGTH, BATCH = 301, 128, 64, 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Model(nn.Module):
+    """A small GPT whose forward returns the loss; frozen positions, a buffer, odd sizes."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.positions = nn.Parameter(torch.zeros(LENGTH, WIDTH), requires_grad=False)
+        self.register_buffer("scale", torch.ones(77))
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())
+
+
+def batch(size: int = BATCH) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randint(0, VOCABULARY, (size, LENGTH)) for _ in range(2))  # type: ignore[return-value]
+
+
+def own(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def left_behind(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of this rank's tensors."""
+    params = list(model.parameters())
+    return {
+        "parameters": sum(own(p).nbytes for p in params),
+        "gradients": sum(own(p.grad).nbytes for p in params if p.grad is not None),
+        "states": sum(own(x).nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)),
+        "buffers": sum(b.nbytes for b in model.buffers()),
+    }
+
+
+def peak_of(build: Callable[[], Callable[[], None]]) -> int:
+    """The most bytes that torch's CPU allocator held in two steps, of all it allocated since before ``build``, which
+    makes the run and returns its step. The first step is left out: it makes states, and FSDP2's and DDP's plans."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            step = build()
+            step()
+            with torch.profiler.record_function("measured from here"):
+                pass
+            step()
+            step()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())  # type: ignore[union-attr]
+    held, peak, measured = 0, 0, False
+    for event in events:
+        measured |= event.name() == "measured from here"
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held) if measured else 0
+    return peak
+
+
+def train(model: nn.Module, make: Callable[[Any], torch.optim.Optimizer], data: Any, cast: bool = False) -> Any:
+    """``(step, optimizer)`` of plain training."""
+    optimizer = make(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss = model(*data)
+        loss.backward()
+        optimizer.step()
+
+    return step, optimizer
+
+
+def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
+    from lowbit_lightning import optim
+    from lowbit_lightning.strategies import blocks
+
+    kept: list[Any] = []
+
+    def build() -> Callable[[], None]:
+        model: nn.Module = Model()
+        if name == "ddp":
+            model = nn.parallel.DistributedDataParallel(model)
+        else:
+            policy = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+            blocks.shard(model, blocks.chosen_blocks(model, None), mesh, name == "zero3", mp_policy=policy)
+        step, optimizer = train(model, optim.AdamW, data)
+        kept.extend([model, optimizer])
+        return step
+
+    return {"peak": peak_of(build), **left_behind(*kept)}
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    mesh, data, found = dist.device_mesh.init_device_mesh("cpu", (2,)), batch(), {}
+    for name in ("ddp", "zero3", "zero2"):
+        found[name] = _measured(name, mesh, data)
+        gc.collect()  # what is freed while the next is recorded would count as less than nothing
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.start_processes(_rank, args=(sys.argv[1],), nprocs=2, start_method="spawn")  # type: ignore[attr-defined]
