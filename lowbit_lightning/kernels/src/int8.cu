@@ -28,13 +28,16 @@ template <int N> LB_FN void random_run(uint64_t seed, uint64_t first, uint32_t (
     const int shift = (int)(first & 7);  // the elements may lie in two groups of eight
     const Philox block = philox(seed, 0, 0, first >> 3);
     const Philox next = shift + N > 8 ? philox(seed, 0, 0, (first >> 3) + 1) : block;
+    uint32_t w[8] = {block.word[0], block.word[1], block.word[2], block.word[3],
+                     next.word[0],  next.word[1],  next.word[2],  next.word[3]};
 #pragma unroll
-    for (int i = 0; i < N; ++i) {  // by selections: an array in registers has no index
-        const int n = shift + i;
-        const Philox& from = n < 8 ? block : next;
-        const uint32_t low = n & 2 ? from.word[1] : from.word[0], high = n & 2 ? from.word[3] : from.word[2];
-        word[i] = (n & 4 ? high : low) >> (16 * (n & 1)) & 0xffff;
-    }
+    for (int k = 0; k < 6; ++k) w[k] = shift & 4 ? w[k + 2] : w[k];  // an array in registers has no index
+#pragma unroll
+    for (int k = 0; k < 5; ++k) w[k] = shift & 2 ? w[k + 1] : w[k];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) w[k] = shift & 1 ? w[k] >> 16 | w[k + 1] << 16 : w[k];
+#pragma unroll
+    for (int i = 0; i < N; ++i) word[i] = w[i / 2] >> (16 * (i & 1)) & 0xffff;
 #endif
 }
 
@@ -65,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(256) quantize_rows(
 
     uint32_t top[1] = {0};
     if (active) {
-#pragma unroll 4
+#pragma unroll 2
         for (int64_t c = lane * WIDTH; c < in_packets; c += ROW_THREADS * WIDTH) {
             float v[WIDTH];
             load_packet<WIDTH>(from + c, v);
@@ -177,7 +180,7 @@ LB_FN int out_column(int group) {
 }
 
 // row_q, row_scales, row_tops: null where the rows are not wanted
-extern "C" __global__ void __launch_bounds__(256) quantize_tiles(
+extern "C" __global__ void __launch_bounds__(256, 2) quantize_tiles(
     const ELEMENT* x, int64_t rows, int64_t columns, uint64_t seed, const uint32_t* column_tops, int8_t* column_q,
     float* column_scales, const uint32_t* row_tops, int8_t* row_q, float* row_scales) {
     __shared__ __align__(8) uint32_t turned[16 * TILE_COLUMNS + 2 * 16];
