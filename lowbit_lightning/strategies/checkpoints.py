@@ -21,8 +21,10 @@ import os
 import pickle
 import shutil
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         else:
             save_file(checkpoint, Path(path))
 
-    def load_checkpoint(self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None) -> State:  # type: ignore[override]
+    def load_checkpoint(  # type: ignore[override]  # as TorchCheckpointIO's
+        self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> State:
         if is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
         found = locate(Path(path))
@@ -108,7 +112,8 @@ def save_folder(checkpoint: State, path: Path, token: str, first: bool, barrier:
     barrier()
     tensors, rest = _split(checkpoint)
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=not _distributed())
+        with _quiet():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=not _distributed())
     except CheckpointException as error:
         raise OSError(f"the checkpoint {path} could not be written, and what was there stays: {error}") from error
     if first:
@@ -238,7 +243,8 @@ def _open_folder(path: Path, weights_only: bool | None = None) -> tuple[State, M
 
 def _read_tensors(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> dict[str, Tensor]:
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=no_dist or not _distributed())
+        with _quiet():
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=no_dist or not _distributed())
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
     return tensors
@@ -375,3 +381,11 @@ def _is_cut_by_rows(p: DTensor) -> bool:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns that it takes a single process for one, which is what it was told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

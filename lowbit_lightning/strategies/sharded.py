@@ -46,8 +46,8 @@ from lowbit_lightning import optim
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import blocks, checkpoints
 from lowbit_lightning.strategies.blocks import Policy
-from lowbit_lightning.strategies.gather import gather_in_int8
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
+from lowbit_lightning.strategies.gather import gather_in_int8
 
 NAME = "lowbit_sharded"
 

@@ -128,6 +128,49 @@ def accumulation_reduces_once(folder: Path) -> str | None:
     return problem or (None if counted == expected else f"{counted} reduce-scatters, not {expected}")
 
 
+def formula(model: Net, shards: int, replicas: int, gather_bytes: int, again: bool, clipping: bool) -> dict[str, int]:
+    """Bytes per step and rank, by collective: docs/sharding.md's."""
+
+    def padded(p: nn.Parameter) -> int:
+        return shards * -(-p.shape[0] // shards) * p[0].numel()
+
+    blocks = set(model.layers.parameters())
+    gathered = sum(padded(p) * (2 if again and p in blocks else 1) for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad and p is not model.unused]
+    reduced = sum(map(padded, trained))
+    found = {
+        "allgather_base": gathered * gather_bytes if shards > 1 else 0,
+        "reduce_scatter_base": reduced * 4 if shards > 1 else 0,
+        "allreduce": (reduced // shards * 4 if replicas > 1 else 0) + (len(trained) * 8 if clipping else 0),
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def traffic_is_the_formulas(folder: Path) -> str | None:
+    if not dist.is_initialized():
+        return None
+    for again, dtype, replicas, clip in (
+        (True, None, 1, None),
+        (False, None, 1, 1.0),
+        (True, torch.bfloat16, 1, None),
+        *([(True, None, 2, None)] if world() % 2 == 0 else []),
+    ):
+        seen = []
+        for steps in (1, 2):  # what the second step adds
+            strategy = ShardedStrategy(reshard_after_forward=again, gather_dtype=dtype, replicas=replicas)
+            model = Net(steps=steps)
+            with Traffic() as traffic:
+                fit("8", model=model, strategy=strategy, gradient_clip_val=clip)
+            seen.append(traffic.bytes)
+        found = dict(seen[1] - seen[0])
+        if found.pop("broadcast", 0) > 64:  # Lightning's own: one number
+            return f"{seen[1] - seen[0]}"
+        expected = formula(Net(), world() // replicas, replicas, 2 if dtype else 4, again, clip is not None)
+        if found != expected:
+            return f"{(again, dtype, replicas, clip)}: {found}, by the formula {expected}"
+    return None
+
+
 class Manual(Net):
     """Two optimizers, stepped by hand, in turn."""
 
@@ -141,7 +184,7 @@ class Manual(Net):
         return [torch.optim.SGD(blocks, lr=0.1, momentum=0.9), torch.optim.SGD(rest, lr=0.1)]
 
     def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()[index % 2]
+        optimizer: Any = self.optimizers()[index % 2]  # type: ignore[index]
         if self.toggle:
             self.toggle_optimizer(optimizer)
         loss = self.loss(batch)
@@ -288,6 +331,7 @@ CHECKS: tuple[Callable[[Path], str | None], ...] = (
     trains_like_a_single_device,
     clipping_and_norms_are_global,
     accumulation_reduces_once,
+    traffic_is_the_formulas,
     manual_optimization_works,
     a_step_may_call_forward,
     evaluates_without_and_after_fit,

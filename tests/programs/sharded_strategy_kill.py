@@ -38,7 +38,8 @@ class Counting(L.LightningModule):
             nn.init.zeros_(p)
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        return -sum(p.sum() for layer in self.layers for p in [layer[0].weight] if layer(batch) is not None)  # type: ignore
+        ones = torch.ones(1, 301)
+        return -sum(layer(ones).sum() for layer in self.layers)  # type: ignore[return-value]
 
     def configure_optimizers(self) -> Any:
         return optim.SGD(self.parameters(), lr=1.0, momentum=1e-9)  # with a state, in 8 bits

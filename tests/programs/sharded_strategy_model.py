@@ -55,6 +55,7 @@ class Net(L.LightningModule):
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, TOKENS, bias=False)
         self.head.weight = self.embedding.weight
+        self.count: Tensor
         self.register_buffer("count", torch.zeros(()))
         self.losses: list[Tensor] = []
 
@@ -75,7 +76,7 @@ class Net(L.LightningModule):
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         loss = self.loss(batch)
-        self.count += 1
+        self.count.add_(1)
         self.losses.append(loss.detach())
         return loss
 
@@ -106,7 +107,7 @@ class Net(L.LightningModule):
     def _loader(self) -> DataLoader:
         data = self._data()
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        sampler = DistributedSampler(data, ranks, rank, shuffle=False)  # type: ignore[arg-type]  # Lightning's shuffles
+        sampler: Any = DistributedSampler(data, ranks, rank, shuffle=False)  # type: ignore  # Lightning's shuffles
         return DataLoader(TensorDataset(data), batch_size=BATCH // ranks, sampler=sampler)
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
