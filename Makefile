@@ -42,11 +42,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/int8_quantize.py
 	$(BIN)/python benchmarks/int8_linear.py
 
-# What 8 bits cost: every optimizer at 32 and 8 bits on two small models, into docs/benchmarks. It takes long;
-# ARGS=--quick shows that it runs.
+# What 8 bits cost: int8 products beside bf16 ones, then every optimizer at 32 and 8 bits on two small models, into
+# docs/benchmarks. It takes an hour.
 quality: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
-	$(BIN)/python benchmarks/optimizer_quality.py --output docs/benchmarks $(ARGS)
+	$(BIN)/python benchmarks/int8_quality.py --output docs/benchmarks
+	$(BIN)/python benchmarks/optimizer_quality.py --output docs/benchmarks
 
 # The oldest torch and Lightning the package claims, in an environment of their own.
 floor: $(FLOOR)/.installed

@@ -12,7 +12,6 @@ from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.state import blocks, shards
 
-
 _PLACE, _DTYPE = operator.attrgetter("shape", "dtype", "device"), operator.attrgetter("dtype")
 
 
