@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import lightning as L
-import torch.distributed as dist
 from sharded_strategy_model import Net
 
 from lowbit_lightning.strategies import ShardedStrategy
@@ -37,8 +36,6 @@ def main(target: Path) -> None:
     trainer.save_checkpoint(target.with_suffix(".ckpt"))
     if trainer.is_global_zero:
         target.write_text(json.dumps({"losses": losses, "ranks": ranks, "nodes": trainer.num_nodes}))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
