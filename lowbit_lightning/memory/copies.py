@@ -32,7 +32,8 @@ def copies_of(twin: nn.Module, settings: Settings) -> Copies:
     """For the run's model on the meta device."""
     if settings.strategy == "ddp":
         buckets = sum(p.nbytes for p in twin.parameters() if p.requires_grad)
-        return Copies(reduction=buckets, communication={"all_reduce": buckets})
+        buffers = sum(b.nbytes for b in twin.buffers())  # of rank 0, before the first forward of a step
+        return Copies(reduction=buckets, communication={"all_reduce": buckets, "broadcast": buffers})
     return _sharded(twin, settings) if settings.sharded else Copies()
 
 

@@ -13,16 +13,14 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
 Step = Callable[[nn.Module, Any], Tensor]
 """``step(model, batch) -> loss``, a scalar."""
@@ -97,8 +95,6 @@ def measure(
     Raises:
         ValueError: for a step that needs values, or gives no loss to go backward from.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # it takes a while to import
-
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _twin(model, fakes, parameter_dtype)
     for name in checkpointed:

@@ -1,4 +1,4 @@
-"""What training really takes, for tests/test_memory.py: bytes of the tensors that a run leaves, and the peak of torch's
+"""What training really takes, for test_memory.py: bytes of the tensors that a run leaves, and the peak of torch's
 CPU allocator, as its profiler records every allocation. ``python planned_memory.py FOLDER`` does so for two ranks.
 """
 
@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 301, 128, 64, 8
 
@@ -76,8 +78,9 @@ def left_behind(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def peak_of(build: Callable[[], Callable[[], None]]) -> int:
-    """The most bytes that torch's CPU allocator held in two steps, of all it allocated since before ``build``, which
-    makes the run and returns its step. The first step is left out: it makes states, and FSDP2's and DDP's plans."""
+    """The most bytes that torch's CPU allocator held in a second step, of all it allocated since before ``build``,
+    which makes the run and returns its step. (The first makes states, and FSDP2's and DDP's plans.)"""
+    gc.collect()  # what is freed while it records would count as less than nothing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -85,7 +88,6 @@ def peak_of(build: Callable[[], Callable[[], None]]) -> int:
             step()
             with torch.profiler.record_function("measured from here"):
                 pass
-            step()
             step()
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())  # type: ignore[union-attr]
     held, peak, measured = 0, 0, False
@@ -111,33 +113,57 @@ def train(model: nn.Module, make: Callable[[Any], torch.optim.Optimizer], data: 
     return step, optimizer
 
 
+class Travels(TorchDispatchMode):
+    """Bytes by collective: of the whole tensor, which is the output of a gather and the input of a reduction."""
+
+    OPS: ClassVar = {
+        "_allgather_base_": "all_gather",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "allreduce_": "all_reduce",
+        "broadcast_": "broadcast",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = dict.fromkeys(self.OPS.values(), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            sizes = [x.nbytes for x in tree_leaves(args) if isinstance(x, Tensor)]
+            self.bytes[self.OPS[func._schema.name.split("::")[1]]] += max(sizes)
+        return func(*args, **(kwargs or {}))
+
+
 def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
     from lowbit_lightning import optim
     from lowbit_lightning.strategies import blocks
 
     kept: list[Any] = []
+    cast = "bf16" in name
 
     def build() -> Callable[[], None]:
         model: nn.Module = Model()
         if name == "ddp":
             model = nn.parallel.DistributedDataParallel(model)
         else:
-            policy = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
-            blocks.shard(model, blocks.chosen_blocks(model, None), mesh, name == "zero3", mp_policy=policy)
-        step, optimizer = train(model, optim.AdamW, data)
-        kept.extend([model, optimizer])
+            policy = MixedPrecisionPolicy(torch.bfloat16 if cast else None, torch.float32, cast_forward_inputs=False)
+            blocks.shard(model, blocks.chosen_blocks(model, None), mesh, "zero3" in name, mp_policy=policy)
+        step, optimizer = train(model, optim.AdamW, data, cast)
+        kept.extend([model, optimizer, step])
         return step
 
-    return {"peak": peak_of(build), **left_behind(*kept)}
+    found = {"peak": peak_of(build), **left_behind(*kept[:2])}
+    with Travels() as travels:
+        kept[2]()
+    return {**found, **travels.bytes}
 
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     mesh, data, found = dist.device_mesh.init_device_mesh("cpu", (2,)), batch(), {}
-    for name in ("ddp", "zero3", "zero2"):
+    for name in ("ddp", "zero3", "zero2", "zero3 in bf16"):
         found[name] = _measured(name, mesh, data)
-        gc.collect()  # what is freed while the next is recorded would count as less than nothing
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
