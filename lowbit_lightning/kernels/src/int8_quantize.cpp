@@ -10,6 +10,7 @@
 //   both      Each thread takes its share of the rows, looks at rows and columns, and writes the rows. Then all turn,
 //             last rows first, since those are still in a cache.
 #include "int8_vectors.h"
+#include "random_words.h"
 #include "pages.h"
 #include "parallel.h"
 #include <algorithm>
@@ -88,7 +89,7 @@ template <class T, bool RANDOM> struct Quantiser {
         RandomWords<1, CHUNK> random;
         for (int64_t c = 0; c < columns; c += CHUNK) {
             const int64_t end = std::min<int64_t>(columns, c + CHUNK);
-            if (RANDOM) random.fill(0, seed, r * columns + c, end - c);
+            if (RANDOM) random.fill(0, {seed, 0, 0}, r * columns + c, end - c);
             const auto codes = [&](int64_t i, int count) __attribute__((always_inline)) {
                 return rounded<RANDOM>(load(from + i, count), splat<V>(inverse), random.row[0] + (i - c), count);
             };
@@ -157,7 +158,7 @@ template <class T, bool RANDOM> struct Quantiser {
         RandomWords<4, TILE> random;
         for (int64_t i = 0; i < depth; i += 4) {
             if (RANDOM)
-                for (int k = 0; k < 4; ++k) random.fill(k, seed, (at.row + i + k) * columns + at.column, width);
+                for (int k = 0; k < 4; ++k) random.fill(k, {seed, 0, 0}, (at.row + i + k) * columns + at.column, width);
             for (int64_t j = 0; j < width; j += W) {
                 const int count = WHOLE ? W : (int)std::min<int64_t>(W, width - j);
                 const V inverse = load(inverses + at.column + j, count);

@@ -6,7 +6,7 @@
 #include "vec.h"
 #include "parallel.h"
 #include "blocks.h"
-#include "philox.h"
+#include "random_words.h"
 #include "rule_scalars.h"
 #include "rule.h"  // generated from rules.py
 #include <algorithm>
@@ -161,18 +161,6 @@ template <int S = 0> LB_FN void encode_states(const Block& at, const Pending& pe
     }
 }
 
-#if STOCHASTIC
-LB_FN I random_words(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t index) {
-    Philox block = philox(seed, ordinal, step, index >> 3);
-    I words;
-    for (int j = 0; j < W; ++j, ++index) {
-        if (j && index % 8 == 0) block = philox(seed, ordinal, step, index >> 3);
-        words[j] = (int32_t)random_word(block, index);
-    }
-    return words;
-}
-#endif
-
 LB_FN V load_parameter(const Block& at, int i, int count) {
     const PARAM* from = at.q.p + at.start + i;
 #if REMAINDER
@@ -184,7 +172,8 @@ LB_FN V load_parameter(const Block& at, int i, int count) {
 #endif
 }
 
-LB_FN void store_parameter(const Call& call, const Block& at, int i, int count, V p) {
+// `words`: the random words of the block's elements, where they are asked for.
+LB_FN void store_parameter(const Block& at, int i, int count, V p, const uint16_t* words) {
     PARAM* to = at.q.p + at.start + i;
 #if REMAINDER
     const I bits = to_bits(p);
@@ -195,10 +184,8 @@ LB_FN void store_parameter(const Call& call, const Block& at, int i, int count, 
     store_raw(to, (Halves)((nearest & kept) | (special & ~kept)), count);
     store_raw(at.q.remainder + at.start + i, narrow_to_bytes((master - (upper << 8)) & finite & 0xff), count);
 #elif STOCHASTIC
-    const uint64_t index = (uint64_t)(at.q.offset + at.start + i);
-    const I words = random_words(call.seed, (uint32_t)at.q.ordinal, (uint32_t)(int64_t)*at.q.step, index);
     const I bits = to_bits(p);
-    const Halves rounded = upper_halves(bits + words), nearest = narrow_bfloat16(p);
+    const Halves rounded = upper_halves(bits + widen(load_raw<Halves>(words + i, count))), nearest = narrow_bfloat16(p);
     const Halves finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITE) & 0xffff);
     store_raw(to, (Halves)((rounded & finite) | (nearest & ~finite)), count);
 #else
@@ -213,14 +200,15 @@ struct Shared {
     float factor;
 };
 
-LB_FN void update_vector(const Shared& shared, const Block& at, int i, int count, Pending& pending, Extremes* seen) {
+LB_FN void update_vector(
+    const Shared& shared, const Block& at, int i, int count, const uint16_t* words, Pending& pending, Extremes* seen) {
     V s[STATES], t[TEMPORARIES];
     V p = load_parameter(at, i, count), g = load(at.q.g + at.start + i, count) * shared.factor;
     load_states(at, i, count, s);
     rule_direction(shared.c, p, g, s, t);
     rule_finish(shared.c, p, g, s, t);
     keep_states(at, i, count, s, pending, seen);
-    store_parameter(shared.call, at, i, count, p);
+    store_parameter(at, i, count, p, words);
 }
 
 static void update_block(const Shared& of_all, const Block& of_call) {
@@ -228,9 +216,16 @@ static void update_block(const Shared& of_all, const Block& of_call) {
     const Block at = of_call;
     Pending pending;
     Extremes seen[STATES];
+    const uint16_t* words = nullptr;
+#if STOCHASTIC
+    RandomWords<1, BLOCK> random;
+    const RandomKey key{shared.call.seed, (uint32_t)at.q.ordinal, (uint32_t)(int64_t)*at.q.step};
+    random.fill(0, key, (uint64_t)(at.q.offset + at.start), at.n);
+    words = random.row[0];
+#endif
     int i = 0;
-    for (; i + W <= at.n; i += W) update_vector(shared, at, i, W, pending, seen);
-    if (i < at.n) update_vector(shared, at, i, at.n - i, pending, seen);
+    for (; i + W <= at.n; i += W) update_vector(shared, at, i, W, words, pending, seen);
+    if (i < at.n) update_vector(shared, at, i, at.n - i, words, pending, seen);
     bool finite = true;
     for (int s = 0; s < RULE_STATES; ++s) finite = finite && seen[s].finite();
     if (!finite) {

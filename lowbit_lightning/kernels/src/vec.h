@@ -247,9 +247,9 @@ LB_FN Bytes narrow_to_bytes(I x) {  // of values from 0 to 255
 #endif
 }
 
-// The bytes of 4 W numbers of 16 bits, each plus `bias`, saturated: below 0 is 0, above 255 is 255.
+// The bytes of four vectors of numbers of 16 bits, each plus `bias`, saturated: below 0 is 0, above 255 is 255.
 typedef uint8_t ManyBytes __attribute__((vector_size(4 * W)));
-LB_FN ManyBytes pack(const I (&x)[4], int bias) {
+LB_FN ManyBytes pack(const I* x, int bias) {
 #if defined(__AVX512BW__)
     const __m512i by = _mm512_set1_epi16((short)bias);
     const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]), by);
