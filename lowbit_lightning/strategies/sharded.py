@@ -307,12 +307,12 @@ class ShardedStrategy(ModelParallelStrategy):
         assert model is not None
         weights = self._together(lambda: checkpoints.fitted(model, checkpoint["state_dict"], strict, self._source))
         if self._is_fitting():
-            before = [optimizer.state_dict() for optimizer in self.optimizers]
+            before = [(optimizer.state, optimizer.param_groups) for optimizer in self.optimizers]  # loading renews both
             try:
                 self._together(lambda: checkpoints.load_optimizers(self.optimizers, checkpoint, self._source))
             except Exception:
-                for optimizer, saved in zip(self.optimizers, before, strict=True):
-                    optimizer.load_state_dict(saved)
+                for optimizer, (state, groups) in zip(self.optimizers, before, strict=True):
+                    optimizer.state, optimizer.param_groups = state, groups
                 raise
         model.load_state_dict(weights, strict=strict)
 

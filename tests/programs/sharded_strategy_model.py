@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lowbit_lightning.strategies import ShardedStrategy
 
-TOKENS, WIDTH, BATCH, LENGTH = 7, 301, 12, 5  # of all ranks together: 12 sequences
+TOKENS, WIDTH, BATCH = 7, 301, 12  # of all ranks together: 12 sequences
 
 
 class Block(nn.Module):
@@ -38,10 +38,12 @@ class Net(L.LightningModule):
     calls forward.
     """
 
-    def __init__(self, optimizer: Any = torch.optim.AdamW, steps: int = 6, lr: float = 1e-3, seed: int = 0) -> None:
+    def __init__(
+        self, optimizer: Any = torch.optim.AdamW, steps: int = 6, lr: float = 1e-3, seed: int = 0, length: int = 5
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.optimizer, self.steps, self.lr = optimizer, steps, lr
+        self.optimizer, self.steps, self.lr, self.length = optimizer, steps, lr, length
         self.embedding = nn.Embedding(TOKENS, WIDTH)
         nn.init.normal_(self.embedding.weight, std=0.05)
         self.layers = nn.ModuleList([Block(), Block()])
@@ -102,7 +104,7 @@ class Net(L.LightningModule):
         return self.optimizer(groups, lr=self.lr)
 
     def _data(self) -> Tensor:
-        return torch.randint(0, TOKENS, (BATCH * self.steps, LENGTH), generator=torch.Generator().manual_seed(1))
+        return torch.randint(0, TOKENS, (BATCH * self.steps, self.length), generator=torch.Generator().manual_seed(1))
 
     def _loader(self) -> DataLoader:
         data = self._data()
