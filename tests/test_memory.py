@@ -295,6 +295,16 @@ def test_torchs_optimizers_become_twins_under_sharding_alone() -> None:
     assert memory.plan(Odd(), optimizer=torch.optim.AdamW).states > 2 * memory.plan(Odd()).states
 
 
+def test_whole_gradients_never_meet_under_sharding() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(*[nn.Sequential(nn.Linear(256, 256, bias=False), nn.GELU()) for _ in range(16)])
+
+    batch = torch.empty(1, 256)
+    planned = memory.plan(on_meta(make), world_size=16, strategy="sharded", batch=batch)
+    assert planned.activations is not None
+    assert planned.activations + planned.gradients + planned.reduction < 16 * 256 * 256 * 4 / 4
+
+
 def test_replicas_share_out_less() -> None:
     whole, halves = (
         memory.plan(on_meta(Odd), world_size=8, strategy="sharded", replicas=replicas) for replicas in (1, 2)
@@ -337,6 +347,9 @@ def test_advice_is_worth_what_it_says() -> None:
         assert advice[text].saves == planned.total - changed.total > 0
         assert advice[text].fits == changed.fits(limit)
     assert {a.fits for a in advice.values()} == {True, False}
+    costs = dict(zip(changes, (1, 2, 4, 1.2, 1.5, 2, 3), strict=True))  # docs/memory.md
+    worth = [a.saves / costs[text] for text, a in advice.items()]
+    assert worth == sorted(worth, reverse=True)
 
 
 def test_table_and_json() -> None:
@@ -385,6 +398,11 @@ class Reads(nn.Module):
 def test_errors_name_the_argument(told: dict[str, Any], says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
         memory.plan(Reads(), **told)
+
+
+def test_a_model_of_unknown_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' of the model has no shape yet"):
+        memory.plan(nn.Sequential(nn.LazyLinear(3)))
 
 
 def test_a_model_without_parameters_is_refused() -> None:

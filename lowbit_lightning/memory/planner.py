@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lowbit_lightning import convert
 from lowbit_lightning.layers import Int8Linear
@@ -63,12 +64,19 @@ def plan(
         *(replicas, policy, activation_checkpointing, int8 or {}, options),
     )
     settings.check()
+    _check_shapes(model)
     return _plan(model, settings)
 
 
-def _plan(model: nn.Module, settings: Settings) -> Plan:
+def _check_shapes(model: nn.Module) -> None:
     if next(model.parameters(), None) is None:
         raise ValueError(f"model must have parameters; {type(model).__name__} has none")
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"parameter {name!r} of the model has no shape yet: call the model with a batch first")
+
+
+def _plan(model: nn.Module, settings: Settings) -> Plan:
     twin = _twin(model, settings)
     params = list(twin.parameters())
     local = [_meta(first_share(tuple(p.shape), settings.ranks), p.dtype) for p in params]
