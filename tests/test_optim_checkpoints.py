@@ -78,6 +78,18 @@ def test_resumes_to_the_bit(kind: type, options: dict[str, Any]) -> None:
     assert same(states(optimizer), states(resumed))
 
 
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_one_optimizer_loads_twice(kind: type, options: dict[str, Any]) -> None:
+    optimizer, params = trained(kind, options)
+    early = copy.deepcopy(optimizer.state_dict())
+    kept = states(optimizer)
+    step(optimizer, params, 3)
+    late = copy.deepcopy(optimizer.state_dict())
+    for saved in (early, late, early):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    assert same(states(optimizer), kept)
+
+
 def test_saving_before_the_first_step_and_with_parameters_left_out() -> None:
     """Frozen and gradient-less parameters have no state, and get none by loading."""
     params = parameters(*SHAPES)

@@ -46,6 +46,7 @@ class LowBitOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler's protocol: it sets grad_scale and found_inf for a step
+    releases_gradients = False  # whether ``release_gradients`` updates its parameters during backward
     _max_norm: float | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
@@ -162,6 +163,10 @@ class LowBitOptimizer(Optimizer):
             kernels.optimizer_step(arguments, norms)
             arguments.forget_gradients()
             shards.mark_changed(params)
+
+    def forget_plans(self) -> None:
+        """Let go of what is kept for the next step; after states were moved, their old memory is free then."""
+        self.__dict__.pop("_plans", None)
 
     def _plan(self, key: Any, work: Work, rule: rules.Rule) -> Plan:
         group = work.group
@@ -282,12 +287,12 @@ class LowBitOptimizer(Optimizer):
             loaded.update(self._convert_saved(saved))
             pairs = zip(saved["param_groups"], self.param_groups, strict=False)
             groups = [
-                {**{k: ours[k] for k in self.defaults}, **theirs, **{k: ours[k] for k in OWN}} for theirs, ours in pairs
+                {**{k: ours[k] for k in self.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}} for theirs, ours in pairs
             ]
             return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
 
         def put_states(_: Optimizer) -> None:
-            self.__dict__.pop("_plans", None)
+            self.forget_plans()
             self.state.update(loaded)
             for group in self.param_groups:  # the checkpoint may have chosen another rule
                 group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()

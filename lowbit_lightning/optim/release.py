@@ -20,14 +20,15 @@ from lowbit_lightning.optim.base import LowBitOptimizer
 class ReleasedGradients:
     """What ``release_gradients`` returns; ``remove()`` goes back to ordinary steps."""
 
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(self, optimizer: LowBitOptimizer, handles: list[RemovableHandle]) -> None:
+        self._optimizer, self._handles = optimizer, handles
 
     def remove(self) -> None:
         """Remove the hooks; the optimizer steps as before."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._optimizer.releases_gradients = False
 
 
 def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedGradients:
@@ -85,7 +86,8 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
             _check_step(optimizer)
 
     handles = [p.register_post_accumulate_grad_hook(update) for p in places if p.requires_grad]
-    return ReleasedGradients([*handles, optimizer.register_step_pre_hook(forget)])
+    optimizer.releases_gradients = True
+    return ReleasedGradients(optimizer, [*handles, optimizer.register_step_pre_hook(forget)])
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ class InStep(_Precision):
         """See Lightning's; the closure has run backward when hooks and clipping come."""
         if not isinstance(optimizer, LowBitOptimizer):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        vars(self).setdefault("_stepped", weakref.WeakSet()).add(optimizer)
         seen = _are_seen(model, optimizer)
         self._clips_in_step = not seen and model.automatic_optimization
         try:
@@ -84,6 +86,11 @@ class InStep(_Precision):
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if not isinstance(inner, LowBitOptimizer) or clip_val <= 0:
             super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+        elif inner.releases_gradients:
+            raise RuntimeError(
+                f"gradient_clip_val={clip_val} comes too late for gradients that release_gradients freed during "
+                "backward: parameters have been updated already; use no clipping, or do not release"
+            )
         elif self._clips_in_step and gradient_clip_algorithm == _NORM:
             inner.clip_next_step(clip_val)
         elif self._is_scaled(inner):
@@ -92,6 +99,12 @@ class InStep(_Precision):
             self.clip_grad_by_value(inner, clip_val)
         else:
             self.clip_grad_by_norm(inner, clip_val)
+
+    def teardown(self) -> None:
+        """See Lightning's; it has just moved the states to the CPU, and their old memory is to be free."""
+        for optimizer in vars(self).pop("_stepped", ()):
+            optimizer.forget_plans()
+        super().teardown()
 
     def _is_scaled(self, optimizer: LowBitOptimizer) -> bool:
         """Whether the gradients are still multiplied by a scaler's scale."""
@@ -146,9 +159,16 @@ def _are_seen(model: Any, optimizer: LowBitOptimizer) -> bool:
         trainer.gradient_clip_algorithm == _VALUE
         or is_overridden("on_before_optimizer_step", model)
         or is_overridden("configure_gradient_clipping", model)
-        or any(is_overridden("on_before_optimizer_step", callback) for callback in trainer.callbacks)
+        or any(map(_overrides_hook, trainer.callbacks))
         or bool(optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
     )
+
+
+def _overrides_hook(callback: Any) -> bool:
+    try:
+        return is_overridden("on_before_optimizer_step", callback)
+    except AttributeError:  # a LambdaCallback may hold a callable without code of its own
+        return True
 
 
 # -- other plugins ---------------------------------------------------------------------------------------------------

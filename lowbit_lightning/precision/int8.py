@@ -86,7 +86,8 @@ class Int8Mixed:
             self._warned = True
             rank_zero_warn(f"autocast='bf16' on {device}, whose hardware emulates bf16: 'auto' or 'off' is faster")
         if self.autocast == "bf16" or (self.autocast == "auto" and fast):
-            return torch.autocast(device, torch.bfloat16)
+            # No cache of casts: a step of manual optimization may update weights and use them again.
+            return torch.autocast(device, torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
