@@ -32,7 +32,8 @@ class Module(L.LightningModule):
 
 def fit(module: L.LightningModule, **options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet, **options)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"enable_checkpointing": False, **quiet, **options}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, **settings)
     trainer.fit(module, DataLoader(torch.ones(8, 64), batch_size=4))  # type: ignore[arg-type]
     return trainer
 

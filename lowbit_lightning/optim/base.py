@@ -287,7 +287,8 @@ class LowBitOptimizer(Optimizer):
             loaded.update(self._convert_saved(saved))
             pairs = zip(saved["param_groups"], self.param_groups, strict=False)
             groups = [
-                {**{k: ours[k] for k in self.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}} for theirs, ours in pairs
+                {**{k: ours[k] for k in self.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}}
+                for theirs, ours in pairs
             ]
             return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
 
