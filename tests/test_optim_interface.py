@@ -196,6 +196,7 @@ def test_grad_scaler_unscales_and_skips() -> None:
 # -- layouts -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:an optimizer's parameters are not all contiguous")
 @pytest.mark.parametrize("bits", [8, 32])
 def test_any_memory_layout_gives_the_same(bits: int) -> None:
     """Non-contiguous and channels_last parameters and gradients; 0-d and empty ones beside them."""
@@ -390,3 +391,49 @@ def test_a_non_finite_gradient_stays_where_it_is(bad: float) -> None:
     for name, codebook in (("exp_avg", "dynamic_signed"), ("exp_avg_sq", "dynamic_unsigned")):
         assert torch.equal(decoded(a, p, name, codebook), decoded(b, q, name, codebook))
         assert decoded(a, p, name, codebook)[2, 5] == 0
+
+
+def test_parameters_that_every_step_has_to_copy_are_warned_of_once() -> None:
+    kernels._warn_of_copies.cache_clear()
+    p = Parameter(torch.randn(64, 64).T)
+    p.grad = torch.randn(64, 64)
+    optimizer = optim.AdamW([p])
+    with pytest.warns(UserWarning, match=r"not all contiguous .* every step copies"):
+        optimizer.step()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, backend: str) -> None:
+    def run() -> tuple[list[Tensor], Parameter]:
+        torch.manual_seed(0)
+        p = Parameter(torch.randn(64, 256, dtype=torch.float32))
+        p.grad = torch.randn(64, 256, dtype=torch.float32)
+        other = torch.optim.AdamW([p])
+        other.step()
+        optimizer = optim.convert_(other)  # quantises its states
+        optimizer.step()
+        loaded = optim.LAMB([p])
+        loaded.step()
+        return [*optimizer.state[p].values(), *loaded.state[p].values()], p
+
+    with kernels.use_backend(backend):
+        expected, p = run()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            states, q = run()
+        finally:
+            torch.set_default_dtype(before)
+    assert torch.equal(p, q)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, states, strict=True))
+
+
+def test_the_default_device_changes_nothing() -> None:
+    p = Parameter(torch.randn(64, 256))
+    p.grad = torch.randn(64, 256)
+    optimizer = optim.LAMB([p])
+    with torch.device("meta"):
+        optimizer.step()
+    assert all(value.device.type == "cpu" for value in optimizer.state[p].values())

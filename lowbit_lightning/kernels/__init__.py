@@ -10,6 +10,7 @@ its mutated arguments, so that autograd, ``torch.compile`` and version counters 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -240,7 +241,17 @@ def _contiguous(arguments: StepArguments) -> StepArguments:
         grads = arguments.grads = [g.contiguous() for g in grads]
     if all(p.is_contiguous() for p in arguments.params):
         return arguments
+    _warn_of_copies()
     return replace(arguments, params=[p.contiguous() for p in arguments.params])
+
+
+@cache
+def _warn_of_copies() -> None:
+    warnings.warn(
+        "an optimizer's parameters are not all contiguous (channels_last, say): every step copies those that are not, "
+        "there and back; model.to(memory_format=torch.contiguous_format) before training avoids it",
+        stacklevel=2,
+    )
 
 
 def _optimizer_norms(*flat: Any) -> Tensor:
@@ -326,6 +337,9 @@ def int8_matmul(
         raise ValueError(
             f"bias must be a float vector of shape ({b.shape[0]},), got {bias.dtype} of {tuple(bias.shape)}"
         )
+    for name, other in (("b", b), ("a_scales", a_scales), ("b_scales", b_scales), ("bias", bias)):
+        if other is not None and other.device != a.device:
+            raise ValueError(f"{name} is on {other.device} but a on {a.device}; move one of them")
     if out_dtype not in FLOATS:
         raise TypeError(f"out_dtype must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}")
     return torch.ops.lowbit_lightning.int8_matmul(a, b, a_scales, b_scales, bias, out_dtype)

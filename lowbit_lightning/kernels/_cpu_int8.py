@@ -109,8 +109,8 @@ def int8_matmul(
 ) -> Tensor:
     """See ``reference.int8_matmul``."""
     (m, k), n = a.shape, b.shape[0]
-    out = torch.empty(m, n, dtype=out_dtype)
-    workspace = torch.empty(library().lb_int8_matmul_workspace(m, n, k), dtype=torch.uint8)
+    out = torch.empty(m, n, dtype=out_dtype, device="cpu")
+    workspace = torch.empty(library().lb_int8_matmul_workspace(m, n, k), dtype=torch.uint8, device="cpu")
     bias = None if bias is None else bias.float().contiguous()
     library().lb_int8_matmul(
         a.data_ptr(),
@@ -130,7 +130,9 @@ def int8_matmul(
 
 
 def _empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
+    return torch.empty(rows, columns, dtype=torch.int8, device="cpu"), torch.empty(
+        rows, dtype=torch.float32, device="cpu"
+    )
 
 
 def _quantize(x: Tensor, seed: int | None, *forms: Tensor | None) -> None:

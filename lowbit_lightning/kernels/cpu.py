@@ -83,8 +83,8 @@ def _map(codebook: str, values: Tensor | None) -> _Map:
 
 def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
     """See ``reference.quantize_blockwise``; equal to it to the bit."""
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    scales = torch.empty(BlockGrid.of(x.shape, block_size).scales_shape)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(BlockGrid.of(x.shape, block_size).scales_shape, dtype=torch.float32, device="cpu")
     if x.numel():
         grid, book, dtype = _grid(x.shape, block_size), _map(codebook, values), ctypes.c_int(_DTYPE_NUMBERS[x.dtype])
         _quantize_library().quantize_blockwise(_pointer(x), dtype, grid, book, _pointer(codes), _pointer(scales))
@@ -95,7 +95,7 @@ def dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     """See ``reference.dequantize_blockwise``; equal to it to the bit."""
-    out = torch.empty(codes.shape, dtype=dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device="cpu")
     if codes.numel():
         grid, book, number = _grid(codes.shape, block_size), _map(codebook, values), ctypes.c_int(_DTYPE_NUMBERS[dtype])
         _quantize_library().dequantize_blockwise(_pointer(codes), _pointer(scales), grid, book, _pointer(out), number)
@@ -148,7 +148,8 @@ def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
 
 def optimizer_norms(arguments: StepArguments) -> Tensor:
     """See ``reference.optimizer_norms``; equal to it to the bit."""
-    out = torch.empty(len(arguments.params), len(rules.get(arguments.rule).norms), dtype=torch.float64)
+    shape = len(arguments.params), len(rules.get(arguments.rule).norms)
+    out = torch.empty(shape, dtype=torch.float64, device="cpu")
     call, _keep = _call(arguments, None)
     _specialised(arguments).optimizer_norms(ctypes.byref(call), _pointer(out))
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lowbit_lightning.kernels import compile
 from lowbit_lightning.kernels.compile import cache
@@ -374,3 +376,39 @@ def _python(script: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, "-c", _dedent(script)], env={**os.environ, **environment}, capture_output=True, text=True
     )
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flag names an x86 processor")
+def test_half_precision_without_the_processors_own_conversions() -> None:
+    """All 65,536 float16 values, and floats of every kind, against torch."""
+    text = (
+        compile.source_text("vec.h")
+        + """
+        extern "C" void widen_all(const uint16_t* x, float* y, int n) {
+            for (int i = 0; i < n; i += W) store(y + i, widen_half(load_raw<Halves>(x + i, W)), W);
+        }
+        extern "C" void narrow_all(const float* x, uint16_t* y, int n) {
+            for (int i = 0; i < n; i += W) store_raw(y + i, narrow_half(load(x + i, W)), W);
+        }
+    """
+    )
+    library = compile.host_library(text, flags=("-march=x86-64",))
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    widened = torch.empty(65536)
+    library.widen_all(ctypes.c_void_p(halves.data_ptr()), ctypes.c_void_p(widened.data_ptr()), 65536)
+    finite = ~halves.isnan()
+    assert torch.equal(widened[finite].view(torch.int32), halves.float()[finite].view(torch.int32))
+    assert widened[~finite].isnan().all()
+
+    generator = torch.Generator().manual_seed(0)
+    floats = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).to(torch.int32).view(torch.float32)
+    near = halves.float()[finite].repeat(3)[: 3 * 63488]
+    near = near * (1 + torch.randn(len(near), generator=generator) * 2.0**-11)
+    ties = (halves.float()[:31743] + halves.float()[1:31744]) / 2
+    x = torch.cat([floats, near, ties, -ties, torch.zeros(1024)])
+    x = x[: len(x) // 64 * 64].contiguous()
+    narrowed = torch.empty(len(x), dtype=torch.float16)
+    library.narrow_all(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(narrowed.data_ptr()), len(x))
+    finite = ~x.isnan()
+    assert torch.equal(narrowed[finite].view(torch.int16), x.half()[finite].view(torch.int16))
+    assert narrowed[~finite].isnan().all()

@@ -274,20 +274,29 @@ LB_FN ManyBytes pack(const I* x, int bias) {
 #endif
 }
 
+LB_FN V widen_half_by_bits(Halves x) {
+    const I bits = widen(x), magnitude = bits & 0x7fff, quiet = where(magnitude > 0x7c00, splat<I>(0x400000), I{});
+    const V finite = from_bits(magnitude << 13) * 0x1p112f;  // subnormals too
+    const I special = (magnitude << 13) | 0x7f800000 | quiet;
+    return from_bits(where(magnitude < 0x7c00, to_bits(finite), special) | (bits & 0x8000) << 16);
+}
+// to nearest, ties to even; above the range infinity
+LB_FN Halves narrow_half_by_bits(V x) {
+    const I sign = logical_shift(to_bits(x), 16) & 0x8000, bits = to_bits(absolute(x));
+    const I normal = (bits + 0xfff + ((bits >> 13) & 1) - (112 << 23)) >> 13;
+    const I subnormal = to_bits(from_bits(bits) + 0.5f) - 0x3f000000;  // the sum rounds to multiples of 2^-24
+    const I nan = 0x7e00 | ((bits >> 13) & 0x3ff);
+    I half = where(bits < 0x38800000, subnormal, normal);
+    half = where(bits < 0x477ff000, half, where(bits > 0x7f800000, nan, splat<I>(0x7c00)));
+    return narrow_to_halves(half | sign);
+}
 LB_FN V widen_half(Halves x) {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps((__m256i)x);
 #elif defined(__AVX2__) && defined(__F16C__)
     return _mm256_cvtph_ps((__m128i)x);
 #else
-    V result;
-    for (int i = 0; i < W; ++i) {
-        _Float16 h;
-        const uint16_t bits = x[i];
-        memcpy(&h, &bits, 2);
-        result[i] = (float)h;
-    }
-    return result;
+    return widen_half_by_bits(x);
 #endif
 }
 LB_FN Halves narrow_half(V x) {
@@ -296,14 +305,7 @@ LB_FN Halves narrow_half(V x) {
 #elif defined(__AVX2__) && defined(__F16C__)
     return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    Halves result;
-    for (int i = 0; i < W; ++i) {
-        const _Float16 h = (_Float16)x[i];
-        uint16_t bits;
-        memcpy(&bits, &h, 2);
-        result[i] = bits;
-    }
-    return result;
+    return narrow_half_by_bits(x);
 #endif
 }
 LB_FN Halves upper_halves(I bits) { return narrow_to_halves((bits >> 16) & 0xffff); }
