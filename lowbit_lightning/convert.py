@@ -111,6 +111,7 @@ def swap_linears(
             swapped[name] = chosen
         else:
             skipped[name] = reason or "None in overrides"
+    _check_released(name for name in skipped if _is_derived(linears[name]) and linears[name].adopted)  # type: ignore
     if not swapped:
         raise ValueError(_nothing(module, skipped))
     for name, linear in linears.items():
@@ -134,11 +135,28 @@ def check_overrides(products: Products, overrides: Overrides) -> None:
 
 
 def restore(module: nn.Module) -> tuple[str, ...]:
-    """Turn every ``Int8Linear`` back into a plain ``nn.Linear``, in place; returns their names."""
+    """Turn every ``Int8Linear`` back into a plain ``nn.Linear``, in place; returns their names.
+
+    Raises:
+        ValueError: for layers that ``fully_shard`` was applied to; it has made them a class of its own.
+    """
+    _check_released(name for name, m in module.named_modules() if _is_derived(m))
     layers = [(name, m) for name, m in module.named_modules() if type(m) is Int8Linear]
     for _, layer in layers:
         Int8Linear.release(layer)
     return tuple(name for name, _ in layers)
+
+
+def _is_derived(layer: nn.Module) -> bool:
+    return isinstance(layer, Int8Linear) and type(layer) is not Int8Linear
+
+
+def _check_released(names: Iterable[str]) -> None:
+    if held := list(names):
+        raise ValueError(
+            f"fully_shard was applied to {_stacked(held)} itself, whose class can't be changed back from Int8Linear: "
+            "choose layers before sharding, or make a new model and load the weights"
+        )
 
 
 # -- the filter ------------------------------------------------------------------------------------------------------

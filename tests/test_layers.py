@@ -388,3 +388,20 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()
+
+
+def test_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer, x = Int8Linear(64, 96), torch.randn(8, 64, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+    assert y.shape == (8, 96)
+    assert y.device.type == "meta"
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_operands_on_other_devices_are_refused() -> None:
+    a, scales = torch.ones(8, 64, dtype=torch.int8), torch.ones(8)
+    with pytest.raises(ValueError, match=r"b_scales is on meta but a on cpu"):
+        kernels.int8_matmul(a, a, scales, scales.to("meta"))

@@ -30,7 +30,7 @@ from reuse import (
 from torch import Tensor, nn
 
 from lowbit_lightning import kernels, optim
-from lowbit_lightning.layers import invalidate, weights
+from lowbit_lightning.layers import Int8Linear, invalidate, weights
 
 __all__ = ["empty_store"]  # used by pytest
 
@@ -285,3 +285,25 @@ def test_copies_carry_no_forms() -> None:
     edit_in_place(copied)
     assert window(copied) == 2 * 2 * LAYERS  # no optimizer owns the copy
     del keep
+
+
+def test_an_optimizer_whose_step_is_replayed_from_a_graph_owns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Int8Linear(64, 64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def micro_batches() -> int:
+        kernels.reset_calls()
+        for _ in range(2):
+            layer(torch.ones(8, 64, requires_grad=True)).sum().backward()
+        return sum(count for (op, _), count in kernels.calls().items() if op.startswith("quantize"))
+
+    micro_batches()
+    optimizer.step()  # warms up
+    reused = micro_batches()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        optimizer.step()
+    assert micro_batches() > reused
+    optimizer.step()
+    assert micro_batches() > reused

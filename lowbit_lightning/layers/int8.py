@@ -148,8 +148,9 @@ class Int8Linear(nn.Linear):
             raise ValueError(f"input is on {x.device} but the weight on {weight.device}; move one of them")
         if weight.dtype not in FLOATS:
             raise TypeError(f"Int8Linear's weight must be float32, float16 or bfloat16, got {weight.dtype}")
-        if x.dtype in FLOATS and torch.is_autocast_enabled(x.device.type):
-            return x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return x.to(torch.get_autocast_dtype(kind))
         if x.dtype != weight.dtype:
             raise TypeError(f"input must have the weight's dtype, {weight.dtype}, outside autocast, got {x.dtype}")
         return x

@@ -9,7 +9,8 @@ When a form may be used again
 A form of a weight that has changed since would be a silently wrong result, and no single sign tells that a tensor has
 changed: fused optimizers, ``.data`` and foreign kernels leave its version counter alone. So all of these must hold:
 
-- The weight belongs to an optimizer that has been seen to step. What else holds weights changes them without notice:
+- The weight belongs to an optimizer that has been seen to step, and whose step was never captured into a CUDA graph:
+  a replay is not seen. What else holds weights changes them without notice:
   FSDP2's unsharded parameters are filled anew under an unchanged version (and would stay in memory as int8 where they
   are meant to be freed); a training loop without a ``torch.optim.Optimizer`` may write through ``.data``.
 - Since the form was made no optimizer has stepped, and no Int8Linear has loaded a state, been moved or cast, or been
@@ -58,6 +59,7 @@ _lock = threading.Lock()
 _store = WeakIdKeyDictionary()  # weight -> _Forms
 _generation = 0  # rises whenever the store is emptied
 _optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that have stepped
+_captured: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # whose steps are replayed from CUDA graphs, unseen
 _owned: tuple[int, set[int]] | None = None  # how many they were, and the ids of their parameters
 
 
@@ -141,5 +143,10 @@ def _watch_optimizers() -> None:
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     with _lock:
-        _optimizers.add(optimizer)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            _captured.add(optimizer)
+        if optimizer in _captured:
+            _optimizers.discard(optimizer)
+        else:
+            _optimizers.add(optimizer)
     invalidate()
