@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,12 +26,20 @@ _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 
+class FactoryError(ValueError):
+    """The user's own code, which makes the model, raised; its exception is the cause."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its result goes to stdout, errors to stderr."""
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
         return args.run(args)
+    except FactoryError as error:
+        traceback.print_exception(error.__cause__)
+        print(f"lowbit {args.command}: {error}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError) as error:
         print(f"lowbit {args.command}: {error}", file=sys.stderr)
         return 2
@@ -113,11 +123,18 @@ def make_model(path: str) -> nn.Module:
         callables = sorted(key for key, value in own.items() if callable(value) and not key.startswith("_"))
         raise ValueError(f"model={path!r}: {module_name} has no callable {name!r}; of its own it has {callables}")
     try:
-        with torch.device("meta"):
-            model = factory()
+        inspect.signature(factory).bind()
     except TypeError as error:
         raise ValueError(
             f"model={path!r}: it must be callable without arguments ({error}); write a function that gives them"
+        ) from error
+    try:
+        with torch.device("meta"):
+            model = factory()
+    except Exception as error:  # whatever the model's own code raises, where tensors have no values
+        raise FactoryError(
+            f"model={path!r}: making it on the meta device raised {type(error).__name__}: {error}; what needs values "
+            "there (.item(), numpy) has to be left out of the factory"
         ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={path!r}: it must make a torch.nn.Module, got {type(model).__name__}")

@@ -130,9 +130,11 @@ def test_errors_name_the_argument(
     assert re.search(says, err), err
 
 
-def test_a_mistake_inside_the_factory_is_shown_whole(folder: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["plan", "planned_net:bad"])
+def test_a_mistake_inside_the_factory_is_shown_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "planned_net:bad")
+    assert (status, out) == (2, "")
+    assert re.search(r"planned_net.py\", line \d+, in bad", err), err
+    assert "making it on the meta device raised ZeroDivisionError" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
