@@ -136,6 +136,7 @@ class Travels(TorchDispatchMode):
 
 def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
     from lowbit_lightning import optim
+    from lowbit_lightning.memory import groups
     from lowbit_lightning.strategies import blocks
 
     kept: list[Any] = []
@@ -147,7 +148,7 @@ def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
             model = nn.parallel.DistributedDataParallel(model)
         else:
             policy = MixedPrecisionPolicy(torch.bfloat16 if cast else None, torch.float32, cast_forward_inputs=False)
-            blocks.shard(model, blocks.chosen_blocks(model, None), mesh, "zero3" in name, mp_policy=policy)
+            blocks.shard(model, groups.chosen_blocks(model, None), mesh, "zero3" in name, mp_policy=policy)
         step, optimizer = train(model, optim.AdamW, data, cast)
         kept.extend([model, optimizer, step])
         return step

@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
+from lowbit_lightning.memory import groups
 from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, blocks, checkpoints, consolidate
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -146,7 +147,7 @@ def make(value: float) -> dict[str, Any]:
 
 def save(distributed: bool, value: float, path: Path) -> None:
     if distributed:
-        checkpoints.save_folder(make(value), path, checkpoints.new_token(), True, lambda: None)
+        checkpoints.save_folder(make(value), path, checkpoints.new_token(), True, lambda action: action())
     else:
         checkpoints.save_file(make(value), path)
 
@@ -282,12 +283,59 @@ def test_arguments_are_checked(options: dict[str, Any], word: str) -> None:
         ShardedStrategy(**options)
 
 
+def test_under_manual_optimization_what_a_step_calls_is_a_root() -> None:
+    model = nn.Module()
+    model.one, model.two = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.several, model.act = nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]), nn.ReLU()
+    assert blocks.roots(model) == ["one", "two", "several.0"]
+    model.two[0].weight = model.one.weight
+    with pytest.raises(ValueError, match="gathers one and two one by one, but they share"):
+        blocks.roots(model)
+    model.scale = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="scale of Module itself would stay cut"):
+        blocks.roots(model)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    kept = tmp_path / "runs" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for distributed in (False, True):
+        with pytest.raises(IsADirectoryError, match=r"runs is a folder, and no checkpoint"):
+            save(distributed, 1.0, kept.parent)
+    assert kept.read_text() == "mine"
+
+
+def test_a_save_that_fails_leaves_nothing_beside(tmp_path: Path) -> None:
+    class Unsaveable:
+        def __reduce__(self) -> Any:
+            raise RuntimeError("no")
+
+    for name in ("file", "folder"):
+        with pytest.raises(RuntimeError, match="no"):
+            if name == "file":
+                checkpoints.save_file({**make(1.0), "x": Unsaveable()}, tmp_path / name)
+            else:
+                bad = {**make(1.0), "x": Unsaveable()}
+                checkpoints.save_folder(bad, tmp_path / name, "token", True, lambda action: action())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_replaced_by_a_folder(tmp_path: Path) -> None:
+    save(True, 1.0, tmp_path / "first")
+    (tmp_path / "last").symlink_to(tmp_path / "first")
+    save(True, 2.0, tmp_path / "last")
+    assert values_of(checkpoints.load_folder(tmp_path / "last")) == {2.0}
+    assert values_of(checkpoints.load_folder(tmp_path / "first")) == {1.0}
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "last"}
+
+
 def test_repeated_blocks_are_found() -> None:
     def block() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 
     model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "head": nn.Linear(4, 4)})
-    assert blocks.repeated_blocks(model) == ["layers.0", "layers.1"]
+    assert groups.repeated_blocks(model) == ["layers.0", "layers.1"]
     model.get_submodule("layers.0.0").weight = model["head"].weight  # shared with the root
-    assert blocks.chosen_blocks(model, None) == ["layers.1"]
-    assert blocks.chosen_blocks(model, lambda name, module: name == "head") == []
+    assert groups.chosen_blocks(model, None) == ["layers.1"]
+    assert groups.chosen_blocks(model, lambda name, module: name == "head") == []

@@ -26,6 +26,11 @@ _TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
 }
 
 
+def has_twin(optimizer: Optimizer) -> bool:
+    """Whether ``convert_`` knows an optimizer's class."""
+    return type(optimizer) in _TWINS
+
+
 def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions]) -> LowBitOptimizer:
     """Turn a torch.optim optimizer into its low-bit twin, in place: the same object, so that schedulers and hooks
     stay valid.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,59 +11,50 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-Policy = Callable[[str, nn.Module], bool]
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-def repeated_blocks(module: nn.Module) -> list[str]:
-    """The names of a model's repeated blocks: the outermost modules that have children and parameters, and stand in a
-    ``ModuleList``, ``ModuleDict`` or ``Sequential`` beside another of their class."""
-    found: list[str] = []
-    for name, container in module.named_modules():
-        if not isinstance(container, _CONTAINERS) or any(name.startswith(f"{block}.") for block in found):
-            continue
-        kinds = Counter(type(child) for child in container.children())
-        for child_name, child in container.named_children():
-            if kinds[type(child)] > 1 and any(child.children()) and any(True for _ in child.parameters()):
-                found.append(f"{name}.{child_name}" if name else child_name)
-    return found
-
-
-def chosen_blocks(module: nn.Module, policy: Policy | None) -> list[str]:
-    """What the policy says yes to, or the repeated blocks; innermost first, since that is how they are sharded.
-
-    Modules that share a parameter with something outside of them are left to the root.
-    """
-    if policy is None:
-        names = repeated_blocks(module)
-    else:
-        names = [name for name, child in module.named_modules() if name and policy(name, child)]
-        if not names:
-            raise ValueError(
-                "policy chose no module to shard; it is asked policy(name, module) for each of the model's "
-                f"{sum(1 for _ in module.modules())} modules, by names as in model.named_modules()"
-            )
-    owners: dict[Tensor, list[str]] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        owners.setdefault(p, []).append(name)
-    shared = [users for users in owners.values() if len(users) > 1]
-
-    def stands_alone(block: str) -> bool:
-        inside = ([user.startswith(f"{block}.") for user in users] for users in shared)
-        return all(all(users) or not any(users) for users in inside)
-
-    return sorted(filter(stands_alone, names), key=lambda name: -name.count("."))
-
 
 def shard(
-    module: nn.Module, names: list[str], mesh: DeviceMesh, reshard_after_forward: bool | int, **options: Any
+    module: nn.Module,
+    names: list[str],
+    mesh: DeviceMesh,
+    reshard_after_forward: bool | int,
+    reshard_root: bool = False,
+    **options: Any,
 ) -> None:
     """``fully_shard`` the named modules and the root, in place. The root's own parameters stay gathered between
-    forward and backward."""
+    forward and backward, unless ``reshard_root``."""
     for name in names:
         fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
-    fully_shard(module, mesh=mesh, reshard_after_forward=False, **options)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root, **options)
+
+
+def roots(module: nn.Module) -> list[str]:
+    """The names of the outermost submodules that can be called and have parameters: what a LightningModule calls in a
+    step of manual optimization, each sharded as a model of its own.
+
+    Raises:
+        ValueError: for parameters of the module itself, or of two of these: nothing would gather them.
+    """
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if own:
+        raise ValueError(
+            f"under manual optimization lowbit_sharded gathers the parameters of the modules that a step calls; "
+            f"{', '.join(own)} of {type(module).__name__} itself would stay cut: put it into a module"
+        )
+    found = []
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found += [f"{name}.{inner}" for inner in roots(child)]
+        elif any(True for _ in child.parameters()):
+            found.append(name)
+    users: dict[Tensor, str] = {}
+    for name in found:
+        for p in module.get_submodule(name).parameters():
+            if users.setdefault(p, name) != name:
+                raise ValueError(
+                    f"under manual optimization lowbit_sharded gathers {users[p]} and {name} one by one, but they "
+                    "share a parameter: put both into one module that the step calls, or use automatic optimization"
+                )
+    return found
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ read from there if the second never came. So at every moment the old or the new 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
@@ -34,15 +35,21 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowbit_lightning.state import shards
+from lowbit_lightning.strategies import flat
 
 META, MARKER, VERSION = "meta.pt", "complete.json", 1  # meta.pt is also how Lightning knows a folder of shards
 
 State = dict[str, Any]
+Together = Callable[[Callable[[], Any]], Any]
+"""Calls an action; raises on all ranks where it raises on one."""
+
+# Lightning 2.5 has no such argument, and loads everything.
+_CHOOSES_WEIGHTS = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -62,7 +69,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> State:
         if is_remote(path):
-            return super().load_checkpoint(path, map_location, weights_only)
+            chosen = {"weights_only": weights_only} if _CHOOSES_WEIGHTS else {}
+            return super().load_checkpoint(path, map_location, **chosen)
         found = locate(Path(path))
         return load_folder(found, weights_only) if found.is_dir() else load_file(found, weights_only)
 
@@ -90,33 +98,38 @@ def consolidate(folder: _PATH, file: _PATH) -> None:
 
 def save_file(checkpoint: State, path: Path) -> None:
     """Write one file; called by one rank."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
     partial = _beside(path, f"partial-{uuid.uuid4().hex[:12]}")
-    with open(partial, "wb") as file:
-        torch.save(checkpoint, file)
-        _to_disk(file)
-    _replace(partial, path)
+    _prepare(path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            _to_disk(file)
+        _replace(partial, path)
+    except BaseException:
+        _remove(partial)
+        raise
 
 
-def save_folder(checkpoint: State, path: Path, token: str, first: bool, barrier: Callable[[], None]) -> None:
+def save_folder(checkpoint: State, path: Path, token: str, first: bool, together: Together) -> None:
     """Write a folder; every rank calls it with the same ``path`` and ``token``, and one as ``first``.
 
     ``checkpoint``: as Lightning has it, with DTensors of which each rank holds its part.
     """
     partial = _beside(path, f"partial-{token}")
-    if first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+    tensors, rest = flat.split(checkpoint)
+
+    def begin() -> None:
+        _prepare(path)
         partial.mkdir()
-    barrier()
-    tensors, rest = _split(checkpoint)
-    try:
-        with _quiet():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=not _distributed())
-    except CheckpointException as error:
-        raise OSError(f"the checkpoint {path} could not be written, and what was there stays: {error}") from error
-    if first:
+
+    def write() -> None:
+        try:
+            with _quiet():
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=not _distributed())
+        except CheckpointException as error:
+            raise OSError(f"the checkpoint {path} could not be written, and what was there stays: {error}") from error
+
+    def finish() -> None:
         with open(partial / META, "wb") as file:
             torch.save(rest, file)
             _to_disk(file)
@@ -126,7 +139,27 @@ def save_folder(checkpoint: State, path: Path, token: str, first: bool, barrier:
             _to_disk(text)
         _sync_folder(partial)
         _replace(partial, path)
-    barrier()
+
+    together(begin if first else _nothing)
+    try:
+        together(write)
+        together(finish if first else _nothing)
+    except BaseException:
+        if first:
+            _remove(partial)
+        raise
+
+
+def _nothing() -> None:
+    pass
+
+
+def _prepare(path: Path) -> None:
+    """Raises IsADirectoryError for a folder of something else, which saving would replace."""
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in (META, MARKER)):
+        raise IsADirectoryError(f"{path} is a folder, and no checkpoint: a save would replace it; give another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
 
 
 def new_token() -> str:
@@ -154,7 +187,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -192,7 +225,7 @@ def load_file(path: Path, weights_only: bool | None = None, mmap: bool = False) 
     no such thing."""
     try:
         mmap = mmap and zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, mmap=mmap, map_location="cpu", weights_only=weights_only)
+        checkpoint = torch.load(path, mmap=mmap, map_location="cpu", weights_only=_weights_only(weights_only))
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint, or not all of one: {error}") from error
     except pickle.UnpicklingError as error:
@@ -202,12 +235,16 @@ def load_file(path: Path, weights_only: bool | None = None, mmap: bool = False) 
     return _checked(checkpoint, path)
 
 
+def _weights_only(asked: bool | None) -> bool | None:
+    return asked if _CHOOSES_WEIGHTS or asked is not None else False
+
+
 def load_folder(
     path: Path,
     weights_only: bool | None = None,
     model: nn.Module | None = None,
     optimizers: list[Optimizer] | None = None,
-    together: Callable[[Callable[[], Any]], Any] = lambda action: action(),
+    together: Together = lambda action: action(),
 ) -> State:
     """Lightning's checkpoint from a folder: each tensor placed as the parameter of ``model`` it belongs to, or whole.
 
@@ -215,8 +252,8 @@ def load_folder(
     ValueError where the folder is no such thing.
     """
     rest, metadata = together(lambda: _open_folder(path, weights_only))
-    tensors = dict(_room(metadata, model, optimizers or []))
-    return _join(together(lambda: _read_tensors(path, tensors, no_dist=model is None)), rest)
+    tensors = dict(flat.room(metadata, model, optimizers or []))
+    return flat.join(together(lambda: _read_tensors(path, tensors, no_dist=model is None)), rest)
 
 
 def _open_folder(path: Path, weights_only: bool | None = None) -> tuple[State, Metadata]:
@@ -235,7 +272,7 @@ def _open_folder(path: Path, weights_only: bool | None = None) -> tuple[State, M
         if found != size:
             raise ValueError(f"{path} is damaged: {name} should have {size} bytes and has {found}")
     try:
-        rest = torch.load(path / META, map_location="cpu", weights_only=weights_only)
+        rest = torch.load(path / META, map_location="cpu", weights_only=_weights_only(weights_only))
         return _checked(rest, path), dcp.FileSystemReader(path).read_metadata()
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
@@ -300,83 +337,10 @@ def _placed_as(owner: Any, value: Any) -> Any:
     """A saved tensor of the owner's shape as a DTensor, where the owner is one; others in memory of their own."""
     if not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
-    if isinstance(owner, DTensor) and value.shape == owner.shape and _is_cut_by_rows(owner):
+    if isinstance(owner, DTensor) and value.shape == owner.shape and flat.is_cut_by_rows(owner):
         part = shards.part_of(owner, value).to(owner.to_local().device)
         return shards.like(owner, part, owner.shape)
     return value if isinstance(owner, DTensor) else value.clone()
-
-
-# -- a checkpoint as tensors under flat keys, and the rest -------------------------------------------------------------
-
-
-def _split(checkpoint: State) -> tuple[dict[str, Tensor], State]:
-    tensors = {}
-    weights: State = {}
-    names: dict[int, str] = {}  # tied weights are stored once: the first name of each tensor
-    tied: dict[str, str] = {}
-    for name, value in checkpoint["state_dict"].items():
-        if not isinstance(value, Tensor):
-            weights[name] = value
-        elif id(value) in names:
-            tied[name] = names[id(value)]
-        else:
-            names[id(value)] = name
-            tensors[f"state_dict.{name}"] = value
-    optimizers = []
-    for number, saved in enumerate(checkpoint.get("optimizer_states", [])):
-        state: State = {}
-        for key, entries in saved["state"].items():
-            state[key] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-            for entry in entries.keys() - state[key].keys():
-                tensors[f"optimizer_{number}.state.{key}.{entry}"] = entries[entry]
-        optimizers.append({**saved, "state": state})
-    rest = {**checkpoint, "state_dict": weights, "tied": tied}
-    if "optimizer_states" in checkpoint:
-        rest["optimizer_states"] = optimizers
-    return tensors, rest
-
-
-def _join(tensors: dict[str, Tensor], rest: State) -> State:
-    weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
-    tied = rest.pop("tied")
-    rest["state_dict"] = {**rest["state_dict"], **weights, **{name: weights[first] for name, first in tied.items()}}
-    for key, value in tensors.items():
-        if key.startswith("optimizer_"):
-            optimizer, _, number, entry = key.split(".", 3)
-            state = rest["optimizer_states"][int(optimizer.removeprefix("optimizer_"))]["state"]
-            state[int(number)][entry] = value
-    return rest
-
-
-def _room(metadata: Metadata, model: nn.Module | None, optimizers: list[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """An empty tensor for each saved one that is wanted, by key."""
-    owners: dict[str, Tensor] = {}
-    if model is not None:
-        owners.update((f"state_dict.{name}", x) for name, x in model.state_dict().items() if isinstance(x, Tensor))
-    for i, optimizer in enumerate(optimizers):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        owners.update((f"optimizer_{i}.state.{j}", p) for j, p in enumerate(params))
-    for key, saved in metadata.state_dict_metadata.items():
-        if isinstance(saved, BytesStorageMetadata):
-            continue
-        assert isinstance(saved, TensorStorageMetadata)
-        is_state = key.startswith("optimizer_")
-        if is_state and model is not None and not optimizers:
-            continue
-        owner = owners.get(".".join(key.split(".", 3)[:3]) if is_state else key)
-        yield key, _room_like(owner, saved.size, saved.properties.dtype)
-
-
-def _room_like(owner: Tensor | None, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros of a global size: a DTensor with as many rows as its owner, where that is one; else whole."""
-    if isinstance(owner, DTensor) and size and size[0] == owner.shape[0] and _is_cut_by_rows(owner):
-        local = owner.to_local()
-        return shards.like(owner, torch.zeros((local.shape[0], *size[1:]), dtype=dtype, device=local.device), size)
-    return torch.zeros(size, dtype=dtype)
-
-
-def _is_cut_by_rows(p: DTensor) -> bool:
-    return all(isinstance(place, Replicate) or (type(place) is Shard and place.dim == 0) for place in p.placements)
 
 
 def _distributed() -> bool:

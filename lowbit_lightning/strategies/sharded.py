@@ -43,9 +43,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
+from lowbit_lightning.memory.groups import Policy, chosen_blocks
+from lowbit_lightning.optim.convert import has_twin
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import blocks, checkpoints
-from lowbit_lightning.strategies.blocks import Policy
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
 from lowbit_lightning.strategies.gather import gather_in_int8
 
@@ -58,6 +59,8 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         policy: ``policy(name, module) -> bool``: which modules to gather as one. None: the repeated blocks, which are
             the outermost modules that stand beside another of their class in a ModuleList, ModuleDict or Sequential.
+            Not asked under manual optimization, where each module that a step calls is sharded by itself, and always
+            gathered again for the backward.
         reshard_after_forward: True gathers parameters again for the backward (ZeRO-3), False keeps them in between
             (ZeRO-2: a third less communication, the memory of the whole model's parameters). An integer: FSDP2's.
         optimizer_bits: torch.optim optimizers become their twins with states of 8 or 32 bits; None leaves them.
@@ -132,6 +135,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
+        _refuse_copies(trainer)
         # FSDP2's parameters can't be made in inference mode, where Lightning evaluates by default under NCCL.
         fit_loop = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
@@ -150,12 +154,21 @@ class ShardedStrategy(ModelParallelStrategy):
     def _shard(self, model: nn.Module) -> None:
         if not blocks.on_meta(model):
             blocks.start_equal(model, self.root_device)
-        names = blocks.chosen_blocks(model, self.policy)
         options = {"mp_policy": MixedPrecisionPolicy(self._gather_dtype(), torch.float32, cast_forward_inputs=False)}
-        blocks.shard(model, names, self._mesh(), self.reshard_after_forward, **options)
-        if self._gathers_int8:
-            gather_in_int8(model)
-        what = f"{len(names)} blocks and the root" if names else "the whole model as one: it has no repeated blocks"
+        assert self.lightning_module is not None
+        # Backward runs inside a step of manual optimization. FSDP2 would take it for a part of the root's forward, and
+        # finish nothing that belongs to it: there each module that the step calls is a root.
+        whole = self.lightning_module.automatic_optimization
+        for root in [model] if whole else map(model.get_submodule, blocks.roots(model)):
+            names = chosen_blocks(root, self.policy if whole else None)
+            # A forward without a backward (another optimizer's turn) would leave parameters gathered, with the
+            # requires_grad of that turn.
+            again = self.reshard_after_forward if whole else True
+            blocks.shard(root, names, self._mesh(), again, reshard_root=not whole, **options)
+            if self._gathers_int8:
+                gather_in_int8(root)
+        parts = sum(isinstance(module, FSDPModule) for module in model.modules())
+        what = f"{parts} parts" if parts > 1 else "the whole model as one part: it has no repeated blocks"
         rank_zero_info(f"{NAME}: shards {what} over {self.world_size // self.replicas} ranks")
 
     def _gather_dtype(self) -> torch.dtype | None:
@@ -183,12 +196,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def _convert(self, optimizer: Optimizer) -> None:
         if self.optimizer_bits is None or isinstance(optimizer, optim.LowBitOptimizer):
             return
-        if type(optimizer).__module__.split(".")[0] == "torch":
+        if has_twin(optimizer):
             optim.convert_(optimizer, bits=self.optimizer_bits)
         else:
             rank_zero_warn(
-                f"{NAME} leaves {type(optimizer).__name__} as it is: only torch.optim's own optimizers have low-bit "
-                "twins. optimizer_bits=None says that this is meant"
+                f"{NAME} leaves {type(optimizer).__name__} as it is: it has no low-bit twin. optimizer_bits=None says "
+                "that this is meant"
             )
 
     # -- the steps ---------------------------------------------------------------------------------------------------
@@ -210,11 +223,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def _through_root(self, name: str, context: AbstractContextManager, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
         assert self.lightning_module is not None
-        if not isinstance(self.model, FSDPModule):  # configure_model sharded parts of the model only
-            with context:
-                return getattr(self.lightning_module, name)(*args, **kwargs)
         with context:
-            return self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
+            if not isinstance(self.model, FSDPModule):  # configure_model, or manual optimization: parts are sharded
+                return getattr(self.lightning_module, name)(*args, **kwargs)
+            result = self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
+            if name != "training_step":
+                self.model.reshard()  # no backward will; callbacks and the next optimizer are to see shards
+            return result
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -283,7 +298,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if storage_options is not None or checkpoints.is_remote(path):
             raise TypeError(f"a distributed checkpoint goes to a local folder, without storage_options; got {path}")
         token = self.broadcast(checkpoints.new_token())
-        checkpoints.save_folder(checkpoint, Path(path), token, self.is_global_zero, self.barrier)
+        checkpoints.save_folder(checkpoint, Path(path), token, self.is_global_zero, self._together)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any strategy and number of ranks; nothing is put into place yet.
@@ -335,6 +350,16 @@ class ShardedStrategy(ModelParallelStrategy):
             if other is not None:
                 raise RuntimeError(f"rank {rank} failed: {other}")
         return result
+
+
+def _refuse_copies(trainer: L.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kinds = {base.__name__ for base in type(callback).__mro__}
+        if kinds & {"StochasticWeightAveraging", "WeightAveraging"}:
+            raise ValueError(
+                f"{type(callback).__name__} copies the whole model, which {NAME} has cut: leave it out, average "
+                "checkpoints afterwards, or use strategy='ddp'"
+            )
 
 
 def _compact(value: Any) -> Any:

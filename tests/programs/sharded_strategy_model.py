@@ -31,7 +31,25 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
-class Net(L.LightningModule):
+class Data(L.LightningModule):
+    """The same tokens in the same order on any number of ranks."""
+
+    steps, length = 6, 5
+    optimizer: Any = None  # what configure_optimizers makes, where that is asked for
+
+    def _data(self) -> Tensor:
+        return torch.randint(0, TOKENS, (BATCH * self.steps, self.length), generator=torch.Generator().manual_seed(1))
+
+    def _loader(self) -> DataLoader:
+        data = self._data()
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler: Any = DistributedSampler(data, ranks, rank, shuffle=False)  # type: ignore  # Lightning's shuffles
+        return DataLoader(TensorDataset(data), batch_size=BATCH // ranks, sampler=sampler)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
+
+
+class Net(Data):
     """No rank count divides its rows; on three ranks one holds no row of ``pair``, two none of ``single``.
 
     Tied weights, a frozen layer, one parameter that gets no gradient, two groups, and a training_step that never
@@ -102,17 +120,6 @@ class Net(L.LightningModule):
             {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
         ]
         return self.optimizer(groups, lr=self.lr)
-
-    def _data(self) -> Tensor:
-        return torch.randint(0, TOKENS, (BATCH * self.steps, self.length), generator=torch.Generator().manual_seed(1))
-
-    def _loader(self) -> DataLoader:
-        data = self._data()
-        ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        sampler: Any = DistributedSampler(data, ranks, rank, shuffle=False)  # type: ignore  # Lightning's shuffles
-        return DataLoader(TensorDataset(data), batch_size=BATCH // ranks, sampler=sampler)
-
-    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
 
     def mean_losses(self) -> list[float]:
         """Of all ranks; a collective."""
