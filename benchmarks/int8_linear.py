@@ -152,6 +152,7 @@ def parts(report: Report, shape: str, bandwidth: float) -> None:
         for label, run in runs.items():
             time = _median(run, arguments)
             rows.append([label, f"{1e3 * time:.3f}", f"{2 * m * n * k / time / 1e12:.3g} TOP/s", "-"])
+    report.add("The kernels of a pass, one after the other, each a median of its own loop:", "")
     report.table(["kernel", "ms", "speed", "of a copy's bandwidth"], rows)
 
 
