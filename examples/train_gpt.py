@@ -5,6 +5,7 @@
     python examples/train_gpt.py --full --steps 12 --validation-batches 1       # speed alone, beside bf16-mixed's
     python examples/train_gpt.py --text book.txt --steps 2000
     python examples/train_gpt.py --config my.yaml --width 512
+    torchrun --nproc-per-node 2 examples/train_gpt.py --devices 2 --strategy lowbit_sharded    # --nodes 2 on two nodes
 
 The text is the Python standard library of the interpreter that runs this, unless ``--text`` names a file or folder.
 Both runs start from the same weights and see the same windows of it in the same order. Run 1 is plain Lightning with
@@ -44,6 +45,7 @@ from torchmetrics.text import Perplexity
 
 import lowbit_lightning
 from lowbit_lightning import kernels, layers
+from lowbit_lightning.strategies import ShardedStrategy
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY = 256  # bytes
@@ -59,7 +61,7 @@ class Settings:
     layers: int = 3
     heads: int = 4
     context: int = 128  # bytes a prediction can look back on
-    batch: int = 8  # windows per step
+    batch: int = 8  # windows per step and rank
     steps: int = 600
     warmup: int = 50
     validate_every: int = 150
@@ -69,6 +71,9 @@ class Settings:
     seed: int = 1
     tolerance: float = 0.01  # allowed relative difference of the two validation losses
     bf16: bool = False  # train in bf16-mixed too
+    strategy: str = "auto"  # auto, ddp or lowbit_sharded
+    devices: int = 1  # ranks on this node
+    nodes: int = 1
     tensorboard: bool = False  # log for TensorBoard too
     progress: bool = True
 
@@ -126,7 +131,8 @@ class Text(L.LightningDataModule):
         self.train, self.validation = text[:cut], text[cut:]
 
     def train_dataloader(self) -> Any:
-        windows = Windows(self.train, self.settings, self.settings.steps, seed=self.settings.seed)
+        batches = self.settings.steps * self.settings.devices * self.settings.nodes  # Lightning shares them out
+        windows = Windows(self.train, self.settings, batches, seed=self.settings.seed)
         return torch.utils.data.DataLoader(windows, batch_size=None)
 
     def val_dataloader(self) -> Any:
@@ -282,7 +288,10 @@ def run(name: str, settings: Settings, text: Text, precision: Any, low_bit: bool
         max_steps=settings.steps,
         val_check_interval=settings.validate_every,
         num_sanity_val_steps=0,
-        devices=1,
+        # The first run is to keep torch's optimizer: lowbit_sharded would convert it.
+        strategy=ShardedStrategy(optimizer_bits=None) if settings.strategy == "lowbit_sharded" else settings.strategy,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
         logger=loggers,
         log_every_n_steps=10,
         callbacks=[meter, ModelCheckpoint(monitor="val_loss", save_last=True)],
@@ -298,7 +307,7 @@ def run(name: str, settings: Settings, text: Text, precision: Any, low_bit: bool
         "name": name,
         "val_loss": loss,
         "val_perplexity": perplexity,
-        "tokens_per_second": settings.batch * settings.context * len(timed) / sum(timed),
+        "tokens_per_second": trainer.world_size * settings.batch * settings.context * len(timed) / sum(timed),
         "optimizer_state_bytes": meter.optimizer_bytes,
         "parameter_bytes": meter.parameter_bytes,
         "int8_layers": meter.int8_layers,
@@ -415,6 +424,8 @@ def main(arguments: list[str]) -> int:
         print("stopped by SIGTERM", file=sys.stderr)
         return 143
 
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return 0  # rank 0 reports
     results = {"settings": dataclasses.asdict(settings), "torch": torch.__version__, "runs": runs}
     (Path(settings.out) / "results.json").write_text(json.dumps(results, indent=1))
     draw(Path(settings.out) / "loss.png", runs)

@@ -228,7 +228,7 @@ def test_consolidate_says_what_is_wrong(tmp_path: Path) -> None:
 # -- torchrun ----------------------------------------------------------------------------------------------------------
 
 
-def torchrun(nodes: int, ranks: int, target: Path) -> dict[str, Any]:
+def torchrun(nodes: int, ranks: int, *program: str) -> None:
     """A launcher per node, all of them here, that find one another at a rendezvous on the loopback device."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -238,7 +238,6 @@ def torchrun(nodes: int, ranks: int, target: Path) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    program = [str(PROGRAMS / "sharded_strategy_torchrun.py"), str(target)]
     launchers = [
         subprocess.Popen([*command, *program], env=environment, stderr=subprocess.PIPE, text=True) for _ in range(nodes)
     ]
@@ -250,7 +249,6 @@ def torchrun(nodes: int, ranks: int, target: Path) -> dict[str, Any]:
         for launcher in launchers:
             launcher.terminate()  # it ends its ranks
             launcher.wait()
-    return json.loads(target.read_text())
 
 
 @pytest.mark.slow
@@ -258,11 +256,33 @@ def torchrun(nodes: int, ranks: int, target: Path) -> dict[str, Any]:
 def test_torchrun(nodes: int, ranks: int, tmp_path: Path) -> None:
     run(PROGRAMS / "sharded_strategy_torchrun.py", tmp_path / "alone", timeout=100)
     expected = json.loads((tmp_path / "alone").read_text())["losses"]
-    found = torchrun(nodes, ranks, tmp_path / "together")
+    torchrun(nodes, ranks, str(PROGRAMS / "sharded_strategy_torchrun.py"), str(tmp_path / "together"))
+    found = json.loads((tmp_path / "together").read_text())
     assert (found["nodes"], found["ranks"]) == (nodes, nodes * ranks)
     assert found["losses"] == pytest.approx(expected, rel=1e-6)
     names = [torch.load(tmp_path / f"{which}.ckpt")["state_dict"].keys() for which in ("alone", "together")]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 1)])
+def test_the_example_under_torchrun(nodes: int, ranks: int, tmp_path: Path) -> None:
+    example = PROGRAMS.parent.parent / "examples" / "train_gpt.py"
+    size = [
+        "--steps=8",
+        "--warmup=2",
+        "--validate-every=8",
+        "--validation-batches=4",
+        "--batch=2",
+        "--width=64",
+        "--no-progress",
+    ]
+    places = [f"--devices={ranks}", f"--nodes={nodes}", "--strategy=lowbit_sharded", f"--out={tmp_path}"]
+    torchrun(nodes, ranks, str(example), *size, *places)
+    full, low = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert low["int8_matmuls"] == low["int8_matmuls_predicted"] > 0
+    assert low["val_loss"] == pytest.approx(full["val_loss"], rel=0.01)
+    assert low["optimizer_state_bytes"] < 0.5 * full["optimizer_state_bytes"]
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------

@@ -314,6 +314,11 @@ void run_blocks() {
     }
     for (size_t k = 0; k < blocks && !failed; ++k, position = (position + step) % blocks)
         run_block(static_cast<unsigned>(order() == BACKWARD ? blocks - 1 - k : position));
+    // Every kernel's text is a library with stacks of its own, and a process may have 65,530 mappings in all.
+    for (Fiber& fiber : fibers) {
+        if (fiber.stack) munmap(fiber.stack, STACK_BYTES);
+        fiber.stack = nullptr;
+    }
 }
 
 // Finds the mapping and the thread-local segment of the library that `inside` points into.

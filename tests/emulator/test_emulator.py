@@ -381,3 +381,16 @@ def test_two_modules_do_not_share_state() -> None:
     out = np.zeros(64, "i4")
     emulator.Module(FEATURES).launch("early_exit", 1, 64, [out, 64])
     assert out.tolist() == [64032] * 64
+
+
+def test_a_launch_leaves_no_stacks_behind() -> None:
+    """A process may have 65,530 mappings, and a suite has many modules."""
+
+    def mappings() -> int:
+        with open("/proc/self/maps") as file:
+            return sum(1 for _ in file)
+
+    module = emulator.Module('extern "C" __global__ void one(float* x) { x[threadIdx.x] = 1; }')
+    before = mappings()
+    module.launch("one", 1, 1024, [np.zeros(1024, "f4")])
+    assert mappings() < before + 20
