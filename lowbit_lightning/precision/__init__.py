@@ -1,7 +1,7 @@
 """The Lightning and Fabric plugins behind ``precision="int8-mixed"``, and the registration of that string.
 
 Requirements
-    Lightning 2.5 or newer, imported as ``lightning``. ``pytorch_lightning`` is a separate copy of its classes and is
+    Lightning 2.5 or 2.6, imported as ``lightning``. ``pytorch_lightning`` is a separate copy of its classes and is
     refused by name.
 
 How it works
