@@ -8,19 +8,8 @@
 #include "group.h"
 #include "philox.h"
 
-constexpr float TINY_ROW = 0x1p-120f;  // a row with a smaller largest magnitude counts as zero
 constexpr int ROWS = 256 / ROW_THREADS;  // of a CUDA block
 constexpr int WIDTH = 16 / sizeof(ELEMENT);  // elements of one access
-
-struct RowScale { float inverse, scale; };
-
-// From the bits of the largest magnitude, which order like the magnitudes, infinity and NaN on top.
-LB_FN RowScale row_scale(uint32_t top) {
-    const float absmax = from_bits((int32_t)top);
-    if (top >= INFINITE) return {0.0f, from_bits(0x7fc00000)};  // the scale is NaN: the row's results show it
-    if (absmax < TINY_ROW) return {0.0f, 0.0f};
-    return {127.0f / absmax, absmax / 127.0f};
-}
 
 // The random words of N adjacent elements, from index `first` in the matrix on.
 template <int N> LB_FN void random_run(uint64_t seed, uint64_t first, uint32_t (&word)[N]) {

@@ -11,27 +11,15 @@
 //             last rows first, since those are still in a cache.
 #include "int8_vectors.h"
 #include "random_words.h"
+#include "scale.h"
 #include "pages.h"
 #include "parallel.h"
 #include <algorithm>
 #include <vector>
 
-// ---- scale and rounding
+// ---- rounding
 
-constexpr float TINY_ROW = 0x1p-120f, ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
-constexpr int32_t INFINITY_BITS = 0x7f800000;
-
-struct Scale { float inverse, scale; };
-
-// from the bits of the largest magnitude, which order like the magnitudes themselves, with infinity and NaN on top
-static Scale scale_of(int32_t bits) {
-    float absmax;
-    memcpy(&absmax, &bits, 4);
-    if (bits >= INFINITY_BITS) return {0.0f, __builtin_nanf("")};
-    if (absmax < TINY_ROW) return {0.0f, 0.0f};
-    return {127.0f / absmax, absmax / 127.0f};
-}
-
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
 // The int8 is the low byte; garbage where x * inverse is NaN. To nearest there is nothing to clamp: |x * inverse| is
 // below 127.5 by the choice of inverse.
 template <bool RANDOM> LB_FN I rounded(V x, V inverse, const uint16_t* words, int count) {
@@ -115,7 +103,7 @@ template <class T, bool RANDOM> struct Quantiser {
         else look<N, false>(x + r * columns, columns, columns, 0, top, tops);
         if (!form.scales) return;
         for (int k = 0; k < N; ++k) {
-            const Scale s = scale_of((int32_t)highest_unsigned(top[k]));
+            const RowScale s = row_scale(highest_unsigned(top[k]));
             form.scales[r + k] = s.scale;
             write_row(r + k, s.inverse, form.q + (r + k) * columns, stream);
         }
@@ -201,7 +189,7 @@ template <class T, bool RANDOM> struct Quantiser {
     }
     static void set_scales(const int32_t* tops, int64_t n, float* scales, float* inverses) {
         for (int64_t c = 0; c < n; ++c) {
-            const Scale s = scale_of(tops[c]);
+            const RowScale s = row_scale((uint32_t)tops[c]);
             scales[c] = s.scale;
             inverses[c] = s.inverse;
         }

@@ -1,4 +1,4 @@
-// A block's scale and its reciprocal, as in reference.py, once for every compiled backend.
+// The scale of a block, of a row in int8, and their reciprocals, as in reference.py, once for every compiled backend.
 #pragma once
 
 constexpr float SMALLEST_SCALE = 0x1p-126f;  // a smaller one would have no finite reciprocal
@@ -9,3 +9,18 @@ LB_FN float not_too_small(float scale) {
     return fabsf(scale) >= SMALLEST_SCALE ? scale : copysignf(SMALLEST_SCALE, scale);
 }
 LB_FN float reciprocal(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
+
+// Int8 rows and columns: from the bits of the largest magnitude, which order like the magnitudes, infinity and NaN on
+// top. A NaN as the scale shows in the row's results.
+constexpr float TINY_ROW = 0x1p-120f;  // a row with a smaller largest magnitude counts as zero
+
+struct RowScale { float inverse, scale; };
+
+LB_FN RowScale row_scale(uint32_t top) {
+    const uint32_t bits = top < INFINITE ? top : 0x7fc00000u;
+    float absmax;
+    memcpy(&absmax, &bits, 4);
+    if (top >= INFINITE) return {0.0f, absmax};
+    if (absmax < TINY_ROW) return {0.0f, 0.0f};
+    return {127.0f / absmax, absmax / 127.0f};
+}
