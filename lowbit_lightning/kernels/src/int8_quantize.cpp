@@ -17,40 +17,29 @@
 #include <algorithm>
 #include <vector>
 
-// ---- rounding
-
-constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
-// The int8 is the low byte; garbage where x * inverse is NaN. To nearest there is nothing to clamp: |x * inverse| is
-// below 127.5 by the choice of inverse.
-template <bool RANDOM> LB_FN I rounded(V x, V inverse, const uint16_t* words, int count) {
-    const V y = x * inverse;
-    if (!RANDOM) return to_bits(y + ROUND) & 255;
-    const V u = (to_float(widen(load_raw<Halves>(words, count))) + 0.5f) * 0x1p-16f;
-    const V moved = y + from_bits(to_bits(u) | (to_bits(y) & (int32_t)0x80000000));
-    return to_int(minimum(maximum(moved, splat<V>(-127.0f)), splat<V>(127.0f))) & 255;
-}
-
-// ---- looking: the bits of the largest magnitudes
+// ---- looking: the largest magnitudes
 
 // Of ROWS rows of n elements, in `top`; joined into those of the columns, in `columns`, where COLUMNS.
 // ahead: as many rows later, the same elements are fetched; 0: none
 template <int ROWS, bool COLUMNS, class T>
-LB_FN void look(const T* x, int64_t stride, int64_t n, int64_t ahead, I (&top)[ROWS], int32_t* columns) {
-    I highest[ROWS] = {};
+LB_FN void look(const T* x, int64_t stride, int64_t n, int64_t ahead, Tops<T> (&top)[ROWS], Top<T>* columns) {
+    Tops<T> highest[ROWS] = {};
     const auto step = [&](int64_t c, int count) __attribute__((always_inline)) {
-        I together{};
+        Tops<T> together{};
         if (ahead && c * sizeof(T) % 64 == 0)
             for (int k = 0; k < ROWS; ++k) fetch(x + (ahead + k) * stride + c);
 #pragma GCC unroll 4
         for (int k = 0; k < ROWS; ++k) {
-            const I seen = to_bits(absolute(load(x + k * stride + c, count)));
+            const Tops<T> seen = magnitudes(x + k * stride + c, count);
             highest[k] = maximum(highest[k], seen);
             together = maximum(together, seen);
         }
-        if (COLUMNS) store_raw(columns + c, maximum(load_raw<I>(columns + c, count), together), count);
+        if (!COLUMNS) return;
+        together = maximum(magnitudes((const T*)(columns + c), count), together);
+        memcpy(columns + c, &together, sizeof(T) * count);
     };
     int64_t c = 0;
-    for (; c + W <= n; c += W) step(c, W);
+    for (; c + MANY<T> <= n; c += MANY<T>) step(c, MANY<T>);
     if (c < n) step(c, (int)(n - c));
     for (int k = 0; k < ROWS; ++k) top[k] = highest[k];
 }
@@ -68,50 +57,58 @@ template <class T, bool RANDOM> struct Quantiser {
     static constexpr int TOGETHER = 4;  // rows
     static constexpr int CHUNK = 512;   // elements whose random words are made together
 
+    // 64 elements
+    LB_FN void write_line(const T* from, Pair inverses, const uint16_t* words, uint8_t* line) {
+        for (int k = 0; k < 64; k += 4 * W) {
+            const IntPair values[2] = {
+                rounded<T, RANDOM>(load_pair(from + k), inverses, words + k),
+                rounded<T, RANDOM>(load_pair(from + k + 2 * W), inverses, words + k + 2 * W),
+            };
+            const ManyBytes bytes = bytes_of_row<T>(values);
+            memcpy(line + k, &bytes, sizeof bytes);
+        }
+    }
     void write_row(int64_t r, float inverse, int8_t* q, bool stream) const {
         if (inverse == 0.0f) {
             memset(q, 0, columns);
             return;
         }
         const T* from = x + r * columns;
+        const Pair inverses{splat<V>(inverse), splat<V>(inverse)};
+        alignas(64) uint8_t line[64];
         RandomWords<1, CHUNK> random;
         for (int64_t c = 0; c < columns; c += CHUNK) {
             const int64_t end = std::min<int64_t>(columns, c + CHUNK);
             if (RANDOM) random.fill(0, {seed, 0, 0}, r * columns + c, end - c);
-            const auto codes = [&](int64_t i, int count) __attribute__((always_inline)) {
-                return rounded<RANDOM>(load(from + i, count), splat<V>(inverse), random.row[0] + (i - c), count);
-            };
             int64_t i = c;
             for (; i + 64 <= end; i += 64) {
                 if (sizeof(T) == 2)  // with wider elements the processor keeps pace alone
                     for (int b = 0; b < 64; b += 32) fetch(from + TOGETHER * columns + i + b);
-                I values[64 / W];
-                for (int k = 0; k < 64 / W; ++k) values[k] = codes(i + k * W, W);
-                alignas(64) uint8_t line[64];
-                narrow_line(values, line);
+                write_line(from + i, inverses, random.row[0] + (i - c), line);
                 store_line(q + i, line, stream);
             }
-            for (; i < end; i += W) {
-                const int count = (int)std::min<int64_t>(W, end - i);
-                store_codes((uint8_t*)q + i, codes(i, count), count);
-            }
+            if (i == end) continue;
+            T last[64] = {};
+            memcpy(last, from + i, (end - i) * sizeof(T));
+            write_line(last, inverses, random.row[0] + (i - c), line);
+            memcpy(q + i, line, end - i);
         }
     }
-    template <int N> void take(int64_t r, const RowForm& form, int32_t* tops, bool stream) const {
-        I top[N] = {};
+    template <int N> void take(int64_t r, const RowForm& form, Top<T>* tops, bool stream) const {
+        Tops<T> top[N] = {};
         if (tops) look<N, true>(x + r * columns, columns, columns, 0, top, tops);
         else look<N, false>(x + r * columns, columns, columns, 0, top, tops);
         if (!form.scales) return;
         for (int k = 0; k < N; ++k) {
-            const RowScale s = row_scale(highest_unsigned(top[k]));
+            const RowScale s = row_scale(as_float_bits<T>(highest_of(top[k])));
             form.scales[r + k] = s.scale;
             write_row(r + k, s.inverse, form.q + (r + k) * columns, stream);
         }
     }
     // Rows [first, last): their form, and the largest magnitudes of their columns in `tops`, unless null.
-    void take_rows(int64_t first, int64_t last, const RowForm& form, int32_t* tops) const {
+    void take_rows(int64_t first, int64_t last, const RowForm& form, Top<T>* tops) const {
         const bool stream = streams(form.q, rows, columns);
-        if (tops) memset(tops, 0, 4 * columns);
+        if (tops) memset(tops, 0, sizeof(T) * columns);
         int64_t r = first;
         for (; r + TOGETHER <= last; r += TOGETHER) take<TOGETHER>(r, form, tops, stream);
         for (; r < last; ++r) take<1>(r, form, tops, stream);
@@ -135,72 +132,95 @@ template <class T, bool RANDOM> struct Quantiser {
 
     struct Place { int64_t row, column; };
 
-    // q[column][row] from x[row][column] for the tile at `at`. WHOLE: all its rows and columns exist.
-    template <bool WHOLE>
-    void turn(Place at, Place next, const float* inverses, int8_t* q, bool stream) const {
-        const int64_t depth = WHOLE ? TILE : std::min<int64_t>(TILE, rows - at.row);
-        const int64_t width = WHOLE ? TILE : std::min<int64_t>(TILE, columns - at.column);
-        const T* from = x + at.row * columns + at.column;
-        const T* ahead = x + next.row * columns + next.column;
-        I words[TILE / 4][TILE / W];  // four rows to a word
+    // put(c, line) gets column c of the tile that starts at `from`, element `index` of x. `ahead` elements later lies
+    // what to fetch.
+    template <class F>
+    __attribute__((always_inline)) void turn(const T* from, int64_t stride, int64_t ahead, const float* inverses,
+                                             int64_t index, const F& put) const {
+        constexpr int PAIRS = TILE / (2 * W), PARTS = TILE / 4 / W;
+        IntPair words[TILE / 4][PAIRS];  // four rows to a word
         RandomWords<4, TILE> random;
-        for (int64_t i = 0; i < depth; i += 4) {
+        for (int64_t i = 0; i < TILE; i += 4) {
             if (RANDOM)
-                for (int k = 0; k < 4; ++k) random.fill(k, {seed, 0, 0}, (at.row + i + k) * columns + at.column, width);
-            for (int64_t j = 0; j < width; j += W) {
-                const int count = WHOLE ? W : (int)std::min<int64_t>(W, width - j);
-                const V inverse = load(inverses + at.column + j, count);
-                I word{};
+                for (int k = 0; k < 4; ++k) random.fill(k, {seed, 0, 0}, index + (i + k) * columns, TILE);
+            for (int p = 0; p < PAIRS; ++p) {
+                const int64_t j = p * 2 * W;
+                const Pair inverse = {load(inverses + j, W), load(inverses + j + W, W)};
+                IntPair values[4];
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; ++k) {
-                    if (j * sizeof(T) % 64 == 0) fetch(ahead + (i + k) * columns + j);
-                    if (!WHOLE && i + k >= depth) continue;
-                    const V values = load(from + (i + k) * columns + j, count);
-                    word |= rounded<RANDOM>(values, inverse, random.row[k] + j, count) << (8 * k);
+                    const T* row = from + (i + k) * stride + j;
+                    for (int b = 0; b < (int)(2 * W * sizeof(T)); b += 64)
+                        if ((j * sizeof(T) + b) % 64 == 0) fetch((const char*)(row + ahead) + b);
+                    values[k] = rounded<T, RANDOM>(load_pair(row), inverse, random.row[k] + j);
                 }
-                words[i / 4][j / W] = word & (I)(inverse != 0.0f);  // no byte of a NaN gets through
+                for (int h = 0; h < 2; ++h)
+                    words[i / 4][p].at[h] =
+                        words_of(values[0].at[h], values[1].at[h], values[2].at[h], values[3].at[h]);
             }
         }
-        for (int64_t j = 0; j < width; j += W) {
-            I lines[W][TILE / 4 / W];
-            for (int part = 0; part < TILE / 4 / W; ++part) {
-                I square[W];
-                for (int i = 0; i < W; ++i) square[i] = words[part * W + i][j / W];
-                transpose(square);
-                for (int i = 0; i < W; ++i) lines[i][part] = square[i];
+        for (int p = 0; p < PAIRS; ++p)
+            for (int h = 0; h < 2; ++h) {
+                const I proper = (I)(load(inverses + (2 * p + h) * W, W) != 0.0f);  // no byte of a NaN gets through
+                I lines[W][PARTS];
+                for (int part = 0; part < PARTS; ++part) {
+                    I square[W];
+                    for (int i = 0; i < W; ++i) square[i] = words[part * W + i][p].at[h] & proper;
+                    transpose(square);
+                    for (int i = 0; i < W; ++i) lines[i][part] = square[i];
+                }
+                for (int l = 0; l < W; ++l) put(p * 2 * W + place<T>(h, l), lines[l]);
             }
-            for (int i = 0; i < W; ++i) {
-                int8_t* to = q + (at.column + j + i) * rows + at.row;
-                if (WHOLE) store_line(to, lines[i], stream);
-                else if (j + i < width) memcpy(to, lines[i], depth);
-            }
-        }
+    }
+    // q[column][row] from x[row][column] for the tile at `at`, while the one at `next` is fetched.
+    void turn_whole(Place at, Place next, const float* inverses, int8_t* q, bool stream) const {
+        const int64_t index = at.row * columns + at.column;
+        int8_t* to = q + at.column * rows + at.row;
+        turn(x + index, columns, next.row * columns + next.column - index, inverses + at.column, index,
+             [&](int c, const I* line) __attribute__((always_inline)) { store_line(to + c * rows, line, stream); });
+    }
+    // The same for a tile of which some rows or columns do not exist.
+    void turn_edge(Place at, const float* inverses, int8_t* q) const {
+        const int64_t depth = std::min<int64_t>(TILE, rows - at.row);
+        const int64_t width = std::min<int64_t>(TILE, columns - at.column);
+        const int64_t index = at.row * columns + at.column;
+        int8_t* to = q + at.column * rows + at.row;
+        T whole[TILE * TILE] = {};
+        for (int64_t i = 0; i < depth; ++i) memcpy(whole + i * TILE, x + index + i * columns, width * sizeof(T));
+        turn(whole, TILE, 0, inverses + at.column, index,
+             [&](int c, const I* line) __attribute__((always_inline)) {
+                 if (c < width) memcpy(to + c * rows, line, depth);
+             });
     }
     // Turns `count` tiles, number t lying at at(t), and fetches those that come ACROSS later.
     template <class F> void walk(int64_t count, const float* inverses, int8_t* q, const F& at) const {
         const bool stream = streams(q, columns, rows);
         for (int64_t t = 0; t < count; ++t) {
             const Place here = at(t), next = at(std::min(t + ACROSS, count - 1));
-            const bool whole = here.row + TILE <= rows && here.column + TILE <= columns;
-            if (whole) turn<true>(here, next, inverses, q, stream);
-            else turn<false>(here, next, inverses, q, stream);
+            if (here.row + TILE <= rows && here.column + TILE <= columns) turn_whole(here, next, inverses, q, stream);
+            else turn_edge(here, inverses, q);
         }
         finish_stream();
     }
-    static void set_scales(const int32_t* tops, int64_t n, float* scales, float* inverses) {
-        for (int64_t c = 0; c < n; ++c) {
-            const RowScale s = row_scale((uint32_t)tops[c]);
-            scales[c] = s.scale;
-            inverses[c] = s.inverse;
-        }
+    // Of n columns from the largest magnitudes; the inverses lie in the order in which `load_pair` gives the columns,
+    // for whole pairs.
+    static void set_scales(const Top<T>* tops, int64_t n, float* scales, float* inverses) {
+        for (int64_t first = 0; first < n; first += 2 * W)
+            for (int h = 0; h < 2; ++h)
+                for (int l = 0; l < W; ++l) {
+                    const int64_t c = first + place<T>(h, l);
+                    const RowScale s = c < n ? row_scale(as_float_bits<T>(tops[c])) : RowScale{0.0f, 0.0f};
+                    if (c < n) scales[c] = s.scale;
+                    inverses[first + h * W + l] = s.inverse;
+                }
     }
     int64_t tiles(int64_t n) const { return (n + TILE - 1) / TILE; }
 
     void turn_strip(int64_t first, const ColumnForm& form, float* inverses) const {
         const int64_t width = std::min(STRIP, columns - first), across = tiles(width);
-        int32_t tops[STRIP] = {};
+        Top<T> tops[STRIP] = {};
         const T* from = x + first;
-        I unused[TOGETHER] = {}, also[1] = {};
+        Tops<T> unused[TOGETHER] = {}, also[1] = {};
         int64_t r = 0;
         for (; r + TOGETHER <= rows; r += TOGETHER)
             look<TOGETHER, true>(from + r * columns, columns, width, LOOK_AHEAD, unused, tops);
@@ -213,7 +233,7 @@ template <class T, bool RANDOM> struct Quantiser {
     void both(const RowForm& row_form, const ColumnForm& form, float* inverses) const {
         const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tiles(rows)));
         const int64_t share = (rows + parts - 1) / parts;
-        std::vector<int32_t> tops(parts * columns);
+        std::vector<Top<T>> tops(parts * columns);
         parallel_for(parts, threads, [&](int64_t p) {
             take_rows(std::min(rows, p * share), std::min(rows, (p + 1) * share), row_form, &tops[p * columns]);
         });
@@ -233,7 +253,7 @@ template <class T, bool RANDOM> struct Quantiser {
         });
     }
     void columnwise(const ColumnForm& form) const {
-        std::vector<float> inverses(columns);
+        std::vector<float> inverses(tiles(columns) * TILE);
         const int64_t strips = (columns + STRIP - 1) / STRIP;
         if (strips < threads) return both({nullptr, nullptr}, form, inverses.data());
         parallel_for(strips, threads, [&](int64_t s) { turn_strip(s * STRIP, form, inverses.data()); });
@@ -246,7 +266,7 @@ template <class T, bool RANDOM> static void run(const Quantiser<T, RANDOM>& quan
                                                 int8_t* column_q, float* column_scales) {
     if (!column_scales) return quantiser.rowwise({row_q, row_scales});
     if (!row_scales) return quantiser.columnwise({column_q, column_scales});
-    std::vector<float> inverses(quantiser.columns);
+    std::vector<float> inverses(quantiser.tiles(quantiser.columns) * quantiser.TILE);
     quantiser.both({row_q, row_scales}, {column_q, column_scales}, inverses.data());
 }
 

@@ -1,6 +1,9 @@
-// What int8_quantize.cpp is made of: lines of memory, and the transposition of a square of words.
+// What int8_quantize.cpp is made of: lines of memory, values in pairs of vectors, bytes from integers, and the
+// transposition of a square of words.
 #pragma once
 #include "vec.h"
+#include <limits>
+#include <type_traits>
 
 // ---- memory
 
@@ -8,13 +11,6 @@ constexpr int64_t STREAM = 4 << 20;  // a result larger than this does not pass 
 
 LB_FN void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the L2 cache; any address will do
 
-// 64 values from 0 to 255, as bytes
-LB_FN void narrow_line(const I (&v)[64 / W], uint8_t* line) {
-    for (int k = 0; k < 64 / W; k += 4) {
-        const ManyBytes bytes = pack(v + k, 0);
-        memcpy(line + k * W, &bytes, sizeof bytes);
-    }
-}
 // 64 bytes, past the caches where the instruction set allows it; the address is then a multiple of 64
 LB_FN void store_line(int8_t* to, const void* line, bool stream) {
 #if defined(__AVX512F__)
@@ -34,6 +30,146 @@ LB_FN void finish_stream() {
 }
 LB_FN bool streams(const int8_t* q, int64_t rows, int64_t row_length) {
     return rows * row_length > STREAM && row_length % 64 == 0 && (uintptr_t)q % 64 == 0;
+}
+
+// ---- magnitudes, which order like their bits: infinity and NaN on top
+
+typedef int16_t Shorts __attribute__((vector_size(4 * W)));
+template <class T> using Top = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;        // the bits of one
+template <class T> using Tops = std::conditional_t<sizeof(T) == 2, Shorts, I>;              // of a vector of them
+template <class T> constexpr int MANY = 4 * W / sizeof(T);                                  // in a vector
+
+LB_FN Shorts maximum(Shorts a, Shorts b) {
+#if defined(__AVX512BW__)
+    return (Shorts)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#else
+    return where(a > b, a, b);
+#endif
+}
+template <class T> LB_FN Tops<T> magnitudes(const T* from, int count) {
+    Tops<T> bits{};
+    if (count == MANY<T>) memcpy(&bits, from, sizeof bits);
+    else memcpy(&bits, from, sizeof(T) * count);
+    return bits & std::numeric_limits<Top<T>>::max();
+}
+LB_FN uint32_t highest_of(I tops) { return highest_unsigned(tops); }
+LB_FN uint32_t highest_of(Shorts tops) { return highest_unsigned(maximum((I)tops & 0xffff, (I)tops >> 16)); }
+// The bits of the same magnitude as a float.
+template <class T> LB_FN uint32_t as_float_bits(uint32_t top) {
+    T value;
+    memcpy(&value, &top, sizeof value);
+    return (uint32_t)to_bits(load(&value, 1))[0];
+}
+
+// ---- values, in pairs of vectors: 2 * W elements of a row
+
+struct Pair { V at[2]; };
+struct IntPair { I at[2]; };
+
+// Lane l of vector h is element place<T>(h, l). Bfloat16 is widened where it lies: even elements, then odd ones.
+template <class T> constexpr bool ALTERNATE = std::is_same_v<T, BFloat16>;
+template <class T> constexpr int place(int h, int l) { return ALTERNATE<T> ? 2 * l + h : h * W + l; }
+
+template <class T> LB_FN Pair load_pair(const T* p) { return {load(p, W), load(p + W, W)}; }
+LB_FN Pair load_pair(const BFloat16* p) {
+    const I two = load_raw<I>(p, W);
+    return {from_bits(two << 16), from_bits(two & (int32_t)0xffff0000)};
+}
+
+// ---- rounding
+
+LB_FN I to_nearest(V x) {  // ties to even; |x| below 2^22, or any integer
+#if defined(__AVX512F__)
+    return (I)_mm512_cvtps_epi32(x);
+#elif defined(__AVX2__)
+    return (I)_mm256_cvtps_epi32(x);
+#else
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
+    return to_bits(x + ROUND) - to_bits(splat<V>(ROUND));
+#endif
+}
+// Up or down with the probability of what is cut off; bits: (1 + (word + 0.5) / 2^16) as a float
+LB_FN I at_random(V x, I bits) {
+    const V u = from_bits(bits) - 1.0f;
+    const V moved = x + from_bits(to_bits(u) | (to_bits(x) & (int32_t)0x80000000));
+    return to_int(minimum(maximum(moved, splat<V>(-127.0f)), splat<V>(127.0f)));
+}
+// The int8 values of a pair, times `inverses`; any integers where that is NaN. words: random ones, of these elements.
+// To nearest there is nothing to clamp: |x * inverse| is below 127.5 by the choice of inverse.
+template <class T, bool RANDOM> LB_FN IntPair rounded(Pair x, Pair inverses, const uint16_t* words) {
+    const V low = x.at[0] * inverses.at[0], high = x.at[1] * inverses.at[1];
+    if (!RANDOM) return {to_nearest(low), to_nearest(high)};
+    constexpr int32_t ONE_AND_HALF_A_WORD = 0x3f800040;
+    I first, second;
+    if (ALTERNATE<T>) {
+        const I two = load_raw<I>(words, W);
+        first = two << 7 & 0x7fff80;
+        second = two >> 9 & 0x7fff80;
+    } else {
+        first = widen(load_raw<Halves>(words, W)) << 7;
+        second = widen(load_raw<Halves>(words + W, W)) << 7;
+    }
+    return {at_random(low, first | ONE_AND_HALF_A_WORD), at_random(high, second | ONE_AND_HALF_A_WORD)};
+}
+
+// ---- bytes
+
+// Of 4 * W elements of a row, from two pairs.
+template <class T> LB_FN ManyBytes bytes_of_row(const IntPair (&x)[2]) {
+#if defined(__AVX512BW__)
+    const auto half = [&](const IntPair& pair) __attribute__((always_inline)) {
+        return _mm512_packs_epi32((__m512i)pair.at[0], (__m512i)pair.at[1]);
+    };
+    __m512i bytes = _mm512_packs_epi16(half(x[0]), half(x[1]));  // in each quarter four of each vector
+    if (ALTERNATE<T>) {
+        const __m128i even_odd = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+        bytes = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(even_odd));
+        return (ManyBytes)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
+    }
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (ManyBytes)_mm512_permutexvar_epi32(order, bytes);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const auto half = [&](const IntPair& pair) __attribute__((always_inline)) {
+        return _mm256_packs_epi32((__m256i)pair.at[0], (__m256i)pair.at[1]);
+    };
+    __m256i bytes = _mm256_packs_epi16(half(x[0]), half(x[1]));
+    if (ALTERNATE<T>) {
+        const __m128i even_odd = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+        bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(even_odd));
+        return (ManyBytes)_mm256_permute4x64_epi64(bytes, 0xd8);
+    }
+    return (ManyBytes)_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#else
+    ManyBytes bytes;
+    for (int g = 0; g < 2; ++g) {
+        if (ALTERNATE<T>) {
+            const Halves both = narrow_to_halves((x[g].at[0] & 255) | (x[g].at[1] & 255) << 8);
+            memcpy((char*)&bytes + 2 * W * g, &both, sizeof both);
+        } else {
+            for (int h = 0; h < 2; ++h) {
+                const Bytes part = narrow_to_bytes(x[g].at[h] & 255);
+                memcpy((char*)&bytes + 2 * W * g + W * h, &part, sizeof part);
+            }
+        }
+    }
+    return bytes;
+#endif
+}
+// Words whose bytes are those of four vectors.
+LB_FN I words_of(I a, I b, I c, I d) {
+#if defined(__AVX512BW__)
+    const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b),
+                                             _mm512_packs_epi32((__m512i)c, (__m512i)d));
+    const __m128i turned = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (I)_mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(turned));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b),
+                                             _mm256_packs_epi32((__m256i)c, (__m256i)d));
+    const __m128i turned = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (I)_mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(turned));
+#else
+    return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+#endif
 }
 
 // ---- transposition
