@@ -121,7 +121,14 @@ PUBLIC = {
         "release_gradients",
     ],
     "precision": ["FabricInt8MixedPrecision", "Int8MixedPrecision", "PrecisionNotApplied", "register"],
-    "strategies": ["AtomicCheckpointIO", "ShardedStrategy", "consolidate", "register"],
+    "strategies": [
+        "AtomicCheckpointIO",
+        "DeepSpeedStrategy",
+        "ShardedStrategy",
+        "check_deepspeed",
+        "consolidate",
+        "register",
+    ],
 }
 
 

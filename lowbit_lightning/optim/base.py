@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
+from lowbit_lightning.optim import partitions
 from lowbit_lightning.optim.factors import Factors, factors
 from lowbit_lightning.optim.options import (
     MASTER,
@@ -221,6 +222,8 @@ class LowBitOptimizer(Optimizer):
     def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Tensor]:
         """``state[p]``, created, or converted to the bits that the group asks for."""
         entries = self.state[p]
+        if partitions.is_partition(p):
+            partitions.take_over(p, entries, rule)
         if "step" not in entries:
             entries["step"] = torch.zeros((), dtype=torch.float32, device=shards.local(p).device)
         for state in rule.states:
@@ -250,8 +253,12 @@ class LowBitOptimizer(Optimizer):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self, *, bits: int | None = None) -> dict[str, Any]:  # type: ignore[override]
-        """The states as they are; with ``bits=32`` decoded, in the form that the twin in torch.optim loads."""
+        """The states as they are; with ``bits=32`` decoded, in the form that the twin in torch.optim loads.
+
+        Under DeepSpeed they are always decoded: its tools read float32."""
         saved = super().state_dict()
+        if bits is None and partitions.are_partitions(self.param_groups):
+            bits = 32
         if bits is None:
             return saved
         if bits != 32:

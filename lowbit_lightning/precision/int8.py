@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.plugins import DeepSpeedPrecision
 from torch import Tensor, nn
 
 from lowbit_lightning.convert import MIN_FEATURES, Overrides, Report, check_overrides, swap_linears
@@ -116,6 +117,20 @@ class Int8MixedPrecision(Int8Mixed, InStep):
 
         Trainer(plugins=[Int8MixedPrecision(exclude="encoder.*", overrides={"*.down": {"grad_weight": "high"}})])
     """
+
+
+class DeepSpeedInt8MixedPrecision(Int8MixedPrecision, DeepSpeedPrecision):
+    """What an ``Int8MixedPrecision`` becomes under a strategy whose engine runs backward and step (``fit_to``)."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def fit_to(plugin: Int8MixedPrecision, engine: bool) -> None:
+    """Make a plugin the one that the strategy wants; the same object, whoever made it."""
+    forms = Int8MixedPrecision, DeepSpeedInt8MixedPrecision
+    if type(plugin) in forms:
+        plugin.__class__ = forms[engine]
 
 
 class FabricInt8MixedPrecision(Int8Mixed, FabricPrecision):

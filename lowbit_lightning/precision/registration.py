@@ -20,10 +20,18 @@ from typing import Any, get_args
 import lightning
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lowbit_lightning.precision.accounting import tell_the_truth
 from lowbit_lightning.precision.in_step import leave_clipping_possible, put_in_step
-from lowbit_lightning.precision.int8 import NAME, FabricInt8MixedPrecision, Int8Mixed, Int8MixedPrecision
+from lowbit_lightning.precision.int8 import (
+    NAME,
+    DeepSpeedInt8MixedPrecision,
+    FabricInt8MixedPrecision,
+    Int8Mixed,
+    Int8MixedPrecision,
+    fit_to,
+)
 
 
 class PrecisionNotApplied(RuntimeError):
@@ -65,7 +73,11 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
         plugins = _listed(bound.arguments.get("plugins"))
         _check_plugins(plugins, plugin, wanted)
         if wanted:
-            bound.arguments.update(precision=None, plugins=[*plugins, plugin()])
+            plugins = [*plugins, plugin()]
+            bound.arguments.update(precision=None, plugins=plugins)
+        for given in plugins:
+            if isinstance(given, Int8MixedPrecision):
+                fit_to(given, engine=_has_engine(bound.arguments.get("strategy")))
         with _without_variable("LT_PRECISION" if wanted else None):
             original(*bound.args, **bound.kwargs)
         in_use = getattr(self, attribute, None)
@@ -88,6 +100,13 @@ def _listed(plugins: Any) -> list[Any]:
     return list(plugins) if isinstance(plugins, Iterable) else [plugins]
 
 
+def _has_engine(strategy: Any) -> bool:
+    """Whether a strategy, or the one of that name, wants the precision plugin of an engine that runs the step."""
+    known = isinstance(strategy, str) and strategy in StrategyRegistry
+    kind = StrategyRegistry[strategy]["strategy"] if known else strategy
+    return getattr(kind, "runs_int8_in_engine", False)
+
+
 @contextmanager
 def _without_variable(name: str | None) -> Iterator[None]:
     value = None if name is None else os.environ.pop(name, None)
@@ -108,10 +127,12 @@ def _check_plugins(plugins: list[Any], plugin: type[Any], wanted: bool) -> None:
 
 def _check_result(strategy: Any, in_use: Any, plugin: type[Any], wanted: bool) -> None:
     own = ("DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy")
-    if isinstance(in_use, Int8Mixed) and any(base.__name__ in own for base in type(strategy).__mro__):
+    theirs = any(base.__name__ in own for base in type(strategy).__mro__)
+    if isinstance(in_use, Int8Mixed) and theirs and not isinstance(in_use, DeepSpeedInt8MixedPrecision):
         raise PrecisionNotApplied(
             f"precision={NAME!r} doesn't work with {type(strategy).__name__}, which brings its own precision plugin "
-            "and would bypass this one; use strategy='auto', 'ddp' or a ModelParallelStrategy"
+            "and would bypass this one; use strategy='auto', 'ddp', 'lowbit_deepspeed_stage_2' or a "
+            "ModelParallelStrategy"
         )
     if wanted and not isinstance(in_use, plugin):
         raise PrecisionNotApplied(

@@ -1,0 +1,53 @@
+"""Flat partitions: what DeepSpeed's ZeRO hands an optimizer in place of the model's parameters.
+
+ZeRO lays the parameters of a group end to end in float32, cuts the vector into one piece per rank, and puts its piece
+into ``group["params"]``: a plain 1-D tensor, no ``nn.Parameter``. What follows from that, with Lightning or without:
+
+- Saved states are float32 under their 32-bit names: DeepSpeed's converter to universal checkpoints takes ``exp_avg``
+  and ``exp_avg_sq`` for float32 values. Loading quantises them, to the same codes.
+- Loading a universal checkpoint writes such values straight into ``optimizer.state``, beside codes of before, and one
+  ``step`` tensor for several partitions, on the CPU. The next step takes that over.
+- Trust ratios need the norms of layers, which a partition hasn't got.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_lightning.kernels.rules import Rule
+from lowbit_lightning.state import blocks, shards
+
+
+def is_partition(p: Tensor) -> bool:
+    plain = not isinstance(p, nn.Parameter) and not shards.is_sharded(p)
+    return plain and p.ndim == 1 and "deepspeed" in sys.modules
+
+
+def are_partitions(groups: Sequence[Mapping[str, Any]]) -> bool:
+    params = [p for group in groups for p in group["params"]]
+    return bool(params) and all(map(is_partition, params))
+
+
+def take_over(p: Tensor, entries: dict[str, Tensor], rule: Rule) -> None:
+    """Make ``state[p]`` the optimizer's own again, whatever DeepSpeed has put there.
+
+    Raises:
+        ValueError: for a rule with trust ratios.
+    """
+    if rule.norms:
+        raise ValueError(
+            f"{rule.name} needs the norm of each layer, and DeepSpeed's flat partitions have no layers: use AdamW or "
+            "SGD here, or FSDP2 (strategy='lowbit_sharded'), which keeps layers apart"
+        )
+    for state in rule.states:
+        if state.name in entries:  # newer than any codes
+            entries.pop(blocks.codes_name(state.name), None)
+            entries.pop(blocks.scales_name(state.name), None)
+    if "step" in entries:
+        step = torch.as_tensor(entries["step"]).detach()
+        entries["step"] = step.to(p.device, torch.float32, copy=True).reshape(())

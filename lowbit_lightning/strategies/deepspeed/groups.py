@@ -1,0 +1,78 @@
+"""Which parameters keep 32-bit states under ZeRO, and how schedulers are kept out of it.
+
+ZeRO makes one flat vector of all parameters of a group and cuts that. In it no row is left to see, and a block of 256
+elements may hold the end of a matrix and the biases behind it, under one scale. So parameters whose states are in 32
+bits anywhere else (vectors, small ones, short rows), and embeddings, get a group of their own with ``bits=32``.
+
+A scheduler has counted the groups when it was built. It goes on to see those alone; the new ones follow them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowbit_lightning.optim import LowBitOptimizer
+from lowbit_lightning.state import blocks
+
+OWN = ("params", "bits", "state_format")
+"""What a new group doesn't take from the one that it was split off."""
+
+
+class SplitGroups:
+    """The groups of an optimizer, split in place; ``follow`` before each step."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        self._given = list(optimizer.param_groups)
+        self._pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        if not isinstance(optimizer, LowBitOptimizer):
+            return
+        embeddings = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        for group in self._given:
+            if group["bits"] != 8:
+                continue
+            low: list[Tensor] = []
+            high: list[Tensor] = []
+            for p in group["params"]:
+                (low if p not in embeddings and _fits(p, group["min_size"]) else high).append(p)
+            if not low:
+                group["bits"] = 32
+            elif high:
+                group["params"] = low
+                optimizer.add_param_group({**group, "params": high, "bits": 32})
+                self._pairs.append((group, optimizer.param_groups[-1]))
+
+    def follow(self) -> None:
+        """Give the new groups the hyperparameters that theirs have now."""
+        for group, new in self._pairs:
+            new.update({key: value for key, value in group.items() if key not in OWN})
+
+    def hide_from(self, scheduler: Any) -> None:
+        """Let a scheduler, and those it is made of, see the groups that it was built for."""
+        if self._pairs:
+            scheduler.optimizer = _View(scheduler.optimizer, self._given)
+            for inner in getattr(scheduler, "_schedulers", ()):
+                self.hide_from(inner)
+
+
+def _fits(p: Tensor, min_size: int) -> bool:
+    shape = getattr(p, "ds_shape", p.shape)  # what stage 3 has cut already
+    return len(shape) > 1 and blocks.fits_grid(shape, min_size)
+
+
+class _View:
+    """An optimizer with fewer groups."""
+
+    def __init__(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        self._optimizer, self.param_groups = optimizer, groups
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_optimizer":  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._optimizer, name)
+
+    @property  # callbacks name learning rates after it
+    def __class__(self) -> Any:  # type: ignore[misc]
+        return type(self._optimizer)

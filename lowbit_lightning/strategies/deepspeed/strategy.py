@@ -1,0 +1,274 @@
+"""``strategy="lowbit_deepspeed_stage_2"`` and its like: DeepSpeed's ZeRO with low-bit optimizers.
+
+How it works
+    Lightning's DeepSpeedStrategy, with an optimizer of ours as DeepSpeed's client optimizer. ZeRO lays the parameters
+    of a group end to end, cuts the vector, and has the optimizer step each rank's piece: codes and scales are those of
+    the piece. Groups are split first, so that vectors and embeddings keep 32-bit states (``groups.py``).
+
+Requirements
+    ``deepspeed`` (the extra of that name), which is imported when a strategy is made. CUDA with NCCL, or CPUs with
+    gloo. ``import lightning as L``.
+
+Interactions
+    Clipping by norm, accumulation and loss scaling are DeepSpeed's. Checkpoints hold float32 states, in DeepSpeed's
+    own form; another number of ranks reads them after DeepSpeed's converter (``load_checkpoint``).
+
+Limitations
+    One optimizer. What ``config.check_deepspeed`` names is refused. The grid of blocks depends on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import strategies
+from lightning.pytorch.plugins import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.types import STEP_OUTPUT, LRSchedulerConfig
+from torch import nn
+from torch.optim import Optimizer
+
+from lowbit_lightning import optim
+from lowbit_lightning.optim.convert import has_twin
+from lowbit_lightning.strategies.deepspeed.config import check_deepspeed, complete, read
+from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
+
+NAME = "lowbit_deepspeed"
+STEP = "_lowbit_lightning_step"
+CHECKPOINT = "checkpoint"  # Lightning's tag: the folder inside a checkpoint's folder
+BESIDE_CONFIG = {
+    *("accelerator", "cluster_environment", "exclude_frozen_parameters", "hysteresis", "initial_scale_power"),
+    *("load_full_weights", "logging_level", "loss_scale", "loss_scale_window", "min_loss_scale", "parallel_devices"),
+    *("precision_plugin", "process_group_backend", "remote_device", "timeout"),
+}
+"""Arguments of Lightning's strategy that hold together with a ``config``; it ignores the others then."""
+
+
+class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
+    """DeepSpeed's ZeRO with optimizer states in 8 bits, under an unchanged LightningModule.
+
+    Args:
+        stage: what is cut among the ranks: 1 optimizer states, 2 gradients too, 3 parameters too. None: the config's,
+            or 2.
+        optimizer_bits: torch.optim optimizers become their twins with states of 8 or 32 bits; None leaves them.
+        config: DeepSpeed's whole configuration: a dict, an OmegaConf DictConfig, or the path of a JSON or YAML file.
+            None: that of the file which PL_DEEPSPEED_CONFIG_PATH names, or one made of ``options``.
+        options: Lightning's arguments, such as ``offload_optimizer=True`` (states on the host, stepped there).
+
+    Raises:
+        TypeError, ValueError: for arguments out of range, options that a config overrules, and what
+            ``check_deepspeed`` refuses; for an optimizer, when a run begins.
+    """
+
+    strategy_name = NAME
+    runs_int8_in_engine = True  # what gives "int8-mixed" the form of its plugin that DeepSpeed wants
+
+    def __init__(
+        self,
+        stage: int | None = None,
+        *,
+        optimizer_bits: Literal[8, 32] | None = 8,
+        config: Any = None,
+        **options: Any,
+    ) -> None:
+        if optimizer_bits not in (8, 32, None):
+            raise ValueError(f"optimizer_bits must be 8, 32 or None, got {optimizer_bits!r}")
+        known = set(inspect.signature(strategies.DeepSpeedStrategy).parameters) - {"stage", "config"}
+        if not set(options) <= known:
+            raise TypeError(f"unknown options {sorted(set(options) - known)}; known: {sorted(known)}")
+        if config is None:
+            config = os.environ.get(self.DEEPSPEED_ENV_VAR)
+        if config is None:
+            super().__init__(stage=2 if stage is None else stage, **options)
+            config = self.config
+        else:
+            ignored = sorted(set(options) - BESIDE_CONFIG)
+            if ignored:
+                raise ValueError(f"config holds the whole configuration; put {ignored} into it")
+            config = read(config)
+            super().__init__(config=config, **options)
+        self.config = complete(config, stage)
+        self.optimizer_bits = optimizer_bits
+        self._groups: SplitGroups | None = None
+        checked = {key: value for key, value in config.items() if key != "optimizer" or optimizer_bits is not None}
+        check_deepspeed(checked)
+
+    # -- the processes -----------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        kind = self.root_device.type
+        if get_accelerator().device_name() != kind:
+            raise RuntimeError(
+                f"accelerator={kind!r}, but DeepSpeed chose {get_accelerator().device_name()!r} when it was imported: "
+                f"set the environment variable DS_ACCELERATOR={kind} before"
+            )
+        if kind == "cpu":  # a C++ extension that saves a copy; DeepSpeed would compile it now
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        DDPStrategy.setup_environment(self)  # Lightning's own refuses CPUs
+
+    def setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+        else:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    def _engine(self, config: dict[str, Any], **arguments: Any) -> tuple[Any, Any]:
+        """DeepSpeed's engine and optimizer. Lightning gives it the index of the device, and a CPU has none."""
+        import deepspeed
+
+        device_rank = self.local_rank if self.root_device.index is None else self.root_device.index
+        made = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=device_rank), config=config, dist_init_required=False, **arguments
+        )
+        return made[0], made[1]
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert isinstance(self.config, dict)
+        return self._engine(
+            self.config, model=model, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
+        )
+
+    # -- the model and its optimizer ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer) -> None:
+        if not isinstance(self.precision_plugin, DeepSpeedPrecision):
+            raise TypeError(
+                f"{type(self.precision_plugin).__name__} would bypass DeepSpeed's engine: give the Trainer a precision "
+                "string, or plugins=[Int8MixedPrecision(...)]"
+            )
+        super().setup(trainer)
+
+    def _auto_select_batch_size(self) -> int:
+        """For DeepSpeed's throughput log alone; Lightning fails on loaders whose data set makes the batches."""
+        assert self.lightning_module is not None
+        source = self.lightning_module.trainer.fit_loop._data_source
+        loader = source.dataloader() if source.is_defined() else None
+        return getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 1
+
+    def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
+        assert self.lightning_module is not None
+        optimizer, scheduler = super()._init_optimizers()
+        self._convert(optimizer)
+        assert isinstance(self.config, dict)
+        check_deepspeed({}, optimizer)
+        self._groups = SplitGroups(optimizer, self.lightning_module)
+        if scheduler is not None:
+            self._groups.hide_from(scheduler.scheduler)
+        return optimizer, scheduler
+
+    def _convert(self, optimizer: Optimizer) -> None:
+        if self.optimizer_bits is None or isinstance(optimizer, optim.LowBitOptimizer):
+            return
+        if has_twin(optimizer):
+            optim.convert_(optimizer, bits=self.optimizer_bits)
+        else:
+            rank_zero_warn(
+                f"{NAME} leaves {type(optimizer).__name__} as it is: it has no low-bit twin. optimizer_bits=None says "
+                "that this is meant"
+            )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._groups is not None:
+            self._groups.follow()
+        return super().optimizer_step(*args, **kwargs)
+
+    # -- the steps ---------------------------------------------------------------------------------------------------
+    #
+    # The engine ends an autocast that was begun outside of it, so the precision plugin's context goes inside.
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        return self._in_engine("training_step", self.precision_plugin.train_step_context, *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        return self._in_engine("validation_step", self.precision_plugin.val_step_context, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        return self._in_engine("test_step", self.precision_plugin.test_step_context, *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._in_engine("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
+
+    def _in_engine(self, name: str, context: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        assert self.model is not None
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            inner: AbstractContextManager = context()
+            with inner:
+                return getattr(module, name)(*args, **kwargs)
+
+        vars(module)[STEP] = step
+        try:
+            return self._forward_redirection(self.model, module, STEP, *args, **kwargs)
+        finally:
+            del vars(module)[STEP]
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {}  # DeepSpeed writes it
+
+    def save_checkpoint(self, checkpoint: dict, filepath: _PATH, storage_options: Any = None) -> None:
+        """See Lightning's. A mark in it lets ``python -m deepspeed.checkpoint.ds_to_universal`` convert it."""
+        from deepspeed.checkpoint import constants
+
+        mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        super().save_checkpoint({**checkpoint, constants.UNIVERSAL_CHECKPOINT_INFO: mark}, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load what this number of ranks saved, or what any number did and DeepSpeed's tool has converted since.
+
+        Raises:
+            ValueError: where another number of ranks saved it, and it has not been converted; with the command.
+        """
+        assert self.lightning_module is not None
+        path = Path(checkpoint_path)
+        saved = len(list((path / CHECKPOINT).glob("*_optim_states.pt")))
+        if saved in (0, self.world_size) or not (self.zero_stage_3 or self.lightning_module.trainer.training):
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        if not (path / "latest_universal").is_file():
+            raise ValueError(
+                f"{path} was saved by {saved} ranks and this run has {self.world_size}: convert it once, by python -m "
+                f"deepspeed.checkpoint.ds_to_universal --input_folder {path / CHECKPOINT} "
+                f"--output_folder {path / 'universal'}"
+            )
+        with self._universal():
+            state = super().load_checkpoint(checkpoint_path, weights_only)
+        if self.zero_stage_3 and self.lightning_module.trainer.training:
+            self._load_groups(path)
+        return state
+
+    @contextmanager
+    def _universal(self) -> Iterator[None]:
+        config = self.deepspeed_engine._config
+        before = config.load_universal_checkpoint
+        config.load_universal_checkpoint = True
+        try:
+            yield
+        finally:
+            config.load_universal_checkpoint = before
+
+    def _load_groups(self, path: Path) -> None:
+        """DeepSpeed has given all groups the first one's hyperparameters."""
+        tag = (path / "latest_universal").read_text().strip()
+        saved = torch.load(path / tag / "zero" / "optimizer_state.pt", mmap=True, weights_only=False)
+        for group, theirs in zip(self.optimizers[0].param_groups, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in theirs.items() if key != "params"})
