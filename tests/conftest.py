@@ -6,10 +6,14 @@ lines, with the make target that runs them.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from lowbit_lightning.state.pages.file import FileTransport
 
 # Left out unless -m names the marker: marker -> the make target that runs it.
 ON_REQUEST = {"gpu": "make gpu", "six_architectures": "make cuda-compile", "slow": "make slow"}
@@ -50,3 +54,10 @@ def _reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def page_dir() -> Iterator[Path]:
+    """A folder for page files: an empty one on a disk, which ``tmp_path`` need not be."""
+    with tempfile.TemporaryDirectory(dir=FileTransport().folder) as folder:
+        yield Path(folder)

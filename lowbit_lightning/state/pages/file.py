@@ -1,0 +1,341 @@
+"""The slab in a file: optimizer states larger than memory. ``FileTransport`` moves pages between it and RAM.
+
+How it works
+    The file has no name: it is unlinked the moment it is made. So there is nothing to clean up, whatever ends the
+    process, ``kill -9`` and a power cut included, and ranks on one node cannot get in each other's way. Its space is
+    allocated before anything is trained; on a disk that is too full that is an error there and then.
+
+    Worker threads read and write with O_DIRECT, past the page cache: memory that pages take is the pager's buffers and
+    no more, and the processor has next to nothing to do. Three things make that fast; ``docs/paging.md`` has figures:
+    buffers on huge pages (a request to the disk is as long as its memory is contiguous), pieces of 16 MiB, and two
+    threads each way. O_DIRECT wants memory, offset and length to be multiples of 4096: the ragged ends of a part go
+    through the page cache, and so does all of a part whose place in memory and in the slab differ by anything else, and
+    everything on a file system without O_DIRECT, which is written through at once and dropped from the cache.
+
+    An event is a ``Future``. A copy is handed to the threads by the event that it waits for, so that no thread waits.
+
+The slab as memory is a shared mapping of the same file. The kernel keeps it coherent with what the threads do as long
+as nothing is under way, which is all that ``Transport.allocate`` promises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.state.pages.transport import Event, Moves
+
+FOLDER = "LOWBIT_LIGHTNING_PAGES"
+"""The environment variable that names the folder of page files."""
+ALIGNMENT = 4096
+PIECE = 16 * 2**20
+"""What one thread reads or writes at once: a part is cut into pieces of this size."""
+HUGE_PAGE = 2 * 2**20
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+
+_READ, _WRITE = "reading", "writing"
+
+
+class _Piece(NamedTuple):
+    """Bytes of near memory, their offset in the slab, and how they travel."""
+
+    memory: memoryview
+    offset: int
+    direct: bool
+
+
+class FileTransport:
+    """A ``Transport`` between RAM and a file in ``folder``, read and written by ``threads`` threads each way.
+
+    ``folder``: None for $LOWBIT_LIGHTNING_PAGES or, where that is not set, the first of the system's folder for
+    temporary files, /var/tmp and the current folder that is on a disk.
+
+    Raises:
+        RuntimeError: on anything but Linux.
+        ValueError: for a folder that is none, or lies in memory (tmpfs).
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, threads: int = 2) -> None:
+        if sys.platform != "linux":
+            raise RuntimeError(f'paged="disk" needs Linux (O_DIRECT, posix_fallocate), this is {sys.platform}')
+        self.folder = _checked(Path(folder)) if folder is not None else _default_folder()
+        self._threads = threads
+        self._files: _Files | None = None
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._pieces: dict[Moves, list[_Piece]] = {}
+        self._under_way: set[Future[None]] = set()
+
+    @property
+    def direct(self) -> bool:
+        """Whether the file is read and written past the page cache."""
+        return self._files is not None and self._files.direct is not None
+
+    def allocate(self, nbytes: int) -> Tensor:
+        self._files = _Files(self.folder, nbytes)
+        self._pools = {way: ThreadPoolExecutor(self._threads, f"pages {way}") for way in (_READ, _WRITE)}
+        return self._files.slab
+
+    def buffer(self, nbytes: int) -> Tensor:
+        return _aligned(nbytes)
+
+    def fetch(self, moves: Moves, after: Event | None) -> Event:
+        return self._start(_READ, moves, after)
+
+    def store(self, moves: Moves, after: Event | None) -> Event:
+        return self._start(_WRITE, moves, after)
+
+    def computed(self, moves: Moves) -> Event:
+        return _past()  # kernels on the CPU are functions
+
+    def wait(self, event: Event) -> None:
+        event.result()
+
+    def settle(self, event: Event) -> None:
+        event.result()
+
+    def trim(self) -> None:
+        if self._files is not None:
+            self._files.trim()
+
+    def close(self) -> None:
+        for event in tuple(self._under_way):
+            event.exception()  # waits
+        for pool in self._pools.values():
+            pool.shutdown()
+        self._pools.clear()
+        self._pieces.clear()
+        if self._files is not None:
+            self._files.close()
+        self._files = None
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def _start(self, way: str, moves: Moves, after: Event | None) -> Event:
+        if self._files is None:
+            raise RuntimeError("the page file is closed, or was not allocated")
+        if moves not in self._pieces:
+            self._pieces[moves] = [piece for part in moves.parts for piece in _cut(*part, self.direct)]
+        pieces = self._pieces[moves]
+        event = _Countdown(len(pieces))
+        self._under_way.add(event)
+        event.add_done_callback(self._under_way.discard)
+        run, submit = partial(self._files.copy, way), self._pools[way].submit
+
+        def begin(before: Future[None]) -> None:
+            for piece in pieces:
+                if before.exception() is not None:
+                    event.one_is_done(before)
+                    continue
+                try:
+                    submit(run, piece).add_done_callback(event.one_is_done)
+                except RuntimeError as error:  # the interpreter is going down: an event that never comes is a hang
+                    event.one_is_done(_past(error))
+
+        (after or _past()).add_done_callback(begin)
+        return event
+
+
+class _Countdown(Future[None]):
+    """Done when ``count`` tasks are, with the first error among them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._left, self._lock = count, threading.Lock()
+        self._error: BaseException | None = None
+        if not count:
+            self.set_result(None)
+
+    def one_is_done(self, task: Future[None]) -> None:
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or task.exception()
+            last = self._left == 0
+        if last and self._error is not None:
+            self.set_exception(self._error)
+        elif last:
+            self.set_result(None)
+
+
+def _past(error: BaseException | None = None) -> Future[None]:
+    """An event that is past, as it should or with an error."""
+    event: Future[None] = Future()
+    event.set_result(None) if error is None else event.set_exception(error)
+    return event
+
+
+def _cut(part: Tensor, offset: int, direct: bool) -> list[_Piece]:
+    """The part in pieces: whole blocks directly, if memory and offset agree, and what is left through the cache."""
+    memory, pieces = part.numpy().data, []
+    head = -offset % ALIGNMENT
+    aligned = direct and (part.data_ptr() - offset) % ALIGNMENT == 0
+    blocks = (len(memory) - head) // ALIGNMENT * ALIGNMENT
+    if not aligned or blocks <= 0:
+        head, blocks = 0, 0
+    for first in range(head, head + blocks, PIECE):
+        last = min(first + PIECE, head + blocks)
+        pieces.append(_Piece(memory[first:last], offset + first, True))
+    for first, last in ((0, head), (head + blocks, len(memory))):
+        for start in range(first, last, PIECE):
+            pieces.append(_Piece(memory[start : min(start + PIECE, last)], offset + start, False))
+    return pieces
+
+
+def _aligned(nbytes: int) -> Tensor:
+    """uint8 ``[nbytes]``, at a multiple of 4096; from one huge page on at a multiple of that, and on huge pages where
+    the system has them."""
+    huge = nbytes >= HUGE_PAGE
+    size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE if huge else max(nbytes, 1)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE if huge else 0
+    return whole[start : start + nbytes]
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """The open page file, three times: as memory, with O_DIRECT, and for ragged ends (without reading ahead)."""
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self.folder = folder
+        size = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
+        base = _allocated(folder, size)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(os.close, base)
+            self._map = mmap.mmap(base, size)  # shared; goes when no tensor holds it
+            self.slab = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+            self.direct = _direct(base)
+            self._base, self._ends = base, base
+            if self.direct is None:
+                warnings.warn(
+                    f"the file system of {folder} has no O_DIRECT: pages go through the page cache, at a third to two "
+                    "thirds of the speed, and cost a processor core; choose a page_dir on ext4 or xfs",
+                    stacklevel=2,
+                )
+            else:
+                self._ends = os.open(f"/proc/self/fd/{base}", os.O_RDWR)
+                os.posix_fadvise(self._ends, 0, 0, os.POSIX_FADV_RANDOM)
+            on_error.pop_all()
+        opened = {base, self._ends, *([] if self.direct is None else [self.direct])}
+        self.close = weakref.finalize(self, _close, opened)
+
+    def copy(self, way: str, piece: _Piece) -> None:
+        """Read or write all of a piece. Raises OSError, with the place."""
+        memory, offset = piece.memory, piece.offset
+        file = self.direct if piece.direct and self.direct is not None else self._ends
+        call = os.preadv if way == _READ else os.pwritev
+        try:
+            while memory:
+                done = call(file, [memory], offset)
+                if done <= 0:
+                    raise OSError(errno.EIO, "the file ends here; something truncated it")
+                memory, offset = memory[done:], offset + done
+            if not piece.direct and len(piece.memory) >= ALIGNMENT:  # ragged ends are too small to care
+                if way == _WRITE:
+                    os.fdatasync(file)
+                os.posix_fadvise(file, piece.offset, len(piece.memory), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{way} {len(memory)} bytes at offset {offset} of the page file in {self.folder} failed: "
+                f"{error.strerror or error}. The optimizer's states there are lost: choose another page_dir and resume "
+                "from a checkpoint",
+            ) from error
+
+    def trim(self) -> None:
+        """Give back memory and page cache that reading and writing the slab as memory cost."""
+        self._map.flush()
+        self._map.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._base, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _allocated(folder: Path, size: int) -> int:
+    """A descriptor of a new file without a name, mode 0600, with all its space."""
+    free = shutil.disk_usage(folder).free
+    full = f"the page file needs {size:,} bytes in {folder}, where {free:,} are free"
+    advice = "choose another page_dir, or a larger resident budget"
+    if size > free:  # asking for it would first take all there is from everybody else
+        raise OSError(errno.ENOSPC, f"{full}: {advice}")
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"{full}; allocating them failed: {error.strerror}: {advice}") from error
+        return os.dup(file.fileno())
+
+
+def _direct(base: int) -> int | None:
+    """The same file opened with O_DIRECT; None where a file system has none."""
+    try:
+        file = os.open(f"/proc/self/fd/{base}", os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        os.preadv(file, [_aligned(ALIGNMENT).numpy().data], 0)
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def _close(files: set[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+# -- where it lies ---------------------------------------------------------------------------------------------------
+
+
+def _default_folder() -> Path:
+    named = os.environ.get(FOLDER)
+    if named:
+        return _checked(Path(named))
+    folders = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
+    for folder in folders:
+        if os.access(folder, os.W_OK) and filesystem(folder) not in _IN_MEMORY:
+            return folder
+    raise ValueError(f"none of {[str(f) for f in folders]} is a folder on a disk: give page_dir, or set ${FOLDER}")
+
+
+def _checked(folder: Path) -> Path:
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"page_dir must be an existing folder that can be written to, got {str(folder)!r}: make it")
+    kind = filesystem(folder)
+    if kind in _IN_MEMORY:
+        raise ValueError(
+            f"page_dir must be on a disk, got {str(folder)!r}, which is {kind}: pages there would take the memory that "
+            f"they are to save; choose a folder on a disk, or set ${FOLDER}"
+        )
+    return folder
+
+
+def filesystem(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The type of the file system that ``folder`` lies on, as "ext4"; "" where the system does not say."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return ""
+    return next((line[line.index("-") + 1] for line in lines if line[2] == number), "")
