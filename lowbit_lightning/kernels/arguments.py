@@ -91,10 +91,14 @@ class StepArguments:
         for indices, part in self.cache["parts"]:
             if part is not None:
                 part.grads = [self.grads[i] for i in indices]
-                for name in _CHANGING:
-                    setattr(part, name, getattr(self, name))
+                part.copy_settings(self)
             result.append((indices, self if part is None else part))
         return result
+
+    def copy_settings(self, other: StepArguments) -> None:
+        """Take what may change from step to step, but for the gradients, from another."""
+        for name in _CHANGING:
+            setattr(self, name, getattr(other, name))
 
     def forget_gradients(self) -> None:
         """Let go of the gradients: an object that is kept for the next step must not keep them alive."""

@@ -17,6 +17,7 @@ from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.optim import partitions
 from lowbit_lightning.optim.factors import Factors, factors
+from lowbit_lightning.optim.launches import Launch, join_norms, launches_of
 from lowbit_lightning.optim.options import (
     MASTER,
     OWN,
@@ -28,9 +29,11 @@ from lowbit_lightning.optim.options import (
     wants_master,
     warn_of_inert,
 )
-from lowbit_lightning.optim.plan import Part, Plan, Work, bits_of, hyper_of, places, work_of
+from lowbit_lightning.optim.paging import Paging, away, back
+from lowbit_lightning.optim.plan import FORM, Part, Plan, Work, bits_of, hyper_of, places, work_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
+from lowbit_lightning.state.pages import Entries, PageStatistics, raw
 
 
 class LowBitOptimizer(Optimizer):
@@ -115,6 +118,7 @@ class LowBitOptimizer(Optimizer):
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
             work.append(work_of(group, [group["params"][i] for i in indices], [ordinal + i for i in indices]))
             ordinal += len(group["params"])
+        plans = self._plans_of(list(enumerate(work)))
         max_norm, self._max_norm = self._max_norm, None
         asked = factors(
             [p for part in work for p in part.params],
@@ -124,8 +128,9 @@ class LowBitOptimizer(Optimizer):
             max_norm=max_norm,
             skip_nonfinite=any(part.group["skip_nonfinite"] for part in work if part.params),
         )
-        for number, part in enumerate(work):
-            self._step_group(number, part, asked)
+        for part, plan in zip(work, plans, strict=True):
+            self._step_group(part, plan, asked)
+        self._paging.end_step(self)
         return loss
 
     def clip_next_step(self, max_norm: float | None) -> None:
@@ -148,47 +153,84 @@ class LowBitOptimizer(Optimizer):
         For ``release_gradients``.
         """
         check_form(group)
-        self._step_group(("parameter", ordinal), work_of(group, [p], [ordinal]), Factors())
+        work = work_of(group, [p], [ordinal])
+        (plan,) = self._plans_of([(("parameter", ordinal), work)])
+        self._step_group(work, plan, Factors())
+        self._paging.passed(p)
 
-    def _step_group(self, key: Any, work: Work, asked: Factors) -> None:
-        if not work.params:
-            return
+    def _step_group(self, work: Work, plan: Plan, asked: Factors) -> None:
         rule, group = self._rule_of(work.group), work.group
-        for indices, bits, arguments in self._plan(key, work, rule).parts:
-            params = [work.params[i] for i in indices]
-            arguments.grads = [work.grads[i] for i in indices]
-            arguments.lr, arguments.hyper = hyper_of(rule, {**group, **self._derived(group, bits)}, arguments.device)
-            arguments.unscale, arguments.clip, arguments.skip = asked.to(arguments.device)
-            arguments.seed, arguments.maximize = group["seed"], group["maximize"]
-            norms = shards.sum_over_shards(params, kernels.optimizer_norms(arguments)) if rule.norms else None
-            kernels.optimizer_step(arguments, norms)
-            arguments.forget_gradients()
-            shards.mark_changed(params)
+        for part in plan.parts:
+            a = part.arguments
+            a.lr, a.hyper = hyper_of(rule, {**group, **self._derived(group, part.bits)}, a.device)
+            a.unscale, a.clip, a.skip = asked.to(a.device)
+            a.seed, a.maximize = group["seed"], group["maximize"]
+            a.grads = [work.grads[i] for i in part.indices]
+        for launch in plan.launches:
+            launch.follow_counts()
+        norms = self._norms(work, plan) if rule.norms else [None] * len(plan.parts)
+        for launch in plan.launches:
+            launch.near(plan.parts[launch.part].arguments, changes=True)
+            kernels.optimizer_step(launch.arguments, launch.pick(norms[launch.part]))
+            launch.arguments.forget_gradients()
+        for part in plan.parts:
+            part.arguments.forget_gradients()
+        shards.mark_changed(work.params)
+
+    def _norms(self, work: Work, plan: Plan) -> list[Tensor | None]:
+        """For each part the norms that the rule wants, of all ranks."""
+        found: list[list[tuple[Launch, list[Tensor]]]] = [[] for _ in plan.parts]
+        for launch in plan.launches:
+            launch.near(plan.parts[launch.part].arguments, changes=False)
+            found[launch.part].append((launch, launch.sums()))
+        return [
+            shards.sum_over_shards([work.params[i] for i in part.indices], join_norms(sums, len(part.indices)))
+            for part, sums in zip(plan.parts, found, strict=True)
+        ]
 
     def forget_plans(self) -> None:
         """Let go of what is kept for the next step; after states were moved, their old memory is free then."""
         self.__dict__.pop("_plans", None)
 
-    def _plan(self, key: Any, work: Work, rule: rules.Rule) -> Plan:
-        group = work.group
-        form = (rule.name, *(group[k] for k in ("bits", "min_size", "block_size", "master", "stochastic_rounding")))
-        held = [value for p in work.params for value in self.state[p].values()]
+    @property
+    def _paging(self) -> Paging:
+        """Made when it is first needed: an optimizer may have been unpickled, or of another class before."""
+        return self.__dict__.setdefault("_pages", Paging())
+
+    def page_statistics(self) -> PageStatistics | None:
+        """What paging has done so far; None where nothing is paged. See ``state.pages.PageStatistics``."""
+        return self._paging.statistics()
+
+    def _plans_of(self, work: list[tuple[Any, Work]]) -> list[Plan]:
+        before = dict(self._paging.pagers)
+        plans = [self._plan(key, part) for key, part in work]
+        if before != self._paging.pagers:  # a new pager holds the states of all groups: plans made before it are void
+            plans = [self._plan(key, part) for key, part in work]
+        return plans
+
+    def _plan(self, key: Any, work: Work) -> Plan:
+        group, rule = work.group, self._rule_of(work.group)
+        form = (rule.name, *(group[k] for k in FORM))
+        held = [value for p in work.params for value in raw(self.state[p]).values()]
         plans = self.__dict__.setdefault("_plans", {})
         plan = plans.pop(key, None)
         if plan is None or not plan.fits(form, work, held):
             self._keep_format(group, rule)
             entries = [self._entries(p, group, rule) for p in work.params]
+            self._paging.drop_unused(self)
             parts: dict[tuple, list[int]] = {}
             for i, p in enumerate(work.params):
                 form_of_p = p.device, wants_master(p, group), bits_of(entries[i], rule)
                 parts.setdefault(form_of_p, []).append(i)
-            arguments = [
+            made = [
                 Part(indices, bits, self._arguments(work, entries, indices, rule))
                 for (_, _, bits), indices in parts.items()
             ]
             held = [value for e in entries for value in e.values()]
-            plan = Plan(form, list(work.params), held, places(work), arguments)
-        if not any(shards.is_sharded(p) for p in work.params):  # a shard may be another tensor in the next step
+            launches = launches_of(made, [self.state[p] for p in work.params])
+            plan = Plan(form, list(work.params), held, places(work), made, launches)
+        # A shard may be another tensor in the next step; of paged parameters the addresses are compared.
+        if group["paged"] or not any(shards.is_sharded(p) for p in work.params):
             plans[key] = plan
         return plan
 
@@ -219,9 +261,23 @@ class LowBitOptimizer(Optimizer):
             remainders=[shards.local(e[MASTER]) for e in entries if MASTER in e],
         )
 
-    def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Tensor]:
-        """``state[p]``, created, or converted to the bits that the group asks for."""
-        entries = self.state[p]
+    def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Any]:
+        """``state[p]``, created, or converted to the bits that the group asks for, and paged or not as it asks."""
+        place, held = self._paging.place(self, p, group), self.state[p]
+        if isinstance(held, Entries):
+            if place == (held.pager, held.number) and not partitions.is_partition(p):
+                return held.raw
+            held = held.named()
+            if place is None:
+                held = {name: back(p, value) for name, value in held.items()}
+        entries = self._formed(p, held, group, rule, paged=place is not None)
+        self.state[p] = entries if place is None else Entries(p, *place, entries)  # type: ignore[assignment]
+        return raw(self.state[p])
+
+    def _formed(
+        self, p: Tensor, entries: dict[str, Any], group: dict[str, Any], rule: rules.Rule, paged: bool
+    ) -> dict[str, Any]:
+        """``entries`` in the form that the group asks for. New ones that are to be ``paged`` take no memory yet."""
         if partitions.is_partition(p):
             partitions.take_over(p, entries, rule)
         if "step" not in entries:
@@ -229,14 +285,15 @@ class LowBitOptimizer(Optimizer):
         for state in rule.states:
             coded, bits = blocks.is_coded(entries, state.name), self._bits(p, group, state)
             if not coded and state.name not in entries:
-                entries.update(blocks.create(p, state, bits, group["block_size"], self._initial(state, group)))
+                value = self._initial(state, group)
+                entries.update(blocks.create(p, state, bits, group["block_size"], value, spread=paged))
             elif coded != (bits == 8):
                 saved = StateFormat.parse(group["state_format"])
                 _replace(entries, state.name, blocks.convert(p, state, entries, saved, bits, group["block_size"]))
         if not wants_master(p, group):
             entries.pop(MASTER, None)
         elif MASTER not in entries:
-            entries[MASTER] = shards.like(p, torch.zeros_like(shards.local(p), dtype=torch.int8), p.shape)
+            entries[MASTER] = blocks.filled(p, 0, torch.int8, spread=paged)
         return entries
 
     def _keep_format(self, group: dict[str, Any], rule: rules.Rule) -> None:
@@ -244,10 +301,12 @@ class LowBitOptimizer(Optimizer):
         saved, wanted = StateFormat.parse(group["state_format"]), StateFormat.of(rule, group["block_size"])
         if saved.block_size != wanted.block_size:
             for p in group["params"]:
+                entries = self.state.get(p, {})
+                named = entries.named() if isinstance(entries, Entries) else entries
                 for state in rule.states:
-                    if blocks.is_coded(self.state.get(p, {}), state.name):
-                        new = blocks.convert(p, state, self.state[p], saved, 8, wanted.block_size)
-                        _replace(self.state[p], state.name, new)
+                    if blocks.is_coded(named, state.name):
+                        for name, value in blocks.convert(p, state, named, saved, 8, wanted.block_size).items():
+                            entries[name] = value
         group["state_format"] = wanted.to_dict()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -256,7 +315,11 @@ class LowBitOptimizer(Optimizer):
         """The states as they are; with ``bits=32`` decoded, in the form that the twin in torch.optim loads.
 
         Under DeepSpeed they are always decoded: its tools read float32."""
-        saved = super().state_dict()
+        hook = self.register_state_dict_post_hook(_name_entries, prepend=True)
+        try:
+            saved = super().state_dict()
+        finally:
+            hook.remove()
         if bits is None and partitions.are_partitions(self.param_groups):
             bits = 32
         if bits is None:
@@ -303,7 +366,11 @@ class LowBitOptimizer(Optimizer):
             self.forget_plans()
             self.state.update(loaded)
             for group in self.param_groups:  # the checkpoint may have chosen another rule
-                group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
+                rule = self._rule_of(group)
+                group["state_format"] = StateFormat.of(rule, group["block_size"]).to_dict()
+                if group["paged"]:  # at once: what is not, Lightning moves to the device
+                    for p in (p for p in group["params"] if p in loaded):
+                        self._entries(p, group, rule)
 
         before = self.register_load_state_dict_pre_hook(take_states)
         after = self.register_load_state_dict_post_hook(put_states, prepend=True)
@@ -346,7 +413,14 @@ class LowBitOptimizer(Optimizer):
             MASTER,
             *(n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))),
         }
+        if group["paged"]:  # the states of one parameter at a time are near
+            converted = {k: v if k == "step" or k.endswith("_scales") else away(p, v) for k, v in converted.items()}
         return {**{k: v for k, v in entries.items() if k not in known}, **converted}
+
+
+def _name_entries(_: Optimizer, saved: dict[str, Any]) -> None:
+    """A checkpoint holds plain tensors and DTensors."""
+    saved["state"] = {k: v.named() if isinstance(v, Entries) else v for k, v in saved["state"].items()}
 
 
 def _format_of(group: dict[str, Any]) -> StateFormat | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any, TypedDict
 
@@ -14,7 +15,7 @@ from lowbit_lightning.kernels.rules import Rule
 
 MASTER = "master_remainder"
 """The state that holds the lower eight bits of a 24-bit master copy."""
-OWN = ("bits", "min_size", "block_size", "state_format")
+OWN = ("bits", "min_size", "block_size", "state_format", "paged", "resident", "page_dir")
 """Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
 
 
@@ -28,6 +29,9 @@ class OtherOptions(TypedDict, total=False):
     seed: int
     master: str | None
     skip_nonfinite: bool
+    paged: bool | str
+    resident: int | str
+    page_dir: str | None
     foreach: bool | None
     fused: bool | None
     capturable: bool
@@ -43,6 +47,10 @@ class Options(OtherOptions, total=False):
     without bias, keyed by ``seed`` (0). ``master`` (None): ``"bf16+8"`` keeps the next eight bits of bfloat16
     parameters in an int8 state, ``master_remainder``: updates as on a 24-bit master copy, at three bytes.
     ``skip_nonfinite`` (False): skip a whole step, on the device, when any gradient is not finite.
+
+    ``paged`` (False): keep the states in host memory and stream them through the GPU; ``"disk"``: in a file, for
+    parameters in RAM. ``resident`` (0): bytes of paged states that stay near, a number or ``"512MiB"``. ``page_dir``
+    (None): the folder of the file. See docs/paging.md.
 
     ``foreach``, ``fused``, ``capturable`` are accepted for torch's sake: every step is one fused call with its step
     counts on the device. ``differentiable`` must be False.
@@ -60,6 +68,9 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "master": None,
     "skip_nonfinite": False,
+    "paged": False,
+    "resident": 0,
+    "page_dir": None,
 }
 _NOT_NEGATIVE = (
     *("lr", "eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value", "trust_coefficient"),
@@ -92,6 +103,7 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
         raise ValueError(f'master must be None or "bf16+8", got {group["master"]!r}')
     if group["master"] and group["stochastic_rounding"]:
         raise ValueError('master="bf16+8" rounds its 24-bit copy to nearest; leave stochastic_rounding out')
+    check_paging(group)
     for name in _NOT_NEGATIVE:
         if group.get(name) is not None and not float(group[name]) >= 0:
             raise ValueError(f"{name} must be 0 or more, got {group[name]}")
@@ -110,6 +122,10 @@ def warn_of_inert(group: dict[str, Any], stacklevel: int) -> None:
         if group[name] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
             message = f"{name} has no effect: no parameter of the group is bfloat16"
             warnings.warn(message, stacklevel=stacklevel + 1)
+    for name, wanted in (("resident", (True, "disk")), ("page_dir", ("disk",))):
+        if group[name] and group["paged"] not in wanted:
+            message = f"{name} has no effect with paged={group['paged']!r}"
+            warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def wants_master(p: Tensor, group: dict[str, Any]) -> bool:
@@ -122,3 +138,29 @@ def check_dtypes(group: dict[str, Any]) -> None:
             raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
         if group["stochastic_rounding"] and p.dtype == torch.float16:
             raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16: leave it out")
+
+
+_UNITS = {"": 1, "B": 1, **{f"{x}B": 1000**i for i, x in enumerate("KMGT", 1)}}
+_UNITS |= {f"{x}IB": 1024**i for i, x in enumerate("KMGT", 1)}
+
+
+def parse_bytes(value: int | str) -> int:
+    """``"512MiB"``, ``"2 GB"`` or a number, in bytes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(value).upper())
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or match is None or match[2] not in _UNITS:
+        raise ValueError(f'resident must be a number of bytes, or one with a unit such as "512MiB", got {value!r}')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_paging(group: dict[str, Any]) -> None:
+    """Raise for values of the group's keys that are none."""
+    if group["paged"] not in (False, True, "disk"):
+        raise ValueError(f'paged must be False, True (to host memory) or "disk", got {group["paged"]!r}')
+    parse_bytes(group["resident"])
+    directory = group["page_dir"]
+    if directory is not None and not isinstance(directory, str):
+        raise ValueError(f"page_dir must be a folder's path as a str, or None for a temporary one, got {directory!r}")

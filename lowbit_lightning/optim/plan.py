@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
+from lowbit_lightning.optim.launches import Launch, Part
 from lowbit_lightning.state import blocks, shards
 
+FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
+"""Group keys that decide what a group's launches are."""
 _PLACE, _DTYPE = operator.attrgetter("shape", "dtype", "device"), operator.attrgetter("dtype")
 
 
@@ -27,22 +29,15 @@ class Work(NamedTuple):
     ordinals: list[int]
 
 
-class Part(NamedTuple):
-    """The step for the parameters of a work at ``indices``: of one device, with states of equal ``bits``."""
-
-    indices: list[int]
-    bits: int
-    arguments: kernels.StepArguments
-
-
 class Plan(NamedTuple):
-    """The arguments of a group's steps, kept while parameters and states stay the same objects."""
+    """The launches of a group's steps, in order, kept while parameters and states stay the same objects."""
 
     form: tuple
     params: list[Tensor]
     held: list[Any]
     places: list[Any]
     parts: list[Part]
+    launches: list[Launch]
 
     def fits(self, form: tuple, work: Work, held: list[Any]) -> bool:
         same = self.form == form and _same(self.params, work.params) and _same(self.held, held)
@@ -63,7 +58,8 @@ def work_of(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) ->
 
 def places(work: Work) -> list[Any]:
     """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
-    return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals]
+    addresses = [shards.local(p).data_ptr() for p in work.params] if work.group["paged"] else []  # pieces are views
+    return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals, *addresses]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:

@@ -74,17 +74,33 @@ def scales_name(name: str) -> str:
     return f"{name}_scales"
 
 
-def create(p: Tensor, state: State, bits: int, block_size: int, value: float = 0.0) -> dict[str, Tensor]:
-    """Entries of a state for the parameter p (a tensor or a DTensor), keyed by name; all elements are ``value``."""
-    local = shards.local(p)
+def create(
+    p: Tensor, state: State, bits: int, block_size: int, value: float = 0.0, spread: bool = False
+) -> dict[str, Tensor]:
+    """Entries of a state for the parameter p (a tensor or a DTensor), keyed by name; all elements are ``value``.
+
+    ``spread``: see ``filled``.
+    """
     if bits == 32:
-        full = torch.full(local.shape, value, dtype=torch.float32, device=local.device)
-        return {state.name: shards.like(p, full, p.shape)}
+        return {state.name: filled(p, value, torch.float32, spread)}
     code = 255 if value else dynamic_map(state.codebook).zero_code  # the code of 1.0
-    codes = torch.full(local.shape, code, dtype=torch.uint8, device=local.device)
-    grid = BlockGrid.of(local.shape, block_size)
-    scales = torch.full(grid.scales_shape, value, dtype=torch.float32, device=local.device)
-    return _coded(p, state, codes, scales, block_size)
+    local = shards.local(p)
+    scales = torch.full(
+        BlockGrid.of(local.shape, block_size).scales_shape, value, dtype=torch.float32, device=local.device
+    )
+    shape = BlockGrid.of(p.shape, block_size).scales_shape
+    return {
+        codes_name(state.name): filled(p, code, torch.uint8, spread),
+        scales_name(state.name): shards.like(p, scales, shape),
+    }
+
+
+def filled(p: Tensor, value: float, dtype: torch.dtype, spread: bool = False) -> Tensor:
+    """A tensor like p, of ``dtype``, full of ``value``; ``spread``: this rank's part of it, as one number in memory."""
+    local = shards.local(p)
+    if spread:
+        return torch.full((), value, dtype=dtype, device=local.device).expand(local.shape)
+    return shards.like(p, torch.full(local.shape, value, dtype=dtype, device=local.device), p.shape)
 
 
 def is_coded(entries: Mapping[str, Any], name: str) -> bool:

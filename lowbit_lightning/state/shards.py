@@ -31,14 +31,23 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def like(p: Tensor, part: Tensor, shape: Sequence[int]) -> Tensor:
-    """A DTensor of global ``shape``, placed as p is, from this rank's part; the part itself for a plain p."""
+def like(p: Tensor, part: Tensor, shape: Sequence[int], stays: bool = False) -> Tensor:
+    """A DTensor of global ``shape``, placed as p is, from this rank's part; the part itself for a plain p.
+
+    ``stays``: the part is not moved to the mesh's device; a GPU's may lie in host memory.
+    """
     if not isinstance(p, DTensor):
         return part
     stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(
-        part, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    stays = stays and part.device.type != p.device_mesh.device_type
+    made = DTensor.from_local(
+        part.to("meta") if stays else part,  # from_local moves all but this to the mesh's device
+        *(p.device_mesh, p.placements),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
     )
+    return DTensor(part, made._spec, requires_grad=False) if stays else made  # type: ignore[call-arg]
 
 
 def part_of(p: Tensor, value: Tensor) -> Tensor:

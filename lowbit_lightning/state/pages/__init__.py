@@ -1,5 +1,54 @@
-"""Optimizer states that lie in a far tier of memory and visit the near one for their step."""
+"""Optimizer states that lie in a far tier of memory and visit the near one for their step.
 
+``pager`` decides what is near when; ``layout`` where everything lies; ``transport`` says what moves it; ``entries`` is
+what ``optimizer.state`` shows of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit_lightning.state.pages.entries import Entries, raw
+from lowbit_lightning.state.pages.layout import Want
+from lowbit_lightning.state.pages.pager import Chunk, Pager, Piece
+from lowbit_lightning.state.pages.statistics import PageStatistics
 from lowbit_lightning.state.pages.transport import Event, Moves, Transport
 
-__all__ = ["Event", "Moves", "Transport"]
+__all__ = [
+    "Chunk",
+    "Entries",
+    "Event",
+    "Moves",
+    "PageStatistics",
+    "Pager",
+    "Piece",
+    "Transport",
+    "Want",
+    "open_transport",
+    "raw",
+]
+
+
+def open_transport(paged: bool | str, device: torch.device, directory: str | None = None) -> Transport | None:
+    """The transport between ``device`` and what ``paged`` names; None where there is nothing to page to.
+
+    ``paged``: True for host memory, which only a GPU has behind it, or "disk" for a file in ``directory`` (None: a
+    temporary one), which serves the CPU.
+
+    Raises:
+        ValueError: for "disk" under a GPU.
+    """
+    if paged == "disk" and device.type == "cpu":
+        from lowbit_lightning.state.pages.file import FileTransport
+
+        return FileTransport(directory)
+    if paged == "disk" and device.type != "meta":
+        raise ValueError(
+            f'paged="disk" pages from the host\'s memory to a file, and the parameters are on {device}: use '
+            "paged=True, which pages from the device to host memory"
+        )
+    if paged is True and device.type == "cuda":
+        from lowbit_lightning.state.pages.cuda import CudaTransport
+
+        return CudaTransport(device)
+    return None

@@ -25,8 +25,8 @@ class Moves:
 
     ``parts``: pairs of a uint8 vector that lies in a tensor of ``Transport.buffer``, and the offset in the slab, in
     bytes, of as many bytes. Parts of one ``Moves`` never overlap, neither near nor far. Any offset and any length may
-    occur: the first part of a chunk starts at a multiple of 4096 in the slab, the others at multiples of 256 or, where
-    a parameter is cut into several chunks, wherever its rows end.
+    occur: a chunk of whole parameters begins at a multiple of 4096 in the slab; the parts of one that is cut begin
+    wherever its rows end. Near memory and slab agree in the offset modulo 4096 (from the start of the buffer).
 
     Objects live as long as their transport and compare by identity: a transport may keep for each what it needs again
     (an event, a request).

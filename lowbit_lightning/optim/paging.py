@@ -1,0 +1,189 @@
+"""Paged states: which parameters' they are, and the pager that holds them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.formats import BlockGrid
+from lowbit_lightning.optim import partitions
+from lowbit_lightning.optim.launches import FOLD, in_runs
+from lowbit_lightning.optim.options import MASTER, parse_bytes, wants_master
+from lowbit_lightning.state import blocks, pages, shards
+from lowbit_lightning.state.pages import Entries, Pager, PageStatistics, Want, raw
+
+if TYPE_CHECKING:
+    from lowbit_lightning.optim.base import LowBitOptimizer
+
+
+class Paging:
+    """The pagers of an optimizer: one for each device that paged parameters lie on."""
+
+    def __init__(self) -> None:
+        self.pagers: dict[torch.device, Pager] = {}
+        self._places: dict[Tensor, tuple[Pager, int]] = {}
+        self._settings: dict[torch.device, tuple] = {}
+        self._hopeless: set[torch.device] = set()  # there is nothing to page to
+        self._passed: list[Tensor] = []  # parameters in the order of the first pass that updates them one by one
+        self._order: dict[Tensor, int] | None = None
+
+    # -- whose states are paged --------------------------------------------------------------------------------------
+
+    def place(self, optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> tuple[Pager, int] | None:
+        """The pager that is to hold p's states, and p's number there; None where they are not paged.
+
+        Where no pager has room for them in their form, makes one that holds all that is paged on p's device.
+        """
+        want = self._want(optimizer, p, group)
+        if want is None:
+            return None
+        if partitions.is_partition(p):
+            raise ValueError(
+                f"paged={group['paged']!r} does not go with DeepSpeed, which swaps param groups from step to step: "
+                "leave it out (its own offloading moves optimizer states), or use strategy='lowbit_sharded'"
+            )
+        device = shards.local(p).device
+        place = self._places.get(p)
+        same = place is not None and place[0] is self.pagers.get(device) and place[0].wants[place[1]] == want
+        if not same or self._settings[device] != _settings(group):
+            self._build(optimizer, device, group)
+            place = self._places.get(p)
+        return place
+
+    def _want(self, optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:
+        hopeless = shards.local(p).device in self._hopeless
+        return None if hopeless else want_of(optimizer, p, group)
+
+    # -- pagers ------------------------------------------------------------------------------------------------------
+
+    def _build(self, optimizer: LowBitOptimizer, device: torch.device, group: dict[str, Any]) -> None:
+        """A new pager for a device, with all states in it that the old one had in their present form."""
+        wants: dict[Tensor, Want] = {}
+        for other in optimizer.param_groups:
+            for p in other["params"]:
+                if shards.local(p).device == device and (p.requires_grad or raw(optimizer.state.get(p, {}))):
+                    want = self._want(optimizer, p, other)
+                    if want is not None:
+                        wants[p] = want
+                        _check_equal(group, other)
+        if self._order is not None:
+            last = len(self._order)
+            order = self._order
+            wants = dict(sorted(wants.items(), key=lambda item: order.get(item[0], last)))
+        transport = pages.open_transport(group["paged"], device, group["page_dir"])
+        if transport is None:
+            self._hopeless.add(device)
+            self._places = {p: place for p, place in self._places.items() if p not in wants}
+            _warn_of_nothing_to_page_to(device)
+            return
+        old = self.pagers.get(device)
+        try:
+            new = Pager(transport, list(wants.values()), parse_bytes(group["resident"]))
+        except BaseException:
+            transport.close()
+            raise
+        self._places = {p: place for p, place in self._places.items() if place[0] is not old and p not in wants}
+        self._places |= {p: (new, number) for number, p in enumerate(wants)}
+        self.pagers[device], self._settings[device] = new, _settings(group)
+        if old is not None:
+            self._move(optimizer, old, new)
+            old.close()
+        optimizer.forget_plans()
+
+    def _move(self, optimizer: LowBitOptimizer, old: Pager, new: Pager) -> None:
+        old.settle()
+        for p, entries in list(optimizer.state.items()):
+            if isinstance(entries, Entries) and entries.pager is old and p in self._places:
+                number = self._places[p][1]
+                if new.wants[number].dtypes == old.wants[entries.number].dtypes:
+                    optimizer.state[p] = Entries(p, new, number, entries.raw)  # type: ignore[assignment]
+
+    def drop_unused(self, optimizer: LowBitOptimizer) -> None:
+        """Close pagers that no state lies in any more."""
+        used = {id(entries.pager) for entries in optimizer.state.values() if isinstance(entries, Entries)}
+        for device in [device for device, pager in self.pagers.items() if id(pager) not in used]:
+            self.pagers.pop(device).close()
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def passed(self, p: Tensor) -> None:
+        """A step of a single parameter, in an order that is not known before."""
+        if self._order is None and self.pagers:
+            self._passed.append(p)
+
+    def end_step(self, optimizer: LowBitOptimizer) -> None:
+        """The step is over. After the first one of single parameters, what lies in the slab is put in their order."""
+        for pager in self.pagers.values():
+            pager.end_step()
+        if self._passed:
+            self._order, self._passed = {p: i for i, p in enumerate(self._passed)}, []
+            for device, pager in list(self.pagers.items()):
+                params = [p for p, place in self._places.items() if place[0] is pager and p in self._order]
+                places = [self._order[p] for p in params]
+                if places != sorted(places):
+                    group = next(g for g in optimizer.param_groups if any(p is params[0] for p in g["params"]))
+                    self._build(optimizer, device, group)
+
+    def statistics(self) -> PageStatistics | None:
+        """What all pagers did; None where there are none."""
+        parts = [pager.statistics for pager in self.pagers.values()]
+        return PageStatistics.total(parts) if parts else None
+
+
+def want_of(optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:
+    """What p, of a group, keeps in a slab; None where nothing of it is paged."""
+    local = shards.local(p)
+    if not group["paged"] or not local.numel():
+        return None
+    rule = optimizer._rule_of(group)
+    dtypes = []
+    for state in rule.states:
+        coded = optimizer._bits(p, group, state) == 8
+        dtypes.append((blocks.codes_name(state.name), torch.uint8) if coded else (state.name, torch.float32))
+    if wants_master(p, group):
+        dtypes.append((MASTER, torch.int8))
+    if not dtypes:
+        return None
+    grid, unit = BlockGrid.of(local.shape, group["block_size"]), local.numel()
+    if local.is_contiguous():
+        if in_runs(grid):
+            unit = group["block_size"] * (FOLD if rule.norms else 1)
+        elif not rule.norms:  # whose sums go on from row to row
+            unit = grid.row_length
+    return Want(tuple(local.shape), tuple(dtypes), unit)
+
+
+def away(p: Tensor, value: Tensor) -> Tensor:
+    """A state of p in host memory: a DTensor where it was one."""
+    return shards.like(p, shards.local(value).to("cpu"), value.shape, stays=True)
+
+
+def back(p: Tensor, value: Tensor) -> Tensor:
+    """A state of p where p is, in memory of its own."""
+    local = shards.local(value).to(shards.local(p).device, copy=True)
+    return shards.like(p, local, value.shape) if shards.is_sharded(value) else local
+
+
+def _settings(group: dict[str, Any]) -> tuple:
+    return group["paged"], parse_bytes(group["resident"]), group["page_dir"]
+
+
+def _check_equal(group: dict[str, Any], other: dict[str, Any]) -> None:
+    if _settings(group) != _settings(other):
+        raise ValueError(
+            "paged, resident and page_dir must be equal in all param groups that are paged, got "
+            f"{_settings(group)} and {_settings(other)}: their states share one pager and its budget; a group may also "
+            "have paged=False"
+        )
+
+
+def _warn_of_nothing_to_page_to(device: torch.device) -> None:
+    if device.type != "meta":
+        warnings.warn(
+            f"paged=True has no effect on {device}: states lie in host memory already, and are not paged; "
+            'paged="disk" keeps them in a file',
+            stacklevel=2,
+        )

@@ -1,0 +1,101 @@
+"""Pinned host memory under a GPU: one stream in, one stream out, and events.
+
+Everything is made once and kept: the slab, the streams, an event for each chunk and direction. A step allocates nothing
+and waits for nothing on the host. Buffers are freed only behind ``close``, when all copies are done, so that the
+allocator need not know of the streams.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.state.pages.transport import Moves
+
+
+class CudaTransport:
+    """See ``transport.Transport``. The compute stream is whatever is current when ``wait`` and ``computed`` are
+    called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._slab: Tensor | None = None
+        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        # A wait concerns what an event was recorded for when the wait was asked for: events may be used again.
+        self._events: defaultdict[tuple[str, Moves], torch.cuda.Event] = defaultdict(torch.cuda.Event)
+        self._pairs: dict[Moves, list[tuple[Tensor, Tensor]]] = {}
+
+    def allocate(self, nbytes: int) -> Tensor:
+        slab = torch.empty(nbytes, dtype=torch.uint8)
+        # Pinned in place, for all devices: torch's own pinned allocations are rounded up to the next power of two.
+        status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), nbytes, 1) if nbytes else 0
+        if int(status) != 0:
+            raise RuntimeError(
+                f"paged=True needs {nbytes} bytes of pinned host memory, and the driver does not give them (cudaError "
+                f"{int(status)}): make room in the host's memory, raise `resident` so that less is paged, or page less"
+            )
+        self._slab = slab
+        return slab
+
+    def buffer(self, nbytes: int) -> Tensor:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._in.wait_stream(torch.cuda.current_stream(self.device))  # whose kernels may have used it before
+        return memory
+
+    def fetch(self, moves: Moves, after: torch.cuda.Event | None) -> torch.cuda.Event:
+        with torch.cuda.stream(self._in):
+            if after is not None:
+                self._in.wait_event(after)
+            for near, far in self._tensors(moves):
+                near.copy_(far, non_blocking=True)
+            return self._recorded("fetch", moves, self._in)
+
+    def store(self, moves: Moves, after: torch.cuda.Event | None) -> torch.cuda.Event:
+        with torch.cuda.stream(self._out):
+            if after is not None:
+                self._out.wait_event(after)
+            for near, far in self._tensors(moves):
+                far.copy_(near, non_blocking=True)
+            return self._recorded("store", moves, self._out)
+
+    def computed(self, moves: Moves) -> torch.cuda.Event:
+        return self._recorded("computed", moves, torch.cuda.current_stream(self.device))
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a paged optimizer cannot be captured in a CUDA graph: build it with paged=False")
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def settle(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
+    def trim(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._slab is None:
+            return
+        slab, self._slab = self._slab, None
+        self._in.synchronize()
+        self._out.synchronize()
+        self._pairs.clear()
+        self._events.clear()
+        if slab.numel():
+            torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _tensors(self, moves: Moves) -> list[tuple[Tensor, Tensor]]:
+        """Near memory, and the part of the slab."""
+        if moves not in self._pairs:
+            assert self._slab is not None
+            self._pairs[moves] = [(near, self._slab[first : first + near.numel()]) for near, first in moves.parts]
+        return self._pairs[moves]
+
+    def _recorded(self, kind: str, moves: Moves, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = self._events[kind, moves]
+        event.record(stream)
+        return event

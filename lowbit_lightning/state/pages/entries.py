@@ -1,0 +1,88 @@
+"""``optimizer.state[p]`` of a paged parameter."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+
+from lowbit_lightning.state import shards
+from lowbit_lightning.state.pages.pager import Pager
+
+
+class Entries:
+    """The entries of a parameter, of which some lie in a pager's slab; reads like a dict.
+
+    Whoever reads a value sees the states as the last step left them: what is near is stored first, and no copy is under
+    way. A tensor that was read is the slab's memory, and later steps change it behind the reader's back, without
+    waiting: read again, or clone. Assigning a tensor to a paged state copies it into the slab.
+
+    No ``Mapping``: Lightning moves whatever is in one to the device, and these have to stay. ``dict(entries)`` works.
+    """
+
+    def __init__(self, p: Tensor, pager: Pager, number: int, entries: Mapping[str, Any]) -> None:
+        """Take in the ``entries`` of p, the pager's parameter of that ``number``: those that it wants are copied."""
+        self._p, self.pager, self.number = p, pager, number
+        pager.write(number, {name: shards.local(entries[name]) for name in pager.far[number]})
+        self.raw: dict[str, Any] = {**entries, **pager.far[number]}
+        """The same entries, for those who know what they do."""
+
+    def named(self) -> dict[str, Any]:
+        """The entries as they are without paging: DTensors where p is one. Those in the slab are not copied."""
+        return {
+            name: shards.like(self._p, value, self._p.shape, stays=True) if self.is_paged(name) else value
+            for name, value in self.items()
+        }
+
+    def _settled(self) -> dict[str, Any]:
+        self.pager.settle()
+        return self.raw
+
+    def is_paged(self, name: str) -> bool:
+        return name in self.pager.far[self.number]
+
+    def keys(self) -> KeysView[str]:
+        return self.raw.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.raw)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.raw
+
+    def __getitem__(self, name: str) -> Any:
+        return self._settled()[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._settled().get(name, default)
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._settled().items()
+
+    def values(self) -> ValuesView[Any]:
+        return self._settled().values()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.is_paged(name):
+            self.pager.write(self.number, {name: shards.local(value)})
+        else:
+            self.raw[name] = value
+
+    def __repr__(self) -> str:
+        return f"Entries({self.raw})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return deepcopy(self.named(), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.named(),)
+
+
+def raw(entries: Any) -> dict[str, Any]:
+    """The entries as a dict, without waiting for their values to be true."""
+    return entries.raw if isinstance(entries, Entries) else entries

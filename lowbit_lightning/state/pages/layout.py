@@ -1,0 +1,188 @@
+"""Where every state lies in the slab, and which of them travel together.
+
+Parameters lie one behind another in the order of the step, each with all its states. A *chunk* holds consecutive
+parameters, as many as fit; one that is larger than a chunk is cut into *spans* of elements, each a chunk of its own, so
+that all states of an element travel together. In the slab every state is contiguous, also of a parameter that is cut.
+The first chunks, up to the budget, are *resident*: they stay near.
+
+What travels lies at the same offset within a page of 4096 bytes, near and far: direct I/O wants that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+CHUNK = 32 << 20
+"""Bytes of a chunk where states are large; copies of this size run at the link's speed."""
+RING = 3
+SMALLEST = 64 << 10
+"""Bytes below which chunks are not made smaller for the ring's sake."""
+_SHARE = 8
+"""The streamed states are at least so many chunks, unless chunks were smaller than ``SMALLEST``."""
+_PAGE, _ALIGNED = 4096, 256
+
+
+class Want(NamedTuple):
+    """What a parameter keeps in the slab: ``shape``, and the dtype of each state by its name. It may be cut in front of
+    elements whose index is a multiple of ``unit``."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[tuple[str, torch.dtype], ...]
+    unit: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of so many elements of all states, each state aligned."""
+        return sum(_up(numel * dtype.itemsize) for _, dtype in self.dtypes)
+
+
+class Span(NamedTuple):
+    """The elements ``start`` to ``stop - 1`` of a parameter, in a chunk: first bytes of each state, far (in the slab)
+    and near (in the chunk's memory)."""
+
+    want: int
+    start: int
+    stop: int
+    far: tuple[int, ...]
+    near: tuple[int, ...]
+
+
+@dataclass
+class ChunkPlan:
+    resident: bool
+    spans: list[Span] = field(default_factory=list)
+    nbytes: int = 0
+    moves: list[tuple[int, int, int]] = field(default_factory=list)
+    """Far and near offset, and bytes, of what is contiguous in both."""
+
+    def add(self, want: int, start: int, stop: int, far: list[int], sizes: list[int], padded: bool) -> None:
+        """``sizes``: bytes of each state. Where ``padded``, the bytes up to the next state belong to it."""
+        near = []
+        for offset, size in zip(far, sizes, strict=True):
+            first = self.nbytes + (offset - self.nbytes) % _PAGE
+            length = _up(size) if padded else size
+            near.append(first)
+            if self.moves and _end(self.moves[-1]) == (offset, first):
+                first_far, first_near, before = self.moves.pop()
+                self.moves.append((first_far, first_near, before + length))
+            else:
+                self.moves.append((offset, first, length))
+            self.nbytes = first + _up(size)
+        self.spans.append(Span(want, start, stop, tuple(far), tuple(near)))
+
+
+class Layout(NamedTuple):
+    chunks: list[ChunkPlan]
+    places: list[tuple[int, ...]]
+    """For each parameter the first byte of each state in the slab."""
+    nbytes: int
+
+    @property
+    def ring(self) -> list[int]:
+        """Bytes of the buffers that streamed chunks take turns in."""
+        streamed = [chunk.nbytes for chunk in self.chunks if not chunk.resident]
+        return [max(streamed[slot::RING]) for slot in range(min(RING, len(streamed)))]
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the chunks that stay near."""
+        return sum(chunk.nbytes for chunk in self.chunks if chunk.resident)
+
+    @property
+    def near_bytes(self) -> int:
+        return sum(self.ring) + self.resident
+
+
+def lay_out(wants: Sequence[Want], resident: int, limit: int = CHUNK) -> Layout:
+    """Chunks of at most ``limit`` bytes, unless a single unit is larger, and at most ``resident`` bytes of them
+    resident."""
+    streamed = max(0, sum(want.nbytes(want.numel) for want in wants) - resident)
+    return _Builder(min(limit, max(SMALLEST, -(-streamed // _SHARE))), resident).build(wants)
+
+
+class _Builder:
+    def __init__(self, limit: int, resident: int) -> None:
+        self.limit, self.left, self.far = limit, resident, 0
+        self.chunks: list[ChunkPlan] = []
+        self.full = True  # whether the last chunk takes no more
+
+    def build(self, wants: Sequence[Want]) -> Layout:
+        places = [
+            self._whole(number, want)
+            if want.nbytes(want.numel) <= self.limit or want.unit >= want.numel
+            else self._cut(number, want)
+            for number, want in enumerate(wants)
+        ]
+        return Layout(self.chunks, places, _up(self.far, _PAGE))
+
+    def _whole(self, number: int, want: Want) -> tuple[int, ...]:
+        total = want.nbytes(want.numel)
+        if self.left < total:
+            self.left = 0
+        same = bool(self.chunks) and self.chunks[-1].resident == (self.left > 0)
+        if self.full or not same or self.chunks[-1].nbytes + total > self.limit:
+            self._next_chunk()
+        far = self._far_of(want)
+        self._add(number, want, 0, want.numel, far)
+        return far
+
+    def _cut(self, number: int, want: Want) -> tuple[int, ...]:
+        far: tuple[int, ...] = ()
+        start = 0
+        while start < want.numel:
+            if not self._elements(want, min(self.limit, self.left)):
+                self.left = 0
+            self._next_chunk()
+            far = far or self._far_of(want)
+            most = max(want.unit, self._elements(want, min(self.limit, self.left) if self.left else self.limit))
+            if not self.left:  # pieces of equal size
+                count = -(-(want.numel - start) // most)
+                most = _up(-(-(want.numel - start) // count), want.unit)
+            stop = min(want.numel, start + most)
+            self._add(number, want, start, stop, far)
+            start = stop
+        self.full = True
+        return far
+
+    def _next_chunk(self) -> None:
+        self.far = _up(self.far, _PAGE)
+        self.chunks.append(ChunkPlan(resident=self.left > 0))
+        self.full = False
+
+    def _elements(self, want: Want, room: int) -> int:
+        """How many elements, a multiple of the unit, fit."""
+        each = sum(dtype.itemsize for _, dtype in want.dtypes)
+        return max(0, room - _PAGE * (1 + len(want.dtypes))) // each // want.unit * want.unit
+
+    def _far_of(self, want: Want) -> tuple[int, ...]:
+        offsets = []
+        for _, dtype in want.dtypes:
+            offsets.append(self.far)
+            self.far += _up(want.numel * dtype.itemsize)
+        return tuple(offsets)
+
+    def _add(self, number: int, want: Want, start: int, stop: int, far: tuple[int, ...]) -> None:
+        sizes = [dtype.itemsize for _, dtype in want.dtypes]
+        chunk, before = self.chunks[-1], self.chunks[-1].nbytes
+        first = [offset + start * size for offset, size in zip(far, sizes, strict=True)]
+        whole = stop - start == want.numel
+        chunk.add(number, start, stop, first, [(stop - start) * size for size in sizes], padded=whole)
+        if chunk.resident:
+            self.left = max(0, self.left - (chunk.nbytes - before))
+
+
+def _up(nbytes: int, to: int = _ALIGNED) -> int:
+    return -(-nbytes // to) * to
+
+
+def _end(move: tuple[int, int, int]) -> tuple[int, int]:
+    far, near, nbytes = move
+    return far + nbytes, near + nbytes

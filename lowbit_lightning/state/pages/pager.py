@@ -1,0 +1,262 @@
+"""The pager: fixed resident pages, and a ring of near buffers through which the rest streams.
+
+A step touches every state once, in a fixed order, so that a cache would miss every page (an LRU evicts what comes
+next). Instead the first chunks stay near for good, and every other one has its place in a ring of three buffers: while
+kernels work on one, the one before travels out and the next two travel in. What follows a chunk is known from the last
+step. At the end of a step the first chunks of the next one are sent for, while the last ones are still on their way
+out: both overlap the next forward and backward.
+
+Every near buffer has *one chain of events*: whatever happens to it, waits for what happened to it last. A chunk always
+uses the same buffer, so that the chain orders its place in the slab too. These are all the rules there are:
+
+* a fetch into a buffer runs behind the last event of the buffer,
+* kernels on a buffer run behind its last event,
+* a store runs behind the kernels,
+* before the host touches the slab, what only lies near is stored, and all chains are waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.state.pages import layout
+from lowbit_lightning.state.pages.layout import RING, Want
+from lowbit_lightning.state.pages.statistics import PageStatistics
+from lowbit_lightning.state.pages.transport import Event, Moves, Transport
+
+_STALL = 1e-4  # seconds that a wait takes at least to be called one
+
+
+@dataclass(eq=False)
+class Slot:
+    """A near buffer: the chunk that it holds, and the last event of its chain."""
+
+    memory: Tensor
+    holds: Chunk | None = None
+    last: Event | None = None
+    unsaved: bool = False
+    """Whether kernels have changed what it holds since it was stored."""
+
+
+@dataclass(eq=False)
+class Chunk:
+    """What travels together."""
+
+    index: int
+    slot: Slot
+    moves: Moves
+    resident: bool
+
+
+class Piece(NamedTuple):
+    """The elements ``start`` to ``stop - 1`` of a parameter's states, near while their chunk is: flat, by name."""
+
+    chunk: Chunk
+    start: int
+    stop: int
+    states: dict[str, Tensor]
+
+
+class Pager:
+    """Keeps states of parameters in the slab of a transport, and brings them near for their step.
+
+    Args:
+        transport: its own; ``close`` closes it.
+        wants: what each parameter keeps, in the order of the step.
+        resident: bytes that stay near.
+        chunk: bytes of a chunk at most, unless a single row of a parameter is larger.
+
+    ``far[i][name]`` are the states of parameter i in the slab, as CPU tensors, true after ``settle()`` and until the
+    next ``near()``; ``pieces[i]`` are the same states in chunks.
+    """
+
+    def __init__(
+        self, transport: Transport, wants: Sequence[Want], resident: int = 0, chunk: int | None = None
+    ) -> None:
+        self.transport, self.wants = transport, tuple(wants)
+        plan = layout.lay_out(self.wants, resident, layout.CHUNK if chunk is None else chunk)
+        self._slab = transport.allocate(plan.nbytes)
+        self.far = [
+            {
+                name: _view(self._slab, first, dtype, want.shape)
+                for (name, dtype), first in zip(want.dtypes, firsts, strict=True)
+            }
+            for want, firsts in zip(self.wants, plan.places, strict=True)
+        ]
+        self.chunks = self._make_chunks(plan)
+        self.pieces = self._make_pieces(plan.chunks)
+        streamed = [chunk for chunk in self.chunks if not chunk.resident]
+        self.statistics = PageStatistics(
+            far_bytes=plan.nbytes,
+            resident_bytes=plan.resident,
+            near_bytes=plan.near_bytes,
+            stalls_on_host=transport.device.type == "cpu",
+        )
+        self._order, self._visited = streamed, list[Chunk]()  # of the last step, and so far of this one
+        self._next = 0  # where in that order this step goes on
+        self._open: Chunk | None = None
+        self._changes = False  # whether kernels change the open chunk
+        self._opened_at = 0.0
+        self._stepping = False  # whether anything was near since the last end of a step
+        self._settled = True  # nothing is near
+        self._written = 0  # bytes, by the host, since the slab was last trimmed
+        self._closed = False
+
+    def _make_chunks(self, plan: layout.Layout) -> list[Chunk]:
+        ring = [Slot(self.transport.buffer(size)) for size in plan.ring]
+        stay = self.transport.buffer(plan.resident)
+        self._slots, chunks, first, streamed = list(ring), list[Chunk](), 0, 0
+        for index, planned in enumerate(plan.chunks):
+            if planned.resident:
+                slot = Slot(stay[first : first + planned.nbytes])
+                self._slots.append(slot)
+                first += planned.nbytes
+            else:
+                slot = ring[streamed % RING]
+                streamed += 1
+            parts = tuple((slot.memory[near : near + nbytes], far) for far, near, nbytes in planned.moves)
+            chunks.append(Chunk(index, slot, Moves(parts), planned.resident))
+        return chunks
+
+    def _make_pieces(self, plans: list[layout.ChunkPlan]) -> list[list[Piece]]:
+        pieces: list[list[Piece]] = [[] for _ in self.wants]
+        for chunk, plan in zip(self.chunks, plans, strict=True):
+            for span in plan.spans:
+                count = span.stop - span.start
+                states = {
+                    name: chunk.slot.memory[first : first + count * dtype.itemsize].view(dtype)
+                    for (name, dtype), first in zip(self.wants[span.want].dtypes, span.near, strict=True)
+                }
+                pieces[span.want].append(Piece(chunk, span.start, span.stop, states))
+        return pieces
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def near(self, chunk: Chunk, changes: bool = True) -> None:
+        """Have kernels that are launched from now on find ``chunk`` near, until another one is asked for.
+
+        ``changes``: whether they change it.
+        """
+        if self._open is not chunk:
+            self._leave()
+            self._opened_at = perf_counter()
+            if self._settled:
+                self.transport.trim()
+            self._settled = False
+            self._send_for(chunk)
+            if not chunk.resident:
+                self._follow(chunk)
+            self._look_ahead(chunk)
+            self._wait(chunk.slot)
+            self._open, self._changes, self._stepping = chunk, False, True
+        self._changes = self._changes or changes
+
+    def end_step(self) -> None:
+        """The step is over: send out what is near, and for what the next one needs first. Waits for nothing."""
+        self._leave()
+        if not self._stepping:
+            return
+        self._stepping = False
+        self.statistics.steps += 1
+        if self._visited:
+            self._order, self._visited, self._next = self._visited, [], 0
+            self._look_ahead(None)
+
+    def _leave(self) -> None:
+        """No more kernels on the open chunk."""
+        if self._open is None:
+            return
+        chunk, self._open = self._open, None
+        self.statistics.step_seconds += perf_counter() - self._opened_at
+        chunk.slot.last = self.transport.computed(chunk.moves)
+        chunk.slot.unsaved = chunk.slot.unsaved or self._changes
+        if chunk.slot.unsaved and not chunk.resident:
+            self._store(chunk.slot)
+
+    def _send_for(self, chunk: Chunk) -> None:
+        slot = chunk.slot
+        if slot.holds is not chunk:
+            slot.holds, slot.last = chunk, self.transport.fetch(chunk.moves, after=slot.last)
+            self.statistics.bytes_in += chunk.moves.nbytes
+
+    def _store(self, slot: Slot) -> None:
+        assert slot.holds is not None
+        slot.last = self.transport.store(slot.holds.moves, after=slot.last)
+        slot.unsaved = False
+        self.statistics.bytes_out += slot.holds.moves.nbytes
+
+    def _follow(self, chunk: Chunk) -> None:
+        """Note where in the last step's order this step is."""
+        self._visited.append(chunk)
+        if self._order[self._next : self._next + 1] != [chunk]:
+            self._next = self._order.index(chunk) if chunk in self._order else len(self._order)
+        self._next = min(self._next + 1, len(self._order))
+
+    def _look_ahead(self, opened: Chunk | None) -> None:
+        """Send for what comes next, as far as the ring has room beside the opened chunk."""
+        taken = [] if opened is None or opened.resident else [opened.slot]
+        for later in self._order[self._next : self._next + RING - len(taken)]:
+            if later.slot in taken:  # it waits for a chunk that comes before it
+                return
+            taken.append(later.slot)
+            self._send_for(later)
+
+    def _wait(self, slot: Slot) -> None:
+        began = perf_counter()
+        self.transport.wait(slot.last)
+        waited = perf_counter() - began
+        self.statistics.waits += 1
+        self.statistics.stall_seconds += waited
+        self.statistics.stalls += waited > _STALL
+
+    # -- the slab as memory ------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Have all states in the slab and nothing under way: the host may read and change it until the next step."""
+        if self._settled:
+            return
+        self._leave()
+        for slot in self._slots:
+            if slot.unsaved:
+                self._store(slot)
+        for slot in self._slots:
+            if slot.last is not None:
+                self.transport.settle(slot.last)
+            slot.holds = slot.last = None
+        self._settled = True
+
+    def write(self, number: int, states: Mapping[str, Tensor]) -> None:
+        """Copy states of parameter ``number`` into the slab, from wherever they lie."""
+        self.settle()
+        for name, value in states.items():
+            self.far[number][name].copy_(value)
+            self._written += self.far[number][name].nbytes
+        if self._written > layout.CHUNK:
+            self._written = 0
+            self.transport.trim()
+
+    def close(self) -> None:
+        """Settle, and give back near memory and the far tier; ``far`` stays readable."""
+        if not self._closed:
+            self._closed = True
+            try:
+                self.settle()
+            finally:
+                self.transport.close()
+            self.chunks, self.pieces, self._slots, self._order, self._visited = [], [], [], [], []
+
+
+def _view(slab: Tensor, first: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Part of the slab as a tensor with a storage of its own: ``torch.save`` writes whole storages, and refuses one
+    that tensors of different dtypes share."""
+    count = 1
+    for length in shape:
+        count *= length
+    part = torch.from_numpy(slab[first : first + count * dtype.itemsize].numpy())
+    return part.view(dtype).view(shape)
