@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit_lightning.kernels.rules import Rule
 from lowbit_lightning.state import blocks, shards
+
+if TYPE_CHECKING:
+    from lowbit_lightning.optim.base import LowBitOptimizer
 
 
 def is_partition(p: Tensor) -> bool:
@@ -51,3 +54,11 @@ def take_over(p: Tensor, entries: dict[str, Tensor], rule: Rule) -> None:
     if "step" in entries:
         step = torch.as_tensor(entries["step"]).detach()
         entries["step"] = step.to(p.device, torch.float32, copy=True).reshape(())
+
+
+def quantise_loaded(optimizer: LowBitOptimizer) -> None:
+    """Bring states that DeepSpeed has written into their form now. The first step would; until then they take four
+    times the memory."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer._entries(p, group, optimizer._rule_of(group))

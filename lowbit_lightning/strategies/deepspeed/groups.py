@@ -22,15 +22,18 @@ OWN = ("params", "bits", "state_format")
 
 
 class SplitGroups:
-    """The groups of an optimizer, split in place; ``follow`` before each step."""
+    """The groups of an optimizer, split in place; ``follow`` before each step.
+
+    Groups are known by their numbers: ``load_state_dict`` makes new ones.
+    """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
-        self._given = list(optimizer.param_groups)
-        self._pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._optimizer, self._given = optimizer, len(optimizer.param_groups)
+        self._pairs: list[tuple[int, int]] = []
         if not isinstance(optimizer, LowBitOptimizer):
             return
         embeddings = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        for group in self._given:
+        for number, group in enumerate(list(optimizer.param_groups)):
             if group["bits"] != 8:
                 continue
             low: list[Tensor] = []
@@ -42,17 +45,18 @@ class SplitGroups:
             elif high:
                 group["params"] = low
                 optimizer.add_param_group({**group, "params": high, "bits": 32})
-                self._pairs.append((group, optimizer.param_groups[-1]))
+                self._pairs.append((number, len(optimizer.param_groups) - 1))
 
     def follow(self) -> None:
         """Give the new groups the hyperparameters that theirs have now."""
-        for group, new in self._pairs:
-            new.update({key: value for key, value in group.items() if key not in OWN})
+        groups = self._optimizer.param_groups
+        for number, new in self._pairs:
+            groups[new].update({key: value for key, value in groups[number].items() if key not in OWN})
 
     def hide_from(self, scheduler: Any) -> None:
         """Let a scheduler, and those it is made of, see the groups that it was built for."""
         if self._pairs:
-            scheduler.optimizer = _View(scheduler.optimizer, self._given)
+            scheduler.optimizer = _View(self._optimizer, self._given)
             for inner in getattr(scheduler, "_schedulers", ()):
                 self.hide_from(inner)
 
@@ -63,16 +67,20 @@ def _fits(p: Tensor, min_size: int) -> bool:
 
 
 class _View:
-    """An optimizer with fewer groups."""
+    """An optimizer of which the first ``count`` groups are seen."""
 
-    def __init__(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-        self._optimizer, self.param_groups = optimizer, groups
+    def __init__(self, optimizer: Optimizer, count: int) -> None:
+        self._optimizer, self._count = optimizer, count
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups[: self._count]
 
     def __getattr__(self, name: str) -> Any:
         if name == "_optimizer":  # while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self._optimizer, name)
 
-    @property  # callbacks name learning rates after it
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]  # callbacks name learning rates after it
+    def __class__(self) -> Any:
         return type(self._optimizer)

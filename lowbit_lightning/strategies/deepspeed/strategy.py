@@ -40,6 +40,7 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import optim
 from lowbit_lightning.optim.convert import has_twin
+from lowbit_lightning.optim.partitions import quantise_loaded
 from lowbit_lightning.strategies.deepspeed.config import check_deepspeed, complete, read
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
 
@@ -252,8 +253,8 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
             )
         with self._universal():
             state = super().load_checkpoint(checkpoint_path, weights_only)
-        if self.zero_stage_3 and self.lightning_module.trainer.training:
-            self._load_groups(path)
+        if self.lightning_module.trainer.training:
+            self._take_universal(path)
         return state
 
     @contextmanager
@@ -266,9 +267,15 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         finally:
             config.load_universal_checkpoint = before
 
-    def _load_groups(self, path: Path) -> None:
-        """DeepSpeed has given all groups the first one's hyperparameters."""
-        tag = (path / "latest_universal").read_text().strip()
-        saved = torch.load(path / tag / "zero" / "optimizer_state.pt", mmap=True, weights_only=False)
-        for group, theirs in zip(self.optimizers[0].param_groups, saved["param_groups"], strict=True):
-            group.update({key: value for key, value in theirs.items() if key != "params"})
+    def _take_universal(self, path: Path) -> None:
+        zero: Any = self.optimizers[0]
+        if self.zero_stage_3:  # all groups have got the first one's hyperparameters
+            tag = (path / "latest_universal").read_text().strip()
+            saved = torch.load(path / tag / "zero" / "optimizer_state.pt", mmap=True, weights_only=False)
+            for group, theirs in zip(zero.param_groups, saved["param_groups"], strict=True):
+                group.update({key: value for key, value in theirs.items() if key != "params"})
+            zero._set_fp32_optimizer_param_groups()
+        if isinstance(zero.optimizer, optim.LowBitOptimizer):
+            quantise_loaded(zero.optimizer)
+        if self.zero_stage_3:
+            zero._clear_fp32_optimizer_param_groups()

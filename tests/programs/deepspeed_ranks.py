@@ -1,0 +1,448 @@
+"""DeepSpeed on gloo ranks of one machine: ``deepspeed_ranks.py FOLDER ROUND...``, where a round is a number of ranks.
+
+One process imports everything and forks the ranks of each round in turn. Every rank runs the round's checks and
+writes ``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null. ``test_deepspeed.py`` reads
+them. DeepSpeed with torch's own AdamW, under Lightning's strategy, is the yardstick. The round "2" comes first: the
+others load what it saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from deepspeed.checkpoint import ds_to_universal
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lowbit_lightning import kernels, layers, optim
+from lowbit_lightning.strategies import DeepSpeedStrategy
+
+spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).parents[2] / "examples" / "train_gpt.py")
+assert spec is not None
+assert spec.loader is not None
+train_gpt = importlib.util.module_from_spec(spec)
+sys.modules["train_gpt"] = train_gpt
+spec.loader.exec_module(train_gpt)
+Example: Any = train_gpt.GPT
+
+STEPS, SAVED_AT, BATCH, CONTEXT = 6, 3, 6, 16
+SETTINGS = train_gpt.Settings(width=256, layers=2, context=CONTEXT, steps=STEPS, warmup=2, learning_rate=1e-3)
+STAGES = 1, 2, 3
+LIMITS = {"32": 1e-6, "8": 1e-3, "int8": 5e-3}  # as for lowbit_sharded; relative, of any loss
+BYTES = 0.30  # of float32's: 2.03 bytes for 8, and the embedding and 1-D parameters with 8 for 8
+
+
+class GPT(Example):
+    """The example's model and optimizer, on the same windows in the same order on any number of ranks."""
+
+    def __init__(self, optimizer: Any = None) -> None:
+        torch.manual_seed(0)
+        super().__init__(SETTINGS, low_bit=False)
+        self.optimizer, self.losses = optimizer, list[Tensor]()
+        starts = torch.randint(0, 50, (BATCH * STEPS, 1), generator=seeded(1))
+        self.windows = (starts + 7 * torch.arange(CONTEXT + 1)) % 256
+
+    def training_step(self, number: Tensor, index: int) -> Tensor:
+        first = index * BATCH + dist.get_rank()  # a loader starts anew in the middle of an epoch; the index goes on
+        loss = super().training_step(self.windows[first : (index + 1) * BATCH : dist.get_world_size()], index)
+        self.losses.append(loss.detach())
+        return loss
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(range(STEPS))  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers() if self.optimizer is None else self.optimizer(self.parameters())
+
+    def mean_losses(self) -> list[float]:
+        """Of all ranks; a collective."""
+        losses = torch.stack(self.losses)
+        dist.all_reduce(losses)
+        return (losses / dist.get_world_size()).tolist()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fit(
+    strategy: Any, precision: Any = "32-true", model: Any = None, ckpt_path: Any = None, **options: Any
+) -> tuple[Any, L.Trainer]:
+    model = model or GPT()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=strategy,
+        precision=precision,
+        **{
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+            "use_distributed_sampler": False,
+            **options,
+        },
+    )
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def picture(trainer: Any) -> list[dict[str, Tensor]]:
+    """This rank's states, a group after the other."""
+    return [
+        {k: torch.as_tensor(x).clone() for k, x in entries.items()} for entries in trainer.optimizers[0].state.values()
+    ]
+
+
+def off(found: list[float], expected: list[float], limit: float) -> str | None:
+    worst = max(abs(x - y) / abs(y) for x, y in zip(found, expected, strict=True))
+    return None if worst <= limit else f"losses are off by {worst:.1e}: {found}, {expected}"
+
+
+def equal(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> str | None:
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+        if x.keys() != y.keys():
+            return f"group {i} has {sorted(x)}, not {sorted(y)}"
+        for name in x:
+            if x[name].dtype != y[name].dtype or not torch.equal(x[name], y[name]):
+                return f"group {i}: {name} differs"
+    return None
+
+
+def nbytes(states: list[dict[str, Tensor]]) -> int:
+    return sum(x.nbytes for entries in states for x in entries.values())
+
+
+class Watch(L.Callback):
+    """The states when training begins and when a checkpoint is saved."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path, self.begun, self.saved = path, list[dict[str, Tensor]](), list[dict[str, Tensor]]()
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.begun = picture(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.path is not None and trainer.global_step == SAVED_AT:
+            trainer.save_checkpoint(self.path)
+            self.saved = picture(trainer)
+
+
+# -- checks: folder -> what is wrong, or None --------------------------------------------------------------------------
+
+
+def stages_train_like_torch(folder: Path) -> str | None:
+    """Losses, bytes of state, and how many int8 products ran."""
+    for stage in STAGES:
+        plain, trainer = fit(DeepSpeedStrategy(stage, optimizer_bits=None))
+        expected, whole = plain.mean_losses(), nbytes(picture(trainer))
+        for mode, limit in LIMITS.items():
+            strategy = (
+                DeepSpeedStrategy(stage, optimizer_bits=32) if mode == "32" else f"lowbit_deepspeed_stage_{stage}"
+            )
+            kernels.reset_calls()
+            model, trainer = fit(strategy, "int8-mixed" if mode == "int8" else "32-true")
+            problem = off(model.mean_losses(), expected, limit)
+            states = picture(trainer)
+            problem = problem or (None if mode == "32" else misplaced(states))
+            if mode != "32" and not nbytes(states) <= BYTES * whole:
+                problem = problem or f"{nbytes(states)} bytes of states, and {whole} in 32 bits"
+            if {float(entries["step"]) for entries in states} != {STEPS}:
+                problem = problem or f"steps are {[entries['step'] for entries in states]}"
+            matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
+            swapped = sum(isinstance(m, layers.Int8Linear) for m in model.modules())
+            predicted = 3 * 4 * SETTINGS.layers * STEPS if mode == "int8" else 0
+            if matmuls != predicted or swapped != (4 * SETTINGS.layers if predicted else 0):
+                problem = problem or f"{matmuls} int8 products in {swapped} layers, not {predicted}"
+            if problem:
+                return f"stage {stage}, {mode}: {problem}"
+    return None
+
+
+def misplaced(states: list[dict[str, Tensor]]) -> str | None:
+    """Whether other parameters than the matrices of linear layers are in 8 bits, or not all of them."""
+    held = {8: 0, 32: 0}  # elements, of all ranks
+    for entries in states:
+        coded = "exp_avg_codes" in entries
+        held[8 if coded else 32] += dist.get_world_size() * entries["exp_avg_codes" if coded else "exp_avg"].numel()
+    model = GPT()
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    others = sum(p.numel() for p in model.parameters()) - matrices
+    padding = 64
+    fits = matrices <= held[8] < matrices + padding and others <= held[32] < others + padding
+    return None if fits else f"elements by bits are {held}, not {matrices} and {others}"
+
+
+def clipping_accumulation_and_offload(folder: Path) -> str | None:
+    options: dict[str, Any] = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+    bf16 = {"gradient_clip_val": 0.1, "precision": "bf16-true"}
+    for shared, kinds, limit in (
+        (
+            options,
+            ({"stage": 2}, {"stage": 2, "offload_optimizer": True}, {"stage": 3, "offload_optimizer": True}),
+            1e-6,
+        ),
+        (bf16, ({"stage": 1}, {"stage": 2}), 1e-3),
+    ):
+        expected, _ = fit(DeepSpeedStrategy(2, optimizer_bits=None), **shared)
+        for kind in kinds:
+            model, _ = fit(DeepSpeedStrategy(optimizer_bits=32, **kind), **shared)
+            problem = off(model.mean_losses(), expected.mean_losses(), limit)
+            if problem:
+                return f"{kind}, {shared}: {problem}"
+    return None
+
+
+def a_checkpoint_resumes_to_the_bit(folder: Path) -> str | None:
+    for stage in STAGES:
+        path, name = folder / f"stage_{stage}", f"lowbit_deepspeed_stage_{stage}"
+        watch = Watch(path)
+        through, _ = fit(name, callbacks=[watch])
+        again = Watch()
+        resumed, _ = fit(name, callbacks=[again], ckpt_path=path)
+        problem = equal(again.begun, watch.saved)
+        if problem is None and resumed.losses != through.losses[SAVED_AT:]:
+            problem = f"{resumed.losses} follow, not {through.losses[SAVED_AT:]}"
+        losses = through.mean_losses()
+        if dist.get_rank() == 0:
+            (folder / f"losses_{stage}.json").write_text(json.dumps(losses[SAVED_AT:]))
+            convert(path)
+        dist.barrier()
+        if problem:
+            return f"stage {stage}: {problem}"
+    return None
+
+
+def convert(path: Path) -> None:
+    """DeepSpeed's own tool, as the command line runs it."""
+    arguments = argparse.Namespace(
+        input_folder=str(path / "checkpoint"),
+        output_folder=str(path / "universal"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
+
+
+def a_universal_checkpoint_resumes(folder: Path) -> str | None:
+    """On another number of ranks: states within a code of those saved, and the losses of the run that went on."""
+    for stage in STAGES:
+        path = folder / f"stage_{stage}"
+        compared = Compare(path / "universal" / "zero", stage)
+        model, trainer = fit(f"lowbit_deepspeed_stage_{stage}", callbacks=[compared], ckpt_path=path)
+        expected = json.loads((folder / f"losses_{stage}.json").read_text())
+        decays = [group["weight_decay"] for group in trainer.optimizers[0].param_groups]
+        problem = compared.problem or off(model.mean_losses(), expected, 1e-3)
+        if decays != [0.1, 0.0, 0.1]:
+            problem = problem or f"weight decays are {decays}"
+        if {float(entries["step"]) for entries in picture(trainer)} != {STEPS}:
+            problem = problem or f"steps are {[entries['step'] for entries in picture(trainer)]}"
+        if problem:
+            return f"stage {stage}: {problem}"
+    return None
+
+
+class Compare(L.Callback):
+    """Loaded states with DeepSpeed's universal files, a parameter after the other."""
+
+    def __init__(self, folder: Path, stage: int) -> None:
+        self.folder, self.stage, self.problem = folder, stage, "nothing was compared"
+
+    def on_train_start(self, trainer: Any, module: L.LightningModule) -> None:
+        found = list(self._problems(trainer, module))
+        self.problem = next((p for p in found if p), "" if len(found) > 8 else f"only {len(found)} were compared")
+
+    def _problems(self, trainer: Any, module: L.LightningModule) -> Iterator[str | None]:
+        zero = trainer.optimizers[0]
+        for name, start, count, flat, offset in pieces(zero, module, self.stage):
+            for key, codebook in (("exp_avg", "dynamic_signed"), ("exp_avg_sq", "dynamic_unsigned")):
+                saved = torch.load(self.folder / name / f"{key}.pt", weights_only=False)
+                saved = (saved["param"] if isinstance(saved, dict) else saved).flatten()[start : start + count]
+                entries, matrix = zero.state[flat], name.startswith(("head", "blocks")) and "norm" not in name
+                problem = within_a_code(entries, key, codebook, offset, saved)
+                if (f"{key}_codes" in entries) != (matrix and name.endswith("weight")) or len(saved) != count:
+                    problem = f"{sorted(entries)}, {len(saved)} of {count}"
+                yield problem and f"{name} {key}: {problem}"
+
+
+def pieces(zero: Any, module: nn.Module, stage: int) -> Iterator[tuple[str, int, int, Tensor, int]]:
+    """What this rank holds: a parameter's name, the range of its elements, and where they lie in which partition."""
+    names = {p: name for name, p in module.named_parameters()}
+    if stage < 3:
+        for i, group in enumerate(zero.bit16_groups):
+            for p in group:
+                if p._hp_mapping is not None:
+                    here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                    yield names[p], here.start, here.numel, zero.single_partition_of_fp32_groups[i], there.start
+        return
+    for i, group in enumerate(zero.fp16_groups):
+        offset = 0
+        for p in group:
+            share, start = p.partition_numel(), p.partition_numel() * dist.get_rank()
+            yield names[p], start, max(0, min(share, p.ds_numel - start)), zero.fp32_partitioned_groups_flat[i], offset
+            offset += share
+
+
+def within_a_code(entries: Any, key: str, codebook: str, offset: int, saved: Tensor) -> str | None:
+    part = slice(offset, offset + len(saved))
+    if key in entries:
+        return None if torch.equal(entries[key][part], saved) else "32-bit values differ"
+    codes, scales = entries[f"{key}_codes"], entries[f"{key}_scales"]
+    below, above = (
+        kernels.dequantize_blockwise((codes.int() + step).clamp(0, 255).byte(), scales, codebook, 256)
+        for step in (-1, 1)
+    )
+    if codebook == "dynamic_signed":  # its last code is -0.993, and stands for -1 too
+        below = torch.where(codes == 0, -scales[0].repeat_interleave(256)[: len(codes)], below)
+    low, high = torch.minimum(below, above)[part], torch.maximum(below, above)[part]
+    bad = (saved < low) | (saved > high)
+    return f"{int(bad.sum())} of {len(saved)} are further than a code away" if bad.any() else None
+
+
+def an_unconverted_checkpoint_is_refused(folder: Path) -> str | None:
+    path = folder / "stage_2"
+    moved = folder / f"hidden_{dist.get_rank()}"
+    moved.mkdir(exist_ok=True)
+    (moved / "checkpoint").symlink_to(path / "checkpoint")
+    message = raised(lambda: fit("lowbit_deepspeed_stage_2", ckpt_path=moved), ValueError)
+    return message if "ds_to_universal" not in message else None
+
+
+def refusals_come_before_training(folder: Path) -> str | None:
+    kinds: tuple[tuple[Any, str], ...] = (optim.LAMB, "LAMB"), (optim.LARS, "LARS")
+    for optimizer, words in kinds:
+        model = GPT(partial(optimizer, lr=1e-2))
+        message = raised(partial(fit, "lowbit_deepspeed_stage_2", model=model), ValueError)
+        if words not in message or "lowbit_sharded" not in message or model.losses:
+            return f"{words}: {message}, after {len(model.losses)} steps"
+    return None
+
+
+def raised(action: Callable[[], Any], kind: type[BaseException]) -> str:
+    try:
+        action()
+    except kind as error:
+        return str(error)
+    return f"no {kind.__name__}"
+
+
+def deepspeed_alone(folder: Path) -> str | None:
+    """``deepspeed.initialize(model, optimizer=ours)`` without Lightning, and its save and load."""
+    for stage in (0, *STAGES):
+        losses, _ = loop(stage, partial(torch.optim.AdamW, lr=1e-3))
+        for bits, limit in ((32, 1e-6), (8, 1e-3)):
+            found, engine = loop(stage, partial(optim.AdamW, lr=1e-3, bits=bits))
+            problem = off(found, losses, limit)
+            if problem:
+                return f"stage {stage}, bits={bits}: {problem}"
+        path = str(folder / f"alone_{stage}")
+        engine.save_checkpoint(path)
+        before = [dict(entries) for entries in engine.optimizer.state.values()]
+        _, again = loop(stage, partial(optim.AdamW, lr=1e-3), steps=0)
+        again.load_checkpoint(path)
+        problem = equal([dict(entries) for entries in again.optimizer.state.values()], before)
+        if problem or not before:
+            return f"stage {stage}: {problem}"
+        if stage:
+            message = raised(partial(loop, stage, optim.LAMB), ValueError)
+            if "flat partitions" not in message:
+                return f"stage {stage}: {message}"
+    return None
+
+
+def loop(stage: int, make: Callable[[Any], Any], steps: int = 4) -> tuple[list[float], Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 8))
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "sub_group_size": 20_000},
+        "gradient_clipping": 1.0,
+    }
+    optimizer = make(model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    x = torch.randn(steps, 8, 64, generator=seeded(dist.get_rank()))
+    losses = []
+    for batch in x:
+        loss = engine(batch).square().mean() + engine.module[0](batch).mean() * 0
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    if not losses:
+        return [], engine
+    total = torch.stack(losses)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist(), engine
+
+
+# -- running them ------------------------------------------------------------------------------------------------------
+
+CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
+    "2": (
+        stages_train_like_torch,
+        clipping_accumulation_and_offload,
+        a_checkpoint_resumes_to_the_bit,
+        refusals_come_before_training,
+        deepspeed_alone,
+    ),
+    "1": (a_universal_checkpoint_resumes, an_unconverted_checkpoint_is_refused),
+    "3": (a_universal_checkpoint_resumes,),
+}
+
+
+def rank_main(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
+    for name in ("lightning.pytorch", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    store = dist.FileStore(str(folder / f"store {ranks}"), ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=60))
+    results: dict[str, str | None] = {}
+    for check in CHECKS[str(ranks)]:
+        try:
+            results[check.__name__] = check(folder)
+        except Exception:
+            results[check.__name__] = traceback.format_exc()
+            break  # the ranks are out of step now
+    (folder / f"{ranks}.{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def main(folder: Path, rounds: list[str]) -> None:
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere does no harm
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]  # it would be compiled
+    for ranks in map(int, rounds):
+        # Forked from a process that computes nothing: quick, and no thread of OpenMP is lost on the way.
+        mp.start_processes(rank_main, (ranks, folder), nprocs=ranks, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

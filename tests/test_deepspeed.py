@@ -1,0 +1,337 @@
+"""``DeepSpeedStrategy``, and DeepSpeed's engine with our optimizers alone.
+
+The ranks run ``programs/deepspeed_ranks.py``, once for all tests here: on two, then on one and on three, which load
+what two saved and DeepSpeed's own tool converted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.plugins import DeepSpeedPrecision
+from lightning.pytorch.strategies import StrategyRegistry
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from lowbit_lightning import Int8MixedPrecision, kernels, optim
+from lowbit_lightning.optim import partitions
+from lowbit_lightning.strategies import DeepSpeedStrategy, check_deepspeed
+from lowbit_lightning.strategies.deepspeed.config import complete, read
+from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
+
+PROGRAM = Path(__file__).parent / "programs" / "deepspeed_ranks.py"
+CHECKS = {
+    2: (
+        "stages_train_like_torch",
+        "clipping_accumulation_and_offload",
+        "a_checkpoint_resumes_to_the_bit",
+        "refusals_come_before_training",
+        "deepspeed_alone",
+    ),
+    1: ("a_universal_checkpoint_resumes", "an_unconverted_checkpoint_is_refused"),
+    3: ("a_universal_checkpoint_resumes",),
+}
+NAMES = [f"lowbit_deepspeed_stage_{s}" for s in ("1", "2", "3", "2_offload", "3_offload")]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By round and rank: what each check found wrong."""
+    folder = tmp_path_factory.mktemp("ranks")
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(folder), *map(str, CHECKS)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+    try:
+        output, _ = process.communicate(timeout=280)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, output[-4000:]
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("[0-9].[0-9].json")}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in CHECKS.items() for name in names])
+def test_on_ranks(ranks: int, name: str, results: dict[str, Any]) -> None:
+    for rank in range(ranks):
+        found = results[f"{ranks}.{rank}"]
+        assert name in found, f"rank {rank} did not get there: {[v for v in found.values() if v]}"
+        assert found[name] is None, f"rank {rank}: {found[name]}"
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+CONFIG = {"zero_optimization": {"stage": 3, "sub_group_size": 1000}, "gradient_clipping": 0.5}
+
+
+def test_every_source_of_a_config_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG))
+    OmegaConf.save(OmegaConf.create(CONFIG), tmp_path / "c.yaml")
+    expected = {**CONFIG, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    node = OmegaConf.create({"clip": 0.5, "engine": {**CONFIG, "gradient_clipping": "${clip}"}}).engine
+    for config in (CONFIG, str(tmp_path / "c.json"), tmp_path / "c.yaml", node):
+        assert DeepSpeedStrategy(config=config).config == expected
+    monkeypatch.setenv("PL_DEEPSPEED_CONFIG_PATH", str(tmp_path / "c.json"))
+    assert DeepSpeedStrategy(3).config == expected
+    assert list(CONFIG) == ["zero_optimization", "gradient_clipping"], "the caller's dict is the caller's"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_choose_stage_and_offload(name: str) -> None:
+    assert name in StrategyRegistry
+    config = L.Trainer(accelerator="cpu", strategy=name, logger=False).strategy.config  # type: ignore[attr-defined]
+    zero = config["zero_optimization"]
+    assert zero["stage"] == int(name.split("_")[3])
+    assert ("offload_optimizer" in zero) == ("offload" in name)
+    assert ("offload_param" in zero) == (name == "lowbit_deepspeed_stage_3_offload")
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_a_config_overrules_nothing_silently(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stage=2 contradicts the config, whose zero_optimization.stage is 3"):
+        DeepSpeedStrategy(2, config=CONFIG)
+    with pytest.raises(ValueError, match=r"put \['overlap_comm'\] into it"):
+        DeepSpeedStrategy(config=CONFIG, overlap_comm=False)
+    with pytest.raises(TypeError, match=r"unknown options \['offload'\]; known: .*offload_optimizer"):
+        DeepSpeedStrategy(2, offload=True)
+    with pytest.raises(ValueError, match="optimizer_bits must be 8, 32 or None, got 4"):
+        DeepSpeedStrategy(2, optimizer_bits=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stage must be 1, 2 or 3, got 0; without ZeRO use strategy='ddp'"):
+        complete({}, 0)
+    with pytest.raises(FileNotFoundError, match=r"missing\.json"):
+        read(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match="must be a file that ends in one of"):
+        read("config.toml")
+    with pytest.raises(TypeError, match="config must be a dict, an OmegaConf DictConfig or the path of a file, got 3"):
+        read(3)
+
+
+@pytest.mark.parametrize(
+    ("zero", "said", "instead"),
+    [
+        ({"elastic_checkpoint": True}, "elastic_checkpoint", "ds_to_universal"),
+        ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "nvme", "device='cpu'"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio=0.5", "ratio=1"),
+        ({"zenflow": {"topk_ratio": 0.1}}, "zenflow", "device='cpu'"),
+        ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "super_offload", "device='cpu'"),
+    ],
+)
+def test_refused_settings_name_the_alternative(zero: dict[str, Any], said: str, instead: str) -> None:
+    for refuse in (lambda c: DeepSpeedStrategy(config=c), check_deepspeed):
+        with pytest.raises(ValueError, match=said) as raised:
+            refuse({"zero_optimization": {"stage": 2, **zero}})
+        assert instead in str(raised.value)
+
+
+def test_deepspeeds_own_optimizers_are_refused_unless_meant() -> None:
+    config = {**CONFIG, "optimizer": {"type": "AdamW"}}
+    with pytest.raises(ValueError, match=r"the config's optimizer section .* return one from configure_optimizers"):
+        DeepSpeedStrategy(config=config)
+    kept: Any = DeepSpeedStrategy(config=config, optimizer_bits=None).config
+    assert kept["optimizer"] == {"type": "AdamW"}
+
+
+@pytest.mark.parametrize("kind", [optim.LAMB, optim.LARS])
+def test_trust_ratios_are_refused(kind: Any) -> None:
+    """By the strategy's question, and by the step itself where nobody asked."""
+    optimizer = kind([nn.Parameter(torch.zeros(5000))], lr=0.1)
+    with pytest.raises(ValueError, match=rf"{kind.__name__} needs the norm of each layer.*lowbit_sharded"):
+        check_deepspeed({}, optimizer)
+    partition = torch.zeros(5000, requires_grad=True)
+    optimizer.param_groups[0]["params"] = [partition]
+    partition.grad = torch.ones(5000)
+    with pytest.raises(ValueError, match="needs the norm of each layer, and DeepSpeed's flat partitions"):
+        optimizer.step()
+    assert not partition.any()
+
+
+def test_released_gradients_are_refused() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = optim.AdamW(model.parameters())
+    optim.release_gradients(model, optimizer)
+    with pytest.raises(ValueError, match="release_gradients steps AdamW inside backward"):
+        check_deepspeed({}, optimizer)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_strategy_chooses_the_form_of_the_plugin() -> None:
+    """The same object for another strategy is the other form again."""
+    plugin = Int8MixedPrecision(exclude="head")
+    for strategy, engine in (("lowbit_deepspeed_stage_2", True), ("auto", False), (DeepSpeedStrategy(3), True)):
+        options: Any = {"accelerator": "cpu", "devices": 1, "logger": False}
+        assert L.Trainer(plugins=[plugin], strategy=strategy, **options).precision_plugin is plugin
+        assert isinstance(plugin, DeepSpeedPrecision) == engine
+        name: Any = strategy if isinstance(strategy, str) else DeepSpeedStrategy(3)
+        named = L.Trainer(precision="int8-mixed", strategy=name, **options).precision_plugin  # type: ignore[arg-type]
+        assert isinstance(named, DeepSpeedPrecision) == engine
+        assert named.precision == "int8-mixed"
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(100, 64)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+
+def split(make: Any = optim.AdamW, **options: Any) -> tuple[Any, Any, Model]:
+    model = Model()
+    groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(model.parameters())]
+    groups[1] = {"params": [*groups[1]["params"], *groups.pop(2)["params"]], "lr": 0.2}  # type: ignore[misc]
+    optimizer = make(groups, **options)
+    return optimizer, SplitGroups(optimizer, model), model
+
+
+def test_vectors_and_embeddings_get_groups_of_32_bits() -> None:
+    optimizer, _, model = split(weight_decay=0.3)
+    owners = {p: name for name, p in model.named_parameters()}
+    found = [(group["bits"], [owners[p] for p in group["params"]]) for group in optimizer.param_groups]
+    assert found == [(32, ["tokens.weight"]), (8, ["up.weight"]), (8, ["down.weight"]), (32, ["down.bias"]),
+                     (32, ["up.bias"])]  # fmt: skip
+    assert [group["lr"] for group in optimizer.param_groups][-1] == 0.2
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3}
+    assert len(split(bits=32)[0].param_groups) == 4
+    assert len(split(torch.optim.AdamW)[0].param_groups) == 4
+
+
+def schedulers(optimizer: Any) -> dict[str, Any]:
+    lr = torch.optim.lr_scheduler
+    return {
+        "lambda": lr.LambdaLR(optimizer, [partial(pow, 0.9 - 0.1 * i) for i in range(4)]),
+        "one cycle": lr.OneCycleLR(optimizer, [0.1, 0.2, 0.3, 0.4], total_steps=20),
+        "sequential": lr.SequentialLR(
+            optimizer, [lr.ConstantLR(optimizer, 0.5), lr.CosineAnnealingLR(optimizer, 20)], [2]
+        ),
+        "chained": lr.ChainedScheduler([lr.ExponentialLR(optimizer, 0.9), lr.StepLR(optimizer, 2)]),
+        "plateau": lr.ReduceLROnPlateau(optimizer, patience=0, min_lr=[0.0, 0.1, 0.2, 0.3]),
+        "cyclic": lr.CyclicLR(optimizer, 0.01, [0.1, 0.2, 0.3, 0.4], step_size_up=2),
+    }
+
+
+@pytest.mark.parametrize("name", ["lambda", "one cycle", "sequential", "chained", "plateau", "cyclic"])
+def test_schedulers_go_on_and_new_groups_follow(name: str) -> None:
+    """As on an optimizer that was never split, also after its groups were loaded; momenta that cycle too."""
+    expected: Any = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1 * (i + 1)} for i in range(4)],
+                                    momentum=0.9)  # fmt: skip
+    model = Model()
+    groups = [[model.tokens.weight], [model.up.weight, model.up.bias], [model.down.weight], [model.down.bias]]
+    optimizer = optim.SGD([{"params": g, "lr": 0.1 * (i + 1)} for i, g in enumerate(groups)], momentum=0.9)
+    theirs, ours = schedulers(expected)[name], schedulers(optimizer)[name]
+    parts = SplitGroups(optimizer, model)
+    parts.hide_from(ours)
+    assert isinstance(ours.optimizer, optim.SGD)
+    for step in range(6):
+        for opt, scheduler in ((expected, theirs), (optimizer, ours)):
+            parts.follow()
+            opt.step()
+            scheduler.step(*([1.0] if name == "plateau" else []))
+        if step == 3:
+            optimizer.load_state_dict(optimizer.state_dict())
+        parts.follow()
+        for key in ("lr", "momentum"):
+            wanted = [group[key] for group in expected.param_groups]
+            assert [group[key] for group in optimizer.param_groups] == [*wanted, wanted[1]], (step, key)
+
+
+# -- partitions --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 700), st.integers(-25, 25), st.integers(0, 2**31), st.booleans())
+def test_saved_values_quantise_to_the_codes_they_were(length: int, exponent: int, seed: int, signed: bool) -> None:
+    """Decoding and quantising again is the identity: short and empty blocks, zeros, either map, 50 decades."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(length, generator=generator) * 10.0 ** (3 * torch.randn(length, generator=generator))
+    values = values.where(torch.rand(length, generator=generator) < 0.8, 0.0)
+    values[: length // 3] = 0  # a block of zeros
+    codebook = "dynamic_signed" if signed else "dynamic_unsigned"
+    values = (values if signed else values.square()) * 10.0**exponent
+    values = values.clamp(-1e30, 1e30)
+    codes, scales = kernels.quantize_blockwise(values, codebook, 256)
+    decoded = kernels.dequantize_blockwise(codes, scales, codebook, 256)
+    again = kernels.quantize_blockwise(decoded, codebook, 256)
+    assert torch.equal(scales, again[1])
+    normal = scales[0].repeat_interleave(256)[:length].abs() > 1e-30  # below, values lose digits: not normal numbers
+    assert torch.equal(codes[normal], again[0][normal])
+
+
+def partition(values: Tensor) -> Tensor:
+    p = values.clone().requires_grad_()
+    p.grad = torch.ones_like(values)
+    return p
+
+
+def test_partitions_are_told_from_parameters() -> None:
+    assert partitions.is_partition(torch.zeros(5, requires_grad=True))
+    assert not partitions.is_partition(nn.Parameter(torch.zeros(5)))
+    assert not partitions.is_partition(torch.zeros(5, 1, requires_grad=True))
+    assert not partitions.are_partitions([{"params": []}])
+
+
+def test_saved_states_are_float32_and_load_to_the_bit() -> None:
+    optimizer = optim.AdamW([partition(torch.randn(5000))])
+    optimizer.step()
+    before = {k: x.clone() for k, x in optimizer.state[optimizer.param_groups[0]["params"][0]].items()}
+    saved = optimizer.state_dict()
+    assert {k: x.dtype for k, x in saved["state"][0].items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), torch.float32
+    )
+    assert not {"bits", "state_format", "min_size", "block_size"} & set(saved["param_groups"][0])
+    torch.optim.AdamW([torch.zeros(5000, requires_grad=True)]).load_state_dict(saved)
+    other = optim.AdamW([partition(torch.randn(5000))], bits=8)
+    other.load_state_dict(saved)
+    after = other.state[other.param_groups[0]["params"][0]]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_states_that_deepspeed_writes_are_taken_over() -> None:
+    """Float32 beside codes of before, and one step for all partitions, in whatever dtype."""
+    params = [partition(torch.zeros(5000)), partition(torch.zeros(5000))]
+    optimizer = optim.AdamW([{"params": [p], "bits": bits} for p, bits in zip(params, (8, 32), strict=True)], lr=0.1)
+    optimizer.step()
+    step, written = torch.tensor(7), torch.randn(5000)
+    for p in params:
+        optimizer.state[p] |= {"step": step, "exp_avg": written.clone(), "exp_avg_sq": written.square()}
+    reference = [partition(p.detach()) for p in params]
+    twin = torch.optim.AdamW(reference, lr=0.1)
+    for p in reference:
+        twin.state[p] = {"step": torch.tensor(7.0), "exp_avg": written.clone(), "exp_avg_sq": written.square()}
+    groups = optimizer.param_groups
+    for group in groups:  # as DeepSpeed does
+        optimizer.param_groups = [group]
+        optimizer.step()
+    optimizer.param_groups = groups
+    twin.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [8.0, 8.0]
+    assert step == 7
+    assert set(optimizer.state[params[0]]) == {
+        f"{name}_{part}" for name in ("exp_avg", "exp_avg_sq") for part in ("codes", "scales")
+    } | {"step"}
+    assert torch.allclose(params[1], reference[1], rtol=1e-6, atol=1e-7)
+    assert (params[0] - reference[0]).norm() < 0.05 * (reference[0] - 0).norm()
