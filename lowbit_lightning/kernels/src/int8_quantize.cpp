@@ -125,80 +125,95 @@ template <class T, bool RANDOM> struct Quantiser {
 
     struct ColumnForm { int8_t* q; float* scales; };
 
-    static constexpr int TILE = 64;                   // rows and columns turned at a time: 64 rows are a line of q
-    static constexpr int ACROSS = 16 / sizeof(T);     // tiles in 1 KB of a row
-    static constexpr int64_t STRIP = ACROSS * TILE;   // columns
-    static constexpr int LOOK_AHEAD = 16;             // rows
+    static constexpr int64_t TILE = 64;                  // rows: a line of q; columns are turned by as many
+    static constexpr int64_t HEIGHT = 128, WIDTH = 128;  // of a block: what is turned while the next one is fetched
+    static constexpr int64_t STRIP = 1024 / sizeof(T);   // columns
+    static constexpr int64_t LOOK_AHEAD = 16;            // rows
 
-    struct Place { int64_t row, column; };
+    struct Block { int64_t row, column, height, width; };  // at x[row][column]
 
-    // put(c, line) gets column c of the tile that starts at `from`, element `index` of x. `ahead` elements later lies
-    // what to fetch.
-    template <class F>
-    __attribute__((always_inline)) void turn(const T* from, int64_t stride, int64_t ahead, const float* inverses,
-                                             int64_t index, const F& put) const {
-        constexpr int PAIRS = TILE / (2 * W), PARTS = TILE / 4 / W;
-        IntPair words[TILE / 4][PAIRS];  // four rows to a word
-        RandomWords<4, TILE> random;
-        for (int64_t i = 0; i < TILE; i += 4) {
+    // WIDE columns of `height` rows, whole tiles; put(c, r, line) gets column c of the tile at row r. The first value
+    // lies at `from` and is element `index` of x. As much is fetched at `next`, to be turned next: 64 columns with each
+    // line that is stored, since reading and writing at once is faster than one after the other.
+    template <int64_t WIDE, class F>
+    __attribute__((always_inline)) void turn(const T* from, int64_t stride, int64_t height, const T* next,
+                                             const float* inverses, int64_t index, const F& put) const {
+        constexpr int PARTS = TILE / 4 / W;
+        IntPair words[HEIGHT / 4][WIDE / (2 * W)];  // four rows to a word
+        RandomWords<4, WIDE> random;
+        for (int64_t i = 0; i + 4 <= height; i += 4) {
             if (RANDOM)
-                for (int k = 0; k < 4; ++k) random.fill(k, {seed, 0, 0}, index + (i + k) * columns, TILE);
-            for (int p = 0; p < PAIRS; ++p) {
-                const int64_t j = p * 2 * W;
+                for (int k = 0; k < 4; ++k) random.fill(k, {seed, 0, 0}, index + (i + k) * columns, WIDE);
+            for (int64_t j = 0; j < WIDE; j += 2 * W) {
                 const Pair inverse = {load(inverses + j, W), load(inverses + j + W, W)};
                 IntPair values[4];
 #pragma GCC unroll 4
-                for (int k = 0; k < 4; ++k) {
-                    const T* row = from + (i + k) * stride + j;
-                    for (int b = 0; b < (int)(2 * W * sizeof(T)); b += 64)
-                        if ((j * sizeof(T) + b) % 64 == 0) fetch((const char*)(row + ahead) + b);
-                    values[k] = rounded<T, RANDOM>(load_pair(row), inverse, random.row[k] + j);
-                }
+                for (int k = 0; k < 4; ++k)
+                    values[k] = rounded<T, RANDOM>(load_pair(from + (i + k) * stride + j), inverse, random.row[k] + j);
                 for (int h = 0; h < 2; ++h)
-                    words[i / 4][p].at[h] =
+                    words[i / 4][j / (2 * W)].at[h] =
                         words_of(values[0].at[h], values[1].at[h], values[2].at[h], values[3].at[h]);
             }
         }
-        for (int p = 0; p < PAIRS; ++p)
+        for (int64_t j = 0; j < WIDE; j += 2 * W)
             for (int h = 0; h < 2; ++h) {
-                const I proper = (I)(load(inverses + (2 * p + h) * W, W) != 0.0f);  // no byte of a NaN gets through
-                I lines[W][PARTS];
-                for (int part = 0; part < PARTS; ++part) {
-                    I square[W];
-                    for (int i = 0; i < W; ++i) square[i] = words[part * W + i][p].at[h] & proper;
-                    transpose(square);
-                    for (int i = 0; i < W; ++i) lines[i][part] = square[i];
+                const I proper = (I)(load(inverses + j + h * W, W) != 0.0f);  // no byte of a NaN gets through
+                for (int64_t r = 0; r + TILE <= height; r += TILE) {
+                    I lines[W][PARTS];
+                    for (int part = 0; part < PARTS; ++part) {
+                        I square[W];
+                        for (int i = 0; i < W; ++i)
+                            square[i] = words[r / 4 + part * W + i][j / (2 * W)].at[h] & proper;
+                        transpose(square);
+                        for (int i = 0; i < W; ++i) lines[i][part] = square[i];
+                    }
+                    for (int l = 0; l < W; ++l) {
+                        put(j + place<T>(h, l), r, lines[l]);
+                        const T* ahead = next + l / (WIDE / TILE) * stride + l % (WIDE / TILE) * TILE;
+                        for (int64_t c = 0; c < TILE; c += 64 / sizeof(T)) fetch(ahead + c);
+                    }
+                    next += W / (WIDE / TILE) * stride;
                 }
-                for (int l = 0; l < W; ++l) put(p * 2 * W + place<T>(h, l), lines[l]);
             }
     }
-    // q[column][row] from x[row][column] for the tile at `at`, while the one at `next` is fetched.
-    void turn_whole(Place at, Place next, const float* inverses, int8_t* q, bool stream) const {
+    // q[column][row] from x[row][column] for the block at `at`, while the one at `next` is fetched.
+    template <int64_t WIDE> void turn_whole(Block at, Block next, const float* inverses, int8_t* q, bool stream) const {
         const int64_t index = at.row * columns + at.column;
         int8_t* to = q + at.column * rows + at.row;
-        turn(x + index, columns, next.row * columns + next.column - index, inverses + at.column, index,
-             [&](int c, const I* line) __attribute__((always_inline)) { store_line(to + c * rows, line, stream); });
+        turn<WIDE>(x + index, columns, at.height, x + next.row * columns + next.column, inverses + at.column, index,
+                   [&](int64_t c, int64_t r, const I* line) __attribute__((always_inline)) {
+                       store_line(to + c * rows + r, line, stream);
+                   });
     }
     // The same for a tile of which some rows or columns do not exist.
-    void turn_edge(Place at, const float* inverses, int8_t* q) const {
-        const int64_t depth = std::min<int64_t>(TILE, rows - at.row);
-        const int64_t width = std::min<int64_t>(TILE, columns - at.column);
-        const int64_t index = at.row * columns + at.column;
-        int8_t* to = q + at.column * rows + at.row;
+    void turn_edge(int64_t row, int64_t column, const float* inverses, int8_t* q) const {
+        const int64_t depth = std::min(TILE, rows - row), width = std::min(TILE, columns - column);
+        const int64_t index = row * columns + column;
+        int8_t* to = q + column * rows + row;
         T whole[TILE * TILE] = {};
         for (int64_t i = 0; i < depth; ++i) memcpy(whole + i * TILE, x + index + i * columns, width * sizeof(T));
-        turn(whole, TILE, 0, inverses + at.column, index,
-             [&](int c, const I* line) __attribute__((always_inline)) {
-                 if (c < width) memcpy(to + c * rows, line, depth);
-             });
+        turn<TILE>(whole, TILE, TILE, whole, inverses + column, index,
+                   [&](int64_t c, int64_t, const I* line) __attribute__((always_inline)) {
+                       if (c < width) memcpy(to + c * rows, line, depth);
+                   });
     }
-    // Turns `count` tiles, number t lying at at(t), and fetches those that come ACROSS later.
-    template <class F> void walk(int64_t count, const float* inverses, int8_t* q, const F& at) const {
+    // Turns rows [first, last) of columns [left, right), the last rows first.
+    void walk(int64_t first, int64_t last, int64_t left, int64_t right, const float* inverses, int8_t* q) const {
         const bool stream = streams(q, columns, rows);
-        for (int64_t t = 0; t < count; ++t) {
-            const Place here = at(t), next = at(std::min(t + ACROSS, count - 1));
-            if (here.row + TILE <= rows && here.column + TILE <= columns) turn_whole(here, next, inverses, q, stream);
-            else turn_edge(here, inverses, q);
+        const int64_t down = (last - first + HEIGHT - 1) / HEIGHT, across = (right - left + WIDTH - 1) / WIDTH;
+        const auto at = [&](int64_t t) {
+            t = std::min(t, down * across - 1);
+            const int64_t row = first + (down - 1 - t / across) * HEIGHT, column = left + t % across * WIDTH;
+            return Block{row, column, std::min(HEIGHT, last - row), std::min(WIDTH, right - column)};
+        };
+        for (int64_t t = 0; t < down * across; ++t) {
+            const Block block = at(t);
+            const int64_t height = block.height / TILE * TILE, width = block.width / TILE * TILE;
+            if (height && width == WIDTH) turn_whole<WIDTH>(block, at(t + 1), inverses, q, stream);
+            else if (height && width) turn_whole<TILE>(block, at(t + 1), inverses, q, stream);
+            for (int64_t r = 0; r < block.height; r += TILE)
+                for (int64_t c = r < height ? width : 0; c < block.width; c += TILE)
+                    turn_edge(block.row + r, block.column + c, inverses, q);
         }
         finish_stream();
     }
@@ -217,7 +232,7 @@ template <class T, bool RANDOM> struct Quantiser {
     int64_t tiles(int64_t n) const { return (n + TILE - 1) / TILE; }
 
     void turn_strip(int64_t first, const ColumnForm& form, float* inverses) const {
-        const int64_t width = std::min(STRIP, columns - first), across = tiles(width);
+        const int64_t width = std::min(STRIP, columns - first);
         Top<T> tops[STRIP] = {};
         const T* from = x + first;
         Tops<T> unused[TOGETHER] = {}, also[1] = {};
@@ -226,9 +241,7 @@ template <class T, bool RANDOM> struct Quantiser {
             look<TOGETHER, true>(from + r * columns, columns, width, LOOK_AHEAD, unused, tops);
         for (; r < rows; ++r) look<1, true>(from + r * columns, columns, width, 0, also, tops);
         set_scales(tops, width, form.scales + first, inverses + first);
-        walk(tiles(rows) * across, inverses, form.q, [&](int64_t t) {  // the last rows first
-            return Place{(tiles(rows) - 1 - t / across) * TILE, first + t % across * TILE};
-        });
+        walk(0, rows, first, first + width, inverses, form.q);
     }
     void both(const RowForm& row_form, const ColumnForm& form, float* inverses) const {
         const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tiles(rows)));
@@ -241,15 +254,12 @@ template <class T, bool RANDOM> struct Quantiser {
             for (int64_t c = 0; c < columns; ++c) tops[c] = std::max(tops[c], tops[p * columns + c]);
         set_scales(tops.data(), columns, form.scales, inverses);
 
-        const int64_t down = ACROSS, bands = (tiles(rows) + down - 1) / down;
-        const int64_t sections = bands < 4 * threads ? (columns + 16 * TILE - 1) / (16 * TILE) : 1;
-        const int64_t across = (tiles(columns) + sections - 1) / sections;
-        parallel_for(bands * sections, threads, [&](int64_t task) {
-            const int64_t row = (bands - 1 - task / sections) * down, column = task % sections * across;
-            const int64_t height = std::min(down, tiles(rows) - row), width = std::min(across, tiles(columns) - column);
-            walk(height * width, inverses, form.q, [&](int64_t t) {
-                return Place{(row + t % height) * TILE, (column + t / height) * TILE};
-            });
+        const int64_t down = (rows + HEIGHT - 1) / HEIGHT;
+        const int64_t across = down < 4 * threads ? (columns + 1023) / 1024 : 1;
+        const int64_t width = tiles((columns + across - 1) / across) * TILE;
+        parallel_for(down * across, threads, [&](int64_t task) {
+            const int64_t row = (down - 1 - task / across) * HEIGHT, column = task % across * width;
+            walk(row, std::min(rows, row + HEIGHT), column, std::min(columns, column + width), inverses, form.q);
         });
     }
     void columnwise(const ColumnForm& form) const {
