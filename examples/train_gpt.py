@@ -6,6 +6,7 @@
     python examples/train_gpt.py --text book.txt --steps 2000
     python examples/train_gpt.py --config my.yaml --width 512
     torchrun --nproc-per-node 2 examples/train_gpt.py --devices 2 --strategy lowbit_sharded    # --nodes 2 on two nodes
+    python examples/train_gpt.py --devices 2 --strategy lowbit_deepspeed_stage_2               # or torchrun, as above
 
 The text is the Python standard library of the interpreter that runs this, unless ``--text`` names a file or folder.
 Both runs start from the same weights and see the same windows of it in the same order. Run 1 is plain Lightning with
@@ -35,6 +36,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,7 +47,6 @@ from torchmetrics.text import Perplexity
 
 import lowbit_lightning
 from lowbit_lightning import kernels, layers
-from lowbit_lightning.strategies import ShardedStrategy
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY = 256  # bytes
@@ -71,7 +72,7 @@ class Settings:
     seed: int = 1
     tolerance: float = 0.01  # allowed relative difference of the two validation losses
     bf16: bool = False  # train in bf16-mixed too
-    strategy: str = "auto"  # auto, ddp or lowbit_sharded
+    strategy: str = "auto"  # auto, ddp, lowbit_sharded, lowbit_deepspeed_stage_2 or any other that Lightning knows
     devices: int = 1  # ranks on this node
     nodes: int = 1
     tensorboard: bool = False  # log for TensorBoard too
@@ -271,7 +272,16 @@ class Meter(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         states = trainer.optimizers[0].state.values()
         self.optimizer_bytes = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
-        self.parameter_bytes = sum(p.nbytes for p in module.parameters())
+        self.parameter_bytes = sum(getattr(p, "ds_tensor", p).nbytes for p in module.parameters())  # ZeRO-3's share
+
+
+def strategy_of(settings: Settings) -> Any:
+    """Strategies of ours would convert torch's optimizer, which the first run is to keep."""
+    if not settings.strategy.startswith("lowbit"):
+        return settings.strategy
+    strategy: Any = StrategyRegistry.get(settings.strategy)
+    strategy.optimizer_bits = None
+    return strategy
 
 
 def run(name: str, settings: Settings, text: Text, precision: Any, low_bit: bool = False) -> dict[str, Any]:
@@ -288,8 +298,7 @@ def run(name: str, settings: Settings, text: Text, precision: Any, low_bit: bool
         max_steps=settings.steps,
         val_check_interval=settings.validate_every,
         num_sanity_val_steps=0,
-        # The first run is to keep torch's optimizer: lowbit_sharded would convert it.
-        strategy=ShardedStrategy(optimizer_bits=None) if settings.strategy == "lowbit_sharded" else settings.strategy,
+        strategy=strategy_of(settings),
         devices=settings.devices,
         num_nodes=settings.nodes,
         logger=loggers,
@@ -412,6 +421,7 @@ def main(arguments: list[str]) -> int:
     settings = parse(arguments)
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the text is in memory
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6.6 with torch 2.13
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # DeepSpeed 0.19 with torch 2.13
     text = Text(settings)
     print(f"{len(text.train):,} bytes to train on, {len(text.validation):,} to validate on; {settings}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)

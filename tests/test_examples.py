@@ -51,6 +51,13 @@ def test_command_line_goes_over_config_goes_over_defaults(tmp_path: Path) -> Non
     assert settings.layers == train_gpt.Settings().layers
 
 
+@pytest.mark.parametrize("name", ["lowbit_sharded", "lowbit_deepspeed_stage_2"])
+@pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux")
+def test_strategies_leave_the_first_runs_optimizer_alone(name: str) -> None:
+    assert train_gpt.strategy_of(train_gpt.Settings(strategy=name)).optimizer_bits is None
+    assert train_gpt.strategy_of(train_gpt.Settings(strategy="ddp")) == "ddp"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
