@@ -33,12 +33,14 @@ slow: $(STAMP)
 gpu:
 	PYTHONPATH=. python -m pytest -m gpu --ignore tests/test_examples.py $(ARGS)
 	PYTHONPATH=. python benchmarks/optimizer_step.py
+	PYTHONPATH=. python benchmarks/paging.py
 	PYTHONPATH=. python benchmarks/int8_quantize.py
 	PYTHONPATH=. python benchmarks/int8_linear.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/paging.py
 	$(BIN)/python benchmarks/int8_quantize.py
 	$(BIN)/python benchmarks/int8_linear.py
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lowbit_lightning import memory
 from lowbit_lightning.memory.settings import PRECISIONS, STRATEGIES
+from lowbit_lightning.optim.options import parse_bytes
 
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
-_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+_PAGED: dict[str, Any] = {"host": True, "disk": "disk"}
 
 
 class FactoryError(ValueError):
@@ -64,8 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--min-size", type=int, metavar="N", help="parameters with fewer elements stay in 32 bits")
     plan.add_argument("--block-size", type=int, metavar="N", help="elements that share a scale")
     plan.add_argument("--master", choices=("bf16+8",), help="a 24-bit master copy of bfloat16 parameters")
+    plan.add_argument("--paged", choices=tuple(_PAGED), help="where optimizer states lie that are paged")
+    plan.add_argument("--resident", default=0, metavar="SIZE", help="of paged states that stay near, as 512MiB")
     plan.add_argument("--replicas", type=int, default=1, metavar="N", help="groups of ranks with a copy each (HSDP)")
     plan.add_argument("--zero2", action="store_true", help="parameters stay gathered from forward to backward")
+    plan.add_argument("--all-gather", choices=("high", "int8"), default="high", help="how sharded parameters travel")
     plan.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches in a step (default 1)")
     plan.add_argument("--activation-checkpointing", action="store_true", help="of the repeated blocks")
     plan.add_argument("--batch", help="the model's inputs, for activations: 8x1024:int64,8x1024:int64")
@@ -75,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    limit = None if args.memory is None else parse_bytes(args.memory)
+    limit = None if args.memory is None else parse_bytes(args.memory, "memory")
     named = ("min_size", "block_size", "master")
     options = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     result = memory.plan(
@@ -90,6 +93,9 @@ def _plan(args: argparse.Namespace) -> int:
         reshard_after_forward=not args.zero2,
         replicas=args.replicas,
         activation_checkpointing=args.activation_checkpointing,
+        all_gather=args.all_gather,
+        paged=_PAGED.get(args.paged, False),
+        resident=args.resident,
         **options,
     )
     fits = limit is None or result.fits(limit)
@@ -139,15 +145,6 @@ def make_model(path: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={path!r}: it must make a torch.nn.Module, got {type(model).__name__}")
     return model
-
-
-def parse_bytes(text: str) -> int:
-    """'80GiB', '80GB', '80e9', '1.5 TiB' -> bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"memory must be a number of bytes, or with a unit as 80GiB or 80GB, got {text!r}")
-    return int(float(match[1]) * unit)
 
 
 def parse_batch(text: str) -> tuple[Tensor, ...]:

@@ -138,6 +138,7 @@ def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
     from lowbit_lightning import optim
     from lowbit_lightning.memory import groups
     from lowbit_lightning.strategies import blocks
+    from lowbit_lightning.strategies.gather import gather_in_int8
 
     kept: list[Any] = []
     cast = "bf16" in name
@@ -149,6 +150,8 @@ def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
         else:
             policy = MixedPrecisionPolicy(torch.bfloat16 if cast else None, torch.float32, cast_forward_inputs=False)
             blocks.shard(model, groups.chosen_blocks(model, None), mesh, "zero3" in name, mp_policy=policy)
+        if "int8" in name:
+            gather_in_int8(model)
         step, optimizer = train(model, optim.AdamW, data, cast)
         kept.extend([model, optimizer, step])
         return step
@@ -163,7 +166,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     mesh, data, found = dist.device_mesh.init_device_mesh("cpu", (2,)), batch(), {}
-    for name in ("ddp", "zero3", "zero2", "zero3 in bf16"):
+    for name in ("ddp", "zero3", "zero2", "zero3 in bf16", "zero3 in int8", "zero2 in int8"):
         found[name] = _measured(name, mesh, data)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -97,6 +97,12 @@ def test_each_option_arrives(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert settings("--min-size", "99999")["states"] > 3 * plain["states"]
     master = settings("--precision", "bf16-true", "--master", "bf16+8")
     assert master["state_parts"]["master remainders"] == master["parameters"] // 2
+    paged = settings("--paged", "disk", "--resident", "64KiB")
+    assert plain["state_parts"]["codes"] < paged["paged_out"]["disk"] < 1.05 * plain["state_parts"]["codes"]
+    assert paged["settings"]["resident"] == "64KiB"
+    assert list(settings("--paged", "host")["paged_out"]) == ["host memory"]
+    two = ("--world-size", "2")
+    assert settings(*two, "--all-gather", "int8")["communication"] != settings(*two)["communication"]
     ranks = ("--world-size", "4", "--replicas", "2", "--zero2", "--accumulate", "3", "--activation-checkpointing")
     assert settings(*ranks)["settings"] == {
         **{"world_size": 4, "strategy": "sharded", "precision": "32-true", "optimizer": "AdamW", "bits": 8},
@@ -113,7 +119,7 @@ def test_each_option_arrives(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["planned_net:size"], "has no callable 'size'"),
         (["planned_net:wide"], "callable without arguments .*write a function"),
         (["planned_net:number"], "must make a torch.nn.Module, got int"),
-        (["planned_net:Net", "--memory", "80 Gig"], "memory must be a number of bytes, or with a unit .*'80 Gig'"),
+        (["planned_net:Net", "--memory", "80 Gig"], "memory must be a number of bytes, or one with a unit .*'80 Gig'"),
         (["planned_net:Net", "--batch", "8by4"], "batch must be shapes with dtypes.*'8by4'"),
         (["planned_net:Net", "--batch", "8x4:double4"], "batch must be shapes with dtypes.*'8x4:double4'"),
         (["planned_net:Net", "--batch", "8x4"], "could not be run without values"),

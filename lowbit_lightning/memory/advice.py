@@ -26,6 +26,8 @@ def _changes(model: nn.Module, now: Settings) -> list[_Change]:
     many, changes = now.world_size > 1, []
     if isinstance(now.optimizer, (str, type)) and now.bits != 8:
         changes.append(_Change("bits=8", "optimizer states in 8 bits", 1, {"bits": 8}))
+    if now.paged is False and (isinstance(now.optimizer, str) or now.sharded) and now.bits is not None:
+        changes.append(_Change("paged=True", "states travel to the device and back in a step", 2, {"paged": True}))
     if many and not now.sharded:
         changes.append(
             _Change('strategy="sharded"', "parameters travel in forward and backward", 2, {"strategy": "sharded"})

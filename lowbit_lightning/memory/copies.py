@@ -8,10 +8,18 @@ they are copied into one float32 tensor, padded to equal shares, and reduced. DD
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import nn
 
-from lowbit_lightning.memory.groups import chosen_blocks, first_share, grouped, padded
+from lowbit_lightning.memory.groups import (
+    chosen_blocks,
+    first_share,
+    grouped,
+    int8_share,
+    padded,
+    travels_in_int8,
+)
 from lowbit_lightning.memory.settings import Settings
 from lowbit_lightning.memory.step import Reduction
 
@@ -41,24 +49,35 @@ def _sharded(twin: nn.Module, settings: Settings) -> Copies:
     blocks, root = grouped(twin, chosen_blocks(twin, settings.policy))
     names, ranks, cast = {p: name for name, p in twin.named_parameters()}, settings.ranks, settings.autocast
 
+    def whole(p: nn.Parameter) -> int:
+        return padded(tuple(p.shape), ranks) * (cast or p.dtype).itemsize
+
+    def packed(p: nn.Parameter) -> int:  # stays beside the whole parameter, as long as that does
+        if settings.all_gather != "int8" or not travels_in_int8(tuple(p.shape)):
+            return 0
+        return ranks * int8_share(first_share(tuple(p.shape), ranks)[0], prod(p.shape[1:]))[1]
+
     def gather(group: Group) -> int:
-        return sum(padded(tuple(p.shape), ranks) * (cast or p.dtype).itemsize for p in group)
+        return sum(packed(p) or whole(p) for p in group)
+
+    def kept(group: Group) -> int:
+        return sum(packed(p) + whole(p) for p in group)
 
     def reduction(group: Group) -> Reduction:
         trained = [p for p in group if p.requires_grad]
         shards = {names[p]: first_share(tuple(p.shape), ranks) for p in trained}
         return Reduction(shards, sum(padded(tuple(p.shape), ranks) * 4 for p in trained))
 
-    sizes, reductions = [gather(group) for group in blocks], [reduction(group) for group in (*blocks, root)]
-    in_float32 = sum(r.bytes for r in reductions)
+    sizes, reductions = [kept(group) for group in blocks], [reduction(group) for group in (*blocks, root)]
+    in_float32, again = sum(r.bytes for r in reductions), 2 if settings.reshard_after_forward else 1
     travels = {
-        "all_gather": settings.accumulate * (gather(root) + sum(sizes) * (2 if settings.reshard_after_forward else 1)),
+        "all_gather": settings.accumulate * (gather(root) + again * sum(gather(group) for group in blocks)),
         "reduce_scatter": in_float32,
     }
     if settings.replicas > 1:
         travels["all_reduce"] = in_float32 // ranks
     return Copies(
-        gathered=gather(root) + sum(sorted(sizes)[-2:] if settings.reshard_after_forward else sizes),
+        gathered=kept(root) + sum(sorted(sizes)[-2:] if settings.reshard_after_forward else sizes),
         reduction=max(r.bytes for r in reductions) + (in_float32 if settings.accumulate > 1 else 0),
         communication=travels,
         reductions=tuple(r for r in reductions if r.shards),

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 Policy = Callable[[str, nn.Module], bool]
 Shape = tuple[int, ...]
 
+SHORTEST_INT8_ROW = 16
+_ALIGNMENT = 16  # of the scales behind the codes, in bytes
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -81,3 +83,15 @@ def first_share(shape: Shape, ranks: int) -> Shape:
 def padded(shape: Shape, ranks: int) -> int:
     """The elements that travel: those of equal shares."""
     return ranks * prod(first_share(shape, ranks))
+
+
+def travels_in_int8(shape: Shape) -> bool:
+    """Whether ``all_gather="int8"`` quantises a parameter: a matrix whose rows are long enough for a scale each."""
+    return len(shape) >= 2 and prod(shape[1:]) >= SHORTEST_INT8_ROW
+
+
+def int8_share(rows: int, length: int) -> tuple[int, int]:
+    """Of a rank's rows, packed as ``strategies.gather`` does: where the scales begin, behind the codes, and all bytes
+    of it."""
+    scales_at = -(-rows * length // _ALIGNMENT) * _ALIGNMENT
+    return scales_at, scales_at + 4 * rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ def plan(
     policy: Policy | None = None,
     activation_checkpointing: bool = False,
     int8: Mapping[str, Any] | None = None,
+    all_gather: Literal["high", "int8"] = "high",
+    paged: bool | Literal["disk"] = False,
+    resident: int | str = 0,
     **options: Any,
 ) -> Plan:
     """Bytes per device, before anything is allocated.
@@ -52,16 +55,17 @@ def plan(
         batch: for activations: a tensor, a tuple or a dict of arguments; only shapes and dtypes matter.
         step: ``step(model, batch) -> loss``. None: the model is called, and the loss is the sum of what it returns.
         accumulate: micro-batches in an optimizer step; ``batch`` is one of them.
-        reshard_after_forward, replicas, policy: as for ``strategies.ShardedStrategy``.
+        reshard_after_forward, replicas, policy, all_gather: as for ``strategies.ShardedStrategy``.
         activation_checkpointing: the repeated blocks are recomputed in the backward.
         int8: arguments of ``convert.swap_linears``, for "int8-mixed".
+        paged, resident: of the optimizer's states, as for the optimizers here (an instance has its own).
 
     Raises:
         ValueError, TypeError: an argument that is out of range, naming it.
     """
     settings = Settings(
         *(world_size, strategy, precision, optimizer, bits, batch, step, accumulate, reshard_after_forward),
-        *(replicas, policy, activation_checkpointing, int8 or {}, options),
+        *(replicas, policy, activation_checkpointing, int8 or {}, all_gather, paged, resident, options),
     )
     settings.check()
     _check_shapes(model)
@@ -82,8 +86,9 @@ def _plan(model: nn.Module, settings: Settings) -> Plan:
     local = [_meta(first_share(tuple(p.shape), settings.ranks), p.dtype) for p in params]
     trained = [(whole, own, part) for whole, own, part in zip(params, model.parameters(), local, strict=True)]
     parts = {own: part for whole, own, part in trained if whole.requires_grad}
-    optimizer = states.make(settings.optimizer, settings.bits, parts, settings.sharded, dict(settings.options))
-    state_parts = states.count(optimizer, parts, settings.ranks)
+    paging = {"paged": settings.paged, "resident": settings.resident} if settings.paged else {}
+    optimizer = states.make(settings.optimizer, settings.bits, parts, settings.sharded, dict(settings.options), paging)
+    state_parts, paged_out = states.count(optimizer, parts, settings.ranks)
     copies = copies_of(twin, settings)
     gradients = sum(part.nbytes for part in parts.values())
     return Plan(
@@ -95,6 +100,7 @@ def _plan(model: nn.Module, settings: Settings) -> Plan:
         reduction=copies.reduction,
         int8_weights=0 if settings.sharded else _int8_weights(twin),
         activations=_activations(twin, settings, copies, gradients),
+        paged_out=paged_out,
         state_parts=state_parts,
         communication=copies.communication,
         settings=settings.shown(),

@@ -37,8 +37,10 @@ class Plan:
         gathered: FSDP2's copies of parameters that are whole. reduction: copies of gradients for communication.
         int8_weights: forms that ``Int8Linear`` keeps from one forward to the optimizer's step.
         activations: what forward and backward hold at their peak, beyond the gradients; None without a batch.
-        state_parts: ``states`` by kind. communication: bytes by collective in an optimizer step, as each rank hands
-            them over or gets them: whichever is whole.
+        paged_out: what lies elsewhere, and in no total: bytes of optimizer states in "host memory" or on "disk".
+        state_parts: ``states`` by kind; "pages" is near memory of paged states: of resident ones, and the ring.
+        communication: bytes by collective in an optimizer step, as each rank hands them over or gets them: whichever is
+            whole.
         settings: what was planned for.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     reduction: int
     int8_weights: int
     activations: int | None
+    paged_out: dict[str, int]
     state_parts: dict[str, int]
     communication: dict[str, int]
     settings: dict[str, Any]
@@ -71,7 +74,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         own = {name: getattr(self, name) for name in CATEGORIES}
-        rest = {name: dict(getattr(self, name)) for name in ("state_parts", "communication", "settings")}
+        rest = {name: dict(getattr(self, name)) for name in ("paged_out", "state_parts", "communication", "settings")}
         return {**own, "total": self.total, **rest}
 
     def table(self, memory: int | None = None) -> str:
@@ -87,6 +90,7 @@ class Plan:
             if name == "states" and len(self.state_parts) > 1:
                 lines += [_line(f"  {kind}", f"{size:,}", readable(size)) for kind, size in self.state_parts.items()]
         lines.append(_line("total", f"{self.total:,}", readable(self.total)))
+        lines += [_line(f"paged out to {place}", f"{size:,}", readable(size)) for place, size in self.paged_out.items()]
         if self.communication:
             lines += ["", _line("communication in a step", "", "")]
             lines += [_line(name, f"{size:,}", readable(size)) for name, size in self.communication.items()]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowbit_lightning.memory import states
 from lowbit_lightning.memory.groups import Policy
 from lowbit_lightning.memory.step import Step
+from lowbit_lightning.optim.options import parse_bytes
 
 Strategy = Literal["single", "ddp", "sharded"]
 Precision = Literal["32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "int8-mixed"]
@@ -39,6 +40,9 @@ class Settings:
     policy: Policy | None
     activation_checkpointing: bool
     int8: Mapping[str, Any]
+    all_gather: str
+    paged: bool | str
+    resident: int | str
     options: Mapping[str, Any]
 
     def check(self) -> None:
@@ -58,6 +62,12 @@ class Settings:
                 f"replicas must divide world_size, {self.world_size}, and be 1 unless strategy='sharded'; "
                 f"got {self.replicas}"
             )
+        _one_of("all_gather", self.all_gather, ("high", "int8"))
+        if self.all_gather == "int8" and not self.sharded:
+            raise ValueError(f"all_gather='int8' needs strategy='sharded', got {self.strategy!r}: nothing is gathered")
+        _one_of("paged", self.paged, (False, True, "disk"))
+        if parse_bytes(self.resident) and not self.paged:
+            raise ValueError(f"resident={self.resident!r} does nothing without paged=True or 'disk': leave it out")
         if self.int8 and self.precision != "int8-mixed":
             raise ValueError(f"int8={dict(self.int8)} does nothing under precision={self.precision!r}: leave it out")
 
@@ -96,6 +106,10 @@ class Settings:
             shown["bits"] = self.bits
         if self.sharded:
             shown |= {"reshard_after_forward": self.reshard_after_forward, "replicas": self.replicas}
+        if self.all_gather != "high":
+            shown["all_gather"] = self.all_gather
+        if self.paged:
+            shown |= {"paged": self.paged, "resident": self.resident}
         return {**shown, "accumulate": self.accumulate, "activation_checkpointing": self.activation_checkpointing}
 
 

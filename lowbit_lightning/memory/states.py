@@ -12,38 +12,50 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
-from lowbit_lightning.optim.options import MASTER
+from lowbit_lightning.optim.options import MASTER, parse_bytes
+from lowbit_lightning.optim.paging import want_of
 from lowbit_lightning.state import blocks
+from lowbit_lightning.state.pages.layout import Want, lay_out
 
 Kind = str | type[Optimizer] | Optimizer
 Parts = Mapping[nn.Parameter, nn.Parameter]
 """The model's trainable parameters -> this rank's parts of them, on the meta device, in the dtype of the run."""
 
 
-def make(kind: Kind, bits: int | None, parts: Parts, convert: bool, options: dict[str, Any]) -> Optimizer:
+def make(
+    kind: Kind, bits: int | None, parts: Parts, convert: bool, options: dict[str, Any], paging: dict[str, Any]
+) -> Optimizer:
     """The optimizer over the parts. ``convert``: one of torch.optim becomes its twin, as the sharded strategy does it.
+    ``paging``: options of optimizers here and of twins.
 
     Raises:
         ValueError, TypeError: naming the argument, for a name, class, instance or option that is of no use here.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will say what options do nothing
-        made = _made(kind, bits, parts, options)
+        made = _made(kind, bits, parts, options, paging)
         if convert and bits is not None and type(made).__module__.startswith("torch.optim."):
-            optim.convert_(made, bits=bits)
+            optim.convert_(made, bits=bits, **paging)
+    if paging and not isinstance(made, optim.LowBitOptimizer):
+        raise ValueError(
+            f"paged={paging['paged']!r} needs an optimizer of lowbit_lightning.optim, or strategy='sharded', which "
+            f"makes one of torch.optim's; got optimizer={type(made).__name__}"
+        )
     return made
 
 
-def _made(kind: Kind, bits: int | None, parts: Parts, options: dict[str, Any]) -> Optimizer:
+def _made(kind: Kind, bits: int | None, parts: Parts, options: dict[str, Any], paging: dict[str, Any]) -> Optimizer:
     if isinstance(kind, Optimizer):
-        if options:
-            raise ValueError(f"{sorted(options)} cannot be set: optimizer is an instance and has its own settings")
+        ours = isinstance(kind, optim.LowBitOptimizer)
+        given = sorted({**options, **(paging if ours else {})})
+        if given:
+            raise ValueError(f"{given} cannot be set: optimizer is an instance and has its own settings")
         return _remade(kind, parts)
     cls = _named(kind, bits) if isinstance(kind, str) else kind
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"optimizer must be a name, a class or an instance of torch.optim.Optimizer, got {kind!r}")
     if issubclass(cls, optim.LowBitOptimizer):
-        options = {"bits": 32 if bits is None else bits, **options}
+        options = {"bits": 32 if bits is None else bits, **paging, **options}
     try:
         return cls(list(parts.values()), **options)  # type: ignore[call-arg, arg-type]
     except TypeError as error:
@@ -78,22 +90,30 @@ def _remade(optimizer: Optimizer, parts: Parts) -> Optimizer:
     return type(optimizer)([group for group in groups if group["params"]])  # type: ignore[call-arg]
 
 
-def count(optimizer: Optimizer, parts: Parts, ranks: int) -> dict[str, int]:
-    """Bytes by kind, of parts cut among ``ranks``: "codes", "scales", "32-bit", "steps", "master remainders"; those
-    of other optimizers are "32-bit" and "steps"."""
+def count(optimizer: Optimizer, parts: Parts, ranks: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes near by kind, of parts cut among ``ranks``: "codes", "scales", "32-bit", "steps", "master remainders",
+    and "pages"; those of other optimizers are "32-bit" and "steps". And bytes that are paged out, by place."""
     whole = {part: p for p, part in parts.items()}
     if not isinstance(optimizer, optim.LowBitOptimizer):
-        return _stepped(optimizer)
+        return _stepped(optimizer), {}
     found: Counter[str] = Counter()
+    wants: list[Want] = []
     for group in optimizer.param_groups:
         rule = optimizer._rule_of(group)
         for part in group["params"]:
             cut_vector = ranks > 1 and part.ndim < 2
             coded = group["bits"] == 8 and blocks.fits_grid(whole[part].shape, group["min_size"]) and not cut_vector
-            entries = optimizer._entries(part, {**group, "bits": 8 if coded else 32, "min_size": 0}, rule)
-            for name, value in entries.items():
-                found[_kind(name, value)] += value.nbytes
-    return dict(found)
+            form = {**group, "bits": 8 if coded else 32, "min_size": 0}
+            want = want_of(optimizer, part, form) if group["paged"] else None
+            wants += [] if want is None else [want]
+            for name, value in optimizer._entries(part, {**form, "paged": False}, rule).items():
+                if want is None or name not in dict(want.dtypes):
+                    found[_kind(name, value)] += value.nbytes
+    if not wants:
+        return dict(found), {}
+    group = next(group for group in optimizer.param_groups if group["paged"])
+    plan = lay_out(wants, parse_bytes(group["resident"]))
+    return {**found, "pages": plan.near_bytes}, {"disk" if group["paged"] == "disk" else "host memory": plan.nbytes}
 
 
 def _kind(name: str, value: Tensor) -> str:

@@ -144,15 +144,15 @@ _UNITS = {"": 1, "B": 1, **{f"{x}B": 1000**i for i, x in enumerate("KMGT", 1)}}
 _UNITS |= {f"{x}IB": 1024**i for i, x in enumerate("KMGT", 1)}
 
 
-def parse_bytes(value: int | str) -> int:
-    """``"512MiB"``, ``"2 GB"`` or a number, in bytes.
+def parse_bytes(value: int | str, name: str = "resident") -> int:
+    """``"512MiB"``, ``"2 GB"``, ``"80e9"`` or a number, in bytes. ``name``: of the argument, for errors.
 
     Raises:
         ValueError: for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", str(value).upper())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:E\d+)?)\s*([KMGT]?I?B|)\s*", str(value).upper())
     if isinstance(value, bool) or not isinstance(value, (int, str)) or match is None or match[2] not in _UNITS:
-        raise ValueError(f'resident must be a number of bytes, or one with a unit such as "512MiB", got {value!r}')
+        raise ValueError(f"{name} must be a number of bytes, or one with a unit such as 512MiB, got {value!r}")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -27,10 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lowbit_lightning import kernels
+from lowbit_lightning.memory.groups import int8_share, travels_in_int8
 from lowbit_lightning.state import shards
-
-SHORTEST_ROW = 16
-_ALIGNMENT = 16  # of the scales behind the codes, in bytes
 
 
 @dataclass(frozen=True)
@@ -42,24 +40,24 @@ class Int8Rows:
 
     def pack(self, part: Tensor, ranks: int) -> Tensor:
         """This rank's rows as uint8, as long on every rank: codes, then scales, both padded."""
-        share = -(-self.rows // ranks)
-        packed = torch.zeros(self._scales_at(share) + 4 * share, dtype=torch.uint8, device=part.device)
+        scales_at, size = self._share(ranks)
+        packed = torch.zeros(size, dtype=torch.uint8, device=part.device)
         if part.numel():
             codes, scales = kernels.quantize_rowwise(part.detach().reshape(-1, self.length))
             packed[: codes.numel()] = codes.view(torch.uint8).flatten()
-            packed[self._scales_at(share) :][: 4 * len(scales)] = scales.view(torch.uint8)
+            packed[scales_at:][: 4 * len(scales)] = scales.view(torch.uint8)
         return packed
 
     def unpack(self, packed: Tensor, ranks: int, out: Tensor) -> None:
         """Multiply out what ``ranks`` ranks packed, into ``out [ranks * share, length]``."""
-        share = -(-self.rows // ranks)
+        share, (scales_at, _) = -(-self.rows // ranks), self._share(ranks)
         pieces = packed.view(ranks, -1)
         codes = pieces[:, : share * self.length].view(torch.int8).unflatten(1, (share, self.length))
-        scales = pieces[:, self._scales_at(share) :].contiguous().view(torch.float32)
+        scales = pieces[:, scales_at:].contiguous().view(torch.float32)
         torch.mul(codes, scales.unsqueeze(-1), out=out.view(ranks, share, self.length))
 
-    def _scales_at(self, share: int) -> int:
-        return -(-share * self.length // _ALIGNMENT) * _ALIGNMENT
+    def _share(self, ranks: int) -> tuple[int, int]:
+        return int8_share(-(-self.rows // ranks), self.length)
 
 
 @dataclass(frozen=True)
@@ -107,4 +105,4 @@ def gather_in_int8(module: nn.Module) -> None:
 
 
 def _travels(p: DTensor) -> bool:
-    return p.ndim >= 2 and p.is_floating_point() and prod(p.shape[1:]) >= SHORTEST_ROW and shards.keeps_grid(p)
+    return travels_in_int8(tuple(p.shape)) and p.is_floating_point() and shards.keeps_grid(p)
