@@ -1,0 +1,48 @@
+"""Optimizer states in a page file, end to end: processes that are killed, and states larger than memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="page files are Linux's")
+
+PROGRAMS = Path(__file__).parent / "programs"
+MIB = 2**20
+
+
+def run(name: str, *arguments: object, timeout: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAMS / name), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_killed_run_leaves_its_last_checkpoint_and_nothing_else(rounds: int, tmp_path: Path, page_dir: Path) -> None:
+    done = run("paged_kill.py", tmp_path, page_dir, rounds, timeout=60 + 10 * rounds)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("round ") == rounds
+
+
+@pytest.mark.slow
+def test_states_larger_than_the_memory_that_is_allowed(page_dir: Path) -> None:
+    """Under RLIMIT_DATA, which counts all private memory that can be written; to the bit as without paging."""
+    limit = 1024
+    paged, plain, refused = (
+        run("paged_beyond_memory.py", *told, page_dir, timeout=600)
+        for told in (("paged", limit), ("plain", 0), ("plain", limit))
+    )
+    assert paged.returncode == plain.returncode == 0, paged.stderr[-3000:] + plain.stderr[-3000:]
+    found, expected = json.loads(paged.stdout), json.loads(plain.stdout)
+    assert found["states"] > limit * MIB
+    assert found["digest"] == expected["digest"]
+    assert found["losses"] == expected["losses"]
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["VmHWM"] < found["states"] < expected["VmHWM"]  # the kernel's account of resident memory agrees
+    assert refused.returncode != 0  # the limit is one
+    assert "can't allocate memory" in refused.stderr
