@@ -37,6 +37,7 @@ CHECKS = {
         "stages_train_like_torch",
         "clipping_accumulation_and_offload",
         "a_checkpoint_resumes_to_the_bit",
+        "evaluates_without_and_after_fit",
         "refusals_come_before_training",
         "deepspeed_alone",
     ),

@@ -80,6 +80,18 @@ class GPT(Example):
         return (losses / dist.get_world_size()).tolist()
 
 
+OPTIONS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "max_epochs": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+    "use_distributed_sampler": False,
+}
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -88,22 +100,7 @@ def fit(
     strategy: Any, precision: Any = "32-true", model: Any = None, ckpt_path: Any = None, **options: Any
 ) -> tuple[Any, L.Trainer]:
     model = model or GPT()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        precision=precision,
-        **{
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "limit_val_batches": 0,
-            "use_distributed_sampler": False,
-            **options,
-        },
-    )
+    trainer = L.Trainer(devices=dist.get_world_size(), strategy=strategy, precision=precision, **{**OPTIONS, **options})
     trainer.fit(model, ckpt_path=ckpt_path)
     return model, trainer
 
@@ -333,6 +330,24 @@ def an_unconverted_checkpoint_is_refused(folder: Path) -> str | None:
     return message if "ds_to_universal" not in message else None
 
 
+def evaluates_without_and_after_fit(folder: Path) -> str | None:
+    for name in ("lowbit_deepspeed_stage_2", "lowbit_deepspeed_stage_3"):
+        trained, _ = fit(name, "int8-mixed")
+        for model in (GPT(), trained):
+            evaluation = L.Trainer(
+                devices=dist.get_world_size(),
+                **{**OPTIONS, "limit_val_batches": 2},
+                strategy=name,
+                precision="int8-mixed",
+            )
+            kernels.reset_calls()
+            found = evaluation.validate(model, DataLoader(model.windows[:4], 2), verbose=False)[0]["val_loss"]
+            matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
+            if not 0 < found < 10 or matmuls != 2 * 4 * SETTINGS.layers:
+                return f"{name}: {found} after {matmuls} int8 products"
+    return None
+
+
 def refusals_come_before_training(folder: Path) -> str | None:
     kinds: tuple[tuple[Any, str], ...] = (optim.LAMB, "LAMB"), (optim.LARS, "LARS")
     for optimizer, words in kinds:
@@ -407,6 +422,7 @@ CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
         stages_train_like_torch,
         clipping_accumulation_and_offload,
         a_checkpoint_resumes_to_the_bit,
+        evaluates_without_and_after_fit,
         refusals_come_before_training,
         deepspeed_alone,
     ),

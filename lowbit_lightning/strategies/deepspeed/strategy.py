@@ -19,7 +19,6 @@ Limitations
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ from lightning.pytorch import strategies
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, LRSchedulerConfig
-from torch import nn
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
@@ -127,24 +125,11 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
             self.set_world_ranks()
             self._init_deepspeed_distributed()
 
-    def _engine(self, config: dict[str, Any], **arguments: Any) -> tuple[Any, Any]:
-        """DeepSpeed's engine and optimizer. Lightning gives it the index of the device, and a CPU has none."""
-        import deepspeed
-
-        device_rank = self.local_rank if self.root_device.index is None else self.root_device.index
-        made = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=device_rank), config=config, dist_init_required=False, **arguments
-        )
-        return made[0], made[1]
-
-    def _setup_model_and_optimizer(
-        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
-    ) -> tuple[Any, Any]:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        assert isinstance(self.config, dict)
-        return self._engine(
-            self.config, model=model, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
-        )
+    @property
+    def root_device(self) -> torch.device:
+        """With an index, also of the CPU: Lightning gives it to DeepSpeed, which counts with it."""
+        device = super().root_device
+        return device if device.index is not None else torch.device(device.type, 0)
 
     # -- the model and its optimizer ---------------------------------------------------------------------------------
 
