@@ -217,7 +217,6 @@ class LowBitOptimizer(Optimizer):
         if plan is None or not plan.fits(form, work, held):
             self._keep_format(group, rule)
             entries = [self._entries(p, group, rule) for p in work.params]
-            self._paging.drop_unused(self)
             parts: dict[tuple, list[int]] = {}
             for i, p in enumerate(work.params):
                 form_of_p = p.device, wants_master(p, group), bits_of(entries[i], rule)
@@ -271,7 +270,10 @@ class LowBitOptimizer(Optimizer):
             if place is None:
                 held = {name: back(p, value) for name, value in held.items()}
         entries = self._formed(p, held, group, rule, paged=place is not None)
+        was_paged = isinstance(self.state[p], Entries)
         self.state[p] = entries if place is None else Entries(p, *place, entries)  # type: ignore[assignment]
+        if was_paged and place is None:
+            self._paging.drop_unused(self)
         return raw(self.state[p])
 
     def _formed(

@@ -103,9 +103,9 @@ class Paging:
 
     def drop_unused(self, optimizer: LowBitOptimizer) -> None:
         """Close pagers that no state lies in any more."""
-        used = {id(entries.pager) for entries in optimizer.state.values() if isinstance(entries, Entries)}
-        for device in [device for device, pager in self.pagers.items() if id(pager) not in used]:
-            self.pagers.pop(device).close()
+        for device, pager in list(self.pagers.items()):
+            if not any(isinstance(e, Entries) and e.pager is pager for e in optimizer.state.values()):
+                self.pagers.pop(device).close()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 

@@ -35,10 +35,10 @@ _STALL = 1e-4  # seconds that a wait takes at least to be called one
 
 @dataclass(eq=False)
 class Slot:
-    """A near buffer: the chunk that it holds, and the last event of its chain."""
+    """A near buffer: the moves of the chunk that it holds, and the last event of its chain."""
 
     memory: Tensor
-    holds: Chunk | None = None
+    holds: Moves | None = None
     last: Event | None = None
     unsaved: bool = False
     """Whether kernels have changed what it holds since it was stored."""
@@ -110,13 +110,11 @@ class Pager:
 
     def _make_chunks(self, plan: layout.Layout) -> list[Chunk]:
         ring = [Slot(self.transport.buffer(size)) for size in plan.ring]
-        stay = self.transport.buffer(plan.resident)
-        self._slots, chunks, first, streamed = list(ring), list[Chunk](), 0, 0
+        self._slots, chunks, streamed = list(ring), list[Chunk](), 0
         for index, planned in enumerate(plan.chunks):
             if planned.resident:
-                slot = Slot(stay[first : first + planned.nbytes])
+                slot = Slot(self.transport.buffer(planned.nbytes))
                 self._slots.append(slot)
-                first += planned.nbytes
             else:
                 slot = ring[streamed % RING]
                 streamed += 1
@@ -166,7 +164,8 @@ class Pager:
         self.statistics.steps += 1
         if self._visited:
             self._order, self._visited, self._next = self._visited, [], 0
-            self._look_ahead(None)
+            if not self._settled:  # or the host may be about to change the slab
+                self._look_ahead(None)
 
     def _leave(self) -> None:
         """No more kernels on the open chunk."""
@@ -181,15 +180,16 @@ class Pager:
 
     def _send_for(self, chunk: Chunk) -> None:
         slot = chunk.slot
-        if slot.holds is not chunk:
-            slot.holds, slot.last = chunk, self.transport.fetch(chunk.moves, after=slot.last)
+        if slot.holds is not chunk.moves:
+            slot.last = self.transport.fetch(chunk.moves, after=slot.last)
+            slot.holds = chunk.moves
             self.statistics.bytes_in += chunk.moves.nbytes
 
     def _store(self, slot: Slot) -> None:
         assert slot.holds is not None
-        slot.last = self.transport.store(slot.holds.moves, after=slot.last)
+        slot.last = self.transport.store(slot.holds, after=slot.last)
         slot.unsaved = False
-        self.statistics.bytes_out += slot.holds.moves.nbytes
+        self.statistics.bytes_out += slot.holds.nbytes
 
     def _follow(self, chunk: Chunk) -> None:
         """Note where in the last step's order this step is."""

@@ -9,6 +9,7 @@ orders anything: not the order of calls, not fetches among themselves, not a fet
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +35,7 @@ class Moves:
 
     parts: tuple[tuple[Tensor, int], ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(part.numel() for part, _ in self.parts)
 
@@ -61,8 +62,8 @@ class Transport(Protocol):
         ...
 
     def buffer(self, nbytes: int) -> Tensor:
-        """Near memory: uint8 ``[nbytes]``, aligned to 4096 bytes on a CPU. Called a few times, before the first
-        copy; the pager keeps what it gets."""
+        """Near memory: uint8 ``[nbytes]``, aligned to 4096 bytes on a CPU. Called before the first copy, once for each
+        place of the ring and each resident chunk; the pager keeps what it gets."""
         ...
 
     def fetch(self, moves: Moves, after: Event | None) -> Event:
