@@ -9,7 +9,7 @@ for the signed map and ``2**(d+1)`` for the unsigned one, and its codes are the 
 complete the map (Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization"). Number the non-negative
 codes by ``f``, with ``f = |code - 127|`` (signed) and ``f = code + 1`` (unsigned): decade ``d`` is exactly ``P <= f
 < 2 P``. So the number of bits of ``f`` tells the decade, and inside it the value is linear in ``f``. Encoding and
-decoding need no table of 256 entries: one look-up among ten pairs (slope, offset), one multiplication, one addition.
+decoding need no table of 256 entries: one look-up among ten pairs (slope, offset), one fused multiply-add.
 The slopes and offsets stand here once; ``reference.py`` and ``src/dynamic_map.h`` use them.
 
 **The scale carries a sign** where the codebook has no -1: a signed block is divided by its element of largest
@@ -73,11 +73,11 @@ def check_block_size(block_size: int) -> None:
 class DynamicMap:
     """The constants of a dynamic map, all float32. ``f`` is the number of a non-negative code (see the module).
 
-    ``decode_slope``, ``decode_offset``: ten lines, ``value = f * slope[k] + offset[k]``, k the number of bits of f:
-    zero, the seven decades and 1.0, from k = 0 (signed) or k = 1 (unsigned).
+    ``decode_slope``, ``decode_offset``: ten lines, ``value = fused(f, slope[k], offset[k])``, a multiply-add rounded
+    once; k is the number of bits of f: zero, the seven decades and 1.0, from k = 0 (signed) or k = 1 (unsigned).
 
     ``low``: a magnitude x is raised to this. ``thresholds``: ascending; l of them are below x. ``encode_slope``,
-    ``encode_offset``, ``encode_limit``: ``f = floor(min(x * slope[l] + offset[l], limit[l]))``, a line for each
+    ``encode_offset``, ``encode_limit``: ``f = floor(min(fused(x, slope[l], offset[l]), limit[l]))``, a line for each
     decade, one for 1.0, and in the signed map one for zero, with the threshold ``low``. (A positive value of the
     unsigned map never becomes zero.)
     """
@@ -126,7 +126,8 @@ def _dynamic_values(name: str) -> np.ndarray:
     code = np.arange(256)
     f = (np.abs(code - 127) if constants.signed else code + 1).astype(np.float32)
     line = np.frexp(f)[1]  # the number of bits
-    magnitude = f * constants.decode_slope[line] + constants.decode_offset[line]  # two float32 roundings
+    slope, offset = constants.decode_slope[line], constants.decode_offset[line]
+    magnitude = (f.astype(np.float64) * slope + offset).astype(np.float32)  # exact in double: rounded once
     return np.where(code < constants.zero_code, -magnitude, magnitude).astype(np.float32)
 
 

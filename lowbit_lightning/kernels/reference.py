@@ -93,7 +93,7 @@ def _encode(x: Tensor, inverse: Tensor, codebook: str, values: Tensor | None) ->
     y = x * inverse
     magnitude = (y.abs() if constants.signed else y).clamp(min=float(constants.low))
     below = torch.bucketize(magnitude, line("thresholds"))
-    f = magnitude * line("encode_slope")[below] + line("encode_offset")[below]
+    f = rules.fused(magnitude, line("encode_slope")[below], line("encode_offset")[below])
     f = torch.minimum(f, line("encode_limit")[below]).int()
     if constants.signed:
         return torch.where(y < 0, 127 - f, 127 + f).clamp(min=0).to(torch.uint8)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit_lightning.kernels.rules.rule import Rule, State, power, ratio
+from lowbit_lightning.kernels.rules.rule import Rule, State, fused, power, ratio
 
-__all__ = ["RULES", "Rule", "State", "get", "power", "ratio"]
+__all__ = ["RULES", "Rule", "State", "fused", "get", "power", "ratio"]
 
 _MOMENTUM = State("momentum_buffer")
 _EXP_AVG, _EXP_AVG_SQ = State("exp_avg"), State("exp_avg_sq", non_negative=True)
@@ -43,8 +43,8 @@ _DECOUPLED_DECAY = "p = p * decay\n"
 _SHRINK = "shrink = lr * weight_decay\n"
 _SHRUNK = "p = fused(-shrink, p, p)\n"
 _ADAM_MOMENTS = """
-    exp_avg = exp_avg * beta1 + rest1 * g
-    exp_avg_sq = exp_avg_sq * beta2 + rest2 * g * g
+    exp_avg = fused(rest1, g, exp_avg * beta1)
+    exp_avg_sq = fused(rest2 * g, g, exp_avg_sq * beta2)
 """
 _ADAM_FINISH = "p = p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_correction + eps)"
 _AMSGRAD = "max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)"
@@ -118,8 +118,8 @@ def _rules() -> list[Rule]:
             scalars=_SHRINK + "rest1 = 1 - beta1\nrest2 = 1 - beta2",
             direction=_SHRUNK
             + """
-                update = sign(beta1 * exp_avg + rest1 * g) + (g - g)
-                exp_avg = beta2 * exp_avg + rest2 * g
+                update = sign(fused(rest1, g, beta1 * exp_avg)) + (g - g)
+                exp_avg = fused(rest2, g, beta2 * exp_avg)
             """,
             finish="p = fused(-lr, update, p)",
         ),
@@ -152,7 +152,7 @@ def _rules() -> list[Rule]:
             ("lr", "lr_decay", "weight_decay", "eps"),
             (State("sum", non_negative=True),),
             scalars="step_size = lr / (1 + (step - 1) * lr_decay)",
-            direction=_COUPLED_DECAY + "sum = sum + g * g",
+            direction=_COUPLED_DECAY + "sum = fused(g, g, sum)",
             finish="p = p - step_size * g / (sqrt(sum) + eps)",
         ),
     ]
@@ -167,11 +167,11 @@ def _rmsprop_rules() -> list[Rule]:
     average, mean = State("square_avg", non_negative=True), State("grad_avg")
     rules = []
     for centered in (False, True):
-        direction = _COUPLED_DECAY + "square_avg = square_avg * alpha + rest * g * g\n"
+        direction = _COUPLED_DECAY + "square_avg = fused(rest * g, g, square_avg * alpha)\n"
         denominator = "sqrt(square_avg) + eps"
         if centered:
             direction += """
-                grad_avg = grad_avg * alpha + rest * g
+                grad_avg = fused(rest, g, grad_avg * alpha)
                 variance = maximum(square_avg - grad_avg * grad_avg, variance_floor * square_avg)
             """
             denominator = "sqrt(variance) + eps"

@@ -3,8 +3,9 @@
 // V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or
 // DynamicUnsignedConstants, generated from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for
 // its V and I:
-//   splat<V>(float), splat<I>(int), to_int(V) (towards zero), to_bits(V), from_bits(I), minimum(V, V), maximum(V, V),
-//   maximum(I, I), where(mask, a, b), magnitude_from(V x, float low) (the larger of |x| and low)
+//   fused(V a, V b, V c) (a * b + c, rounded once), splat<V>(float), splat<I>(int), to_int(V) (towards zero), to_bits(V),
+//   from_bits(I), minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b), magnitude_from(V x, float low) (the
+//   larger of |x| and low)
 //   decode_line<C>(V n, V& slope, V& offset): the line of f = |n| / 4, with a quarter of its slope; its number is the
 //     low four bits of n's exponent field
 //   encode_line<C>(V magnitude, V& slope, V& offset, V& limit): the line whose number is how many thresholds are below
@@ -22,7 +23,7 @@ template <class C, class V, class I> LB_FN V decode(I counted) {
     const V n = from_bits(counted) - (0x1p25f + 4 * C::bias);
     V slope, offset;
     decode_line<C>(n, slope, offset);
-    return n * slope + (C::is_signed ? from_bits(to_bits(offset) ^ (to_bits(n) & SIGN_BIT)) : offset);
+    return fused(n, slope, C::is_signed ? from_bits(to_bits(offset) ^ (to_bits(n) & SIGN_BIT)) : offset);
 }
 
 // f of the code of x, with x's sign, in a block whose scale's reciprocal is `inverse`.
@@ -31,7 +32,7 @@ template <class C, class V, class I> LB_FN I encode_number(V x, float inverse) {
     const V y = x * inverse;
     const V magnitude = C::is_signed ? magnitude_from(y, C::low) : maximum(y, splat<V>(C::low));
     encode_line<C>(magnitude, slope, offset, limit);
-    const V f = minimum(magnitude * slope + offset, limit);
+    const V f = minimum(fused(magnitude, slope, offset), limit);
     if (C::is_signed) return to_int(from_bits(to_bits(f) | (to_bits(y) & SIGN_BIT)));
     return where(x > 0.0f, to_int(f), splat<I>(0));
 }
