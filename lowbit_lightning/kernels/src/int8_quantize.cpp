@@ -54,7 +54,8 @@ template <class T, bool RANDOM> struct Quantiser {
 
     struct RowForm { int8_t* q; float* scales; };  // scales: null where it is not wanted
 
-    static constexpr int TOGETHER = 4;  // rows
+    static constexpr int TOGETHER = 8;  // rows
+    static constexpr int64_t ROWS_IN_CACHE = 512 << 10;  // bytes
     static constexpr int CHUNK = 512;   // elements whose random words are made together
 
     // 64 elements
@@ -68,7 +69,8 @@ template <class T, bool RANDOM> struct Quantiser {
             memcpy(line + k, &bytes, sizeof bytes);
         }
     }
-    void write_row(int64_t r, float inverse, int8_t* q, bool stream) const {
+    // ahead: as many rows later, the same elements are fetched
+    void write_row(int64_t r, float inverse, int64_t ahead, int8_t* q, bool stream) const {
         if (inverse == 0.0f) {
             memset(q, 0, columns);
             return;
@@ -83,7 +85,7 @@ template <class T, bool RANDOM> struct Quantiser {
             int64_t i = c;
             for (; i + 64 <= end; i += 64) {
                 if (sizeof(T) == 2)  // with wider elements the processor keeps pace alone
-                    for (int b = 0; b < 64; b += 32) fetch(from + TOGETHER * columns + i + b);
+                    for (int b = 0; b < 64; b += 32) fetch(from + ahead * columns + i + b);
                 write_line(from + i, inverses, random.row[0] + (i - c), line);
                 store_line(q + i, line, stream);
             }
@@ -102,7 +104,7 @@ template <class T, bool RANDOM> struct Quantiser {
         for (int k = 0; k < N; ++k) {
             const RowScale s = row_scale(as_float_bits<T>(highest_of(top[k])));
             form.scales[r + k] = s.scale;
-            write_row(r + k, s.inverse, form.q + (r + k) * columns, stream);
+            write_row(r + k, s.inverse, N, form.q + (r + k) * columns, stream);
         }
     }
     // Rows [first, last): their form, and the largest magnitudes of their columns in `tops`, unless null.
@@ -110,7 +112,9 @@ template <class T, bool RANDOM> struct Quantiser {
         const bool stream = streams(form.q, rows, columns);
         if (tops) memset(tops, 0, sizeof(T) * columns);
         int64_t r = first;
-        for (; r + TOGETHER <= last; r += TOGETHER) take<TOGETHER>(r, form, tops, stream);
+        if (TOGETHER * columns * sizeof(T) <= ROWS_IN_CACHE)
+            for (; r + TOGETHER <= last; r += TOGETHER) take<TOGETHER>(r, form, tops, stream);
+        for (; r + TOGETHER / 2 <= last; r += TOGETHER / 2) take<TOGETHER / 2>(r, form, tops, stream);
         for (; r < last; ++r) take<1>(r, form, tops, stream);
         finish_stream();
     }
@@ -126,7 +130,8 @@ template <class T, bool RANDOM> struct Quantiser {
     struct ColumnForm { int8_t* q; float* scales; };
 
     static constexpr int64_t TILE = 64;                  // rows: a line of q; columns are turned by as many
-    static constexpr int64_t HEIGHT = 128, WIDTH = 128;  // of a block: what is turned while the next one is fetched
+    // A block of 32 KB is turned while the next one is fetched.
+    static constexpr int64_t HEIGHT = 256 / sizeof(T), WIDTH = 128;
     static constexpr int64_t STRIP = 1024 / sizeof(T);   // columns
     static constexpr int64_t LOOK_AHEAD = 16;            // rows
 
