@@ -14,6 +14,8 @@ How it works
         int8/forward/nonfinite_max, overflow_max
         int8/forward/snr/NAME                         with per_layer=True
         int8/optimizer/STATE/zero, smallest, largest  how 8-bit optimizer states use their codes
+        pages/resident_share, bytes_in, bytes_out,    of paged optimizer states, on this rank: means over the
+        pages/stalls, stall_seconds, overlap          steps so far (``PageStatistics``)
 
 Interactions
     - Gradient accumulation and ranks: means over both (the largest, for overflow); all ranks see equal values.
@@ -40,6 +42,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lowbit_lightning.callbacks import paging
 from lowbit_lightning.callbacks import picture as pictures
 from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
 from lowbit_lightning.callbacks.sample import Sample
@@ -121,7 +124,11 @@ class LowBitMonitor(Callback):
             return  # no sample, or more batches to accumulate
         sample, self._sample = self._sample, None
         sample.remove()
-        self.metrics = {**self._products(trainer, sample), **_optimizer_states(trainer)}
+        self.metrics = {
+            **self._products(trainer, sample),
+            **_optimizer_states(trainer),
+            **paging.metrics(trainer.optimizers),
+        }
         trainer.callback_metrics.update({k: v for k, v in self.metrics.items() if "/snr/" not in k})
         values = {name: value.item() for name, value in self.metrics.items()}
         for logger in trainer.loggers:
@@ -137,6 +144,9 @@ class LowBitMonitor(Callback):
         if self._sample is not None:
             self._sample.remove()
             self._sample = None
+        paged = paging.report(trainer.optimizers)
+        if paged is not None:
+            rank_zero_info(f"LowBitMonitor: {paged}")
         if not self._history:
             return
         rank_zero_info(str(self))

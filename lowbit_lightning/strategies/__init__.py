@@ -33,6 +33,9 @@ def register() -> None:
     """Make ``lightning.Trainer`` know the strategies by name; idempotent."""
     if NAME not in StrategyRegistry:
         StrategyRegistry.register(NAME, ShardedStrategy, description="FSDP2 with 8-bit optimizer states")
+    if f"{NAME}_paged" not in StrategyRegistry:
+        description = "FSDP2 with 8-bit optimizer states in host memory"
+        StrategyRegistry.register(f"{NAME}_paged", ShardedStrategy, description=description, paged=True)
     for suffix, arguments in _STAGES.items():
         name = f"{deepspeed.NAME}_{suffix}"
         if name not in StrategyRegistry:

@@ -45,6 +45,7 @@ from torch.optim import Optimizer
 from lowbit_lightning import optim
 from lowbit_lightning.memory.groups import Policy, chosen_blocks
 from lowbit_lightning.optim.convert import has_twin
+from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import blocks, checkpoints
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
@@ -70,6 +71,8 @@ class ShardedStrategy(ModelParallelStrategy):
             and backward compute with what arrives. "high": as they are.
         replicas: how many groups of ranks hold a copy each (HSDP; gradients are reduced inside a group, then among
             groups); it must divide the number of ranks. The number of nodes is the usual choice.
+        paged, resident, page_dir: page all low-bit optimizers' states, on each rank its own: the options of
+            ``lowbit_lightning.optim`` (docs/paging.md). ``resident`` is bytes per rank.
         save_distributed_checkpoint: True: a folder, each rank writes its part. False: one file, gathered on rank 0.
         process_group_backend, timeout: as for ``ModelParallelStrategy``.
 
@@ -89,6 +92,9 @@ class ShardedStrategy(ModelParallelStrategy):
         gather_dtype: torch.dtype | Literal["auto"] | None = "auto",
         all_gather: Literal["high", "int8"] = "high",
         replicas: int = 1,
+        paged: bool | Literal["disk"] = False,
+        resident: int | str = 0,
+        page_dir: str | None = None,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -101,6 +107,8 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ValueError(f"replicas must be at least 1, got {replicas!r}")
         if gather_dtype not in ("auto", None, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"gather_dtype must be 'auto', None or a torch float dtype, got {gather_dtype!r}")
+        self._paging = {"paged": paged, "resident": resident, "page_dir": page_dir}
+        check_paging(self._paging)
         super().__init__(
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
@@ -194,15 +202,19 @@ class ShardedStrategy(ModelParallelStrategy):
             self._convert(optimizer)
 
     def _convert(self, optimizer: Optimizer) -> None:
-        if self.optimizer_bits is None or isinstance(optimizer, optim.LowBitOptimizer):
-            return
-        if has_twin(optimizer):
+        if self.optimizer_bits is not None and has_twin(optimizer):
             optim.convert_(optimizer, bits=self.optimizer_bits)
-        else:
-            rank_zero_warn(
-                f"{NAME} leaves {type(optimizer).__name__} as it is: it has no low-bit twin. optimizer_bits=None says "
-                "that this is meant"
-            )
+        if isinstance(optimizer, optim.LowBitOptimizer):
+            if self._paging["paged"]:
+                for group in optimizer.param_groups:
+                    group.update(self._paging)
+        elif self._paging["paged"] or self.optimizer_bits is not None:
+            rank_zero_warn(f"{NAME} leaves {type(optimizer).__name__} as it is: {self._why_not(optimizer)}")
+
+    def _why_not(self, optimizer: Optimizer) -> str:
+        if has_twin(optimizer):
+            return "optimizer_bits=None says so, and only low-bit optimizers are paged; optimizer_bits=32 makes it one"
+        return "it has no low-bit twin, and is not paged. optimizer_bits=None, paged=False say that this is meant"
 
     # -- the steps ---------------------------------------------------------------------------------------------------
     #

@@ -36,6 +36,7 @@ def strategies() -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {
         "file": ShardedStrategy,
         "folder": lambda: ShardedStrategy(save_distributed_checkpoint=True),
+        "paged": lambda: ShardedStrategy(paged="disk"),
     }
     return {**found, "ddp": lambda: "ddp_find_unused_parameters_true"} if world() > 1 else found
 
@@ -85,6 +86,9 @@ def saves_of_every_strategy_load_everywhere(folder: Path) -> str | None:
             continue
         saver = Saver(path)
         model, made = run(make(), saver)
+        paged = made.optimizers[0].page_statistics()  # type: ignore[attr-defined]
+        if (name == "paged") != (paged is not None and paged.bytes_in > 0):
+            return f"{name}: {paged}"
         end = {"picture": saver.picture, "end": picture(model, made.optimizers), "losses": model.mean_losses()}
         if made.is_global_zero:
             torch.save(end, path.with_suffix(".end"))

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from lowbit_lightning.state.pages import Entries
 from lowbit_lightning.strategies import ShardedStrategy
 
 TOKENS, WIDTH, BATCH = 7, 301, 12  # of all ranks together: 12 sequences
@@ -184,8 +185,9 @@ def picture(model: nn.Module, optimizers: Any) -> dict[str, dict[str, Tensor]]:
     result = {"": {name: whole(x) for name, x in model.state_dict().items()}}
     for i, optimizer in enumerate(optimizers):
         for p, entries in optimizer.state.items():
-            if entries:
-                result[f"{i} {owners[p]}"] = {k: whole(torch.as_tensor(x)) for k, x in entries.items()}
+            named = entries.named() if isinstance(entries, Entries) else entries
+            if named:
+                result[f"{i} {owners[p]}"] = {k: whole(torch.as_tensor(x)) for k, x in named.items()}
     return result
 
 

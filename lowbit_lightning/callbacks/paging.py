@@ -1,0 +1,59 @@
+"""What paging did, for ``LowBitMonitor``: numbers to log, and a line for the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowbit_lightning.optim import LowBitOptimizer
+from lowbit_lightning.state.pages import PageStatistics
+
+
+def statistics(optimizers: Iterable[Optimizer]) -> PageStatistics | None:
+    """Of all optimizers' pagers, on this rank, since they were made; None where nothing is paged."""
+    found = [o.page_statistics() for o in optimizers if isinstance(o, LowBitOptimizer)]
+    parts = [part for part in found if part is not None]
+    return PageStatistics.total(parts) if parts else None
+
+
+def metrics(optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    """Means over all steps so far, by the names they are logged under; nothing where nothing is paged."""
+    total = statistics(optimizers)
+    if total is None:
+        return {}
+    steps = max(1, total.steps)
+    values = {
+        "resident_share": total.resident_share,
+        "bytes_in": total.bytes_in / steps,
+        "bytes_out": total.bytes_out / steps,
+    }
+    if total.overlap is not None:
+        values |= {"stalls": total.stalls / steps, "stall_seconds": total.stall_seconds / steps}
+        values["overlap"] = total.overlap
+    return {f"pages/{name}": torch.tensor(value) for name, value in values.items()}
+
+
+def report(optimizers: Iterable[Optimizer]) -> str | None:
+    """A line about the whole run; None where nothing is paged."""
+    total = statistics(optimizers)
+    if total is None or not total.steps:
+        return None
+    text = (
+        f"paged optimizer states: {_size(total.far_bytes)}, {100 * total.resident_share:.0f} % of them resident; "
+        f"{_size(total.bytes_in)} in and {_size(total.bytes_out)} out in {total.steps} steps"
+    )
+    if total.overlap is not None:
+        waited = f"{total.stall_seconds:.1f} of {total.step_seconds:.1f} s"
+        text += f", which waited for copies {total.stalls} times, {waited} (overlap {100 * total.overlap:.0f} %)"
+    return text
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} TiB"
