@@ -222,7 +222,7 @@ def lying_in_wait(
 
     def late_step(arguments: kernels.StepArguments, of: Tensor | None = None) -> None:
         now = copy.copy(arguments)  # the optimizer lets go of the gradients
-        stream.launch(lambda: step(now, of))
+        stream.launch(lambda: torch.no_grad()(step)(now, of))
 
     def late_norms(arguments: kernels.StepArguments) -> Tensor:
         stream.drain()

@@ -118,7 +118,7 @@ class LowBitOptimizer(Optimizer):
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
             work.append(work_of(group, [group["params"][i] for i in indices], [ordinal + i for i in indices]))
             ordinal += len(group["params"])
-        plans = self._plans_of(list(enumerate(work)))
+        plans = self._plans_of([(partitions.key_of(part.params, number), part) for number, part in enumerate(work)])
         max_norm, self._max_norm = self._max_norm, None
         asked = factors(
             [p for part in work for p in part.params],

@@ -40,11 +40,6 @@ class Paging:
         want = self._want(optimizer, p, group)
         if want is None:
             return None
-        if partitions.is_partition(p):
-            raise ValueError(
-                f"paged={group['paged']!r} does not go with DeepSpeed, which swaps param groups from step to step: "
-                "leave it out (its own offloading moves optimizer states), or use strategy='lowbit_sharded'"
-            )
         device = shards.local(p).device
         place = self._places.get(p)
         same = place is not None and place[0] is self.pagers.get(device) and place[0].wants[place[1]] == want
@@ -62,6 +57,9 @@ class Paging:
     def _build(self, optimizer: LowBitOptimizer, device: torch.device, group: dict[str, Any]) -> None:
         """A new pager for a device, with all states in it that the old one had in their present form."""
         wants: dict[Tensor, Want] = {}
+        for p, (pager, number) in self._places.items():  # DeepSpeed shows one group at a time
+            if partitions.is_partition(p) and pager is self.pagers.get(device):
+                wants[p] = pager.wants[number]
         for other in optimizer.param_groups:
             for p in other["params"]:
                 if shards.local(p).device == device and (p.requires_grad or raw(optimizer.state.get(p, {}))):
@@ -117,7 +115,8 @@ class Paging:
     def end_step(self, optimizer: LowBitOptimizer) -> None:
         """The step is over. After the first one of single parameters, what lies in the slab is put in their order."""
         for pager in self.pagers.values():
-            pager.end_step()
+            if self._is_over(optimizer, pager):
+                pager.end_step()
         if self._passed:
             self._order, self._passed = {p: i for i, p in enumerate(self._passed)}, []
             for device, pager in list(self.pagers.items()):
@@ -126,6 +125,14 @@ class Paging:
                 if places != sorted(places):
                     group = next(g for g in optimizer.param_groups if any(p is params[0] for p in g["params"]))
                     self._build(optimizer, device, group)
+
+    def _is_over(self, optimizer: LowBitOptimizer, pager: Pager) -> bool:
+        """Whether a step was the last in a pass over all states; DeepSpeed steps one group after the other."""
+        shown = (p for group in optimizer.param_groups for p in group["params"])
+        first = next(shown, None)
+        if first is None or not partitions.is_partition(first):
+            return True
+        return any(self._places.get(p) == (pager, len(pager.wants) - 1) for p in (first, *shown))
 
     def statistics(self) -> PageStatistics | None:
         """What all pagers did; None where there are none."""

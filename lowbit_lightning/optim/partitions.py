@@ -36,6 +36,11 @@ def are_partitions(groups: Sequence[Mapping[str, Any]]) -> bool:
     return bool(params) and all(map(is_partition, params))
 
 
+def key_of(params: Sequence[Tensor], number: int) -> Any:
+    """What tells a group's step from that of others: its number, unless DeepSpeed shows one group at a time."""
+    return ("partition", id(params[0])) if params and is_partition(params[0]) else number
+
+
 def take_over(p: Tensor, entries: dict[str, Tensor], rule: Rule) -> None:
     """Make ``state[p]`` the optimizer's own again, whatever DeepSpeed has put there.
 

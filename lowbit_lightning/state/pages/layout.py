@@ -103,32 +103,38 @@ class Layout(NamedTuple):
 
 def lay_out(wants: Sequence[Want], resident: int, limit: int = CHUNK) -> Layout:
     """Chunks of at most ``limit`` bytes, unless a single unit is larger, and at most ``resident`` bytes of them
-    resident."""
+    resident. Streamed chunks are smaller where there would be few."""
     streamed = max(0, sum(want.nbytes(want.numel) for want in wants) - resident)
-    return _Builder(min(limit, max(SMALLEST, -(-streamed // _SHARE))), resident).build(wants)
+    return _Builder(limit, min(limit, max(SMALLEST, -(-streamed // _SHARE))), resident).build(wants)
 
 
 class _Builder:
-    def __init__(self, limit: int, resident: int) -> None:
-        self.limit, self.left, self.far = limit, resident, 0
+    """``ring``: bytes of a streamed chunk; ``limit``: of a resident one; ``left``: of the budget."""
+
+    def __init__(self, limit: int, ring: int, resident: int) -> None:
+        self.limit, self.ring, self.left, self.far = limit, ring, resident, 0
         self.chunks: list[ChunkPlan] = []
         self.full = True  # whether the last chunk takes no more
 
     def build(self, wants: Sequence[Want]) -> Layout:
-        places = [
-            self._whole(number, want)
-            if want.nbytes(want.numel) <= self.limit or want.unit >= want.numel
-            else self._cut(number, want)
-            for number, want in enumerate(wants)
-        ]
+        places = [self._place(number, want) for number, want in enumerate(wants)]
         return Layout(self.chunks, places, _up(self.far, _PAGE))
+
+    def _place(self, number: int, want: Want) -> tuple[int, ...]:
+        total, uncut = want.nbytes(want.numel), want.unit >= want.numel
+        if total > self.left and (uncut or not self._elements(want, self._room())):
+            self.left = 0
+        return self._whole(number, want) if uncut or total <= self._room() else self._cut(number, want)
+
+    def _room(self) -> int:
+        """Bytes of a new chunk."""
+        return min(self.limit, self.left) if self.left else self.ring
 
     def _whole(self, number: int, want: Want) -> tuple[int, ...]:
         total = want.nbytes(want.numel)
-        if self.left < total:
-            self.left = 0
         same = bool(self.chunks) and self.chunks[-1].resident == (self.left > 0)
-        if self.full or not same or self.chunks[-1].nbytes + total > self.limit:
+        limit = self.limit if self.left else self.ring
+        if self.full or not same or self.chunks[-1].nbytes + total > limit:
             self._next_chunk()
         far = self._far_of(want)
         self._add(number, want, 0, want.numel, far)
@@ -138,11 +144,11 @@ class _Builder:
         far: tuple[int, ...] = ()
         start = 0
         while start < want.numel:
-            if not self._elements(want, min(self.limit, self.left)):
+            if not self._elements(want, self._room()):
                 self.left = 0
             self._next_chunk()
             far = far or self._far_of(want)
-            most = max(want.unit, self._elements(want, min(self.limit, self.left) if self.left else self.limit))
+            most = max(want.unit, self._elements(want, self._room()))
             if not self.left:  # pieces of equal size
                 count = -(-(want.numel - start) // most)
                 most = _up(-(-(want.numel - start) // count), want.unit)
