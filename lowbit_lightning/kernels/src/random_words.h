@@ -25,8 +25,9 @@ struct RandomKey {
 
 // words[8 k + i] = the random word of element i of group `group` + k, for BLOCKS groups
 LB_FN void random_blocks(const RandomKey& key, uint64_t group, uint16_t* words) {
-    Words groups;
-    for (int p = 0; p < BLOCKS; ++p) groups[p] = group + p / 2 + p % 2 * (BLOCKS / 2);
+    Words order;  // a constant, unlike the sum lane by lane
+    for (int p = 0; p < BLOCKS; ++p) order[p] = p / 2 + p % 2 * (BLOCKS / 2);
+    const Words groups = order + group;
     const Words step = Words{} + key.step, ordinal = Words{} + key.ordinal;
     const PhiloxOf<Words> block = philox(key.seed, PhiloxOf<Words>{{groups, groups >> 32, step, ordinal}});
     const Words low = (block.word[0] & 0xffffffff) | block.word[1] << 32;
