@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -116,10 +117,15 @@ class Model:
             true = self.truth[number][name].view(-1)[piece.start : piece.stop]
             if changes:
                 true.mul_(3).add_(count % 50)
-                self.stream.launch(lambda near=near: near.mul_(3).add_(count % 50))
+                self.stream.launch(partial(self.change, near, count % 50))
             else:
-                expected = true.clone()
-                self.stream.launch(lambda near=near, expected=expected: self.read.append((near.clone(), expected)))
+                self.stream.launch(partial(self.note, near, true.clone()))
+
+    def change(self, near: Tensor, by: int) -> None:
+        near.mul_(3).add_(by)
+
+    def note(self, near: Tensor, expected: Tensor) -> None:
+        self.read.append((near.clone(), expected))
 
     def step(self, numbers: Sequence[int], changes: bool) -> None:
         for number in numbers:
