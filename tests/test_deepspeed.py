@@ -6,6 +6,7 @@ what two saved and DeepSpeed's own tool converted.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -44,9 +45,18 @@ CHECKS = {
     1: ("a_universal_checkpoint_resumes", "an_unconverted_checkpoint_is_refused"),
     3: ("a_universal_checkpoint_resumes",),
 }
-NAMES = [f"lowbit_deepspeed_stage_{s}" for s in ("1", "2", "3", "2_offload", "3_offload")]
+NAMES = [f"lowbit_deepspeed_stage_{s}" for s in ("1", "2", "3", "2_offload", "3_offload", "2_paged")]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux"),
+    pytest.mark.usefixtures("imported"),
+]
+
+
+@pytest.fixture
+def imported() -> None:
+    """What tells partitions from parameters looks whether there is a DeepSpeed that could have made them."""
+    importlib.import_module("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +116,13 @@ def test_names_choose_stage_and_offload(name: str) -> None:
     assert ("offload_optimizer" in zero) == ("offload" in name)
     assert ("offload_param" in zero) == (name == "lowbit_deepspeed_stage_3_offload")
     assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_paging_and_offload_are_one_too_many() -> None:
+    with pytest.raises(ValueError, match="paged=True and offload_optimizer both keep states on the host: choose"):
+        DeepSpeedStrategy(2, offload_optimizer=True, paged=True)
+    with pytest.raises(ValueError, match="paged must be False, True"):
+        DeepSpeedStrategy(2, paged="nvme")  # type: ignore[arg-type]
 
 
 def test_a_config_overrules_nothing_silently(tmp_path: Path) -> None:
@@ -336,3 +353,30 @@ def test_states_that_deepspeed_writes_are_taken_over() -> None:
     } | {"step"}
     assert torch.allclose(params[1], reference[1], rtol=1e-6, atol=1e-7)
     assert (params[0] - reference[0]).norm() < 0.05 * (reference[0] - 0).norm()
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_partitions_may_be_paged(bits: int, tmp_path: Path) -> None:
+    """Groups are shown one at a time, as DeepSpeed does: one pager, and the states without paging, to the bit."""
+
+    def trained(**options: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        params = [partition(torch.randn(size, generator=generator)) for size in (70_000, 5000, 9000)]
+        optimizer = optim.AdamW([{"params": [p]} for p in params], lr=0.1, bits=bits, **options)
+        groups = optimizer.param_groups
+        for _ in range(3):
+            for group in groups:
+                group["params"][0].grad = torch.randn(group["params"][0].shape, generator=generator)
+                optimizer.param_groups = [group]
+                optimizer.step()
+        optimizer.param_groups = groups
+        return optimizer
+
+    plain, paged = trained(), trained(paged="disk", page_dir=str(tmp_path))
+    for p, q in zip(plain.state, paged.state, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(x, paged.state[q][name]) for name, x in plain.state[p].items())
+    statistics = paged.page_statistics()
+    assert statistics.steps == 3
+    assert statistics.far_bytes == pytest.approx((2 if bits == 8 else 8) * 84_000, rel=0.05)
+    assert paged.state_dict()["state"][0]["exp_avg"].dtype == torch.float32

@@ -26,6 +26,8 @@ _STAGES: dict[str, dict[str, Any]] = {
     "stage_3": {"stage": 3},
     "stage_2_offload": {"stage": 2, "offload_optimizer": True},
     "stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    "stage_2_paged": {"stage": 2, "paged": True},
+    "stage_3_paged": {"stage": 3, "paged": True},
 }
 
 

@@ -28,7 +28,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.strategies.model_parallel import _materialize_distributed_module
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -42,14 +42,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from lowbit_lightning import optim
 from lowbit_lightning.memory.groups import Policy, chosen_blocks
-from lowbit_lightning.optim.convert import has_twin
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import blocks, checkpoints
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
 from lowbit_lightning.strategies.gather import gather_in_int8
+from lowbit_lightning.strategies.optimizers import adapt
 
 NAME = "lowbit_sharded"
 
@@ -199,22 +198,7 @@ class ShardedStrategy(ModelParallelStrategy):
                     f"optimizer {number} ({type(optimizer).__name__}) holds {stale} parameters that the sharded model "
                     "has not: it was built before sharding. Build it in configure_optimizers, from self.parameters()"
                 )
-            self._convert(optimizer)
-
-    def _convert(self, optimizer: Optimizer) -> None:
-        if self.optimizer_bits is not None and has_twin(optimizer):
-            optim.convert_(optimizer, bits=self.optimizer_bits)
-        if isinstance(optimizer, optim.LowBitOptimizer):
-            if self._paging["paged"]:
-                for group in optimizer.param_groups:
-                    group.update(self._paging)
-        elif self._paging["paged"] or self.optimizer_bits is not None:
-            rank_zero_warn(f"{NAME} leaves {type(optimizer).__name__} as it is: {self._why_not(optimizer)}")
-
-    def _why_not(self, optimizer: Optimizer) -> str:
-        if has_twin(optimizer):
-            return "optimizer_bits=None says so, and only low-bit optimizers are paged; optimizer_bits=32 makes it one"
-        return "it has no low-bit twin, and is not paged. optimizer_bits=None, paged=False say that this is meant"
+            adapt(optimizer, self.optimizer_bits, self._paging, NAME)
 
     # -- the steps ---------------------------------------------------------------------------------------------------
     #

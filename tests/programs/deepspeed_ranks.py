@@ -217,7 +217,7 @@ def a_checkpoint_resumes_to_the_bit(folder: Path) -> str | None:
         watch = Watch(path)
         through, _ = fit(name, callbacks=[watch])
         again = Watch()
-        resumed, _ = fit(name, callbacks=[again], ckpt_path=path)
+        resumed, _ = fit(DeepSpeedStrategy(stage, paged="disk"), callbacks=[again], ckpt_path=path)
         problem = equal(again.begun, watch.saved)
         if problem is None and resumed.losses != through.losses[SAVED_AT:]:
             problem = f"{resumed.losses} follow, not {through.losses[SAVED_AT:]}"
@@ -375,6 +375,9 @@ def deepspeed_alone(folder: Path) -> str | None:
             problem = off(found, losses, limit)
             if problem:
                 return f"stage {stage}, bits={bits}: {problem}"
+        paged, _ = loop(stage, partial(optim.AdamW, lr=1e-3, paged="disk"))
+        if paged != found:
+            return f"stage {stage}, paged: {paged}, not {found}"
         path = str(folder / f"alone_{stage}")
         engine.save_checkpoint(path)
         before = [dict(entries) for entries in engine.optimizer.state.values()]

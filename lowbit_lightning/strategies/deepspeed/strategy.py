@@ -28,7 +28,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import strategies
 from lightning.pytorch.plugins import DeepSpeedPrecision
@@ -37,10 +36,11 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, LRSchedulerConfig
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
-from lowbit_lightning.optim.convert import has_twin
+from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.optim.partitions import quantise_loaded
 from lowbit_lightning.strategies.deepspeed.config import check_deepspeed, complete, read
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
+from lowbit_lightning.strategies.optimizers import adapt
 
 NAME = "lowbit_deepspeed"
 STEP = "_lowbit_lightning_step"
@@ -62,6 +62,8 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         optimizer_bits: torch.optim optimizers become their twins with states of 8 or 32 bits; None leaves them.
         config: DeepSpeed's whole configuration: a dict, an OmegaConf DictConfig, or the path of a JSON or YAML file.
             None: that of the file which PL_DEEPSPEED_CONFIG_PATH names, or one made of ``options``.
+        paged, resident, page_dir: page low-bit optimizers' states, on each rank its own: the options of
+            ``lowbit_lightning.optim`` (docs/paging.md). ``resident`` is bytes per rank.
         options: Lightning's arguments, such as ``offload_optimizer=True`` (states on the host, stepped there).
 
     Raises:
@@ -78,10 +80,15 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         *,
         optimizer_bits: Literal[8, 32] | None = 8,
         config: Any = None,
+        paged: bool | Literal["disk"] = False,
+        resident: int | str = 0,
+        page_dir: str | None = None,
         **options: Any,
     ) -> None:
         if optimizer_bits not in (8, 32, None):
             raise ValueError(f"optimizer_bits must be 8, 32 or None, got {optimizer_bits!r}")
+        self._paging = {"paged": paged, "resident": resident, "page_dir": page_dir}
+        check_paging(self._paging)
         known = set(inspect.signature(strategies.DeepSpeedStrategy).parameters) - {"stage", "config"}
         if not set(options) <= known:
             raise TypeError(f"unknown options {sorted(set(options) - known)}; known: {sorted(known)}")
@@ -101,6 +108,11 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         self._groups: SplitGroups | None = None
         checked = {key: value for key, value in config.items() if key != "optimizer" or optimizer_bits is not None}
         check_deepspeed(checked)
+        if paged is True and config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu":
+            raise ValueError(
+                "paged=True and offload_optimizer both keep states on the host: choose paged=True to step them on the "
+                "GPU, or offload_optimizer to step them on the host"
+            )
 
     # -- the processes -----------------------------------------------------------------------------------------------
 
@@ -151,24 +163,12 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
     def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
         assert self.lightning_module is not None
         optimizer, scheduler = super()._init_optimizers()
-        self._convert(optimizer)
-        assert isinstance(self.config, dict)
         check_deepspeed({}, optimizer)
+        adapt(optimizer, self.optimizer_bits, self._paging, NAME)
         self._groups = SplitGroups(optimizer, self.lightning_module)
         if scheduler is not None:
             self._groups.hide_from(scheduler.scheduler)
         return optimizer, scheduler
-
-    def _convert(self, optimizer: Optimizer) -> None:
-        if self.optimizer_bits is None or isinstance(optimizer, optim.LowBitOptimizer):
-            return
-        if has_twin(optimizer):
-            optim.convert_(optimizer, bits=self.optimizer_bits)
-        else:
-            rank_zero_warn(
-                f"{NAME} leaves {type(optimizer).__name__} as it is: it has no low-bit twin. optimizer_bits=None says "
-                "that this is meant"
-            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._groups is not None:

@@ -1,0 +1,28 @@
+"""What strategies make of the optimizers that ``configure_optimizers`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lowbit_lightning import optim
+from lowbit_lightning.optim.convert import has_twin
+
+
+def adapt(optimizer: Optimizer, bits: int | None, paging: Mapping[str, Any], strategy: str) -> None:
+    """Turn one of torch.optim into its twin, in place, unless ``bits`` is None; have low-bit ones page as
+    ``paging`` (``paged``, ``resident``, ``page_dir``) says. A warning tells what stays as it is."""
+    if bits is not None and has_twin(optimizer):
+        optim.convert_(optimizer, bits=bits)
+    if isinstance(optimizer, optim.LowBitOptimizer):
+        if paging["paged"]:
+            for group in optimizer.param_groups:
+                group.update(paging)
+    elif paging["paged"] or bits is not None:
+        why = "it has no low-bit twin, and is not paged. optimizer_bits=None, paged=False say that this is meant"
+        if has_twin(optimizer):
+            why = "optimizer_bits=None says so, and only low-bit optimizers are paged; optimizer_bits=32 makes it one"
+        rank_zero_warn(f"{strategy} leaves {type(optimizer).__name__} as it is: {why}")
