@@ -394,7 +394,7 @@ def test_a_non_finite_gradient_stays_where_it_is(bad: float) -> None:
 
 
 def test_parameters_that_every_step_has_to_copy_are_warned_of_once() -> None:
-    kernels._warn_of_copies.cache_clear()
+    kernels.step._warn_of_copies.cache_clear()
     p = Parameter(torch.randn(64, 64).T)
     p.grad = torch.randn(64, 64)
     optimizer = optim.AdamW([p])

@@ -203,3 +203,8 @@ class StepArguments:
             raise ValueError(f"{name}[{i}] is on {tensor.device}; all tensors of a step must be on {self.device}")
         if name != "grads" and not tensor.is_contiguous():
             raise ValueError(f"{name}[{i}] must be contiguous, got strides {tensor.stride()}")
+
+
+def as_int64(seed: int) -> int:
+    """The same 64 bits as what a schema's int holds."""
+    return seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63

@@ -120,7 +120,7 @@ def test_int8_products(engine: Callable[..., Tensor], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("engine", [int8_product.fused_product, int8_product.cublaslt_product])
 def test_the_longest_int8_sum(engine: Callable[..., Tensor]) -> None:
-    for value, k in ((127, kernels.LONGEST_INT8_SUM), (-128, 131071)):
+    for value, k in ((127, kernels.int8.LONGEST_INT8_SUM), (-128, 131071)):
         q, ones = torch.full((20, k), value, dtype=torch.int8, device=GPU), torch.ones(20, device=GPU)
         expected = torch.full((20, 20), float(k * value**2))
         assert_same_bits([engine(q, q, ones, ones, None, F32)], [expected])

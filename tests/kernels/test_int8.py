@@ -171,7 +171,7 @@ def test_product_follows_the_definition(backend: str, shape: tuple[int, int, int
 
 
 @pytest.mark.parametrize(("a", "b"), [(127, 127), (-127, 127), (127, -127), (-127, -127)])
-@pytest.mark.parametrize("k", [4096, kernels.LONGEST_INT8_SUM])
+@pytest.mark.parametrize("k", [4096, kernels.int8.LONGEST_INT8_SUM])
 def test_no_sum_saturates_or_overflows(backend: str, a: int, b: int, k: int) -> None:
     m, n = (20, 70) if k == 4096 else (2, 3)
     q, p = torch.full((m, k), a, dtype=torch.int8), torch.full((n, k), b, dtype=torch.int8)
@@ -186,7 +186,7 @@ def test_minus_128_is_a_number_like_any_other(backend: str) -> None:
 
 
 def test_sums_too_long_for_int32_are_split(backend: str) -> None:
-    k = kernels.LONGEST_INT8_SUM + 1001
+    k = kernels.int8.LONGEST_INT8_SUM + 1001
     q = torch.full((1, k), 127, dtype=torch.int8)
     y = kernels.int8_matmul(q, q, torch.ones(1), torch.ones(1))
     assert y.item() == pytest.approx(k * 127**2, rel=2e-7)
