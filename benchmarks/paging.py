@@ -123,10 +123,10 @@ def bare_disk(folder: Path, nbytes: int) -> Iterator[Callable[[], object]]:
 
 
 def bare_link(nbytes: int) -> Callable[[], object]:
-    """Copies all of a pinned host buffer to the device and another one back, at once, on two streams."""
+    """Copies so many bytes from pinned host memory to the device and as many back, at once, on two streams."""
     chunk = layout.CHUNK
-    nbytes = nbytes // chunk * chunk
-    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(2**31, dtype=torch.uint8, pin_memory=True)  # more than any cache; torch rounds up to powers of 2
+    places = host.split(chunk)
     ring = [torch.empty(chunk, dtype=torch.uint8, device="cuda") for _ in range(4)]
     inward, outward = torch.cuda.Stream(), torch.cuda.Stream()
 
@@ -137,21 +137,16 @@ def bare_link(nbytes: int) -> Callable[[], object]:
                 target.copy_(source, non_blocking=True)
 
     def run() -> None:
-        here, half = torch.cuda.current_stream(), nbytes // chunk // 2
+        here = torch.cuda.current_stream()
         for stream in (inward, outward):
             stream.wait_stream(here)
         for _ in range(STEPS):
-            copy(inward, lambda i: (ring[i % 2], host[i * chunk : (i + 1) * chunk]))
-            copy(outward, lambda i: (_rolled(host, i + half, chunk), ring[2 + i % 2]))
+            copy(inward, lambda i: (ring[i % 2], places[i % len(places)]))
+            copy(outward, lambda i: (places[(i + len(places) // 2) % len(places)], ring[2 + i % 2]))
         for stream in (inward, outward):
             here.wait_stream(stream)
 
     return run
-
-
-def _rolled(host: Tensor, number: int, chunk: int) -> Tensor:
-    first = number * chunk % len(host)
-    return host[first : first + chunk]
 
 
 # -- the report ------------------------------------------------------------------------------------------------------

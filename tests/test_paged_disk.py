@@ -7,8 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+
+from lowbit_lightning import optim
+from lowbit_lightning.state.pages import file
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="page files are Linux's")
 
@@ -20,6 +26,21 @@ def run(name: str, *arguments: object, timeout: int) -> subprocess.CompletedProc
     command = [sys.executable, str(PROGRAMS / name), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
+
+
+def test_what_cannot_lie_on_the_disk_is_an_error_before_training(
+    page_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, free = [nn.Parameter(torch.zeros(512, 512))], 2 * 512 * 512 - 1
+    with pytest.raises(ValueError, match="page_dir must be an existing folder"):
+        optim.AdamW(params, paged="disk", page_dir=str(page_dir / "nowhere"))
+    optimizer = optim.AdamW(params, paged="disk", page_dir=str(page_dir))
+    monkeypatch.setattr(file.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match=rf"needs 524,288 bytes in {page_dir}, where {free:,} are free: choose another"):
+        optim.AdamW(params, paged="disk", page_dir=str(page_dir))
+    with pytest.raises(OSError, match="are free"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(512, 512))]})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])

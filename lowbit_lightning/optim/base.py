@@ -17,7 +17,7 @@ from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.optim import partitions
 from lowbit_lightning.optim.factors import Factors, factors
-from lowbit_lightning.optim.launches import Launch, join_norms, launches_of
+from lowbit_lightning.optim.launches import Launch, join_norms
 from lowbit_lightning.optim.options import (
     MASTER,
     OWN,
@@ -29,8 +29,8 @@ from lowbit_lightning.optim.options import (
     wants_master,
     warn_of_inert,
 )
-from lowbit_lightning.optim.paging import Paging, away, back
-from lowbit_lightning.optim.plan import FORM, Part, Plan, Work, bits_of, hyper_of, places, work_of
+from lowbit_lightning.optim.paging import Paging, away, back, check_room
+from lowbit_lightning.optim.plan import FORM, Plan, Work, hyper_of, made_plan, work_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
 from lowbit_lightning.state.pages import Entries, PageStatistics, raw
@@ -80,7 +80,8 @@ class LowBitOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_dtypes(group)
-        except TypeError:
+            check_room(self, group)
+        except (TypeError, ValueError, OSError, RuntimeError):
             self.param_groups.pop()
             raise
         group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
@@ -217,48 +218,11 @@ class LowBitOptimizer(Optimizer):
         if plan is None or not plan.fits(form, work, held):
             self._keep_format(group, rule)
             entries = [self._entries(p, group, rule) for p in work.params]
-            parts: dict[tuple, list[int]] = {}
-            for i, p in enumerate(work.params):
-                form_of_p = p.device, wants_master(p, group), bits_of(entries[i], rule)
-                parts.setdefault(form_of_p, []).append(i)
-            made = [
-                Part(indices, bits, self._arguments(work, entries, indices, rule))
-                for (_, _, bits), indices in parts.items()
-            ]
-            held = [value for e in entries for value in e.values()]
-            launches = launches_of(made, [self.state[p] for p in work.params])
-            plan = Plan(form, list(work.params), held, places(work), made, launches)
+            plan = made_plan(form, work, rule, entries, [self.state[p] for p in work.params])
         # A shard may be another tensor in the next step; of paged parameters the addresses are compared.
         if group["paged"] or not any(shards.is_sharded(p) for p in work.params):
             plans[key] = plan
         return plan
-
-    def _arguments(
-        self, work: Work, entries: list[dict[str, Tensor]], indices: list[int], rule: rules.Rule
-    ) -> kernels.StepArguments:
-        """The step for some of the work's parameters, of one device."""
-        group, entries, params = work.group, [entries[i] for i in indices], [work.params[i] for i in indices]
-        states, scales = [], []
-        for state in rule.states:
-            coded = [blocks.is_coded(e, state.name) for e in entries]
-            names = [blocks.codes_name(state.name) if c else state.name for c in coded]
-            states.append([shards.local(e[name]) for e, name in zip(entries, names, strict=True)])
-            pairs = zip(entries, coded, strict=True)
-            scales.append([shards.local(e[blocks.scales_name(state.name)]) if c else e["step"] for e, c in pairs])
-        return kernels.StepArguments(
-            rule=rule.name,
-            params=[shards.local(p) for p in params],
-            grads=[work.grads[i] for i in indices],
-            steps=[e["step"] for e in entries],
-            states=states,
-            scales=scales,
-            hyper=[0.0] * len(rule.hyper),
-            block_size=group["block_size"],
-            ordinals=[work.ordinals[i] for i in indices],
-            offsets=[shards.first_index(p) for p in params],
-            stochastic_rounding=group["stochastic_rounding"],
-            remainders=[shards.local(e[MASTER]) for e in entries if MASTER in e],
-        )
 
     def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Any]:
         """``state[p]``, created, or converted to the bits that the group asks for, and paged or not as it asks."""

@@ -14,6 +14,7 @@ from lowbit_lightning.optim.launches import FOLD, in_runs
 from lowbit_lightning.optim.options import MASTER, parse_bytes, wants_master
 from lowbit_lightning.state import blocks, pages, shards
 from lowbit_lightning.state.pages import Entries, Pager, PageStatistics, Want, raw
+from lowbit_lightning.state.pages.file import FileTransport
 
 if TYPE_CHECKING:
     from lowbit_lightning.optim.base import LowBitOptimizer
@@ -138,6 +139,21 @@ class Paging:
         """What all pagers did; None where there are none."""
         parts = [pager.statistics for pager in self.pagers.values()]
         return PageStatistics.total(parts) if parts else None
+
+
+def check_room(optimizer: LowBitOptimizer, group: dict[str, Any]) -> None:
+    """Raise before training for states that are to lie on a disk and cannot: see ``open_transport``, ``FileTransport``
+    and, where the disk is too full for this group, its ``check_room``."""
+    if group["paged"] != "disk":
+        return
+    wanted: dict[torch.device, int] = {}
+    for p in group["params"]:
+        want, device = want_of(optimizer, p, group), shards.local(p).device
+        wanted[device] = wanted.get(device, 0) + (0 if want is None else want.nbytes(want.numel))
+    for device, nbytes in wanted.items():
+        transport = pages.open_transport("disk", device, group["page_dir"])
+        if isinstance(transport, FileTransport):
+            transport.check_room(nbytes)
 
 
 def want_of(optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:

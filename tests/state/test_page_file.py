@@ -10,6 +10,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,6 +239,36 @@ def test_what_waits_for_a_failed_copy_fails_with_it(transport: FileTransport, mo
     assert bool((slab == 1).all())  # nothing was stored
 
 
+@pytest.mark.parametrize("name", ["preadv", "pwritev"])
+def test_a_copy_that_the_kernel_does_by_halves_is_completed(
+    transport: FileTransport, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    slab, near, real = transport.allocate(9 * PAGE), transport.buffer(9 * PAGE), getattr(os, name)
+    slab.copy_(random_bytes(9 * PAGE, 1))
+    near.copy_(random_bytes(9 * PAGE, 2))
+    monkeypatch.setattr(os, name, lambda fd, memory, offset: real(fd, [memory[0][: 2 * PAGE]], offset))
+    moved(transport, "fetch" if name == "preadv" else "store", (near, 0))
+    assert torch.equal(slab, near)
+    assert torch.equal(near, random_bytes(9 * PAGE, 1 if name == "preadv" else 2))
+
+
+def test_closing_waits_for_what_is_under_way(transport: FileTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    slab, near = transport.allocate(MIB), transport.buffer(MIB).fill_(3)
+    real = os.pwritev
+
+    def slow(*args: Any) -> int:
+        time.sleep(0.2)
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    first = transport.store(Moves(((near[:PAGE], 0),)), None)
+    second = transport.store(Moves(((near[PAGE:], PAGE),)), first)
+    transport.close()
+    assert first.done()
+    assert second.exception(timeout=0) is None
+    assert bool((slab == 3).all())
+
+
 def test_a_truncated_file_is_an_error(transport: FileTransport) -> None:
     transport.allocate(4 * PAGE)
     near = transport.buffer(4 * PAGE)
@@ -286,7 +317,7 @@ def test_a_full_disk_is_an_error_before_training(page_dir: Path) -> None:
     ) as full:
         FileTransport(page_dir).allocate(2 * free // PAGE * PAGE)
     assert full.value.errno == errno.ENOSPC
-    with files_of_at_most(MIB), pytest.raises(OSError, match=r"needs 2,097,152 bytes in .* allocating them failed"):
+    with files_of_at_most(MIB), pytest.raises(OSError, match=r"needs 2,097,152 bytes in .*; allocating them failed"):
         FileTransport(page_dir).allocate(2 * MIB)
     assert open_files() == before
 

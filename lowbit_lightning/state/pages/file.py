@@ -87,6 +87,10 @@ class FileTransport:
         """Whether the file is read and written past the page cache."""
         return self._files is not None and self._files.direct is not None
 
+    def check_room(self, nbytes: int) -> None:
+        """Raise OSError where the disk has not so many bytes free; nothing is taken."""
+        _check_room(self.folder, nbytes)
+
     def allocate(self, nbytes: int) -> Tensor:
         self._files = _Files(self.folder, nbytes)
         self._pools = {way: ThreadPoolExecutor(self._threads, f"pages {way}") for way in (_READ, _WRITE)}
@@ -272,17 +276,26 @@ class _Files:
 
 def _allocated(folder: Path, size: int) -> int:
     """A descriptor of a new file without a name, mode 0600, with all its space."""
-    free = shutil.disk_usage(folder).free
-    full = f"the page file needs {size:,} bytes in {folder}, where {free:,} are free"
-    advice = "choose another page_dir, or a larger resident budget"
-    if size > free:  # asking for it would first take all there is from everybody else
-        raise OSError(errno.ENOSPC, f"{full}: {advice}")
+    _check_room(folder, size)  # asking for too much would first take all there is from everybody else
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            raise OSError(error.errno, f"{full}; allocating them failed: {error.strerror}: {advice}") from error
+            raise OSError(
+                error.errno,
+                f"the page file needs {size:,} bytes in {folder}; allocating them failed: {error.strerror}: choose "
+                "another page_dir",
+            ) from error
         return os.dup(file.fileno())
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the page file needs {size:,} bytes in {folder}, where {free:,} are free: choose another page_dir",
+        )
 
 
 def _direct(base: int) -> int | None:
