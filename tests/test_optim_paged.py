@@ -467,7 +467,7 @@ def fit(module: Module, folder: Any, epochs: int, resume: bool = False) -> L.Tra
         accumulate_grad_batches=2,
         gradient_clip_val=0.5,
     )
-    loader = DataLoader(list(data), batch_size=4)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(list(data), batch_size=4)  # type: ignore[arg-type]
     trainer.fit(module, loader, ckpt_path=folder / "last.ckpt" if resume else None)
     trainer.save_checkpoint(folder / "last.ckpt")
     return trainer

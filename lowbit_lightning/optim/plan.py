@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.optim.launches import Launch, Part
+from lowbit_lightning.optim.launches import Launch, Part, launches_of
+from lowbit_lightning.optim.options import MASTER, wants_master
 from lowbit_lightning.state import blocks, shards
 
 FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
@@ -42,6 +44,46 @@ class Plan(NamedTuple):
     def fits(self, form: tuple, work: Work, held: list[Any]) -> bool:
         same = self.form == form and _same(self.params, work.params) and _same(self.held, held)
         return same and self.places == places(work)
+
+
+def made_plan(form: tuple, work: Work, rule: rules.Rule, entries: list[dict[str, Tensor]], held: list[Any]) -> Plan:
+    """The plan of a group's steps; ``entries``: of each parameter, as a dict. ``held``: the same as ``state[p]`` holds
+    them, which says what is paged."""
+    group = work.group
+    alike: dict[tuple, list[int]] = {}
+    for i, p in enumerate(work.params):
+        alike.setdefault((p.device, wants_master(p, group), bits_of(entries[i], rule)), []).append(i)
+    parts = [Part(rows, bits, _arguments(work, entries, rows, rule)) for (_, _, bits), rows in alike.items()]
+    values = [value for e in entries for value in e.values()]
+    return Plan(form, list(work.params), values, places(work), parts, launches_of(parts, held))
+
+
+def _arguments(
+    work: Work, entries: list[dict[str, Tensor]], indices: list[int], rule: rules.Rule
+) -> kernels.StepArguments:
+    """The step for some of the work's parameters, of one device."""
+    group, entries, params = work.group, [entries[i] for i in indices], [work.params[i] for i in indices]
+    states, scales = [], []
+    for state in rule.states:
+        coded = [blocks.is_coded(e, state.name) for e in entries]
+        names = [blocks.codes_name(state.name) if c else state.name for c in coded]
+        states.append([shards.local(e[name]) for e, name in zip(entries, names, strict=True)])
+        pairs = zip(entries, coded, strict=True)
+        scales.append([shards.local(e[blocks.scales_name(state.name)]) if c else e["step"] for e, c in pairs])
+    return kernels.StepArguments(
+        rule=rule.name,
+        params=[shards.local(p) for p in params],
+        grads=[work.grads[i] for i in indices],
+        steps=[e["step"] for e in entries],
+        states=states,
+        scales=scales,
+        hyper=[0.0] * len(rule.hyper),
+        block_size=group["block_size"],
+        ordinals=[work.ordinals[i] for i in indices],
+        offsets=[shards.first_index(p) for p in params],
+        stochastic_rounding=group["stochastic_rounding"],
+        remainders=[shards.local(e[MASTER]) for e in entries if MASTER in e],
+    )
 
 
 def work_of(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) -> Work:

@@ -96,10 +96,10 @@ def create(
 
 
 def filled(p: Tensor, value: float, dtype: torch.dtype, spread: bool = False) -> Tensor:
-    """A tensor like p, of ``dtype``, full of ``value``; ``spread``: this rank's part of it, as one number in memory."""
+    """A tensor like p, of ``dtype``, full of ``value``. ``spread``: this rank's part of it, one number on the CPU."""
     local = shards.local(p)
     if spread:
-        return torch.full((), value, dtype=dtype, device=local.device).expand(local.shape)
+        return torch.full((), value, dtype=dtype, device="cpu").expand(local.shape)
     return shards.like(p, torch.full(local.shape, value, dtype=dtype, device=local.device), p.shape)
 
 
