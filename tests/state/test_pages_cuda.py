@@ -1,0 +1,162 @@
+"""``CudaTransport`` without a GPU: what it asks of torch.cuda, in which order. On a GPU: ``tests/gpu``."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit_lightning.state.pages import Moves
+from lowbit_lightning.state.pages import cuda as module
+
+
+class Fakes:
+    """torch.cuda's streams and events, which note what they are asked for."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.made: list[str] = []
+        self.capturing, self.status = False, 0
+        self.now = self.stream("compute")
+        fakes = self
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                fakes.log.append(("record", stream.name, id(self)))
+
+            def synchronize(self) -> None:
+                fakes.log.append(("host waits", id(self)))
+
+        class Runtime:
+            def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+                fakes.log.append(("pin", nbytes))
+                return fakes.status
+
+            def cudaHostUnregister(self, address: int) -> int:
+                fakes.log.append(("unpin",))
+                return 0
+
+        self.Event, self.runtime = Event, Runtime()
+
+    def stream(self, name: str) -> Any:
+        log = self.log
+
+        class Stream:
+            def wait_event(self, event: Any) -> None:
+                log.append(("wait", name, id(event)))
+
+            def wait_stream(self, other: Any) -> None:
+                log.append(("wait for stream", name, other.name))
+
+            def synchronize(self) -> None:
+                log.append(("host waits for", name))
+
+        Stream.name = name  # type: ignore[attr-defined]
+        return Stream()
+
+    def new_stream(self, device: torch.device) -> Any:
+        self.made.append("in" if not self.made else "out")
+        return self.stream(self.made[-1])
+
+    @contextmanager
+    def use(self, stream: Any) -> Any:
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    found = Fakes()
+    for name, value in {
+        "Stream": found.new_stream,
+        "Event": found.Event,
+        "stream": found.use,
+        "current_stream": lambda device=None: found.now,
+        "cudart": lambda: found.runtime,
+        "is_current_stream_capturing": lambda: found.capturing,
+        "device": nullcontext,
+    }.items():
+        monkeypatch.setattr(module.torch.cuda, name, value)
+    copied = Tensor.copy_
+
+    def copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        found.log.append(("copy", found.now.name, non_blocking))
+        return copied(target, source)
+
+    monkeypatch.setattr(module.Tensor, "copy_", copy)
+    return found
+
+
+def transport(fakes: Fakes) -> tuple[module.CudaTransport, Tensor, Moves]:
+    made = module.CudaTransport(torch.device("cpu"))
+    slab = made.allocate(64)
+    slab.copy_(torch.arange(64))
+    buffer = made.buffer(16)
+    moves = Moves(((buffer[:8], 8), (buffer[8:], 40)))
+    fakes.log.clear()
+    return made, slab, moves
+
+
+def test_copies_wait_run_and_are_recorded_on_their_own_streams(fakes: Fakes) -> None:
+    made, slab, moves = transport(fakes)
+    arrived = made.fetch(moves, None)
+    assert fakes.log == [("copy", "in", True)] * 2 + [("record", "in", id(arrived))]
+    assert torch.cat([part for part, _ in moves.parts]).tolist() == [*range(8, 16), *range(40, 48)]
+    fakes.log.clear()
+    made.wait(arrived)
+    done = made.computed(moves)
+    assert fakes.log == [("wait", "compute", id(arrived)), ("record", "compute", id(done))]
+    fakes.log.clear()
+    moves.parts[1][0].fill_(1)
+    stored = made.store(moves, done)
+    assert fakes.log == [("wait", "out", id(done)), *[("copy", "out", True)] * 2, ("record", "out", id(stored))]
+    assert slab[40:48].tolist() == [1] * 8
+    fakes.log.clear()
+    made.fetch(moves, stored)
+    assert fakes.log[0] == ("wait", "in", id(stored))
+    made.settle(stored)
+    assert fakes.log[-1] == ("host waits", id(stored))
+
+
+def test_events_and_streams_are_used_again(fakes: Fakes) -> None:
+    made, _, moves = transport(fakes)
+    first = made.fetch(moves, None), made.computed(moves), made.store(moves, None)
+    second = made.fetch(moves, None), made.computed(moves), made.store(moves, None)
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert len({id(event) for event in first}) == 3
+    assert fakes.made == ["in", "out"]
+
+
+def test_new_near_memory_may_have_been_used_by_kernels_before(fakes: Fakes) -> None:
+    made, _, _ = transport(fakes)
+    made.buffer(8)
+    assert fakes.log == [("wait for stream", "in", "compute")]
+
+
+def test_closing_unpins_once_when_all_copies_are_done(fakes: Fakes) -> None:
+    made, slab, _ = transport(fakes)
+    made.close()
+    made.close()
+    assert fakes.log == [("host waits for", "in"), ("host waits for", "out"), ("unpin",)]
+    assert slab[5] == 5, "and the slab stays readable"
+
+
+def test_a_host_that_does_not_pin_says_so(fakes: Fakes) -> None:
+    fakes.status = 2
+    made = module.CudaTransport(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"640 bytes of pinned host memory.*cudaError 2.*resident"):
+        made.allocate(640)
+    made.close()
+    assert ("unpin",) not in fakes.log
+
+
+def test_capture_is_refused(fakes: Fakes) -> None:
+    made, _, moves = transport(fakes)
+    arrived = made.fetch(moves, None)
+    fakes.capturing = True
+    with pytest.raises(RuntimeError, match="paged optimizer cannot be captured"):
+        made.wait(arrived)
