@@ -193,15 +193,10 @@ def misplaced(states: list[dict[str, Tensor]]) -> str | None:
 
 def clipping_accumulation_and_offload(folder: Path) -> str | None:
     options: dict[str, Any] = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
-    bf16 = {"gradient_clip_val": 0.1, "precision": "bf16-true"}
-    for shared, kinds, limit in (
-        (
-            options,
-            ({"stage": 2}, {"stage": 2, "offload_optimizer": True}, {"stage": 3, "offload_optimizer": True}),
-            1e-6,
-        ),
-        (bf16, ({"stage": 1}, {"stage": 2}), 1e-3),
-    ):
+    bf16: dict[str, Any] = {"gradient_clip_val": 0.1, "precision": "bf16-true"}
+    plain: list[dict[str, Any]] = [{"stage": 1}, {"stage": 2}]
+    offloaded: list[dict[str, Any]] = [{"stage": stage, "offload_optimizer": True} for stage in (2, 3)]
+    for shared, kinds, limit in ((options, [*plain[1:], *offloaded], 1e-6), (bf16, plain, 1e-3)):
         expected, _ = fit(DeepSpeedStrategy(2, optimizer_bits=None), **shared)
         for kind in kinds:
             model, _ = fit(DeepSpeedStrategy(optimizer_bits=32, **kind), **shared)
@@ -332,16 +327,12 @@ def an_unconverted_checkpoint_is_refused(folder: Path) -> str | None:
 
 def evaluates_without_and_after_fit(folder: Path) -> str | None:
     for name in ("lowbit_deepspeed_stage_2", "lowbit_deepspeed_stage_3"):
+        options = {**OPTIONS, "precision": "int8-mixed", "strategy": name, "limit_val_batches": 2}
         trained, _ = fit(name, "int8-mixed")
         for model in (GPT(), trained):
-            evaluation = L.Trainer(
-                devices=dist.get_world_size(),
-                **{**OPTIONS, "limit_val_batches": 2},
-                strategy=name,
-                precision="int8-mixed",
-            )
+            evaluation = L.Trainer(devices=dist.get_world_size(), **options)
             kernels.reset_calls()
-            found = evaluation.validate(model, DataLoader(model.windows[:4], 2), verbose=False)[0]["val_loss"]
+            found = evaluation.validate(model, DataLoader(list(model.windows[:4]), 2), verbose=False)[0]["val_loss"]
             matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
             if not 0 < found < 10 or matmuls != 2 * 4 * SETTINGS.layers:
                 return f"{name}: {found} after {matmuls} int8 products"
