@@ -21,7 +21,8 @@ Interactions
     argument. After ``fit`` the model stays converted; ``convert.restore(model)`` gives plain layers back.
 
 Limitations
-    FSDP1, DeepSpeed and XLA strategies bring a precision plugin of their own and are refused.
+    FSDP1, XLA and Lightning's own DeepSpeed strategies bring a precision plugin of their own and are refused. Under
+    ``lowbit_deepspeed_stage_2`` and its like the plugin takes a form that leaves backward and step to the engine.
 """
 
 from lowbit_lightning.precision.int8 import FabricInt8MixedPrecision, Int8MixedPrecision
