@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ SMALLEST = 64 << 10
 _SHARE = 8
 """The streamed states are at least so many chunks, unless chunks were smaller than ``SMALLEST``."""
 _PAGE, _ALIGNED = 4096, 256
+_FINE = 8
+"""A parameter is cut at pages of the slab, where a chunk then still has so many places to be cut at."""
 
 
 class Want(NamedTuple):
@@ -142,12 +144,14 @@ class _Builder:
 
     def _cut(self, number: int, want: Want) -> tuple[int, ...]:
         far: tuple[int, ...] = ()
-        start = 0
+        start, aligned = 0, want._replace(unit=lcm(want.unit, _PAGE))
+        if self._elements(aligned, self.ring) >= _FINE * aligned.unit:
+            want = aligned  # all pieces are whole pages of the slab: a disk has no ragged ends to read and write
         while start < want.numel:
             if not self._elements(want, self._room()):
                 self.left = 0
             self._next_chunk()
-            far = far or self._far_of(want)
+            far = far or self._far_of(want, _PAGE)
             most = max(want.unit, self._elements(want, self._room()))
             if not self.left:  # pieces of equal size
                 count = -(-(want.numel - start) // most)
@@ -168,11 +172,12 @@ class _Builder:
         each = sum(dtype.itemsize for _, dtype in want.dtypes)
         return max(0, room - _PAGE * (1 + len(want.dtypes))) // each // want.unit * want.unit
 
-    def _far_of(self, want: Want) -> tuple[int, ...]:
+    def _far_of(self, want: Want, to: int = _ALIGNED) -> tuple[int, ...]:
+        """A place for all of it, each state at a multiple of ``to``."""
         offsets = []
         for _, dtype in want.dtypes:
             offsets.append(self.far)
-            self.far += _up(want.numel * dtype.itemsize)
+            self.far += _up(want.numel * dtype.itemsize, to)
         return tuple(offsets)
 
     def _add(self, number: int, want: Want, start: int, stop: int, far: tuple[int, ...]) -> None:
