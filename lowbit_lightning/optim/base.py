@@ -234,9 +234,9 @@ class LowBitOptimizer(Optimizer):
             if place is None:
                 held = {name: back(p, value) for name, value in held.items()}
         entries = self._formed(p, held, group, rule, paged=place is not None)
-        was_paged = isinstance(self.state[p], Entries)
+        moves = isinstance(self.state[p], Entries)
         self.state[p] = entries if place is None else Entries(p, *place, entries)  # type: ignore[assignment]
-        if was_paged and place is None:
+        if moves:
             self._paging.drop_unused(self)
         return raw(self.state[p])
 

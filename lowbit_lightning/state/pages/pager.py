@@ -145,8 +145,10 @@ class Pager:
             self._leave()
             self._opened_at = perf_counter()
             if self._settled:
+                self._settled = False
                 self.transport.trim()
-            self._settled = False
+                for resident in (c for c in self.chunks if c.resident):
+                    self._send_for(resident)
             self._send_for(chunk)
             if not chunk.resident:
                 self._follow(chunk)
