@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from paged_engine import lying_in_wait
-from programs.sharded_state import Net, build, placed_like
+from sharded_state import Net, build, placed_like
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
