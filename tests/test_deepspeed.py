@@ -183,6 +183,11 @@ def test_trust_ratios_are_refused(kind: Any) -> None:
     assert not partition.any()
 
 
+def test_skipping_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"skip_nonfinite=True has SGD decide .* use strategy='lowbit_sharded'"):
+        check_deepspeed({}, optim.SGD([nn.Parameter(torch.zeros(4))], lr=0.1, skip_nonfinite=True))
+
+
 def test_released_gradients_are_refused() -> None:
     model = nn.Linear(4, 4)
     optimizer = optim.AdamW(model.parameters())
@@ -235,6 +240,16 @@ def test_vectors_and_embeddings_get_groups_of_32_bits() -> None:
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3}
     assert len(split(bits=32)[0].param_groups) == 4
     assert len(split(torch.optim.AdamW)[0].param_groups) == 4
+
+
+def test_frozen_parameters_make_no_group() -> None:
+    model = Model()
+    model.tokens.requires_grad_(False)
+    for layer in (model.up, model.down):
+        layer.bias.requires_grad_(False)
+    optimizer = optim.AdamW(model.parameters())
+    SplitGroups(optimizer, model)
+    assert [group["bits"] for group in optimizer.param_groups] == [8]
 
 
 def schedulers(optimizer: Any) -> dict[str, Any]:

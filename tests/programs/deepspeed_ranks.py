@@ -336,7 +336,9 @@ def evaluates_without_and_after_fit(folder: Path) -> str | None:
             matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
             if not 0 < found < 10 or matmuls != 2 * 4 * SETTINGS.layers:
                 return f"{name}: {found} after {matmuls} int8 products"
-    return None
+    loaded = partial(L.Trainer(devices=dist.get_world_size(), **options).validate, GPT(), ckpt_path=folder / "stage_3")
+    message = raised(partial(loaded, DataLoader([torch.zeros(CONTEXT + 1)])), ValueError)  # type: ignore[arg-type]
+    return None if "convert_zero_checkpoint_to_fp32_state_dict" in message else message
 
 
 def refusals_come_before_training(folder: Path) -> str | None:

@@ -114,6 +114,11 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             f"{name} needs the norm of each layer, and ZeRO's flat partitions have no layers: use it with "
             "strategy='lowbit_sharded' or 'ddp', or use optim.AdamW or optim.SGD here"
         )
+    if any(group.get("skip_nonfinite") for group in optimizer.param_groups):
+        raise ValueError(
+            f"skip_nonfinite=True has {name} decide for the gradients it sees, and under ZeRO that is one rank's share "
+            "of one group: leave it out (in float16 DeepSpeed skips steps itself), or use strategy='lowbit_sharded'"
+        )
     if isinstance(optimizer, optim.LowBitOptimizer) and optimizer.releases_gradients:
         raise ValueError(
             f"release_gradients steps {name} inside backward, where ZeRO reduces gradients: build the optimizer "

@@ -38,7 +38,7 @@ class SplitGroups:
                 continue
             low: list[Tensor] = []
             high: list[Tensor] = []
-            for p in group["params"]:
+            for p in filter(lambda p: p.requires_grad, group["params"]):  # ZeRO fails on a group without any
                 (low if p not in embeddings and _fits(p, group["min_size"]) else high).append(p)
             if not low:
                 group["bits"] = 32

@@ -219,17 +219,26 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         super().save_checkpoint({**checkpoint, constants.UNIVERSAL_CHECKPOINT_INFO: mark}, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(  # type: ignore[override]  # Lightning 2.5 has no weights_only
+        self, checkpoint_path: _PATH, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """Load what this number of ranks saved, or what any number did and DeepSpeed's tool has converted since.
 
         Raises:
             ValueError: where another number of ranks saved it, and it has not been converted; with the command.
+                For evaluation at stage 3: DeepSpeed loads these checkpoints into optimizers alone.
         """
         assert self.lightning_module is not None
-        path = Path(checkpoint_path)
+        path, training = Path(checkpoint_path), self.lightning_module.trainer.training
+        if self.zero_stage_3 and not training and not self.load_full_weights:
+            raise ValueError(
+                f"DeepSpeed loads checkpoints of stage 3, such as {path}, for training alone: make one file of it, by "
+                "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(FOLDER, FILE), and "
+                "give that to another strategy, or to DeepSpeedStrategy(3, load_full_weights=True)"
+            )
         saved = len(list((path / CHECKPOINT).glob("*_optim_states.pt")))
-        if saved in (0, self.world_size) or not (self.zero_stage_3 or self.lightning_module.trainer.training):
-            return super().load_checkpoint(checkpoint_path, weights_only)
+        if saved in (0, self.world_size) or not training:
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
         if not (path / "latest_universal").is_file():
             raise ValueError(
                 f"{path} was saved by {saved} ranks and this run has {self.world_size}: convert it once, by python -m "
@@ -237,9 +246,8 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
                 f"--output_folder {path / 'universal'}"
             )
         with self._universal():
-            state = super().load_checkpoint(checkpoint_path, weights_only)
-        if self.lightning_module.trainer.training:
-            self._take_universal(path)
+            state = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        self._take_universal(path)
         return state
 
     @contextmanager
