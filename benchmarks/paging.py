@@ -152,6 +152,10 @@ def bare_link(nbytes: int) -> Callable[[], object]:
 # -- the report ------------------------------------------------------------------------------------------------------
 
 
+def theirs(name: str) -> Callable[..., Any]:
+    return rival("bitsandbytes.optim", name)
+
+
 def contenders(bits: int, params: list[nn.Parameter], arguments: argparse.Namespace) -> list[Candidate]:
     """The bare medium, the step, and the paged step."""
     nbytes = state_bytes(bits, sum(p.numel() for p in params))
@@ -171,8 +175,7 @@ def contenders(bits: int, params: list[nn.Parameter], arguments: argparse.Namesp
     ]
     if arguments.device == "cuda":
         name = {8: "PagedAdamW8bit", 32: "PagedAdamW32bit"}[bits]
-        theirs = Candidate(f"bitsandbytes {name}", lambda: steps(rival("bitsandbytes.optim", name)(params, lr=1e-4)))  # type: ignore[arg-type]
-        everyone.append(theirs)
+        everyone.append(Candidate(f"bitsandbytes {name}", lambda: steps(theirs(name)(params, lr=1e-4))))
     return everyone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -41,6 +42,29 @@ def test_what_cannot_lie_on_the_disk_is_an_error_before_training(
     with pytest.raises(OSError, match="are free"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(512, 512))]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*has no O_DIRECT")
+@pytest.mark.parametrize(("name", "what"), [("preadv", "reading"), ("pwritev", "writing")])
+def test_a_broken_disk_is_an_error_of_the_step(
+    name: str, what: str, page_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [nn.Parameter(torch.zeros(300, 1024)) for _ in range(8)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = optim.AdamW(params, bits=32, paged="disk", page_dir=str(page_dir))
+    for _ in range(2):
+        optimizer.step()
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, name, broken)
+    says = rf"{what} \d+ bytes at offset \d+ of the page file in {page_dir} failed: Input/output error"
+    with pytest.raises(OSError, match=says) as caught:
+        for _ in range(2):  # what a step stores last is waited for in the next
+            optimizer.step()
+    assert caught.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])
