@@ -148,6 +148,9 @@ class Engine:
 
     def close(self) -> None:
         self.closed = True
+        self.finish_all()
+
+    def finish_all(self) -> None:
         while self.pending:
             finish(self.pending[0], self.stream)
 

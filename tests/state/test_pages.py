@@ -136,6 +136,8 @@ class Model:
     def look(self) -> None:
         """A reader of the slab."""
         self.pager.settle()
+        for engine in self.stream.engines:
+            engine.finish_all()  # nothing, unless a wait is missing
         for far, true in zip(self.pager.far, self.truth, strict=True):
             for name in true:
                 assert torch.equal(far[name], true[name]), name
@@ -163,6 +165,10 @@ class Model:
                 self.look()
             elif action == "read only":
                 self.step(some, changes=False)
+            elif action == "read only, look, step":
+                self.step(everything, changes=False)
+                self.look()
+                self.step(everything, changes=True)
             elif action == "look":
                 self.look()
             elif action == "write":
@@ -182,7 +188,7 @@ class Model:
 
 ACTIONS = (
     *("step", "step", "step", "norms, step", "some", "backwards, one by one", "read in the middle", "read only"),
-    *("look", "write"),
+    *("look", "write", "read only, look, step"),
 )
 
 
@@ -191,7 +197,7 @@ def schedule(seed: int, engine: type = Engine) -> None:
     draw = random.Random(seed)
     wanted = [
         Want((rows, length), tuple((n, DTYPES[n]) for n in draw.sample(sorted(DTYPES), draw.randint(1, 3))), length)
-        for rows, length in ((draw.randint(1, 30), draw.randint(1, 300)) for _ in range(draw.randint(1, 8)))
+        for rows, length in ((draw.randint(1, 30), draw.randint(1, 300)) for _ in range(draw.choice([1, 2, 4, 8])))
     ]
     total = sum(want.nbytes(want.numel) for want in wanted)
     resident = draw.choice([0, 0, total // 10, total // 3, total * 2])
@@ -212,7 +218,8 @@ def test_schedules(seed: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.timeout(1500)
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32))
 def test_many_schedules(seed: int) -> None:
     schedule(seed)
@@ -261,7 +268,7 @@ WAITS = [
 
 
 def fails(run: Callable[[int], None], tries: int = 600) -> bool:
-    for seed in (180, *range(tries)):  # 180 shows the rarest at once
+    for seed in range(110, 110 + tries):
         try:
             run(seed)
         except (AssertionError, AttributeError):  # wrong numbers, a broken promise, or no event where one must be
