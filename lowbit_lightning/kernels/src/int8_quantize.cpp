@@ -259,12 +259,14 @@ template <class T, bool RANDOM> struct Quantiser {
             for (int64_t c = 0; c < columns; ++c) tops[c] = std::max(tops[c], tops[p * columns + c]);
         set_scales(tops.data(), columns, form.scales, inverses);
 
-        const int64_t down = (rows + HEIGHT - 1) / HEIGHT;
+        // Narrow matrices: several blocks' heights in one go, while every thread has some.
+        const int64_t many = std::min(4096 / (columns + 1), rows / (8 * HEIGHT * threads));
+        const int64_t high = HEIGHT * std::max<int64_t>(1, many), down = (rows + high - 1) / high;
         const int64_t across = down < 4 * threads ? (columns + 1023) / 1024 : 1;
         const int64_t width = tiles((columns + across - 1) / across) * TILE;
         parallel_for(down * across, threads, [&](int64_t task) {
-            const int64_t row = (down - 1 - task / across) * HEIGHT, column = task % across * width;
-            walk(row, std::min(rows, row + HEIGHT), column, std::min(columns, column + width), inverses, form.q);
+            const int64_t row = (down - 1 - task / across) * high, column = task % across * width;
+            walk(row, std::min(rows, row + high), column, std::min(columns, column + width), inverses, form.q);
         });
     }
     void columnwise(const ColumnForm& form) const {

@@ -7,7 +7,7 @@
 
 // ---- memory
 
-constexpr int64_t STREAM = 4 << 20;  // a result larger than this does not pass through the caches
+constexpr int64_t STREAM = 3 << 19;  // a result larger than this does not pass through the caches
 
 LB_FN void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the L2 cache; any address will do
 
