@@ -8,7 +8,7 @@
 //   rows      A few rows at a time: looked at, then written from the cache, while the next ones are fetched.
 //   columns   A strip of 1 KB at a time: all its rows looked at, then turned from the cache.
 //   both      Each thread takes its share of the rows, looks at rows and columns, and writes the rows. Then all turn,
-//             last rows first, since those are still in a cache.
+//             last rows first, since those are still in a cache. The next block is fetched while one is written.
 #include "int8_vectors.h"
 #include "random_words.h"
 #include "scale.h"
