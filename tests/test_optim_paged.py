@@ -6,9 +6,11 @@ The engine that lies in wait (``paged_engine.py``) stands for a GPU and its copi
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -287,6 +289,37 @@ def test_a_run_that_stops_paging_gives_its_memory_back() -> None:
         assert optimizer.page_statistics() is None
 
 
+def test_an_optimizer_that_is_let_go_takes_its_pages_along() -> None:
+    with lying_in_wait(chunk=CHUNK):
+        params = parameters()
+        optimizer = build("AdamW", params, paged=True, resident=200_000)
+        steps(params, optimizer)
+        pager = weakref.ref(optimizer.state[params[0]].pager)
+        gc.disable()
+        try:
+            del optimizer
+            assert pager() is None, "without waiting for the garbage collector"
+        finally:
+            gc.enable()
+
+
+def test_counting_goes_on_with_a_new_slab() -> None:
+    with lying_in_wait(chunk=CHUNK) as stream:
+        params = parameters()
+        optimizer = build("AdamW", params, paged=True)
+        steps(params, optimizer)
+        before = copy.copy(optimizer.page_statistics())
+        optimizer.param_groups[0]["bits"] = 32
+        step(optimizer, params)
+        after = optimizer.page_statistics()
+        assert len(stream.engines) == 2
+        assert before is not None
+        assert after is not None
+        assert after.steps == before.steps + 1
+        assert after.bytes_in > before.bytes_in
+        assert after.far_bytes > before.far_bytes
+
+
 def test_new_groups_and_parameters_that_thaw() -> None:
     def act(params: list[Parameter], optimizer: optim.LowBitOptimizer) -> None:
         params[0].requires_grad_(False)
@@ -537,6 +570,14 @@ def test_paging_to_host_memory_means_nothing_on_a_cpu() -> None:
     with pytest.warns(UserWarning, match='paged=True has no effect on cpu.*paged="disk"'):
         step(optimizer, params, 0)
     step(optimizer, params, 1)  # without another warning
+    assert optimizer.page_statistics() is None
+    for group in optimizer.param_groups:
+        group["paged"] = "disk"
+    step(optimizer, params, 2)
+    assert optimizer.page_statistics() is not None
+    for group in optimizer.param_groups:
+        group["paged"] = True
+    step(optimizer, params, 3)
     assert optimizer.page_statistics() is None
     assert not any(isinstance(entries, Entries) for entries in optimizer.state.values())
 

@@ -27,7 +27,9 @@ class Paging:
         self.pagers: dict[torch.device, Pager] = {}
         self._places: dict[Tensor, tuple[Pager, int]] = {}
         self._settings: dict[torch.device, tuple] = {}
-        self._hopeless: set[torch.device] = set()  # there is nothing to page to
+        self._hopeless: set[tuple[Any, torch.device]] = (
+            set()
+        )  # values of ``paged`` for which there is nothing to page to
         self._passed: list[Tensor] = []  # parameters in the order of the first pass that updates them one by one
         self._order: dict[Tensor, int] | None = None
 
@@ -50,7 +52,7 @@ class Paging:
         return place
 
     def _want(self, optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:
-        hopeless = shards.local(p).device in self._hopeless
+        hopeless = (group["paged"], shards.local(p).device) in self._hopeless
         return None if hopeless else want_of(optimizer, p, group)
 
     # -- pagers ------------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ class Paging:
             wants = dict(sorted(wants.items(), key=lambda item: order.get(item[0], last)))
         transport = pages.open_transport(group["paged"], device, group["page_dir"])
         if transport is None:
-            self._hopeless.add(device)
+            self._hopeless.add((group["paged"], device))
             self._places = {p: place for p, place in self._places.items() if p not in wants}
             _warn_of_nothing_to_page_to(device)
             return
@@ -90,6 +92,7 @@ class Paging:
         if old is not None:
             self._move(optimizer, old, new)
             old.close()
+            new.statistics.go_on(old.statistics)
         optimizer.forget_plans()
 
     def _move(self, optimizer: LowBitOptimizer, old: Pager, new: Pager) -> None:

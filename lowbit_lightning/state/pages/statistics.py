@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class PageStatistics:
-    """Counters of a pager, or of all pagers of an optimizer, since they were made.
+    """Counters of a pager, or of all pagers of an optimizer, since the first step.
 
     ``far_bytes``: of the slab. ``resident_bytes``: of states that stay near. ``near_bytes``: of near memory, which are
     the resident states and the ring; scales and step counts are not counted. ``bytes_in``, ``bytes_out``: that
@@ -40,6 +40,12 @@ class PageStatistics:
         if not self.stalls_on_host or not self.step_seconds:
             return None
         return max(0.0, 1.0 - self.stall_seconds / self.step_seconds)
+
+    def go_on(self, before: PageStatistics) -> None:
+        """Count on from another pager's, which this one's took the place of."""
+        for f in fields(self):
+            if f.name not in ("far_bytes", "resident_bytes", "near_bytes", "stalls_on_host"):
+                setattr(self, f.name, getattr(self, f.name) + getattr(before, f.name))
 
     @classmethod
     def total(cls, parts: Iterable[PageStatistics]) -> PageStatistics:
