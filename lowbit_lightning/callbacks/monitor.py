@@ -47,7 +47,6 @@ from lowbit_lightning.callbacks import picture as pictures
 from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
 from lowbit_lightning.callbacks.sample import Sample
 from lowbit_lightning.layers import Int8Linear
-from lowbit_lightning.optim import LowBitOptimizer
 from lowbit_lightning.state import blocks, shards
 
 VERSION = 1
@@ -289,18 +288,18 @@ def _listed(products: dict[str, list[str]]) -> str:
 
 
 def _optimizer_states(trainer: L.Trainer) -> dict[str, Tensor]:
-    optimizers = [o for o in trainer.optimizers if isinstance(o, LowBitOptimizer)]
-    groups = [(o, group, group["state_format"]["maps"]) for o in optimizers for group in o.param_groups]
-    names = tuple(sorted({name for _, _, maps in groups for name in maps}))  # on every rank the same
+    optimizers = paging.low_bit(trainer.optimizers)
+    formats = [group["state_format"]["maps"] for optimizer in optimizers for group in optimizer.param_groups]
+    maps = {name: codebook for held in formats for name, codebook in held.items()}
+    names = tuple(sorted(maps))  # on every rank the same
     if not names:
         return {}
     metric = StateCodes(names).to(trainer.strategy.root_device)
     for name in names:  # so that every rank takes part, whatever its shard holds
         metric.update(name, torch.empty(0, dtype=torch.uint8), "dynamic_signed")
-    for optimizer, group, maps in groups:
-        for entries in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
-            for name in (n for n in maps if blocks.is_coded(entries, n)):
-                metric.update(name, shards.local(entries[blocks.codes_name(name)]), maps[name])
+    for entries in (entries for optimizer in optimizers for entries in optimizer.state.values()):
+        for name in (n for n in names if blocks.is_coded(entries, n)):
+            metric.update(name, shards.local(entries[blocks.codes_name(name)]), maps[name])
     shares = metric.compute().cpu()
     return {
         f"int8/optimizer/{name}/{kind}": value

@@ -12,9 +12,15 @@ from lowbit_lightning.optim import LowBitOptimizer
 from lowbit_lightning.state.pages import PageStatistics
 
 
+def low_bit(optimizers: Iterable[Optimizer]) -> list[LowBitOptimizer]:
+    """Those of ours; under DeepSpeed each is inside one of DeepSpeed's."""
+    inner = [o if isinstance(o, LowBitOptimizer) else getattr(o, "optimizer", o) for o in optimizers]
+    return [o for o in inner if isinstance(o, LowBitOptimizer)]
+
+
 def statistics(optimizers: Iterable[Optimizer]) -> PageStatistics | None:
     """Of all optimizers' pagers, on this rank, since they were made; None where nothing is paged."""
-    found = [o.page_statistics() for o in optimizers if isinstance(o, LowBitOptimizer)]
+    found = [o.page_statistics() for o in low_bit(optimizers)]
     parts = [part for part in found if part is not None]
     return PageStatistics.total(parts) if parts else None
 
