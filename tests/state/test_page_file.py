@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,18 @@ def test_closing_waits_for_what_is_under_way(transport: FileTransport, monkeypat
     assert first.done()
     assert second.exception(timeout=0) is None
     assert bool((slab == 3).all())
+
+
+def test_a_forked_process_is_told_and_does_not_hang(transport: FileTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport.allocate(PAGE)
+    under_way: Any = Future()  # of the parent's threads: here nobody will ever set it
+    transport._under_way.add(under_way)
+    process = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process + 1)
+    for call in (transport.wait, transport.settle):
+        with pytest.raises(RuntimeError, match="in a process that was forked"):
+            call(under_way)
+    transport.close()
 
 
 def test_a_truncated_file_is_an_error(transport: FileTransport) -> None:

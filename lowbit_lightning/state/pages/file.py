@@ -76,7 +76,7 @@ class FileTransport:
         if sys.platform != "linux":
             raise RuntimeError(f'paged="disk" needs Linux (O_DIRECT, posix_fallocate), this is {sys.platform}')
         self.folder = _checked(Path(folder)) if folder is not None else _default_folder()
-        self._threads = threads
+        self._threads, self._process = threads, os.getpid()
         self._files: _Files | None = None
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._pieces: dict[Moves, list[_Piece]] = {}
@@ -109,17 +109,21 @@ class FileTransport:
         return _past()  # kernels on the CPU are functions
 
     def wait(self, event: Event) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "paged optimizer states cannot be used in a process that was forked: the threads that move them are its "
+                "parent's; use them there, or start the process by spawn"
+            )
         event.result()
 
-    def settle(self, event: Event) -> None:
-        event.result()
+    settle = wait
 
     def trim(self) -> None:
         if self._files is not None:
             self._files.trim()
 
     def close(self) -> None:
-        for event in tuple(self._under_way):
+        for event in tuple(self._under_way) if os.getpid() == self._process else ():
             event.exception()  # waits
         for pool in self._pools.values():
             pool.shutdown()
