@@ -111,7 +111,7 @@ class FileTransport:
     def wait(self, event: Event) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
-                "paged optimizer states cannot be used in a process that was forked: the threads that move them are its "
+                "paged optimizer states cannot be used in a forked process: the threads that move them are its "
                 "parent's; use them there, or start the process by spawn"
             )
         event.result()
