@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import optim
+from lowbit_lightning.optim import base
 from lowbit_lightning.state import pages
 from lowbit_lightning.state.pages import Entries
 
@@ -130,6 +131,32 @@ def test_norms_of_a_parameter_that_is_cut() -> None:
     assert pieces[SHAPES[4]] > 1
     assert pieces[SHAPES[7]] > 1
     assert pieces[SHAPES[0]] == 1
+
+
+@pytest.mark.parametrize("kind", ["LAMB", "LARS"])
+def test_the_sums_of_pieces_are_the_sum(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, to the bit: more pieces than are folded at once, and a last one that is short; values of such
+    different size that it matters in which order they are added."""
+    found: list[Tensor] = []
+
+    def note(_: Any, sums: Tensor) -> Tensor:
+        found.append(sums.clone())
+        return sums
+
+    monkeypatch.setattr(base.shards, "sum_over_shards", note)
+    shape = (300 * 256 * 32 + 1000,)
+    with lying_in_wait(chunk=1_000_000):
+        variants: list[dict[str, Any]] = [{}, {"paged": True}]
+        for options in variants:
+            generator = torch.Generator().manual_seed(0)
+            size = 2.0 ** torch.randint(-25, 25, shape, generator=generator)
+            params = [Parameter(torch.randn(shape, generator=generator) * size)]
+            optimizer = getattr(optim, kind)(params, block_size=32, lr=0.1, **options)
+            steps(params, optimizer, range(2))
+    assert len(found) == 4
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert (found[1] > 0).all()
 
 
 # -- what asks for more than plain steps -----------------------------------------------------------------------------
