@@ -210,8 +210,13 @@ def clipping_accumulation_and_offload(folder: Path) -> str | None:
 def a_checkpoint_resumes_to_the_bit(folder: Path) -> str | None:
     for stage in STAGES:
         path, name = folder / f"stage_{stage}", f"lowbit_deepspeed_stage_{stage}"
+        if dist.get_rank() == 0:
+            path.mkdir()
+            (path / "latest_universal").write_text("of an older checkpoint")
         watch = Watch(path)
         through, _ = fit(name, callbacks=[watch])
+        if (path / "latest_universal").exists():
+            return f"stage {stage}: an older conversion is still in use"
         again, monitor = Watch(), LowBitMonitor(every_n_steps=1)
         resumed, _ = fit(DeepSpeedStrategy(stage, paged="disk"), callbacks=[again, monitor], ckpt_path=path)
         missing = {"pages/bytes_in", "int8/optimizer/exp_avg/zero"} - monitor.metrics.keys()

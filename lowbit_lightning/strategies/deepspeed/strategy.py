@@ -45,6 +45,7 @@ from lowbit_lightning.strategies.optimizers import adapt
 NAME = "lowbit_deepspeed"
 STEP = "_lowbit_lightning_step"
 CHECKPOINT = "checkpoint"  # Lightning's tag: the folder inside a checkpoint's folder
+CONVERTED = "latest_universal"  # where DeepSpeed's converter leaves the name of the folder it has made
 BESIDE_CONFIG = {
     *("accelerator", "cluster_environment", "exclude_frozen_parameters", "hysteresis", "initial_scale_power"),
     *("load_full_weights", "logging_level", "loss_scale", "loss_scale_window", "min_loss_scale", "parallel_devices"),
@@ -213,9 +214,12 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         return {}  # DeepSpeed writes it
 
     def save_checkpoint(self, checkpoint: dict, filepath: _PATH, storage_options: Any = None) -> None:
-        """See Lightning's. A mark in it lets ``python -m deepspeed.checkpoint.ds_to_universal`` convert it."""
+        """See Lightning's. A mark in it lets ``python -m deepspeed.checkpoint.ds_to_universal`` convert it; what was
+        converted of an older one at this path is not used any more."""
         from deepspeed.checkpoint import constants
 
+        if self.is_global_zero:
+            (Path(filepath) / CONVERTED).unlink(missing_ok=True)
         mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         super().save_checkpoint({**checkpoint, constants.UNIVERSAL_CHECKPOINT_INFO: mark}, filepath, storage_options)
 
@@ -236,10 +240,10 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
                 "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(FOLDER, FILE), and "
                 "give that to another strategy, or to DeepSpeedStrategy(3, load_full_weights=True)"
             )
-        saved = len(list((path / CHECKPOINT).glob("*_optim_states.pt")))
-        if saved in (0, self.world_size) or not training:
+        saved = _ranks_of(path)
+        if saved in (None, self.world_size) or not training:
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        if not (path / "latest_universal").is_file():
+        if not (path / CONVERTED).is_file():
             raise ValueError(
                 f"{path} was saved by {saved} ranks and this run has {self.world_size}: convert it once, by python -m "
                 f"deepspeed.checkpoint.ds_to_universal --input_folder {path / CHECKPOINT} "
@@ -263,7 +267,7 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
     def _take_universal(self, path: Path) -> None:
         zero: Any = self.optimizers[0]
         if self.zero_stage_3:  # all groups have got the first one's hyperparameters
-            tag = (path / "latest_universal").read_text().strip()
+            tag = (path / CONVERTED).read_text().strip()
             saved = torch.load(path / tag / "zero" / "optimizer_state.pt", mmap=True, weights_only=False)
             for group, theirs in zip(zero.param_groups, saved["param_groups"], strict=True):
                 group.update({key: value for key, value in theirs.items() if key != "params"})
@@ -272,3 +276,9 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
             quantise_loaded(zero.optimizer)
         if self.zero_stage_3:
             zero._clear_fp32_optimizer_param_groups()
+
+
+def _ranks_of(path: Path) -> int | None:
+    """How many ranks saved a checkpoint; None where there is none to be read."""
+    files = sorted((path / CHECKPOINT).glob("*mp_rank_00_model_states.pt"))
+    return torch.load(files[0], mmap=True, weights_only=False)["dp_world_size"] if files else None
