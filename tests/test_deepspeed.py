@@ -374,8 +374,7 @@ def test_states_that_deepspeed_writes_are_taken_over() -> None:
 @pytest.mark.parametrize("bits", [8, 32])
 def test_partitions_may_be_paged(bits: int, tmp_path: Path) -> None:
     """Groups are shown one at a time, as DeepSpeed does: one pager, and the states without paging, to the bit."""
-
-    steps = []
+    steps: list[int] = []
 
     def trained(**options: Any) -> Any:
         generator = torch.Generator().manual_seed(0)
@@ -387,6 +386,8 @@ def test_partitions_may_be_paged(bits: int, tmp_path: Path) -> None:
                 group["params"][0].grad = torch.randn(group["params"][0].shape, generator=generator)
                 optimizer.param_groups = [group]
                 optimizer.step()
+            statistics = optimizer.page_statistics()
+            steps.append(statistics.steps if statistics else 0)
         optimizer.param_groups = groups
         return optimizer
 
