@@ -280,13 +280,14 @@ class LowBitOptimizer(Optimizer):
     def state_dict(self, *, bits: int | None = None) -> dict[str, Any]:  # type: ignore[override]
         """The states as they are; with ``bits=32`` decoded, in the form that the twin in torch.optim loads.
 
-        Under DeepSpeed they are always decoded: its tools read float32."""
+        Under DeepSpeed they are always decoded, on the host: its tools read float32."""
         hook = self.register_state_dict_post_hook(_name_entries, prepend=True)
         try:
             saved = super().state_dict()
         finally:
             hook.remove()
-        if bits is None and partitions.are_partitions(self.param_groups):
+        flat = bits is None and partitions.are_partitions(self.param_groups)
+        if flat:
             bits = 32
         if bits is None:
             return saved
@@ -298,8 +299,9 @@ class LowBitOptimizer(Optimizer):
             self._keep_format(ours, rule)
             for key, p in zip(theirs["params"], ours["params"], strict=True):
                 if key in saved["state"]:
+                    place = torch.empty(p.shape, dtype=p.dtype) if flat else p
                     state[key] = self._convert_entries(
-                        p, saved["state"][key], _format_of(ours), rule, {**ours, "bits": 32}
+                        place, saved["state"][key], _format_of(ours), rule, {**ours, "bits": 32}
                     )
             for name in OWN:
                 theirs.pop(name, None)
