@@ -287,11 +287,9 @@ class LowBitOptimizer(Optimizer):
         finally:
             hook.remove()
         flat = bits is None and partitions.are_partitions(self.param_groups)
-        if flat:
-            bits = 32
-        if bits is None:
+        if bits is None and not flat:
             return saved
-        if bits != 32:
+        if bits not in (32, None):
             raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
         state: dict[Any, Any] = {}
         for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
