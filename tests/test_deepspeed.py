@@ -42,6 +42,7 @@ CHECKS = {
         "evaluates_without_and_after_fit",
         "refusals_come_before_training",
         "deepspeed_alone",
+        "gradients_are_those_of_ddp",
     ),
     1: ("a_universal_checkpoint_resumes", "an_unconverted_checkpoint_is_refused"),
     3: ("a_universal_checkpoint_resumes",),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed_small
 import lightning as L
 import torch
 import torch.distributed as dist
@@ -448,7 +449,7 @@ def rank_main(rank: int, ranks: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / f"store {ranks}"), ranks)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=60))
     results: dict[str, str | None] = {}
-    for check in CHECKS[str(ranks)]:
+    for check in (*CHECKS[str(ranks)], *deepspeed_small.CHECKS[str(ranks)]):
         try:
             results[check.__name__] = check(folder)
         except Exception:

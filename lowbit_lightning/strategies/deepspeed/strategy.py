@@ -33,6 +33,7 @@ from lightning.pytorch import strategies
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, LRSchedulerConfig
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
@@ -107,6 +108,7 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         self.config = complete(config, stage)
         self.optimizer_bits = optimizer_bits
         self._groups: SplitGroups | None = None
+        self._backwards = 0  # since the last step
         checked = {key: value for key, value in config.items() if key != "optimizer" or optimizer_bits is not None}
         check_deepspeed(checked)
         if paged is True and config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu":
@@ -171,7 +173,23 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
             self._groups.hide_from(scheduler.scheduler)
         return optimizer, scheduler
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by ``accumulate_grad_batches``; the engine would once more.
+
+        Raises:
+            RuntimeError: at stages 1 and 2 for a second ``manual_backward`` before a step: DeepSpeed doesn't add them.
+        """
+        assert self.lightning_module is not None
+        self._backwards += 1
+        if self._backwards > 1 and not self.lightning_module.automatic_optimization and not self.zero_stage_3:
+            raise RuntimeError(
+                "manual_backward was called twice before a step, and DeepSpeed's stages 1 and 2 do not add such "
+                "gradients up: add the losses, or use stage 3, or automatic optimization with accumulate_grad_batches"
+            )
+        return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False, **kwargs})
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._backwards = 0
         if self._groups is not None:
             self._groups.follow()
         return super().optimizer_step(*args, **kwargs)
