@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.data import DataLoader
 
-from lowbit_lightning import optim
+from lowbit_lightning import kernels, optim
 from lowbit_lightning.optim import base
 from lowbit_lightning.state import pages
-from lowbit_lightning.state.pages import Entries
+from lowbit_lightning.state.pages import Entries, Pager
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -542,6 +542,77 @@ def test_a_run_under_lightning_is_saved_and_resumed(tmp_path: Any) -> None:
         trainer = fit(paged, tmp_path, 4, resume=True)
         assert isinstance(trainer.optimizers[0].state[paged.net.get_parameter("layers.0.weight")], Entries)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), paged.parameters(), strict=True))
+
+
+# -- another device --------------------------------------------------------------------------------------------------
+
+
+class Nowhere:
+    """A transport under a device without memory: what mixes near and far in one operation raises there."""
+
+    device = torch.device("meta")
+
+    def allocate(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        assert name in ("fetch", "store", "computed", "wait", "settle", "trim", "close"), name
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "LAMB"])
+def test_near_and_far_may_be_different_devices(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps, conversions, checkpoints: what is paged is on the CPU, kernels see nothing that is, and no state of the
+    device is as large as a parameter's."""
+
+    def on_device(arguments: kernels.StepArguments, norms: Tensor | None = None) -> Tensor:
+        arguments.check()
+        assert arguments.device.type == "meta"
+        return torch.empty(len(arguments.params), 2, dtype=torch.float64, device="meta")
+
+    def written(pager: Pager, number: int, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            far = pager.far[number][name]
+            assert (value.shape, value.dtype, far.device.type) == (far.shape, far.dtype, "cpu")
+
+    monkeypatch.setattr(pages, "open_transport", lambda *_: Nowhere())
+    monkeypatch.setattr(kernels, "optimizer_step", on_device)
+    monkeypatch.setattr(kernels, "optimizer_norms", on_device)
+    monkeypatch.setattr(Pager, "write", written)
+    monkeypatch.setattr(base, "away", lambda p, value: torch.empty(value.shape, dtype=value.dtype))
+    monkeypatch.setattr(pages.layout, "CHUNK", CHUNK)
+    params = [Parameter(p.detach().to("meta")) for p in parameters(torch.bfloat16)]
+    optimizer = build(kind, params, paged=True, master="bf16+8")
+
+    def act() -> None:
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        for entries in optimizer.state_dict()["state"].values():
+            for name, value in entries.items():
+                paged = name not in ("step", "exp_avg_scales", "exp_avg_sq_scales") and value.numel()
+                assert value.device.type == ("cpu" if paged else "meta"), name
+
+    act()
+    act()
+    optimizer.param_groups[0]["bits"] = 32
+    act()
+    optimizer.param_groups[0]["bits"] = 8
+    optimizer.param_groups[1]["block_size"] = 64
+    act()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    act()
+    decoded = optimizer.state_dict(bits=32)["state"][0]
+    assert decoded["exp_avg"].device.type == "cpu"
+    for group in optimizer.param_groups:
+        group["paged"] = False
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    assert all(v.device.type == "meta" for p in params for v in optimizer.state[p].values())
 
 
 # -- bounds, warnings, errors ----------------------------------------------------------------------------------------

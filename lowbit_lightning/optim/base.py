@@ -29,7 +29,7 @@ from lowbit_lightning.optim.options import (
     wants_master,
     warn_of_inert,
 )
-from lowbit_lightning.optim.paging import Paging, away, back, check_room
+from lowbit_lightning.optim.paging import Paging, away, back, check_room, want_of
 from lowbit_lightning.optim.plan import FORM, Plan, Work, hyper_of, made_plan, work_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
@@ -374,13 +374,11 @@ class LowBitOptimizer(Optimizer):
         if MASTER in entries and wants_master(p, group):
             saved_master = blocks.checked(p, entries, MASTER, p.shape)
             converted[MASTER] = shards.like(p, blocks.placed(p, saved_master, torch.int8), p.shape)
-        known = {
-            *converted,
-            MASTER,
-            *(n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))),
-        }
-        if group["paged"]:  # the states of one parameter at a time are near
-            converted = {k: v if k == "step" or k.endswith("_scales") else away(p, v) for k, v in converted.items()}
+        names = [n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))]
+        known = {*converted, MASTER, *names}
+        want = want_of(self, p, group)
+        if want is not None:  # the states of one parameter at a time are near
+            converted |= {name: away(p, converted[name]) for name, _ in want.dtypes if name in converted}
         return {**{k: v for k, v in entries.items() if k not in known}, **converted}
 
 
