@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).parent / "programs" / "paged_ranks.py"
-CHECKS = ("steps_are_the_unpaged_ones", "checkpoints_go_both_ways", "gradients_are_released")
+CHECKS = (
+    "parts_stay_where_they_lie",
+    "steps_are_the_unpaged_ones",
+    "checkpoints_go_both_ways",
+    "gradients_are_released",
+)
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")]
 

@@ -1,1 +1,2 @@
-"""Where optimizer state lives: its 8-bit form (``blocks``) and its shards (``shards``)."""
+"""Where optimizer state lives: its 8-bit form (``blocks``), its shards (``shards``), its pages in larger memory
+(``pages``)."""

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from lowbit_lightning import optim
+from lowbit_lightning.state import shards
 from lowbit_lightning.state.pages import Entries
 
 WORLD = 2
@@ -157,7 +158,19 @@ def gradients_are_released(folder: Path) -> str | None:
     return difference(*results)
 
 
-CHECKS = (steps_are_the_unpaged_ones, checkpoints_go_both_ways, gradients_are_released)
+def parts_stay_where_they_lie(folder: Path) -> str | None:
+    """A DTensor of this mesh from a part that is not on its device, as host memory is not on a GPU."""
+    for p in build(WORLD).parameters():
+        part = torch.empty(local(p).shape, dtype=torch.uint8, device="meta")
+        x = shards.like(p, part, p.shape, stays=True)
+        assert isinstance(p, DTensor)
+        assert isinstance(x, DTensor)
+        if (x.shape, x.placements, x.dtype, x.to_local().device) != (p.shape, p.placements, part.dtype, part.device):
+            return f"{x.shape} {x.placements} {x.dtype} {x.to_local().device}"
+    return None
+
+
+CHECKS = (parts_stay_where_they_lie, steps_are_the_unpaged_ones, checkpoints_go_both_ways, gradients_are_released)
 
 
 def rank_main(rank: int, folder: Path) -> None:
