@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from lowbit_lightning import optim
+from lowbit_lightning.state import pages
 from lowbit_lightning.state.pages import Moves
 from lowbit_lightning.state.pages import cuda as module
 
@@ -24,6 +27,9 @@ class Fakes:
         fakes = self
 
         class Event:
+            def __init__(self) -> None:
+                fakes.made.append("event")
+
             def record(self, stream: Any) -> None:
                 fakes.log.append(("record", stream.name, id(self)))
 
@@ -128,7 +134,7 @@ def test_events_and_streams_are_used_again(fakes: Fakes) -> None:
     second = made.fetch(moves, None), made.computed(moves), made.store(moves, None)
     assert all(a is b for a, b in zip(first, second, strict=True))
     assert len({id(event) for event in first}) == 3
-    assert fakes.made == ["in", "out"]
+    assert fakes.made == ["in", "out", *["event"] * 3]
 
 
 def test_new_near_memory_may_have_been_used_by_kernels_before(fakes: Fakes) -> None:
@@ -160,3 +166,27 @@ def test_capture_is_refused(fakes: Fakes) -> None:
     fakes.capturing = True
     with pytest.raises(RuntimeError, match="paged optimizer cannot be captured"):
         made.wait(arrived)
+
+
+def test_a_steady_step_makes_nothing(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer over it, and the numbers of one without: no new stream, event or buffer, and no waiting host."""
+    monkeypatch.setattr(pages, "open_transport", lambda *_: module.CudaTransport(torch.device("cpu")))
+    monkeypatch.setattr(pages.layout, "SMALLEST", 20_000)
+    shapes = [(64, 256), (300, 300), (5000,)]
+    ours, theirs = ([Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    paged, plain = optim.AdamW(ours, paged=True, resident="30KB"), optim.AdamW(theirs)
+    for number in range(6):
+        fakes.log.clear()
+        made = len(fakes.made)
+        for params, optimizer in ((ours, paged), (theirs, plain)):
+            generator = torch.Generator().manual_seed(number)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+        if number > 1:
+            assert len(fakes.made) == made
+            assert not [entry for entry in fakes.log if entry[0] in ("host waits", "wait for stream", "pin")]
+            travels = [entry for entry in fakes.log if entry[0] == "copy" and entry[1] != "compute"]
+            assert {stream for _, stream, _ in travels} == {"in", "out"}
+            assert all(non_blocking for _, _, non_blocking in travels)
