@@ -28,7 +28,13 @@ def local(x: Tensor) -> Tensor:
 
 def full(x: Tensor) -> Tensor:
     """All of a DTensor, gathered from the ranks that share it; any other tensor as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return _on_mesh(x).full_tensor() if isinstance(x, DTensor) else x
+
+
+def _on_mesh(x: DTensor) -> DTensor:
+    """x with its part where collectives work: a paged state's lies in host memory, beside a mesh of GPUs."""
+    part = x.to_local()
+    return x if part.device.type == x.device_mesh.device_type else like(x, part, x.shape)  # type: ignore
 
 
 def like(p: Tensor, part: Tensor, shape: Sequence[int], stays: bool = False) -> Tensor:
@@ -61,7 +67,7 @@ def part_of(p: Tensor, value: Tensor) -> Tensor:
         if not isinstance(p, DTensor):
             return full(value)
         if value.placements != p.placements:  # a gradient may be Partial, a saved state replicated
-            value = value.redistribute(p.device_mesh, p.placements)
+            value = _on_mesh(value).redistribute(p.device_mesh, p.placements)
         return value.to_local()
     if not isinstance(p, DTensor):
         return value

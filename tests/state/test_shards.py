@@ -153,3 +153,16 @@ def test_states_are_created_where_the_parameter_is(shape: tuple[int, ...], world
             wanted = BlockGrid.of(shape, 32).scales_shape if name.endswith("scales") else shape
             assert tuple(x.shape) == tuple(wanted)
             assert x.to_local().shape[0] == p.to_local().shape[0]
+
+
+def test_what_lies_beside_its_mesh_is_gathered_there() -> None:
+    """A paged state's part is in host memory, where the group of a GPU's mesh has no collectives."""
+    with being_rank(0, (2,)):
+        mesh = init_device_mesh("meta", (2,))
+        owner = DTensor.from_local(torch.zeros(2, 3, device="meta"), mesh, (Shard(0),), run_check=False)
+        value = shards.like(owner, torch.zeros(2, 3), owner.shape, stays=True)
+        assert shards.local(value).device.type == "cpu"
+        whole = shards.full(value)
+        assert (tuple(whole.shape), whole.device.type) == ((4, 3), "meta")
+        same = DTensor.from_local(torch.zeros(4, 3, device="meta"), mesh, (Replicate(),), run_check=False)
+        assert shards.part_of(same, value).device.type == "meta"
