@@ -43,9 +43,19 @@ CHECKS = {
         "refusals_come_before_training",
         "deepspeed_alone",
         "gradients_are_those_of_ddp",
+        "evaluation_is_that_of_ddp",
+        "a_universal_checkpoint_where_none_was_needed",
+        "other_groups_and_stages_are_refused",
+        "what_the_converter_would_drop",
     ),
-    1: ("a_universal_checkpoint_resumes", "an_unconverted_checkpoint_is_refused"),
-    3: ("a_universal_checkpoint_resumes",),
+    1: (
+        "a_universal_checkpoint_resumes",
+        "an_unconverted_checkpoint_is_refused",
+        "a_checkpoint_is_evaluated_on_fewer_ranks",
+        "other_groups_and_stages_are_refused",
+        "what_the_converter_would_drop",
+    ),
+    3: ("a_universal_checkpoint_resumes", "evaluation_on_more_ranks_is_refused"),
 }
 NAMES = [f"lowbit_deepspeed_stage_{s}" for s in ("1", "2", "3", "2_offload", "3_offload", "2_paged")]
 

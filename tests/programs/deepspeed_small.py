@@ -5,6 +5,10 @@ What DeepSpeed does with a gradient is seen with plain SGD: AdamW's steps are th
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,9 +17,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lowbit_lightning import optim
 from lowbit_lightning.strategies import DeepSpeedStrategy
 
 STEPS, BATCH, STAGES = 6, 6, (1, 2, 3)
@@ -93,6 +99,15 @@ def fit(strategy: Any, model: Any = None, ckpt_path: Any = None, **options: Any)
     return model, trainer
 
 
+class Save(L.Callback):
+    def __init__(self, path: Path, step: int = 3) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 def off(found: list[float], expected: list[float], limit: float) -> str | None:
     worst = max(abs(x - y) / abs(y) for x, y in zip(found, expected, strict=True))
     return None if worst <= limit else f"losses are off by {worst:.1e}: {found}, {expected}"
@@ -104,6 +119,21 @@ def raised(action: Callable[[], Any], kind: type[BaseException] = ValueError) ->
     except kind as error:
         return str(error)
     return f"no {kind.__name__}"
+
+
+def convert(path: Path) -> None:
+    """DeepSpeed's own tool, as the command line runs it."""
+    arguments = argparse.Namespace(
+        input_folder=str(path / "checkpoint"),
+        output_folder=str(path / "universal"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
 
 
 # -- checks: folder -> what is wrong, or None --------------------------------------------------------------------------
@@ -129,8 +159,113 @@ def gradients_are_those_of_ddp(folder: Path) -> str | None:
     return problem or (None if "do not add such gradients up" in message else message)
 
 
+def evaluation_is_that_of_ddp(folder: Path) -> str | None:
+    """Of a model that was trained, and of its checkpoint, also where stage 3 keeps no parameter whole."""
+    ddp = fit("ddp")[0]
+    (expected,) = trainer_of("ddp", limit_val_batches=2).validate(ddp, verbose=False)
+    (folder / "evaluation.json").write_text(json.dumps(expected["val_loss"]))
+    for stage in (2, 3):
+        strategy, path = f"lowbit_deepspeed_stage_{stage}", folder / f"evaluated_{stage}"
+        model, _ = fit(cut(stage), callbacks=[Save(path, STEPS)])
+        (after,) = trainer_of(strategy, limit_val_batches=2).validate(model, verbose=False)
+        problem = off([after["val_loss"], loaded_value(cut(stage), path)], 2 * [expected["val_loss"]], 1e-5)
+        if problem:
+            return f"stage {stage}: {problem}"
+    return None
+
+
+def cut(stage: int, bits: Any = 32, **options: Any) -> DeepSpeedStrategy:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return DeepSpeedStrategy(config={"zero_optimization": zero, **options}, optimizer_bits=bits)
+
+
+def loaded_value(strategy: Any, path: Path) -> float:
+    found = trainer_of(strategy, limit_val_batches=2).validate(Small(), ckpt_path=path, verbose=False)
+    return found[0]["val_loss"]
+
+
+def a_checkpoint_is_evaluated_on_fewer_ranks(folder: Path) -> str | None:
+    expected = json.loads((folder / "evaluation.json").read_text())
+    return off([loaded_value(cut(stage), folder / f"evaluated_{stage}") for stage in (2, 3)], 2 * [expected], 1e-5)
+
+
+def evaluation_on_more_ranks_is_refused(folder: Path) -> str | None:
+    message = raised(partial(loaded_value, cut(3), folder / "evaluated_3"))
+    return None if "convert_zero_checkpoint_to_fp32_state_dict" in message else message
+
+
+def groups(parameters: Any) -> Any:
+    """Two, which differ in all that counts."""
+    matrices, vectors = [], []
+    for p in parameters:
+        (vectors if len(getattr(p, "ds_shape", p.shape)) < 2 else matrices).append(p)
+    return torch.optim.AdamW([
+        {"params": matrices, "lr": 1e-2, "weight_decay": 0.3, "betas": (0.9, 0.99)},
+        {"params": vectors, "lr": 2e-2, "weight_decay": 0.0, "betas": (0.8, 0.9)},
+    ])  # fmt: skip
+
+
+def a_universal_checkpoint_where_none_was_needed(folder: Path) -> str | None:
+    """``load_universal`` in a config, on the ranks that saved: hyperparameters and losses of the run that went on."""
+    for stage in (2, 3):
+        path = folder / f"needless_{stage}"
+        through, expected = fit(cut(stage, 8), Small(groups), callbacks=[Save(path)])
+        if dist.get_rank() == 0:
+            convert(path)
+        dist.barrier()
+        strategy = cut(stage, 8, checkpoint={"load_universal": True})
+        model, trainer = fit(strategy, Small(groups), path)
+        of, wanted = ([(g["lr"], g["weight_decay"], g["betas"]) for g in t.optimizers[0].param_groups]
+                      for t in (trainer, expected))  # fmt: skip
+        problem = off(model.mean_losses(), through.mean_losses()[3:], 1e-3)
+        if problem or of != wanted or len(set(wanted)) != 2:
+            return f"stage {stage}: {problem}, {of}, not {wanted}"
+    return None
+
+
+REFUSED = (("saved_8", 2, 32), ("saved_8", 2, None), ("saved_32", 2, 8), ("saved_8", 3, 8))
+
+
+def other_groups_and_stages_are_refused(folder: Path) -> str | None:
+    """On the ranks that saved, and on others."""
+    if dist.get_world_size() == 2:
+        for bits in (8, 32):
+            fit(cut(2, bits), callbacks=[Save(folder / f"saved_{bits}")])
+    for name, stage, bits in REFUSED:
+        model = Small()
+        message = raised(partial(fit, cut(stage, bits), model, folder / name))
+        words = "use stage=2" if stage == 3 else f"saved with optimizer_bits={name[6:]}, in other groups"
+        if words not in message or model.losses:
+            return f"{name} at stage {stage} with bits={bits}: {message}, {len(model.losses)} steps"
+    return None
+
+
+def what_the_converter_would_drop(folder: Path) -> str | None:
+    """AdEMAMix: two ranks resume to the bit, DeepSpeed's tool refuses, and so do other ranks."""
+    make, path = partial(optim.AdEMAMix, lr=1e-2), folder / "ademamix"
+    if dist.get_world_size() == 1:
+        message = raised(partial(fit, cut(2, 8), Small(make), path))
+        return None if "exp_avg_slow" in message and "devices=2" in message else message
+    through, _ = fit(cut(2, 8), Small(make), callbacks=[Save(path)])
+    resumed, _ = fit(cut(2, 8), Small(make), path)
+    message = raised(partial(convert, path), AssertionError) if dist.get_rank() == 0 else "universal_checkpoint_info"
+    dist.barrier()
+    same = resumed.losses == through.losses[3:]
+    return None if same and "universal_checkpoint_info" in message else f"{message}; {resumed.losses}"
+
+
 CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
-    "2": (gradients_are_those_of_ddp,),
-    "1": (),
-    "3": (),
+    "2": (
+        gradients_are_those_of_ddp,
+        evaluation_is_that_of_ddp,
+        a_universal_checkpoint_where_none_was_needed,
+        other_groups_and_stages_are_refused,
+        what_the_converter_would_drop,
+    ),
+    "1": (
+        a_checkpoint_is_evaluated_on_fewer_ranks,
+        other_groups_and_stages_are_refused,
+        what_the_converter_would_drop,
+    ),
+    "3": (evaluation_on_more_ranks_is_refused,),
 }

@@ -24,12 +24,19 @@ OWN = ("params", "bits", "state_format")
 class SplitGroups:
     """The groups of an optimizer, split in place; ``follow`` before each step.
 
-    Groups are known by their numbers: ``load_state_dict`` makes new ones.
+    Groups are known by their numbers: ``load_state_dict`` makes new ones. ``names`` are those of their parameters,
+    ``split`` says whether there are more than before.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
         self._optimizer, self._given = optimizer, len(optimizer.param_groups)
         self._pairs: list[tuple[int, int]] = []
+        self._split(optimizer, model)
+        names = {p: name for name, p in model.named_parameters()}
+        self.names = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
+        self.split = bool(self._pairs)
+
+    def _split(self, optimizer: Optimizer, model: nn.Module) -> None:
         if not isinstance(optimizer, LowBitOptimizer):
             return
         embeddings = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}

@@ -39,14 +39,13 @@ from torch.optim import Optimizer
 from lowbit_lightning import optim
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.optim.partitions import quantise_loaded
+from lowbit_lightning.strategies.deepspeed import checkpoints
 from lowbit_lightning.strategies.deepspeed.config import check_deepspeed, complete, read
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
 from lowbit_lightning.strategies.optimizers import adapt
 
 NAME = "lowbit_deepspeed"
 STEP = "_lowbit_lightning_step"
-CHECKPOINT = "checkpoint"  # Lightning's tag: the folder inside a checkpoint's folder
-CONVERTED = "latest_universal"  # where DeepSpeed's converter leaves the name of the folder it has made
 BESIDE_CONFIG = {
     *("accelerator", "cluster_environment", "exclude_frozen_parameters", "hysteresis", "initial_scale_power"),
     *("load_full_weights", "logging_level", "loss_scale", "loss_scale_window", "min_loss_scale", "parallel_devices"),
@@ -237,9 +236,14 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         from deepspeed.checkpoint import constants
 
         if self.is_global_zero:
-            (Path(filepath) / CONVERTED).unlink(missing_ok=True)
-        mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-        super().save_checkpoint({**checkpoint, constants.UNIVERSAL_CHECKPOINT_INFO: mark}, filepath, storage_options)
+            (Path(filepath) / checkpoints.CONVERTED).unlink(missing_ok=True)
+        added: dict[str, Any] = {}
+        if self._groups is not None:
+            added[checkpoints.OURS] = {"optimizer_bits": self.optimizer_bits, "groups": self._groups.names}
+        if not checkpoints.missed_by_converter(self.optimizers[0].optimizer):  # type: ignore[attr-defined]
+            mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+            added[constants.UNIVERSAL_CHECKPOINT_INFO] = mark
+        super().save_checkpoint({**checkpoint, **added}, filepath, storage_options)
 
     def load_checkpoint(  # type: ignore[override]  # Lightning 2.5 has no weights_only
         self, checkpoint_path: _PATH, *args: Any, **kwargs: Any
@@ -247,36 +251,62 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         """Load what this number of ranks saved, or what any number did and DeepSpeed's tool has converted since.
 
         Raises:
-            ValueError: where another number of ranks saved it, and it has not been converted; with the command.
-                For evaluation at stage 3: DeepSpeed loads these checkpoints into optimizers alone.
+            ValueError: where another number of ranks saved it, and it has not been converted, with the command; for
+                another stage, other groups of parameters, and states that the tool does not know. For evaluation at
+                stage 3, on more ranks than saved it.
         """
         assert self.lightning_module is not None
-        path, training = Path(checkpoint_path), self.lightning_module.trainer.training
-        if self.zero_stage_3 and not training and not self.load_full_weights:
-            raise ValueError(
-                f"DeepSpeed loads checkpoints of stage 3, such as {path}, for training alone: make one file of it, by "
-                "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(FOLDER, FILE), and "
-                "give that to another strategy, or to DeepSpeedStrategy(3, load_full_weights=True)"
-            )
-        saved = _ranks_of(path)
-        if saved in (None, self.world_size) or not training:
+        path = Path(checkpoint_path)
+        saved = checkpoints.read(path)
+        if saved is not None:
+            checkpoints.check_stage(path, saved, self.config["zero_optimization"]["stage"])  # type: ignore[index]
+        if saved is None or not self.lightning_module.trainer.training:
+            if saved is not None and self.zero_stage_3:
+                self._prepare_evaluation(path, saved["dp_world_size"])
+            with self._universal(False):
+                return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if self._groups is not None:
+            checkpoints.check_groups(path, saved, self._groups.names, self._groups.split)
+        if saved["dp_world_size"] == self.world_size and not self.deepspeed_engine._config.load_universal_checkpoint:
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        if not (path / CONVERTED).is_file():
-            raise ValueError(
-                f"{path} was saved by {saved} ranks and this run has {self.world_size}: convert it once, by python -m "
-                f"deepspeed.checkpoint.ds_to_universal --input_folder {path / CHECKPOINT} "
-                f"--output_folder {path / 'universal'}"
-            )
-        with self._universal():
+        self._check_converted(path, saved["dp_world_size"])
+        with self._universal(True):
             state = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         self._take_universal(path)
         return state
 
+    def _prepare_evaluation(self, path: Path, saved: int) -> None:
+        if saved < self.world_size:
+            raise ValueError(
+                f"{path} was saved by {saved} ranks at stage 3, and DeepSpeed evaluates it on no more than that, not "
+                f"on {self.world_size}: use devices={saved}, or make one file of it, by "
+                "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(FOLDER, FILE), and "
+                "give that to DeepSpeedStrategy(3, load_full_weights=True)"
+            )
+        parameters = self.deepspeed_engine.optimizer
+        if not hasattr(parameters, "_restore_from_bit16_weights"):  # 0.19.8 calls it, with nothing to restore
+            parameters._restore_from_bit16_weights = lambda: None
+
+    def _check_converted(self, path: Path, saved: int) -> None:
+        missed = checkpoints.missed_by_converter(self.optimizers[0].optimizer)  # type: ignore[attr-defined]
+        if missed:
+            raise ValueError(
+                f"{path} was saved by {saved} ranks, and DeepSpeed's converter to other numbers of ranks does not know "
+                f"this optimizer's states, {missed}, but exp_avg with exp_avg_sq alone: use devices={saved} in all, "
+                "without load_universal, or strategy='lowbit_sharded'"
+            )
+        if not (path / checkpoints.CONVERTED).is_file():
+            raise ValueError(
+                f"{path} was saved by {saved} ranks and this run has {self.world_size}: convert it once, by python -m "
+                f"deepspeed.checkpoint.ds_to_universal --input_folder {path / checkpoints.FOLDER} "
+                f"--output_folder {path / 'universal'}"
+            )
+
     @contextmanager
-    def _universal(self) -> Iterator[None]:
+    def _universal(self, wanted: bool) -> Iterator[None]:
         config = self.deepspeed_engine._config
         before = config.load_universal_checkpoint
-        config.load_universal_checkpoint = True
+        config.load_universal_checkpoint = wanted
         try:
             yield
         finally:
@@ -285,18 +315,10 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
     def _take_universal(self, path: Path) -> None:
         zero: Any = self.optimizers[0]
         if self.zero_stage_3:  # all groups have got the first one's hyperparameters
-            tag = (path / CONVERTED).read_text().strip()
-            saved = torch.load(path / tag / "zero" / "optimizer_state.pt", mmap=True, weights_only=False)
-            for group, theirs in zip(zero.param_groups, saved["param_groups"], strict=True):
+            for group, theirs in zip(zero.param_groups, checkpoints.read_groups(path), strict=True):
                 group.update({key: value for key, value in theirs.items() if key != "params"})
             zero._set_fp32_optimizer_param_groups()
         if isinstance(zero.optimizer, optim.LowBitOptimizer):
             quantise_loaded(zero.optimizer)
         if self.zero_stage_3:
             zero._clear_fp32_optimizer_param_groups()
-
-
-def _ranks_of(path: Path) -> int | None:
-    """How many ranks saved a checkpoint; None where there is none to be read."""
-    files = sorted((path / CHECKPOINT).glob("*mp_rank_00_model_states.pt"))
-    return torch.load(files[0], mmap=True, weights_only=False)["dp_world_size"] if files else None
