@@ -266,6 +266,23 @@ def test_checkpoints_go_both_ways(bits: int) -> None:
         assert_same((params, optimizer), (expected, yardstick))
 
 
+def test_a_load_that_is_taken_back() -> None:
+    """As the sharded strategy does it, where another optimizer's states do not fit."""
+
+    def act(params: list[Parameter], optimizer: optim.LowBitOptimizer) -> None:
+        steps(params, optimizer)
+        saved = copy.deepcopy(optimizer.state_dict())
+        steps(params, optimizer, range(3, 5))
+        before = optimizer.state, optimizer.param_groups
+        optimizer.load_state_dict(saved)
+        step_3 = float(optimizer.state[params[0]]["step"])
+        optimizer.state, optimizer.param_groups = before
+        assert (step_3, float(optimizer.state[params[0]]["step"])) == (3.0, 5.0)
+        steps(params, optimizer, range(5, 7))
+
+    both(act, resident=200_000)
+
+
 def test_32_bit_checkpoints_for_torch() -> None:
     with lying_in_wait(chunk=CHUNK):
         params = parameters()

@@ -235,7 +235,7 @@ class LowBitOptimizer(Optimizer):
                 held = {name: back(p, value) for name, value in held.items()}
         entries = self._formed(p, held, group, rule, paged=place is not None)
         moves = isinstance(self.state[p], Entries)
-        self.state[p] = entries if place is None else Entries(p, *place, entries)  # type: ignore[assignment]
+        self.state[p] = entries if place is None else Entries(p, entries, *place)  # type: ignore[assignment]
         if moves:
             self._paging.drop_unused(self)
         return raw(self.state[p])
@@ -334,9 +334,9 @@ class LowBitOptimizer(Optimizer):
             for group in self.param_groups:  # the checkpoint may have chosen another rule
                 rule = self._rule_of(group)
                 group["state_format"] = StateFormat.of(rule, group["block_size"]).to_dict()
-                if group["paged"]:  # at once: what is not, Lightning moves to the device
-                    for p in (p for p in group["params"] if p in loaded):
-                        self._entries(p, group, rule)
+                if group["paged"]:  # what is in a dict Lightning would move to the device
+                    held = {p: Entries(p, loaded[p]) for p in group["params"] if p in loaded}
+                    self.state.update(held)  # type: ignore[arg-type]
 
         before = self.register_load_state_dict_pre_hook(take_states)
         after = self.register_load_state_dict_post_hook(put_states, prepend=True)

@@ -101,7 +101,7 @@ class Paging:
             if isinstance(entries, Entries) and entries.pager is old and p in self._places:
                 number = self._places[p][1]
                 if new.wants[number].dtypes == old.wants[entries.number].dtypes:
-                    optimizer.state[p] = Entries(p, new, number, entries.raw)  # type: ignore[assignment]
+                    optimizer.state[p] = Entries(p, entries.raw, new, number)  # type: ignore[assignment]
 
     def drop_unused(self, optimizer: LowBitOptimizer) -> None:
         """Close pagers that no state lies in any more."""

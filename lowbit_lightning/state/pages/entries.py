@@ -22,11 +22,17 @@ class Entries:
     No ``Mapping``: Lightning moves whatever is in one to the device, and these have to stay. ``dict(entries)`` works.
     """
 
-    def __init__(self, p: Tensor, pager: Pager, number: int, entries: Mapping[str, Any]) -> None:
-        """Take in the ``entries`` of p, the pager's parameter of that ``number``: those that it wants are copied."""
+    def __init__(self, p: Tensor, entries: Mapping[str, Any], pager: Pager | None = None, number: int = -1) -> None:
+        """Take in the ``entries`` of p, the pager's parameter of that ``number``: those that it wants are copied.
+
+        Without a pager they are kept as they are, until the next step brings them to one: loaded states, which must not
+        overwrite those of before while the load may still be taken back.
+        """
         self._p, self.pager, self.number = p, pager, number
-        pager.write(number, {name: shards.local(entries[name]) for name in pager.far[number]})
-        self.raw: dict[str, Any] = {**entries, **pager.far[number]}
+        self._far = {} if pager is None else pager.far[number]
+        if pager is not None:
+            pager.write(number, {name: shards.local(entries[name]) for name in self._far})
+        self.raw: dict[str, Any] = {**entries, **self._far}
         """The same entries, for those who know what they do."""
 
     def named(self) -> dict[str, Any]:
@@ -37,11 +43,12 @@ class Entries:
         }
 
     def _settled(self) -> dict[str, Any]:
-        self.pager.settle()
+        if self.pager is not None:
+            self.pager.settle()
         return self.raw
 
     def is_paged(self, name: str) -> bool:
-        return name in self.pager.far[self.number]
+        return name in self._far
 
     def keys(self) -> KeysView[str]:
         return self.raw.keys()
@@ -68,7 +75,7 @@ class Entries:
         return self._settled().values()
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if self.is_paged(name):
+        if self.pager is not None and self.is_paged(name):
             self.pager.write(self.number, {name: shards.local(value)})
         else:
             self.raw[name] = value
