@@ -12,7 +12,7 @@ How it works
     through the page cache, and so does all of a part whose place in memory and in the slab differ by anything else, and
     everything on a file system without O_DIRECT, which is written through at once and dropped from the cache.
 
-    An event is a ``Future``. A copy is handed to the threads by the event that it waits for, so that no thread waits.
+    A copy is handed to the threads by the event that it waits for, so that no thread waits.
 
 The slab as memory is a shared mapping of the same file. The kernel keeps it coherent with what the threads do as long
 as nothing is under way, which is all that ``Transport.allocate`` promises.
@@ -27,10 +27,8 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import warnings
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +36,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit_lightning.state.pages.transport import Event, Moves
+from lowbit_lightning.state.pages.transport import Moves
+from lowbit_lightning.state.pages.workers import Event, Workers, past
 
 FOLDER = "LOWBIT_LIGHTNING_PAGES"
 """The environment variable that names the folder of page files."""
@@ -46,6 +45,7 @@ ALIGNMENT = 4096
 PIECE = 16 * 2**20
 """What one thread reads or writes at once: a part is cut into pieces of this size."""
 HUGE_PAGE = 2 * 2**20
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK. MADV_DONTFORK leaves a hole that a child fills with other memory, and then unmaps
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 
 _READ, _WRITE = "reading", "writing"
@@ -76,11 +76,10 @@ class FileTransport:
         if sys.platform != "linux":
             raise RuntimeError(f'paged="disk" needs Linux (O_DIRECT, posix_fallocate), this is {sys.platform}')
         self.folder = _checked(Path(folder)) if folder is not None else _default_folder()
-        self._threads, self._process = threads, os.getpid()
+        self._threads = threads
         self._files: _Files | None = None
-        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._workers: Workers | None = None
         self._pieces: dict[Moves, list[_Piece]] = {}
-        self._under_way: set[Future[None]] = set()
 
     @property
     def direct(self) -> bool:
@@ -93,7 +92,7 @@ class FileTransport:
 
     def allocate(self, nbytes: int) -> Tensor:
         self._files = _Files(self.folder, nbytes)
-        self._pools = {way: ThreadPoolExecutor(self._threads, f"pages {way}") for way in (_READ, _WRITE)}
+        self._workers = Workers((_READ, _WRITE), self._threads)
         return self._files.slab
 
     def buffer(self, nbytes: int) -> Tensor:
@@ -106,86 +105,37 @@ class FileTransport:
         return self._start(_WRITE, moves, after)
 
     def computed(self, moves: Moves) -> Event:
-        return _past()  # kernels on the CPU are functions
+        return past()  # kernels on the CPU are functions
 
     def wait(self, event: Event) -> None:
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                "paged optimizer states cannot be used in a forked process: the threads that move them are its "
-                "parent's; use them there, or start the process by spawn"
-            )
-        event.result()
+        event.wait()
 
-    settle = wait
+    def settle(self, event: Event) -> None:
+        if self._workers is not None:
+            self._workers.finish()  # whoever was interrupted may have lost an event
+        event.wait()
 
     def trim(self) -> None:
         if self._files is not None:
             self._files.trim()
 
     def close(self) -> None:
-        for event in tuple(self._under_way) if os.getpid() == self._process else ():
-            event.exception()  # waits
-        for pool in self._pools.values():
-            pool.shutdown()
-        self._pools.clear()
+        workers, files = self._workers, self._files
+        if workers is None or files is None:
+            return
+        workers.finish()
+        self._workers = self._files = None
         self._pieces.clear()
-        if self._files is not None:
-            self._files.close()
-        self._files = None
-
-    # -- copies ------------------------------------------------------------------------------------------------------
+        workers.close()
+        files.close()
 
     def _start(self, way: str, moves: Moves, after: Event | None) -> Event:
-        if self._files is None:
+        if self._files is None or self._workers is None:
             raise RuntimeError("the page file is closed, or was not allocated")
         if moves not in self._pieces:
             self._pieces[moves] = [piece for part in moves.parts for piece in _cut(*part, self.direct)]
-        pieces = self._pieces[moves]
-        event = _Countdown(len(pieces))
-        self._under_way.add(event)
-        event.add_done_callback(self._under_way.discard)
-        run, submit = partial(self._files.copy, way), self._pools[way].submit
-
-        def begin(before: Future[None]) -> None:
-            for piece in pieces:
-                if before.exception() is not None:
-                    event.one_is_done(before)
-                    continue
-                try:
-                    submit(run, piece).add_done_callback(event.one_is_done)
-                except RuntimeError as error:  # the interpreter is going down: an event that never comes is a hang
-                    event.one_is_done(_past(error))
-
-        (after or _past()).add_done_callback(begin)
-        return event
-
-
-class _Countdown(Future[None]):
-    """Done when ``count`` tasks are, with the first error among them."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self._left, self._lock = count, threading.Lock()
-        self._error: BaseException | None = None
-        if not count:
-            self.set_result(None)
-
-    def one_is_done(self, task: Future[None]) -> None:
-        with self._lock:
-            self._left -= 1
-            self._error = self._error or task.exception()
-            last = self._left == 0
-        if last and self._error is not None:
-            self.set_exception(self._error)
-        elif last:
-            self.set_result(None)
-
-
-def _past(error: BaseException | None = None) -> Future[None]:
-    """An event that is past, as it should or with an error."""
-    event: Future[None] = Future()
-    event.set_result(None) if error is None else event.set_exception(error)
-    return event
+        copy = self._files.copy
+        return self._workers.start(way, [partial(copy, way, piece) for piece in self._pieces[moves]], after)
 
 
 def _cut(part: Tensor, offset: int, direct: bool) -> list[_Piece]:
@@ -207,13 +157,17 @@ def _cut(part: Tensor, offset: int, direct: bool) -> list[_Piece]:
 
 def _aligned(nbytes: int) -> Tensor:
     """uint8 ``[nbytes]``, at a multiple of 4096; from one huge page on at a multiple of that, and on huge pages where
-    the system has them."""
+    the system has them. A forked process finds zeros there.
+
+    Without that a fork shares such memory until somebody writes to it, which gives the child a copy of all near memory
+    as soon as the parent takes a step; and what the disk is reading at that time may land in the wrong one (open(2)).
+    """
     huge = nbytes >= HUGE_PAGE
     size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE if huge else max(nbytes, 1)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge:
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    for advice in (_WIPE_ON_FORK, *([mmap.MADV_HUGEPAGE] if huge else [])):
+        with contextlib.suppress(OSError):  # a kernel without it
+            memory.madvise(advice)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE if huge else 0
     return whole[start : start + nbytes]
@@ -246,7 +200,12 @@ class _Files:
                 os.posix_fadvise(self._ends, 0, 0, os.POSIX_FADV_RANDOM)
             on_error.pop_all()
         opened = {base, self._ends, *([] if self.direct is None else [self.direct])}
-        self.close = weakref.finalize(self, _close, opened)
+        self._close = weakref.finalize(self, _close, opened)
+        self._close.atexit = False  # threads may be at work: a number that is closed may soon name another file
+
+    def close(self) -> None:
+        self._close()
+        del self.slab, self._map  # an error of ``copy`` holds this object
 
     def copy(self, way: str, piece: _Piece) -> None:
         """Read or write all of a piece. Raises OSError, with the place."""
@@ -267,8 +226,8 @@ class _Files:
             raise OSError(
                 error.errno,
                 f"{way} {len(memory)} bytes at offset {offset} of the page file in {self.folder} failed: "
-                f"{error.strerror or error}. The optimizer's states there are lost: choose another page_dir and resume "
-                "from a checkpoint",
+                f"{error.strerror or error}. The optimizer's states there are lost: start again, with another page_dir "
+                "if the disk is broken, and resume from a checkpoint",
             ) from error
 
     def trim(self) -> None:

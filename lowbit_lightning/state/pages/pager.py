@@ -17,6 +17,7 @@ uses the same buffer, so that the chain orders its place in the slab too. These 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -79,7 +80,7 @@ class Pager:
     def __init__(
         self, transport: Transport, wants: Sequence[Want], resident: int = 0, chunk: int | None = None
     ) -> None:
-        self.transport, self.wants = transport, tuple(wants)
+        self.transport, self.wants, self._process = transport, tuple(wants), os.getpid()
         plan = layout.lay_out(self.wants, resident, layout.CHUNK if chunk is None else chunk)
         self._slab = transport.allocate(plan.nbytes)
         self.far = [
@@ -141,6 +142,7 @@ class Pager:
 
         ``changes``: whether they change it.
         """
+        self._check_process()
         if self._open is not chunk:
             self._leave()
             self._opened_at = perf_counter()
@@ -221,6 +223,7 @@ class Pager:
 
     def settle(self) -> None:
         """Have all states in the slab and nothing under way: the host may read and change it until the next step."""
+        self._check_process()
         if self._settled:
             return
         self._leave()
@@ -248,10 +251,18 @@ class Pager:
         if not self._closed:
             self._closed = True
             try:
-                self.settle()
+                if os.getpid() == self._process:
+                    self.settle()
             finally:
                 self.transport.close()
-            self.chunks, self.pieces, self._slots, self._order, self._visited = [], [], [], [], []
+                self.chunks, self.pieces, self._slots, self._order, self._visited = [], [], [], [], []
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "paged optimizer states cannot be used in a forked process, whose parent has what moves them and goes "
+                "on changing them: read and step them in the parent, or start the process with spawn"
+            )
 
 
 def _view(slab: Tensor, first: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
