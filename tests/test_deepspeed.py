@@ -44,6 +44,7 @@ CHECKS = {
         "deepspeed_alone",
         "gradients_are_those_of_ddp",
         "evaluation_is_that_of_ddp",
+        "learning_rates_are_logged_as_under_ddp",
         "a_universal_checkpoint_where_none_was_needed",
         "other_groups_and_stages_are_refused",
         "what_the_converter_would_drop",
@@ -264,6 +265,22 @@ def test_frozen_parameters_make_no_group() -> None:
     assert [group["bits"] for group in optimizer.param_groups] == [8]
 
 
+class Warm(torch.optim.lr_scheduler.LRScheduler):
+    """A user's own: one step late, what another scheduler says, which it holds under a name of its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.after = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [0.1 * lr for lr in self.after[0].get_last_lr()]
+
+    def step(self, epoch: int | None = None) -> None:
+        if self.last_epoch >= 0:
+            self.after[0].step()
+        super().step()
+
+
 def schedulers(optimizer: Any) -> dict[str, Any]:
     lr = torch.optim.lr_scheduler
     return {
@@ -275,10 +292,13 @@ def schedulers(optimizer: Any) -> dict[str, Any]:
         "chained": lr.ChainedScheduler([lr.ExponentialLR(optimizer, 0.9), lr.StepLR(optimizer, 2)]),
         "plateau": lr.ReduceLROnPlateau(optimizer, patience=0, min_lr=[0.0, 0.1, 0.2, 0.3]),
         "cyclic": lr.CyclicLR(optimizer, 0.01, [0.1, 0.2, 0.3, 0.4], step_size_up=2),
+        "holding another": Warm(optimizer),
     }
 
 
-@pytest.mark.parametrize("name", ["lambda", "one cycle", "sequential", "chained", "plateau", "cyclic"])
+@pytest.mark.parametrize(
+    "name", ["lambda", "one cycle", "sequential", "chained", "plateau", "cyclic", "holding another"]
+)
 def test_schedulers_go_on_and_new_groups_follow(name: str) -> None:
     """As on an optimizer that was never split, also after its groups were loaded; momenta that cycle too."""
     expected: Any = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1 * (i + 1)} for i in range(4)],

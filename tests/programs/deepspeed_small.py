@@ -18,6 +18,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -196,7 +198,7 @@ def evaluation_on_more_ranks_is_refused(folder: Path) -> str | None:
 
 def groups(parameters: Any) -> Any:
     """Two, which differ in all that counts."""
-    matrices, vectors = [], []
+    matrices, vectors = list[Tensor](), list[Tensor]()
     for p in parameters:
         (vectors if len(getattr(p, "ds_shape", p.shape)) < 2 else matrices).append(p)
     return torch.optim.AdamW([
@@ -223,7 +225,18 @@ def a_universal_checkpoint_where_none_was_needed(folder: Path) -> str | None:
     return None
 
 
-REFUSED = (("saved_8", 2, 32), ("saved_8", 2, None), ("saved_32", 2, 8), ("saved_8", 3, 8))
+def learning_rates_are_logged_as_under_ddp(folder: Path) -> str | None:
+    """Under the same names."""
+    found = []
+    for strategy in ("ddp", "lowbit_deepspeed_stage_2", "lowbit_deepspeed_stage_3"):
+        model = Small(schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5))
+        monitor, logger = LearningRateMonitor("step"), CSVLogger(folder / strategy)
+        fit(strategy, model, callbacks=[monitor], logger=logger, log_every_n_steps=1)
+        found.append(monitor.lrs)
+    return None if found == [{"lr-AdamW": [1e-2 * 0.5**i for i in range(STEPS)]}] * 3 else str(found)
+
+
+REFUSED: Any = (("saved_8", 2, 32), ("saved_8", 2, None), ("saved_32", 2, 8), ("saved_8", 3, 8))
 
 
 def other_groups_and_stages_are_refused(folder: Path) -> str | None:
@@ -258,6 +271,7 @@ CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
     "2": (
         gradients_are_those_of_ddp,
         evaluation_is_that_of_ddp,
+        learning_rates_are_logged_as_under_ddp,
         a_universal_checkpoint_where_none_was_needed,
         other_groups_and_stages_are_refused,
         what_the_converter_would_drop,

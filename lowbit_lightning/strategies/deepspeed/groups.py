@@ -61,11 +61,15 @@ class SplitGroups:
             groups[new].update({key: value for key, value in groups[number].items() if key not in OWN})
 
     def hide_from(self, scheduler: Any) -> None:
-        """Let a scheduler, and those it is made of, see the groups that it was built for."""
-        if self._pairs:
+        """Let a scheduler, and those that it holds, in lists too, see the groups that it was built for."""
+        if not self._pairs:
+            return
+        if getattr(scheduler, "optimizer", None) is self._optimizer:
             scheduler.optimizer = _View(self._optimizer, self._given)
-            for inner in getattr(scheduler, "_schedulers", ()):
-                self.hide_from(inner)
+        for value in list(vars(scheduler).values()):
+            for inner in value if isinstance(value, (list, tuple)) else (value,):
+                if getattr(inner, "optimizer", None) is self._optimizer and not isinstance(inner, nn.Module):
+                    self.hide_from(inner)
 
 
 def _fits(p: Tensor, min_size: int) -> bool:
@@ -82,6 +86,12 @@ class _View:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups[: self._count]
+
+    def __eq__(self, other: object) -> bool:  # callbacks look schedulers' optimizers up among the Trainer's
+        return other is self or other is self._optimizer
+
+    def __hash__(self) -> int:
+        return hash(self._optimizer)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_optimizer":  # while it is copied or unpickled
