@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import kernels, optim
-from lowbit_lightning.optim import base
+from lowbit_lightning.optim import base, loading
 from lowbit_lightning.state import pages
 from lowbit_lightning.state.pages import Entries, Pager
 
@@ -599,7 +599,7 @@ def test_near_and_far_may_be_different_devices(kind: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "optimizer_step", on_device)
     monkeypatch.setattr(kernels, "optimizer_norms", on_device)
     monkeypatch.setattr(Pager, "write", written)
-    monkeypatch.setattr(base, "away", lambda p, value: torch.empty(value.shape, dtype=value.dtype))
+    monkeypatch.setattr(loading, "away", lambda p, value: torch.empty(value.shape, dtype=value.dtype))
     monkeypatch.setattr(pages.layout, "CHUNK", CHUNK)
     params = [Parameter(p.detach().to("meta")) for p in parameters(torch.bfloat16)]
     optimizer = build(kind, params, paged=True, master="bf16+8")
@@ -735,7 +735,12 @@ def test_budgets_of_groups_must_be_equal() -> None:
     with lying_in_wait(chunk=CHUNK):
         params = parameters()
         groups = [{"params": params[:4], "resident": 10}, {"params": params[4:], "resident": 20}]
+        with pytest.raises(ValueError, match=r"equal in all param groups that are paged, got \(True, 10, None\)"):
+            optim.AdamW(groups, paged=True)
+        groups[1].pop("resident")
         optimizer = optim.AdamW(groups, paged=True)
+        assert optimizer.param_groups[1]["resident"] == 10
+        optimizer.param_groups[1]["resident"] = 20
         before = [p.detach().clone() for p in params]
         with pytest.raises(ValueError, match=r"equal in all param groups that are paged, got \(True, 10, None\)"):
             step(optimizer, params)

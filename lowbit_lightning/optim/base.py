@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.optim import partitions
+from lowbit_lightning.optim import loading, partitions
 from lowbit_lightning.optim.factors import Factors, factors
 from lowbit_lightning.optim.launches import Launch, join_norms
 from lowbit_lightning.optim.options import (
@@ -29,9 +29,9 @@ from lowbit_lightning.optim.options import (
     wants_master,
     warn_of_inert,
 )
-from lowbit_lightning.optim.paging import Paging, away, back, check_room, want_of
+from lowbit_lightning.optim.paging import Paging, back, check_pages, inherited
 from lowbit_lightning.optim.plan import FORM, Plan, Work, hyper_of, made_plan, work_of
-from lowbit_lightning.state import bitsandbytes, blocks, shards
+from lowbit_lightning.state import blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
 from lowbit_lightning.state.pages import Entries, PageStatistics, raw
 
@@ -76,11 +76,11 @@ class LowBitOptimizer(Optimizer):
         """Add a group of parameters; its keys overrule the defaults. See ``torch.optim.Optimizer``."""
         merged = {**self.defaults, **param_group}
         check_group(merged, self._rule_of(merged))
-        super().add_param_group(param_group)
+        super().add_param_group({**inherited(self.param_groups, merged), **param_group})
         group = self.param_groups[-1]
         try:
             check_dtypes(group)
-            check_room(self, group)
+            check_pages(self, self.param_groups)
         except (TypeError, ValueError, OSError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -230,9 +230,8 @@ class LowBitOptimizer(Optimizer):
         if isinstance(held, Entries):
             if place == (held.pager, held.number) and not partitions.is_partition(p):
                 return held.raw
-            held = held.named()
-            if place is None:
-                held = {name: back(p, value) for name, value in held.items()}
+            stays = held.is_paged if place is not None else lambda _: False  # scales and counts follow their parameter
+            held = {name: value if stays(name) else back(p, value) for name, value in held.named().items()}
         entries = self._formed(p, held, group, rule, paged=place is not None)
         moves = isinstance(self.state[p], Entries)
         self.state[p] = entries if place is None else Entries(p, entries, *place)  # type: ignore[assignment]
@@ -298,9 +297,8 @@ class LowBitOptimizer(Optimizer):
             for key, p in zip(theirs["params"], ours["params"], strict=True):
                 if key in saved["state"]:
                     place = torch.empty(p.shape, dtype=p.dtype) if flat else p
-                    state[key] = self._convert_entries(
-                        place, saved["state"][key], _format_of(ours), rule, {**ours, "bits": 32}
-                    )
+                    found, group = saved["state"][key], {**ours, "bits": 32}
+                    state[key] = loading.converted(self, place, found, loading.format_of(ours), rule, group)
             for name in OWN:
                 theirs.pop(name, None)
         return {**saved, "state": state}
@@ -309,87 +307,23 @@ class LowBitOptimizer(Optimizer):
         """Load what ``state_dict()`` of this or of the twin in torch.optim returned.
 
         States come back to the bit where their form is this optimizer's, and are converted (8 to 32 bits, 32 to 8,
-        another block size) where it is not. Everything but ``bits``, ``min_size`` and ``block_size`` is taken from
-        the checkpoint.
+        another block size) where it is not. Everything but ``bits``, ``min_size``, ``block_size`` and the settings of
+        paging is taken from the checkpoint.
 
         Raises:
             ValueError: for an unknown format version, or states that do not fit; nothing has been changed then.
+            OSError, RuntimeError: for paged states without room; the optimizer has no states then.
         """
-        loaded: dict[Tensor, dict[str, Tensor]] = {}
+        loading.load(self, super().load_state_dict, state_dict)
 
-        # torch's method casts every state to its parameter's dtype. It gets none; they come in behind it.
-        def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            saved = bitsandbytes.native_groups(saved, self.defaults)
-            loaded.update(self._convert_saved(saved))
-            pairs = zip(saved["param_groups"], self.param_groups, strict=False)
-            groups = [
-                {**{k: ours[k] for k in self.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}}
-                for theirs, ours in pairs
-            ]
-            return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
-
-        def put_states(_: Optimizer) -> None:
-            self.forget_plans()
-            self.state.update(loaded)
-            for group in self.param_groups:  # the checkpoint may have chosen another rule
-                rule = self._rule_of(group)
-                group["state_format"] = StateFormat.of(rule, group["block_size"]).to_dict()
-                if group["paged"]:  # what is in a dict Lightning would move to the device
-                    held = {p: Entries(p, loaded[p]) for p in group["params"] if p in loaded}
-                    self.state.update(held)  # type: ignore[arg-type]
-
-        before = self.register_load_state_dict_pre_hook(take_states)
-        after = self.register_load_state_dict_post_hook(put_states, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _convert_saved(self, saved: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """The saved states in this optimizer's form, by parameter."""
-        result: dict[Tensor, dict[str, Tensor]] = {}
-        for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=False):
-            parsed, rule = _format_of(theirs), self._rule_of({**ours, **theirs})
-            for key, p in zip(theirs["params"], ours["params"], strict=False):
-                if key not in saved["state"]:
-                    continue
-                entries, entries_format = saved["state"][key], parsed
-                if bitsandbytes.is_foreign(entries):
-                    entries, entries_format = bitsandbytes.translate(p, entries, rule)
-                result[p] = self._convert_entries(p, entries, entries_format, rule, ours)
-        return result
-
-    def _convert_entries(
-        self, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule, group: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        step = entries.get("step")
-        if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
-            raise ValueError(f"the checkpoint's step must be one number, got {step!r}; it holds {sorted(entries)}")
-        count = shards.full(torch.as_tensor(step)).to(device=shards.local(p).device, dtype=torch.float32)
-        converted = {"step": count.reshape(()).clone()}  # states that are converted leave the checkpoint untouched
-        for state in rule.states:
-            bits = self._bits(p, group, state)
-            converted.update(blocks.convert(p, state, entries, saved, bits, group["block_size"]))
-        if MASTER in entries and wants_master(p, group):
-            saved_master = blocks.checked(p, entries, MASTER, p.shape)
-            converted[MASTER] = shards.like(p, blocks.placed(p, saved_master, torch.int8), p.shape)
-        names = [n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))]
-        known = {*converted, MASTER, *names}
-        want = want_of(self, p, group)
-        if want is not None:  # the states of one parameter at a time are near
-            converted |= {name: away(p, converted[name]) for name, _ in want.dtypes if name in converted}
-        return {**{k: v for k, v in entries.items() if k not in known}, **converted}
+    def _completed(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """Saved entries of a parameter, with what the twin in torch.optim leaves out; empty where there are none."""
+        return entries
 
 
 def _name_entries(_: Optimizer, saved: dict[str, Any]) -> None:
     """A checkpoint holds plain tensors and DTensors."""
     saved["state"] = {k: v.named() if isinstance(v, Entries) else v for k, v in saved["state"].items()}
-
-
-def _format_of(group: dict[str, Any]) -> StateFormat | None:
-    saved = group.get("state_format")
-    return None if saved is None else StateFormat.parse(saved)
 
 
 def _replace(entries: dict[str, Tensor], name: str, new: dict[str, Tensor]) -> None:

@@ -15,7 +15,9 @@ from typing_extensions import Unpack
 
 from lowbit_lightning.optim import family
 from lowbit_lightning.optim.base import LowBitOptimizer
+from lowbit_lightning.optim.loading import converted
 from lowbit_lightning.optim.options import OtherOptions, complete_options, warn_of_inert
+from lowbit_lightning.optim.paging import check_pages
 
 _TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
     torch.optim.SGD: family.SGD,
@@ -68,8 +70,9 @@ def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions
     assert isinstance(optimizer, LowBitOptimizer)
     try:
         groups = [optimizer._adopted({**own, **group}) for group in optimizer.param_groups]
+        check_pages(optimizer, groups)
         states = {
-            p: optimizer._convert_entries(p, optimizer.state[p], None, optimizer._rule_of(group), group)
+            p: converted(optimizer, p, optimizer.state[p], None, optimizer._rule_of(group), group)
             for group in groups
             for p in group["params"]
             if optimizer.state.get(p)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowbit_lightning.kernels.rules import Rule, State
+from lowbit_lightning.kernels.rules import State
 from lowbit_lightning.optim.base import LowBitOptimizer
 from lowbit_lightning.optim.options import Options
-from lowbit_lightning.state.blocks import StateFormat
 
 Betas = tuple[float, float]
 
@@ -52,14 +51,11 @@ class SGD(LowBitOptimizer):
             )
         super().add_param_group(param_group)
 
-    def _convert_entries(
-        self, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: Rule, group: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        if "step" not in entries:  # torch's SGD keeps no count, and None for a buffer that is not there yet
-            if entries.get("momentum_buffer") is None:
-                return {}
-            entries = {"step": 1.0, **entries}
-        return super()._convert_entries(p, entries, saved, rule, group)
+    def _completed(self, entries: dict[str, Any]) -> dict[str, Any]:
+        if "step" in entries:
+            return entries
+        # torch's SGD keeps no count, and None for a buffer that is not there yet
+        return {"step": 1.0, **entries} if entries.get("momentum_buffer") is not None else {}
 
 
 class Adam(LowBitOptimizer):

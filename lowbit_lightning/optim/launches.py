@@ -132,12 +132,11 @@ def launches_of(parts: Sequence[Part], held: Sequence[Any]) -> list[Launch]:
         chunks: dict[Chunk, tuple[Pager, list[tuple[int, Piece]]]] = {}
         for member, i in enumerate(part.indices):
             entries = held[i]
-            pager = entries.pager if isinstance(entries, Entries) else None
-            if pager is None:
+            if not isinstance(entries, Entries):
                 unpaged.append((member, None))
                 continue
-            for piece in pager.pieces[entries.number]:
-                chunks.setdefault(piece.chunk, (pager, []))[1].append((member, piece))
+            for piece in entries.pager.pieces[entries.number]:
+                chunks.setdefault(piece.chunk, (entries.pager, []))[1].append((member, piece))
         if unpaged:
             whole = len(unpaged) == len(part.indices)
             launches.append(Launch(number, unpaged, part.arguments if whole else _taken(part.arguments, unpaged)))

@@ -93,6 +93,8 @@ def check_form(group: dict[str, Any]) -> None:
     if group["bits"] not in (8, 32):
         raise ValueError(f"bits must be 8 or 32, got {group['bits']!r}")
     check_block_size(group["block_size"])
+    if group["paged"] is not False:
+        check_paging(group)
 
 
 def check_group(group: dict[str, Any], rule: Rule) -> None:
@@ -158,7 +160,7 @@ def parse_bytes(value: int | str, name: str = "resident") -> int:
 
 def check_paging(group: dict[str, Any]) -> None:
     """Raise for values of the group's keys that are none."""
-    if group["paged"] not in (False, True, "disk"):
+    if not isinstance(group["paged"], bool) and group["paged"] != "disk":
         raise ValueError(f'paged must be False, True (to host memory) or "disk", got {group["paged"]!r}')
     parse_bytes(group["resident"])
     directory = group["page_dir"]

@@ -27,11 +27,18 @@ class Paging:
         self.pagers: dict[torch.device, Pager] = {}
         self._places: dict[Tensor, tuple[Pager, int]] = {}
         self._settings: dict[torch.device, tuple] = {}
-        self._hopeless: set[tuple[Any, torch.device]] = (
-            set()
-        )  # values of ``paged`` for which there is nothing to page to
+        # Values of ``paged`` for which there is nothing to page to.
+        self._hopeless: set[tuple[Any, torch.device]] = set()
         self._passed: list[Tensor] = []  # parameters in the order of the first pass that updates them one by one
         self._order: dict[Tensor, int] | None = None
+        self._before: dict[torch.device, PageStatistics] = {}
+
+    def renewed(self) -> Paging:
+        """One without pagers, for states that are loaded: the old ones' slab stays as it is."""
+        new = Paging()
+        new._order, new._hopeless = self._order, self._hopeless
+        new._before = self._before | {device: pager.statistics for device, pager in self.pagers.items()}
+        return new
 
     # -- whose states are paged --------------------------------------------------------------------------------------
 
@@ -82,6 +89,8 @@ class Paging:
             return
         old = self.pagers.get(device)
         try:
+            if old is not None:
+                old.settle()
             new = Pager(transport, list(wants.values()), parse_bytes(group["resident"]))
         except BaseException:
             transport.close()
@@ -89,14 +98,16 @@ class Paging:
         self._places = {p: place for p, place in self._places.items() if place[0] is not old and p not in wants}
         self._places |= {p: (new, number) for number, p in enumerate(wants)}
         self.pagers[device], self._settings[device] = new, _settings(group)
+        before = self._before.pop(device, None)
         if old is not None:
             self._move(optimizer, old, new)
             old.close()
-            new.statistics.go_on(old.statistics)
+            before = old.statistics
+        if before is not None:
+            new.statistics.go_on(before)
         optimizer.forget_plans()
 
     def _move(self, optimizer: LowBitOptimizer, old: Pager, new: Pager) -> None:
-        old.settle()
         for p, entries in list(optimizer.state.items()):
             if isinstance(entries, Entries) and entries.pager is old and p in self._places:
                 number = self._places[p][1]
@@ -108,6 +119,7 @@ class Paging:
         for device, pager in list(self.pagers.items()):
             if not any(isinstance(e, Entries) and e.pager is pager for e in optimizer.state.values()):
                 self.pagers.pop(device).close()
+                optimizer.forget_plans()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -128,7 +140,14 @@ class Paging:
                 places = [self._order[p] for p in params]
                 if places != sorted(places):
                     group = next(g for g in optimizer.param_groups if any(p is params[0] for p in g["params"]))
-                    self._build(optimizer, device, group)
+                    try:
+                        self._build(optimizer, device, group)
+                    except (OSError, RuntimeError) as error:  # the step is done, and all is as it was
+                        warnings.warn(
+                            "the slab stays in its first order, because a second one, which the order of backward "
+                            f"needs for a moment, was not to be had: {error}. Pages will be waited for longer",
+                            stacklevel=2,
+                        )
 
     def _is_over(self, optimizer: LowBitOptimizer, pager: Pager) -> bool:
         """Whether a step was the last in a pass over all states; DeepSpeed steps one group after the other."""
@@ -144,19 +163,29 @@ class Paging:
         return PageStatistics.total(parts) if parts else None
 
 
-def check_room(optimizer: LowBitOptimizer, group: dict[str, Any]) -> None:
-    """Raise before training for states that are to lie on a disk and cannot: see ``open_transport``, ``FileTransport``
-    and, where the disk is too full for this group, its ``check_room``."""
-    if group["paged"] != "disk":
-        return
+def inherited(groups: list[dict[str, Any]], new: dict[str, Any]) -> dict[str, Any]:
+    """The settings of paging that a new group shares with those that are paged as it is."""
+    paged = (group for group in groups if new["paged"] and group["paged"] == new["paged"])
+    return next(({name: group[name] for name in ("resident", "page_dir")} for group in paged), {})
+
+
+def check_pages(optimizer: LowBitOptimizer, groups: list[dict[str, Any]]) -> None:
+    """Raise before training for groups of an optimizer that cannot be paged: whose settings differ, or who are to lie
+    on a disk and cannot (see ``open_transport``, ``FileTransport`` and its ``check_room``)."""
+    first: dict[torch.device, dict[str, Any]] = {}
     wanted: dict[torch.device, int] = {}
-    for p in group["params"]:
-        want, device = want_of(optimizer, p, group), shards.local(p).device
-        wanted[device] = wanted.get(device, 0) + (0 if want is None else want.nbytes(want.numel))
-    for device, nbytes in wanted.items():
-        transport = pages.open_transport("disk", device, group["page_dir"])
-        if isinstance(transport, FileTransport):
-            transport.check_room(nbytes)
+    for group in groups:
+        for p in group["params"]:
+            want, device = want_of(optimizer, p, group), shards.local(p).device
+            if want is not None:
+                _check_equal(first.setdefault(device, group), group)
+                stepped = p.requires_grad or raw(optimizer.state.get(p, {}))
+                wanted[device] = wanted.get(device, 0) + (want.nbytes(want.numel) if stepped else 0)
+    for device, group in first.items():
+        if group["paged"] == "disk":
+            transport = pages.open_transport("disk", device, group["page_dir"])
+            if isinstance(transport, FileTransport):
+                transport.check_room(wanted[device])
 
 
 def want_of(optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:
@@ -187,8 +216,10 @@ def away(p: Tensor, value: Tensor) -> Tensor:
     return shards.like(p, shards.local(value).to("cpu"), value.shape, stays=True)
 
 
-def back(p: Tensor, value: Tensor) -> Tensor:
+def back(p: Tensor, value: Any) -> Any:
     """A state of p where p is, in memory of its own."""
+    if not isinstance(value, Tensor):
+        return value
     local = shards.local(value).to(shards.local(p).device, copy=True)
     return shards.like(p, local, value.shape) if shards.is_sharded(value) else local
 

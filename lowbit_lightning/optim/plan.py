@@ -100,8 +100,9 @@ def work_of(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) ->
 
 def places(work: Work) -> list[Any]:
     """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
-    addresses = [shards.local(p).data_ptr() for p in work.params] if work.group["paged"] else []  # pieces are views
-    return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals, *addresses]
+    local = [shards.local(p) for p in work.params] if work.group["paged"] else []  # pieces are views
+    views = [(x.data_ptr(), x.stride()) for x in local]
+    return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals, *views]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:

@@ -115,20 +115,34 @@ def convert(
 
     ``saved`` describes coded entries. Raises ValueError if they are missing, malformed, or ``saved`` is.
     """
+    check(p, state, entries, saved)
     if is_coded(entries, state.name):
-        if saved is None:
-            raise ValueError(f"{codes_name(state.name)} comes without a state_format in its param group; cannot decode")
+        assert saved is not None
         codes, scales = _saved_codes(p, state.name, entries, saved)
         if bits == 8 and saved.block_size == block_size and saved.maps.get(state.name) == state.codebook:
             return _coded(p, state, placed(p, codes), placed(p, scales), block_size)
         values = _decoded(p, state.name, codes, scales, saved)
-    elif state.name in entries:
-        values = placed(p, checked(p, entries, state.name, p.shape), torch.float32)
     else:
-        raise ValueError(f"the checkpoint holds neither {state.name} nor {codes_name(state.name)}: {sorted(entries)}")
+        values = placed(p, entries[state.name], torch.float32)
     if bits == 32:
         return {state.name: shards.like(p, values, p.shape)}
     return _coded(p, state, *kernels.quantize_blockwise(values, state.codebook, block_size), block_size)
+
+
+def check(p: Tensor, state: State, entries: Mapping[str, Any], saved: StateFormat | None) -> None:
+    """Raise ValueError for what ``convert`` cannot take."""
+    if is_coded(entries, state.name):
+        if saved is None:
+            raise ValueError(f"{codes_name(state.name)} comes without a state_format in its param group; cannot decode")
+        found: tuple[Tensor, ...] = _saved_codes(p, state.name, entries, saved)
+        if state.name not in saved.maps:
+            raise ValueError(f"the checkpoint's state_format names no map for {state.name}: {dict(saved.maps)}")
+    elif state.name in entries:
+        found = (checked(p, entries, state.name, p.shape),)
+    else:
+        raise ValueError(f"the checkpoint holds neither {state.name} nor {codes_name(state.name)}: {sorted(entries)}")
+    for value in found:
+        shards.check_cut(p, value)
 
 
 def _saved_codes(p: Tensor, name: str, entries: Mapping[str, Any], saved: StateFormat) -> tuple[Tensor, Tensor]:
@@ -147,8 +161,6 @@ def _saved_codes(p: Tensor, name: str, entries: Mapping[str, Any], saved: StateF
 
 def _decoded(p: Tensor, name: str, codes: Tensor, scales: Tensor, saved: StateFormat) -> Tensor:
     """This rank's float32 values of saved codes."""
-    if name not in saved.maps:
-        raise ValueError(f"the checkpoint's state_format names no map for {name}: {dict(saved.maps)}")
     if shards.keeps_grid(p):
         return kernels.dequantize_blockwise(placed(p, codes), placed(p, scales), saved.maps[name], saved.block_size)
     device = shards.local(p).device

@@ -10,16 +10,22 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import optim
 from lowbit_lightning.optim.convert import has_twin
+from lowbit_lightning.optim.paging import check_pages
 
 
 def adapt(optimizer: Optimizer, bits: int | None, paging: Mapping[str, Any], strategy: str) -> None:
     """Turn one of torch.optim into its twin, in place, unless ``bits`` is None; have low-bit ones page as
-    ``paging`` (``paged``, ``resident``, ``page_dir``) says. A warning tells what stays as it is."""
+    ``paging`` (``paged``, ``resident``, ``page_dir``) says. A warning tells what stays as it is.
+
+    Raises:
+        ValueError, OSError: for states that cannot lie on the disk that ``paging`` names.
+    """
     if bits is not None and has_twin(optimizer):
         optim.convert_(optimizer, bits=bits)
     if isinstance(optimizer, optim.LowBitOptimizer):
         if paging["paged"]:
-            for group in optimizer.param_groups:
+            check_pages(optimizer, [{**group, **paging} for group in optimizer.param_groups])
+            for group in (optimizer.defaults, *optimizer.param_groups):  # groups that are added later take the defaults
                 group.update(paging)
     elif paging["paged"] or bits is not None:
         why = "it has no low-bit twin, and is not paged. optimizer_bits=None, paged=False say that this is meant"

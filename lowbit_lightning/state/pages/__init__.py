@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lowbit_lightning.state.pages.entries import Entries, raw
+from lowbit_lightning.state.pages.entries import Entries, in_a_slab, raw
 from lowbit_lightning.state.pages.layout import Want
 from lowbit_lightning.state.pages.pager import Chunk, Pager, Piece
 from lowbit_lightning.state.pages.statistics import PageStatistics
@@ -24,6 +24,7 @@ __all__ = [
     "Piece",
     "Transport",
     "Want",
+    "in_a_slab",
     "open_transport",
     "raw",
 ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from copy import deepcopy
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.pages.pager import Pager
+
+_PAGERS: WeakSet[Pager] = WeakSet()
 
 
 class Entries:
@@ -22,16 +25,12 @@ class Entries:
     No ``Mapping``: Lightning moves whatever is in one to the device, and these have to stay. ``dict(entries)`` works.
     """
 
-    def __init__(self, p: Tensor, entries: Mapping[str, Any], pager: Pager | None = None, number: int = -1) -> None:
-        """Take in the ``entries`` of p, the pager's parameter of that ``number``: those that it wants are copied.
-
-        Without a pager they are kept as they are, until the next step brings them to one: loaded states, which must not
-        overwrite those of before while the load may still be taken back.
-        """
+    def __init__(self, p: Tensor, entries: Mapping[str, Any], pager: Pager, number: int) -> None:
+        """Take in the ``entries`` of p, the pager's parameter of that ``number``: those that it wants are copied."""
         self._p, self.pager, self.number = p, pager, number
-        self._far = {} if pager is None else pager.far[number]
-        if pager is not None:
-            pager.write(number, {name: shards.local(entries[name]) for name in self._far})
+        _PAGERS.add(pager)
+        self._far = pager.far[number]
+        pager.write(number, {name: shards.local(entries[name]) for name in self._far})
         self.raw: dict[str, Any] = {**entries, **self._far}
         """The same entries, for those who know what they do."""
 
@@ -43,8 +42,7 @@ class Entries:
         }
 
     def _settled(self) -> dict[str, Any]:
-        if self.pager is not None:
-            self.pager.settle()
+        self.pager.settle()
         return self.raw
 
     def is_paged(self, name: str) -> bool:
@@ -75,7 +73,7 @@ class Entries:
         return self._settled().values()
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if self.pager is not None and self.is_paged(name):
+        if self.is_paged(name):
             self.pager.write(self.number, {name: shards.local(value)})
         else:
             self.raw[name] = value
@@ -93,3 +91,10 @@ class Entries:
 def raw(entries: Any) -> dict[str, Any]:
     """The entries as a dict, without waiting for their values to be true."""
     return entries.raw if isinstance(entries, Entries) else entries
+
+
+def in_a_slab(value: Tensor) -> bool:
+    """Whether a tensor is memory of a pager, whose steps change it."""
+    address = shards.local(value).data_ptr()
+    slabs = (pager._slab for pager in _PAGERS)
+    return any(slab.data_ptr() <= address < slab.data_ptr() + slab.numel() for slab in slabs)

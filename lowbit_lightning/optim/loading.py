@@ -1,0 +1,167 @@
+"""Saved states, in an optimizer's form: all are checked before anything is changed.
+
+States that are paged go to their slab one parameter at a time. The slab is a new one, so that states of before, which
+may be those that are loaded, stay as they are until the last reference to them is gone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowbit_lightning.kernels import rules
+from lowbit_lightning.optim.options import MASTER, OWN, wants_master
+from lowbit_lightning.optim.paging import away, want_of
+from lowbit_lightning.state import bitsandbytes, blocks, shards
+from lowbit_lightning.state.blocks import StateFormat
+from lowbit_lightning.state.pages import in_a_slab
+
+if TYPE_CHECKING:
+    from lowbit_lightning.optim.base import LowBitOptimizer
+
+Ways = dict[Tensor, Callable[[], dict[str, Any]]]
+"""How the states of a parameter come about."""
+
+
+def load(optimizer: LowBitOptimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+    """``LowBitOptimizer.load_state_dict``; ``load`` is torch's."""
+    ways: Ways = {}
+
+    # torch's method casts every state to its parameter's dtype. It gets none; they come in behind it.
+    def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = bitsandbytes.native_groups(saved, optimizer.defaults)
+        pairs = zip(saved["param_groups"], optimizer.param_groups, strict=False)
+        groups = [
+            {**{k: ours[k] for k in optimizer.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}}
+            for theirs, ours in pairs
+        ]
+        ways.update(_checked(optimizer, saved, groups))
+        return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
+
+    def put_states(_: Optimizer) -> None:
+        try:
+            _put(optimizer, ways)
+        except BaseException:
+            optimizer.state.clear()
+            raise
+
+    before = optimizer.register_load_state_dict_pre_hook(take_states)
+    after = optimizer.register_load_state_dict_post_hook(put_states, prepend=True)
+    try:
+        load(state_dict)
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _checked(optimizer: LowBitOptimizer, saved: dict[str, Any], groups: list[dict[str, Any]]) -> Ways:
+    """How saved states are converted, each found to be possible; of parameters that are not paged, done."""
+    ways: Ways = {}
+    for theirs, ours, group in zip(saved["param_groups"], optimizer.param_groups, groups, strict=False):
+        parsed, rule = format_of(theirs), optimizer._rule_of(group)
+        for key, p in zip(theirs["params"], ours["params"], strict=False):
+            if key not in saved["state"]:
+                continue
+            entries = saved["state"][key]
+            _check(p, *_native(optimizer, p, entries, parsed, rule), rule, group)
+            ways[p] = partial(_convert, optimizer, p, entries, parsed, rule, group)
+    for p in [p for ours in optimizer.param_groups if not ours["paged"] for p in ours["params"] if p in ways]:
+        ways[p] = partial(dict, ways[p]())
+    return ways
+
+
+def _put(optimizer: LowBitOptimizer, ways: Ways) -> None:
+    optimizer.forget_plans()
+    optimizer.__dict__["_pages"] = optimizer._paging.renewed()
+    optimizer.state.update({p: {"step": None} for p in ways})  # whose states are paged, all in one slab
+    for group in optimizer.param_groups:
+        rule = optimizer._rule_of(group)  # the checkpoint may have chosen another
+        group["state_format"] = StateFormat.of(rule, group["block_size"]).to_dict()
+        for p in (p for p in group["params"] if p in ways):
+            optimizer.state[p] = ways[p]()
+            if group["paged"]:  # at once: what is not, Lightning moves to the device
+                optimizer._entries(p, group, rule)
+
+
+def _native(
+    optimizer: LowBitOptimizer, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule
+) -> tuple[dict[str, Any], StateFormat | None]:
+    """Saved entries under this library's names, and their format."""
+    if bitsandbytes.is_foreign(entries):
+        entries, saved = bitsandbytes.translate(p, entries, rule)
+    return optimizer._completed(entries), saved
+
+
+def _convert(
+    optimizer: LowBitOptimizer,
+    p: Tensor,
+    entries: dict[str, Any],
+    saved: StateFormat | None,
+    rule: rules.Rule,
+    group: dict[str, Any],
+) -> dict[str, Any]:
+    entries, saved = _native(optimizer, p, entries, saved, rule)
+    result = converted(optimizer, p, entries, saved, rule, group)
+    if any(isinstance(value, Tensor) and in_a_slab(value) for value in entries.values()):
+        return copy.deepcopy(result)  # a live optimizer's, whose steps are not to change these
+    return result
+
+
+def _check(
+    p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule, group: dict[str, Any]
+) -> None:
+    """Raise ValueError for entries that ``converted`` cannot take."""
+    if not entries:
+        return
+    step = entries.get("step")
+    if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
+        raise ValueError(f"the checkpoint's step must be one number, got {step!r}; it holds {sorted(entries)}")
+    for state in rule.states:
+        blocks.check(p, state, entries, saved)
+    if MASTER in entries and wants_master(p, group):
+        blocks.checked(p, entries, MASTER, p.shape)
+
+
+def converted(
+    optimizer: LowBitOptimizer,
+    p: Tensor,
+    entries: dict[str, Any],
+    saved: StateFormat | None,
+    rule: rules.Rule,
+    group: dict[str, Any],
+) -> dict[str, Any]:
+    """Entries of p in the form that ``group`` asks for: the same tensors where nothing changes. What is to be paged
+    comes in host memory. ``saved`` describes coded entries.
+
+    Raises:
+        ValueError: for entries that are missing or malformed.
+    """
+    entries = optimizer._completed(entries)
+    _check(p, entries, saved, rule, group)
+    if not entries:
+        return {}
+    count = shards.full(torch.as_tensor(entries["step"])).to(device=shards.local(p).device, dtype=torch.float32)
+    result = {"step": count.reshape(()).clone()}  # states that are converted leave the checkpoint untouched
+    for state in rule.states:
+        bits = optimizer._bits(p, group, state)
+        result.update(blocks.convert(p, state, entries, saved, bits, group["block_size"]))
+    if MASTER in entries and wants_master(p, group):
+        result[MASTER] = shards.like(p, blocks.placed(p, entries[MASTER], torch.int8), p.shape)
+    names = [n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))]
+    known = {*result, MASTER, *names}
+    want = want_of(optimizer, p, group)
+    if want is not None:  # the states of one parameter at a time are near; what stays so is no checkpoint's memory
+        pages = dict(want.dtypes)
+        result = {name: away(p, value) if name in pages else value.clone() for name, value in result.items()}
+    return {**{k: v for k, v in entries.items() if k not in known}, **result}
+
+
+def format_of(group: dict[str, Any]) -> StateFormat | None:
+    saved = group.get("state_format")
+    return None if saved is None else StateFormat.parse(saved)
