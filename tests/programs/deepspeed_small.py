@@ -236,6 +236,23 @@ def learning_rates_are_logged_as_under_ddp(folder: Path) -> str | None:
     return None if found == [{"lr-AdamW": [1e-2 * 0.5**i for i in range(STEPS)]}] * 3 else str(found)
 
 
+def configurations_are_heeded(folder: Path) -> str | None:
+    """A scheduler of DeepSpeed's with a value for each group; clipping given twice; a second run that differs."""
+    rates, params = [], {"warmup_min_lr": [0.0], "warmup_max_lr": [1e-2], "warmup_num_steps": 3, "total_num_steps": 8}
+    for bits in (None, 8):
+        strategy = cut(2, bits, scheduler={"type": "WarmupDecayLR", "params": params})
+        rates.append({group["lr"] for group in fit(strategy)[1].optimizers[0].param_groups})
+    if rates[0] != rates[1] or len(rates[0]) != 1:
+        return f"learning rates are {rates}"
+    message = raised(partial(fit, cut(2, gradient_clipping=0.5), gradient_clip_val=0.1))
+    if "gradient_clip_val=0.1" not in message or "gradient_clipping is 0.5" not in message:
+        return message
+    model, (_, trainer) = Small(SGD), fit(cut(2), accumulate_grad_batches=2, gradient_clip_val=1e-3)
+    trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.fit_loop.max_epochs = 3, None, 2
+    trainer.fit(model)
+    return off(model.mean_losses(), fit("ddp", Small(SGD), accumulate_grad_batches=3)[0].mean_losses(), 1e-6)
+
+
 REFUSED: Any = (("saved_8", 2, 32), ("saved_8", 2, None), ("saved_32", 2, 8), ("saved_8", 3, 8))
 
 
@@ -272,6 +289,7 @@ CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
         gradients_are_those_of_ddp,
         evaluation_is_that_of_ddp,
         learning_rates_are_logged_as_under_ddp,
+        configurations_are_heeded,
         a_universal_checkpoint_where_none_was_needed,
         other_groups_and_stages_are_refused,
         what_the_converter_would_drop,

@@ -31,7 +31,10 @@ def read(config: Any) -> Config:
         config = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     if not isinstance(config, Mapping):
         raise TypeError(f"config must be a dict, an OmegaConf DictConfig or the path of a file, got {config!r}")
-    return json.loads(json.dumps(config))  # DeepSpeed and Lightning write into it
+    try:
+        return json.loads(json.dumps(config))  # DeepSpeed and Lightning write into it
+    except TypeError as error:
+        raise TypeError(f"config must hold what JSON can (a dtype as a string, such as 'bfloat16'): {error}") from None
 
 
 def _from_file(path: Path) -> Config:
@@ -50,9 +53,9 @@ def complete(config: Config, stage: int | None) -> Config:
     """The configuration with what a client optimizer needs; ``stage`` where it names none.
 
     Raises:
-        ValueError: for a stage that is none of 1, 2, 3, or that contradicts the configuration.
+        TypeError, ValueError: for a stage that is none of 1, 2, 3, or that contradicts the configuration.
     """
-    zero = config.setdefault("zero_optimization", {})
+    zero = config["zero_optimization"] = _section(config, "zero_optimization")
     chosen = zero.setdefault("stage", 2 if stage is None else stage)
     if chosen not in (1, 2, 3):
         raise ValueError(f"stage must be 1, 2 or 3, got {chosen!r}; without ZeRO use strategy='ddp'")
@@ -61,6 +64,13 @@ def complete(config: Config, stage: int | None) -> Config:
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     return config
+
+
+def _section(config: Config, name: str) -> Config:
+    found = config.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise TypeError(f"config's {name} must be a dict, such as {{'stage': 2}}, got {found!r}")
+    return found or {}
 
 
 def check_deepspeed(config: Any, optimizer: Optimizer | None = None) -> None:
@@ -72,10 +82,10 @@ def check_deepspeed(config: Any, optimizer: Optimizer | None = None) -> None:
         optimizer: the client optimizer.
 
     Raises:
-        ValueError: naming the setting and what to use instead.
+        TypeError, ValueError: naming the setting and what to use instead.
     """
     config = read(config)
-    zero = config.get("zero_optimization") or {}
+    zero = _section(config, "zero_optimization")
     offload = zero.get("offload_optimizer") or {}
     if zero.get("elastic_checkpoint"):
         raise ValueError(
@@ -104,12 +114,12 @@ def check_deepspeed(config: Any, optimizer: Optimizer | None = None) -> None:
             "return one from configure_optimizers, which becomes an 8-bit one; or use Lightning's DeepSpeedStrategy"
         )
     if optimizer is not None:
-        _check_optimizer(optimizer)
+        _check_optimizer(optimizer, flat=zero.get("stage") != 0)
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
+def _check_optimizer(optimizer: Optimizer, flat: bool) -> None:
     name = type(optimizer).__name__
-    if isinstance(optimizer, (optim.LAMB, optim.LARS)):
+    if flat and isinstance(optimizer, (optim.LAMB, optim.LARS)):
         raise ValueError(
             f"{name} needs the norm of each layer, and ZeRO's flat partitions have no layers: use it with "
             "strategy='lowbit_sharded' or 'ddp', or use optim.AdamW or optim.SGD here"
@@ -117,7 +127,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
     if any(group.get("skip_nonfinite") for group in optimizer.param_groups):
         raise ValueError(
             f"skip_nonfinite=True has {name} decide for the gradients it sees, and under ZeRO that is one rank's share "
-            "of one group: leave it out (in float16 DeepSpeed skips steps itself), or use strategy='lowbit_sharded'"
+            "of one group: leave it out. DeepSpeed skips such steps itself, on all ranks (in bf16, unless "
+            "bf16.check_grad_overflow is false)"
         )
     if isinstance(optimizer, optim.LowBitOptimizer) and optimizer.releases_gradients:
         raise ValueError(

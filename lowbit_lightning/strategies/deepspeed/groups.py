@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lowbit_lightning.optim import LowBitOptimizer
 from lowbit_lightning.state import blocks
 
-OWN = ("params", "bits", "state_format")
+OWN = ("params", "param_names", "bits", "state_format")
 """What a new group doesn't take from the one that it was split off."""
 
 
@@ -43,15 +43,17 @@ class SplitGroups:
         for number, group in enumerate(list(optimizer.param_groups)):
             if group["bits"] != 8:
                 continue
-            low: list[Tensor] = []
-            high: list[Tensor] = []
-            for p in filter(lambda p: p.requires_grad, group["params"]):  # ZeRO fails on a group without any
-                (low if p not in embeddings and _fits(p, group["min_size"]) else high).append(p)
+            low: list[int] = []
+            high: list[int] = []
+            for i, p in enumerate(group["params"]):
+                if p.requires_grad:  # ZeRO fails on a group without any
+                    (low if p not in embeddings and _fits(p, group["min_size"]) else high).append(i)
             if not low:
                 group["bits"] = 32
             elif high:
-                group["params"] = low
-                optimizer.add_param_group({**group, "params": high, "bits": 32})
+                new = {**group, **_picked(group, high), "bits": 32}
+                group.update(_picked(group, low))
+                optimizer.add_param_group(new)
                 self._pairs.append((number, len(optimizer.param_groups) - 1))
 
     def follow(self) -> None:
@@ -59,6 +61,12 @@ class SplitGroups:
         groups = self._optimizer.param_groups
         for number, new in self._pairs:
             groups[new].update({key: value for key, value in groups[number].items() if key not in OWN})
+
+    def extend(self, settings: dict[str, Any]) -> None:
+        """Lists with a value for each group, such as a scheduler's, get what the new groups' own groups have."""
+        for key, values in settings.items():
+            if isinstance(values, list) and len(values) == self._given:
+                settings[key] = values + [values[number] for number, _ in self._pairs]
 
     def hide_from(self, scheduler: Any) -> None:
         """Let a scheduler, and those that it holds, in lists too, see the groups that it was built for."""
@@ -70,6 +78,10 @@ class SplitGroups:
             for inner in value if isinstance(value, (list, tuple)) else (value,):
                 if getattr(inner, "optimizer", None) is self._optimizer and not isinstance(inner, nn.Module):
                     self.hide_from(inner)
+
+
+def _picked(group: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    return {key: [group[key][i] for i in indices] for key in ("params", "param_names") if key in group}
 
 
 def _fits(p: Tensor, min_size: int) -> bool:

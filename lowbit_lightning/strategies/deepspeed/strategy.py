@@ -19,6 +19,7 @@ Limitations
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ BESIDE_CONFIG = {
     *("precision_plugin", "process_group_backend", "remote_device", "timeout"),
 }
 """Arguments of Lightning's strategy that hold together with a ``config``; it ignores the others then."""
+
+
+GIVEN = {"config", "stage", "zero_allow_untested_optimizer", "zero_optimization"}
+"""Arguments of Lightning's strategy that we have given a meaning or a value of our own."""
 
 
 class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
@@ -90,27 +95,30 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
             raise ValueError(f"optimizer_bits must be 8, 32 or None, got {optimizer_bits!r}")
         self._paging = {"paged": paged, "resident": resident, "page_dir": page_dir}
         check_paging(self._paging)
-        known = set(inspect.signature(strategies.DeepSpeedStrategy).parameters) - {"stage", "config"}
+        known = set(inspect.signature(strategies.DeepSpeedStrategy).parameters) - GIVEN
         if not set(options) <= known:
             raise TypeError(f"unknown options {sorted(set(options) - known)}; known: {sorted(known)}")
+        source = "config"
         if config is None:
-            config = os.environ.get(self.DEEPSPEED_ENV_VAR)
+            source, config = f"the file of {self.DEEPSPEED_ENV_VAR}", os.environ.get(self.DEEPSPEED_ENV_VAR)
+        _import_deepspeed()
         if config is None:
             super().__init__(stage=2 if stage is None else stage, **options)
             config = self.config
         else:
             ignored = sorted(set(options) - BESIDE_CONFIG)
             if ignored:
-                raise ValueError(f"config holds the whole configuration; put {ignored} into it")
+                raise ValueError(f"{source} holds the whole configuration; put {ignored} into it")
             config = read(config)
             super().__init__(config=config, **options)
         self.config = complete(config, stage)
         self.optimizer_bits = optimizer_bits
         self._groups: SplitGroups | None = None
+        self._given: dict[str, Any] = {}  # the configuration without what Lightning writes into it for a Trainer
         self._backwards = 0  # since the last step
         checked = {key: value for key, value in config.items() if key != "optimizer" or optimizer_bits is not None}
         check_deepspeed(checked)
-        if paged is True and config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu":
+        if paged is True and (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu":
             raise ValueError(
                 "paged=True and offload_optimizer both keep states on the host: choose paged=True to step them on the "
                 "GPU, or offload_optimizer to step them on the host"
@@ -119,6 +127,9 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
     # -- the processes -----------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
+        if self._config_initialized:  # by another run, with its clipping and accumulation
+            self.config, self._config_initialized = self._given, False
+        self._given = copy.deepcopy(self.config or {})
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
@@ -153,6 +164,12 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
                 f"{type(self.precision_plugin).__name__} would bypass DeepSpeed's engine: give the Trainer a precision "
                 "string, or plugins=[Int8MixedPrecision(...)]"
             )
+        given, asked = self._given.get("gradient_clipping"), trainer.gradient_clip_val
+        if given is not None and asked is not None and given != asked:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={asked}) contradicts the config, whose gradient_clipping is {given}: give "
+                "one of them"
+            )
         super().setup(trainer)
 
     def _auto_select_batch_size(self) -> int:
@@ -168,6 +185,7 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         check_deepspeed({}, optimizer)
         adapt(optimizer, self.optimizer_bits, self._paging, NAME)
         self._groups = SplitGroups(optimizer, self.lightning_module)
+        self._groups.extend(((self.config or {}).get("scheduler") or {}).get("params") or {})
         if scheduler is not None:
             self._groups.hide_from(scheduler.scheduler)
         return optimizer, scheduler
@@ -322,3 +340,12 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
             quantise_loaded(zero.optimizer)
         if self.zero_stage_3:
             zero._clear_fp32_optimizer_param_groups()
+
+
+def _import_deepspeed() -> None:
+    try:
+        import deepspeed  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{NAME} needs DeepSpeed: pip install lowbit-lightning[deepspeed] ({error})", name="deepspeed"
+        ) from error
