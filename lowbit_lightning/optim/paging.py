@@ -119,6 +119,7 @@ class Paging:
         for device, pager in list(self.pagers.items()):
             if not any(isinstance(e, Entries) and e.pager is pager for e in optimizer.state.values()):
                 self.pagers.pop(device).close()
+                self._places = {p: place for p, place in self._places.items() if place[0] is not pager}
                 optimizer.forget_plans()
 
     # -- steps -------------------------------------------------------------------------------------------------------
