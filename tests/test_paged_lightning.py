@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def test_the_monitor_logs_what_paging_did(tmp_path: Path, caplog: pytest.LogCapt
     assert re.search(rf"512 KiB, {100 * share:.0f} % of them resident; .* in and .* out in {STEPS} steps", line), line
 
 
+@pytest.fixture
+def no_process_group() -> Iterator[None]:
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_process_group")
 def test_the_name_pages_to_host_memory(tmp_path: Path) -> None:
     """Which a CPU has nothing behind."""
     strategy = StrategyRegistry.get("lowbit_sharded_paged")

@@ -19,7 +19,7 @@ from lowbit_lightning.kernels.cuda import launch
 
 _WORDS = 480  # of 8 bytes per launch; all arguments of a kernel may take 4 KiB
 _SHAPE_WORDS = 5  # row_length to first_block
-_KEPT = 64  # tables
+_KEPT = 2**21  # words of all tables: 16 MiB. Paged states have one for each chunk
 _tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
 
 
@@ -69,7 +69,7 @@ def _on_device(words: array, device: torch.device) -> Tensor:
     key = device, stream, words.tobytes()
     if key not in _tables:
         _tables[key] = _send(words, device)
-        if len(_tables) > _KEPT:
+        while len(_tables) > 1 and sum(map(len, _tables.values())) > _KEPT:
             _tables.popitem(last=False)  # the allocator reuses it in the order of its stream: after its last launch
     _tables.move_to_end(key)
     return _tables[key]
