@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -23,12 +24,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed e
 @pytest.mark.parametrize("found", [True, "stage 2"])
 def test_a_section_that_is_none_is_named(found: Any) -> None:
     for refuse in (lambda c: DeepSpeedStrategy(config=c), check_deepspeed):
-        with pytest.raises(TypeError, match="config's zero_optimization must be a dict, such as"):
+        with pytest.raises(TypeError, match="config's zero_optimization must be a dict, got"):
             refuse({"zero_optimization": found})
 
 
 def test_an_empty_section_is_none() -> None:
-    assert DeepSpeedStrategy(config={"zero_optimization": None}).config["zero_optimization"] == {"stage": 2}  # type: ignore[index]
+    config: Any = DeepSpeedStrategy(config={"zero_optimization": None}).config
+    assert config["zero_optimization"] == {"stage": 2}
     DeepSpeedStrategy(config={"zero_optimization": {"offload_optimizer": None}}, paged=True)
 
 
@@ -63,6 +65,14 @@ def test_layers_are_layers_at_stage_0() -> None:
     check_deepspeed({"zero_optimization": {"stage": 0}}, optimizer)
     with pytest.raises(ValueError, match="LAMB needs the norm of each layer"):
         check_deepspeed({"zero_optimization": {"stage": 1}}, optimizer)
+    importlib.import_module("deepspeed")  # without it nothing is a partition
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((100, 64), (100,))]
+    copies = [p.detach().clone().requires_grad_() for p in parameters]  # stage 0's in bf16 are no nn.Parameters
+    for params in (parameters, copies):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optim.LAMB(params, lr=0.1).step()
+    assert all(map(torch.equal, parameters, copies))
 
 
 def test_names_are_split_with_their_parameters() -> None:
@@ -71,6 +81,16 @@ def test_names_are_split_with_their_parameters() -> None:
     optimizer = optim.AdamW(model.named_parameters())
     names = SplitGroups(optimizer, model).names
     assert [group["param_names"] for group in optimizer.param_groups] == names == [["0.weight", "1.weight"], ["0.bias"]]
+
+
+@pytest.mark.parametrize(("make", "missed"), [(optim.AdEMAMix, "exp_avg_slow"), (optim.Lion, "exp_avg")])
+def test_what_the_converter_misses_is_refused(make: Any, missed: str) -> None:
+    config = {"checkpoint": {"load_universal": True}, "zero_optimization": {"stage": 2}}
+    parameters = [nn.Parameter(torch.zeros(5000))]
+    with pytest.raises(ValueError, match=f"does not know its states .*{missed}.* take load_universal out"):
+        check_deepspeed(config, make(parameters, lr=0.1))
+    check_deepspeed({}, make(parameters, lr=0.1))
+    check_deepspeed(config, optim.AdamW(parameters, lr=0.1))
 
 
 def test_groups_of_a_checkpoint_of_another_strategy() -> None:

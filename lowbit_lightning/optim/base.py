@@ -244,7 +244,7 @@ class LowBitOptimizer(Optimizer):
     ) -> dict[str, Any]:
         """``entries`` in the form that the group asks for. New ones that are to be ``paged`` take no memory yet."""
         if partitions.is_partition(p):
-            partitions.take_over(p, entries, rule)
+            partitions.take_over(p, entries, rule, self.param_groups)
         if "step" not in entries:
             entries["step"] = torch.zeros((), dtype=torch.float32, device=shards.local(p).device)
         for state in rule.states:

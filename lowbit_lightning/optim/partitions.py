@@ -41,13 +41,14 @@ def key_of(params: Sequence[Tensor], number: int) -> Any:
     return ("partition", id(params[0])) if params and is_partition(params[0]) else number
 
 
-def take_over(p: Tensor, entries: dict[str, Tensor], rule: Rule) -> None:
+def take_over(p: Tensor, entries: dict[str, Tensor], rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
     """Make ``state[p]`` the optimizer's own again, whatever DeepSpeed has put there.
 
     Raises:
-        ValueError: for a rule with trust ratios.
+        ValueError: for a rule with trust ratios. (Not for the vectors of DeepSpeed's stage 0, whose float32 copies
+            look like partitions: its matrices do not.)
     """
-    if rule.norms:
+    if rule.norms and are_partitions(groups):
         raise ValueError(
             f"{rule.name} needs the norm of each layer, and DeepSpeed's flat partitions have no layers: use AdamW or "
             "SGD here, or FSDP2 (strategy='lowbit_sharded'), which keeps layers apart"

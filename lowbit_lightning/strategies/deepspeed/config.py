@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
+from lowbit_lightning.strategies.deepspeed.checkpoints import missed_by_converter
 
 Config = dict[str, Any]
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -69,7 +70,7 @@ def complete(config: Config, stage: int | None) -> Config:
 def _section(config: Config, name: str) -> Config:
     found = config.get(name)
     if found is not None and not isinstance(found, dict):
-        raise TypeError(f"config's {name} must be a dict, such as {{'stage': 2}}, got {found!r}")
+        raise TypeError(f"config's {name} must be a dict, got {found!r}")
     return found or {}
 
 
@@ -115,6 +116,13 @@ def check_deepspeed(config: Any, optimizer: Optimizer | None = None) -> None:
         )
     if optimizer is not None:
         _check_optimizer(optimizer, flat=zero.get("stage") != 0)
+        missed = missed_by_converter(optimizer)
+        if missed and _section(config, "checkpoint").get("load_universal"):
+            raise ValueError(
+                f"checkpoint.load_universal with {type(optimizer).__name__}: DeepSpeed's converter does not know its "
+                f"states {missed}, but exp_avg with exp_avg_sq alone: take load_universal out, and resume on the ranks "
+                "that saved; or use strategy='lowbit_sharded'"
+            )
 
 
 def _check_optimizer(optimizer: Optimizer, flat: bool) -> None:
