@@ -258,7 +258,7 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         added: dict[str, Any] = {}
         if self._groups is not None:
             added[checkpoints.OURS] = {"optimizer_bits": self.optimizer_bits, "groups": self._groups.names}
-        if not checkpoints.missed_by_converter(self.optimizers[0].optimizer):  # type: ignore[attr-defined]
+        if not any(checkpoints.missed_by_converter(zero.optimizer) for zero in self.optimizers):  # type: ignore[attr-defined]
             mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
             added[constants.UNIVERSAL_CHECKPOINT_INFO] = mark
         super().save_checkpoint({**checkpoint, **added}, filepath, storage_options)
