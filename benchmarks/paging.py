@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import optim
 from lowbit_lightning.state.pages import file, layout
+from lowbit_lightning.state.pages.memory import aligned
 
 STEPS = 3
 LAYERS = 16
@@ -94,7 +95,7 @@ def bare_disk(folder: Path, nbytes: int) -> Iterator[Callable[[], object]]:
     piece, free = file.PIECE, SimpleQueue[memoryview]()
     offsets = range(0, nbytes // piece * piece, piece)
     for _ in range(2 * THREADS):
-        free.put(file._aligned(piece).random_(0, 256).numpy().data)
+        free.put(aligned(piece).random_(0, 256).numpy().data)
     with page_file(folder, nbytes) as (opened, direct):
 
         def move(call: Callable[..., int], offset: int) -> None:

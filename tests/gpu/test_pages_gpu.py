@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from lowbit_lightning import optim
-from lowbit_lightning.state.pages import Entries, layout
+from lowbit_lightning.state.pages import Entries, cuda, layout
 
 pytestmark = pytest.mark.gpu
 
@@ -98,3 +99,49 @@ def test_states_stay_in_host_memory() -> None:
     saved = optimizer.state_dict()["state"][0]
     assert saved["exp_avg_codes"].device.type == "cpu"
     assert torch.cuda.max_memory_allocated() - before <= 3 * layout.CHUNK + scales + (4 << 20)
+
+
+def test_the_slab_is_no_burden_to_a_fork() -> None:
+    """A child finds none of it; the parent's copies go on."""
+    params, plain = parameters(), parameters()
+    ours, theirs = optim.AdamW(params, paged=True), optim.AdamW(plain)
+    steps(params, ours, range(2))
+    codes = ours.state[params[4]]["exp_avg_codes"]
+    child = os.fork()
+    if not child:
+        os._exit(int(codes.numpy().any()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    steps(params, ours, range(2, 4))
+    steps(plain, theirs, range(4))
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_of_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = cuda.CudaTransport(GPU)
+    slab = transport.allocate(1 << 20)
+    monkeypatch.setattr(cuda, "aligned", lambda _: slab)
+    with pytest.raises(RuntimeError, match="pinned host memory"):  # it is pinned already
+        cuda.CudaTransport(GPU).allocate(1 << 20)
+    assert torch.arange(4, device=GPU).sum() == 6
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_kernels_from_two_streams_in_one_chunk() -> None:
+    """Parameters that share a chunk, updated one by one from streams in turns, as backward may."""
+    results = []
+    for paged in (False, True):
+        params = [Parameter(torch.ones(64, 256, device=GPU)) for _ in range(12)]
+        optimizer = optim.AdamW(params, lr=0.1, paged=paged)
+        sides = [torch.cuda.Stream(GPU) for _ in range(2)]
+        for number in range(4):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, float(i + number))
+            torch.cuda.synchronize()
+            for i, p in enumerate(params):
+                with torch.cuda.stream(sides[i % 2]):
+                    optimizer.step_parameter(p, optimizer.param_groups[0], i)
+                p.grad = None
+            torch.cuda.synchronize()
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))

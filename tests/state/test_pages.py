@@ -285,7 +285,7 @@ LINES = {  # lines of the pager that order something -> what stands there withou
     "after=slot.last)\n            slot.holds = chunk.moves": "after=None)\n            slot.holds = chunk.moves",
     "self.transport.store(slot.holds, after=slot.last)": "self.transport.store(slot.holds, after=None)",
     "self.transport.wait(slot.last)": "pass",
-    "            self._wait(chunk.slot)\n": "",
+    "        self._wait(chunk.slot)  # an open one too: these kernels may be launched from another stream\n": "",
     "chunk.slot.last = self.transport.computed(chunk.moves)": "self.transport.computed(chunk.moves)",
     "                self.transport.settle(slot.last)\n": "                pass\n",
     "            if slot.unsaved:\n                self._store(slot)\n": "            pass\n",

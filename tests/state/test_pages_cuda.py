@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -190,3 +192,88 @@ def test_a_steady_step_makes_nothing(fakes: Fakes, monkeypatch: pytest.MonkeyPat
             travels = [entry for entry in fakes.log if entry[0] == "copy" and entry[1] != "compute"]
             assert {stream for _, stream, _ in travels} == {"in", "out"}
             assert all(non_blocking for _, _, non_blocking in travels)
+
+
+def test_kernels_of_several_streams_are_behind_the_copy_and_before_the_store(fakes: Fakes) -> None:
+    made, _, moves = transport(fakes)
+    arrived, compute = made.fetch(moves, None), fakes.now
+    fakes.log.clear()
+    made.wait(arrived)
+    with fakes.use(fakes.stream("side")):
+        made.wait(arrived)
+        made.wait(arrived)
+        done = made.computed(moves)
+    assert fakes.log == [
+        *[("wait", name, id(arrived)) for name in ("compute", "side", "side")],
+        ("wait for stream", "side", compute.name),
+        ("record", "side", id(done)),
+    ]
+    fakes.log.clear()
+    made.wait(arrived)
+    made.computed(moves)
+    assert fakes.log == [("wait", "compute", id(arrived)), ("record", "compute", id(done))], "the other one is past"
+
+
+def test_a_chunk_that_is_open_is_waited_for_by_the_next_stream(fakes: Fakes) -> None:
+    want = pages.Want((64, 64), (("codes", torch.uint8),), 64)
+    pager = pages.Pager(module.CudaTransport(torch.device("cpu")), [want, want], chunk=1 << 20)
+    (chunk,) = pager.chunks
+    pager.near(chunk)
+    with fakes.use(fakes.stream("side")):
+        fakes.log.clear()
+        pager.near(chunk)
+        assert [entry[:2] for entry in fakes.log] == [("wait", "side")]
+    pager.close()
+
+
+def test_pinning_is_on_the_device_and_an_error_of_it_is_nobody_elses(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def on(device: torch.device) -> Any:
+        fakes.log.append(("on", str(device)))
+        yield
+        fakes.log.append(("off",))
+
+    def ones(*_: Any, device: torch.device) -> Tensor:
+        fakes.log.append(("kernel", str(device)))
+        raise RuntimeError("CUDA error: invalid argument")  # the one that the runtime has kept
+
+    monkeypatch.setattr(module.torch.cuda, "device", on)
+    monkeypatch.setattr(module.torch, "ones", ones)
+    made = module.CudaTransport(torch.device("cpu"))
+    made.allocate(64)
+    made.close()
+    expected = [("on", "cpu"), ("pin", 64), ("off",), ("on", "cpu"), ("unpin",), ("off",)]
+    assert [entry for entry in fakes.log if entry[0] != "host waits for"] == expected
+    fakes.log.clear()
+    fakes.status = 1
+    with pytest.raises(RuntimeError, match="cudaError 1"):
+        module.CudaTransport(torch.device("cpu")).allocate(64)
+    assert fakes.log == [("on", "cpu"), ("pin", 64), ("off",), ("kernel", "cpu")]
+
+
+@pytest.mark.parametrize("where", ["a forked process", "an interpreter that ends"])
+def test_where_cuda_is_gone_nothing_is_asked_of_it(where: str, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _, _ = transport(fakes)
+    if where == "a forked process":
+        monkeypatch.setattr(module.os, "getpid", lambda: -1)
+    else:
+        monkeypatch.setattr(module.sys, "is_finalizing", lambda: True)
+    made.__del__()
+    assert not fakes.log
+    monkeypatch.undo()
+    made._slab = None  # there is no CUDA behind it any more
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing forks with a GPU at work")
+def test_a_forked_process_copies_no_slab(fakes: Fakes) -> None:
+    """What is pinned would be copied at once, by every data loader worker."""
+    for nbytes in (64, 5 << 20):
+        made = module.CudaTransport(torch.device("cpu"))
+        slab = made.allocate(nbytes).fill_(7)
+        child = os.fork()
+        if not child:
+            os._exit(int(slab.numpy().any()))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert slab.eq(7).all()

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowbit_lightning.state.pages.memory import aligned
 from lowbit_lightning.state.pages.transport import Moves
 from lowbit_lightning.state.pages.workers import Event, Workers, past
 
@@ -44,8 +45,6 @@ FOLDER = "LOWBIT_LIGHTNING_PAGES"
 ALIGNMENT = 4096
 PIECE = 16 * 2**20
 """What one thread reads or writes at once: a part is cut into pieces of this size."""
-HUGE_PAGE = 2 * 2**20
-_WIPE_ON_FORK = 18  # MADV_WIPEONFORK. MADV_DONTFORK leaves a hole that a child fills with other memory, and then unmaps
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 
 _READ, _WRITE = "reading", "writing"
@@ -96,7 +95,7 @@ class FileTransport:
         return self._files.slab
 
     def buffer(self, nbytes: int) -> Tensor:
-        return _aligned(nbytes)
+        return aligned(nbytes)
 
     def fetch(self, moves: Moves, after: Event | None) -> Event:
         return self._start(_READ, moves, after)
@@ -153,24 +152,6 @@ def _cut(part: Tensor, offset: int, direct: bool) -> list[_Piece]:
         for start in range(first, last, PIECE):
             pieces.append(_Piece(memory[start : min(start + PIECE, last)], offset + start, False))
     return pieces
-
-
-def _aligned(nbytes: int) -> Tensor:
-    """uint8 ``[nbytes]``, at a multiple of 4096; from one huge page on at a multiple of that, and on huge pages where
-    the system has them. A forked process finds zeros there.
-
-    Without that a fork shares such memory until somebody writes to it, which gives the child a copy of all near memory
-    as soon as the parent takes a step; and what the disk is reading at that time may land in the wrong one (open(2)).
-    """
-    huge = nbytes >= HUGE_PAGE
-    size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE if huge else max(nbytes, 1)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (_WIPE_ON_FORK, *([mmap.MADV_HUGEPAGE] if huge else [])):
-        with contextlib.suppress(OSError):  # a kernel without it
-            memory.madvise(advice)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE if huge else 0
-    return whole[start : start + nbytes]
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
@@ -268,7 +249,7 @@ def _direct(base: int) -> int | None:
     except OSError:
         return None
     try:
-        os.preadv(file, [_aligned(ALIGNMENT).numpy().data], 0)
+        os.preadv(file, [aligned(ALIGNMENT).numpy().data], 0)
     except OSError:
         os.close(file)
         return None

@@ -155,8 +155,8 @@ class Pager:
             if not chunk.resident:
                 self._follow(chunk)
             self._look_ahead(chunk)
-            self._wait(chunk.slot)
             self._open, self._changes, self._stepping = chunk, False, True
+        self._wait(chunk.slot)  # an open one too: these kernels may be launched from another stream
         self._changes = self._changes or changes
 
     def end_step(self) -> None:

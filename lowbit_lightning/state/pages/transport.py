@@ -82,12 +82,12 @@ class Transport(Protocol):
         ...
 
     def computed(self, moves: Moves) -> Event:
-        """An event that is past when all kernels are done that were launched up to this call. ``moves``: what they
-        worked on; it names the event."""
+        """An event that is past when all kernels are done that were launched up to this call, on any stream that was
+        current in a ``wait`` since the last one. ``moves``: what they worked on; it names the event."""
         ...
 
     def wait(self, event: Event) -> None:
-        """Let kernels that are launched from now on run behind ``event``.
+        """Let kernels that are launched from now on, on the current stream, run behind ``event``. May be called again.
 
         A GPU's stream waits, and this returns at once. Where kernels are functions of the host, the host waits, and an
         error of the copy is raised here.
