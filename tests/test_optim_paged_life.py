@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from lowbit_lightning import optim
 from lowbit_lightning.state import blocks
 from lowbit_lightning.state.pages import Entries, file, raw
+from lowbit_lightning.strategies import checkpoints
 from lowbit_lightning.strategies.optimizers import adapt
 
 __all__ = ["one_thread"]  # a fixture
@@ -176,6 +177,23 @@ def test_a_load_that_does_not_fit_changes_nothing(bits: int) -> None:
             assert equal_states(before, optimizer.state_dict()["state"])
         optimizer.load_state_dict(good)
         assert equal_states(good["state"], optimizer.state_dict()["state"])
+
+
+def test_a_strategy_places_no_paged_states_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once they would be where they do not fit: in memory, or on the GPU."""
+
+    def places(*_: Any) -> None:
+        raise AssertionError
+
+    params = parameters()
+    giver = optim.AdamW(params)
+    steps(params, giver, range(1))
+    saved = giver.state_dict()
+    with lying_in_wait():
+        taker = optim.AdamW(params, paged=True)
+        monkeypatch.setattr(checkpoints, "_placed_as", places)
+        checkpoints.load_optimizers([taker], {"optimizer_states": [saved]}, "a file")
+        assert equal_states(saved["state"], taker.state_dict()["state"])
 
 
 def test_a_load_is_what_a_failed_pager_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,8 +323,11 @@ def load_optimizers(optimizers: list[Optimizer], checkpoint: Mapping[str, Any], 
         ids = [key for group in theirs["param_groups"] for key in group["params"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         owners = dict(zip(ids, params, strict=False))
-        state = {
-            key: {name: _placed_as(owners.get(key), value) for name, value in entries.items()}
+        paged = {p for group in optimizer.param_groups if group.get("paged") for p in group["params"]}
+        state = {  # paged ones are placed one after the other, as they are loaded
+            key: entries
+            if owners.get(key) in paged
+            else {name: _placed_as(owners.get(key), value) for name, value in entries.items()}
             for key, entries in theirs["state"].items()
         }
         try:
