@@ -89,6 +89,13 @@ class ByHand(Small):
             optimizer.zero_grad()
 
 
+class Broken(Small):
+    """A loss that is no number, once, on one rank."""
+
+    def loss(self, index: int) -> Tensor:
+        return super().loss(index) * (float("nan") if index == 2 and dist.get_rank() == 0 else 1)
+
+
 def trainer_of(strategy: Any, **options: Any) -> L.Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     fixed = {"accelerator": "cpu", "max_epochs": 1, "limit_val_batches": 0, "use_distributed_sampler": False}
@@ -284,6 +291,16 @@ def what_the_converter_would_drop(folder: Path) -> str | None:
     return None if same and "universal_checkpoint_info" in message else f"{message}; {resumed.losses}"
 
 
+def steps_that_are_not_finite_are_skipped(folder: Path) -> str | None:
+    """By DeepSpeed, on all ranks, whoever's gradient it was."""
+    for stage in (2, 3):
+        model, trainer = fit(cut(stage, 8), Broken())
+        counts = [float(entries["step"]) for entries in trainer.optimizers[0].state.values()]
+        if counts != [STEPS - 1] * 2 or [bool(loss.isfinite()) for loss in model.losses].count(False) > 1:
+            return f"stage {stage}: {counts} steps, {model.losses}"
+    return None
+
+
 CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
     "2": (
         gradients_are_those_of_ddp,
@@ -293,6 +310,7 @@ CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
         a_universal_checkpoint_where_none_was_needed,
         other_groups_and_stages_are_refused,
         what_the_converter_would_drop,
+        steps_that_are_not_finite_are_skipped,
     ),
     "1": (
         a_checkpoint_is_evaluated_on_fewer_ranks,
