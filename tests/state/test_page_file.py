@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import resource
+import signal
 import stat
 import sys
 import tempfile
@@ -345,6 +346,7 @@ def in_a_fork(says: Callable[[], bool]) -> bool:
         child = os.fork()
     if not child:
         code = 2
+        signal.alarm(20)  # ends it where it hangs
         try:
             code = int(says())
         finally:

@@ -21,6 +21,7 @@ from lowbit_lightning.state.pages.file import FileTransport
 from lowbit_lightning.state.pages.workers import Workers
 
 PAGE = 4096
+pytestmark = pytest.mark.timeout(60)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="page files are Linux's")
 
 
