@@ -258,7 +258,8 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         added: dict[str, Any] = {}
         if self._groups is not None:
             added[checkpoints.OURS] = {"optimizer_bits": self.optimizer_bits, "groups": self._groups.names}
-        if not any(checkpoints.missed_by_converter(zero.optimizer) for zero in self.optimizers):  # type: ignore[attr-defined]
+        zeros: list[Any] = self.optimizers
+        if not any(checkpoints.missed_by_converter(zero.optimizer) for zero in zeros):
             mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
             added[constants.UNIVERSAL_CHECKPOINT_INFO] = mark
         super().save_checkpoint({**checkpoint, **added}, filepath, storage_options)
