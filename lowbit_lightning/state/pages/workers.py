@@ -48,7 +48,7 @@ class Event:
     # -- in the workers ----------------------------------------------------------------------------------------------
 
     def _begin(self, queue: Queue) -> None:
-        """Hand the tasks to those who serve the queue, now or when the event before is past."""
+        """Do the first task and hand the others to the queue's threads, now or when the event before is past."""
         before, tasks = self._after, self._tasks
         if before is not None:
             with before._books:
@@ -60,8 +60,9 @@ class Event:
         if self.error is not None or not tasks:
             self._end()
             return
-        for task in tasks:
+        for task in tasks[1:]:
             queue.put((self, task))
+        self._run(tasks[0])
 
     def _run(self, task: Task) -> None:
         try:
