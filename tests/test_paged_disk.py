@@ -65,6 +65,10 @@ def test_a_broken_disk_is_an_error_of_the_step(
         for _ in range(2):  # what a step stores last is waited for in the next
             optimizer.step()
     assert caught.value.errno == errno.EIO
+    monkeypatch.undo()
+    for use in (optimizer.step, optimizer.step, optimizer.state_dict):  # what is lost is lost
+        with pytest.raises(OSError, match=says):
+            use()
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])

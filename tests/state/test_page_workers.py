@@ -161,7 +161,8 @@ def test_finishing_waits_for_what_waits() -> None:
     running, go, ran = Workers(["one", "other"], 2), threading.Event(), list[int]()
     last = running.start("one", [lambda: assert_set(go)])
     for number in range(20):
-        last = running.start(("one", "other")[number % 2], [lambda number=number: ran.append(number)], last)  # type: ignore[misc]
+        kind = ("one", "other")[number % 2]
+        last = running.start(kind, [partial(ran.append, number)], last)
     threading.Timer(0.05, go.set).start()
     running.finish()
     assert last.past

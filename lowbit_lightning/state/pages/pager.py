@@ -155,9 +155,9 @@ class Pager:
             if not chunk.resident:
                 self._follow(chunk)
             self._look_ahead(chunk)
-            self._open, self._changes, self._stepping = chunk, False, True
+            self._changes = False
         self._wait(chunk.slot)  # an open one too: these kernels may be launched from another stream
-        self._changes = self._changes or changes
+        self._open, self._changes, self._stepping = chunk, self._changes or changes, True  # unless waiting failed
 
     def end_step(self) -> None:
         """The step is over: send out what is near, and for what the next one needs first. Waits for nothing."""
