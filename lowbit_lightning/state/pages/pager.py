@@ -173,12 +173,13 @@ class Pager:
 
     def _leave(self) -> None:
         """No more kernels on the open chunk."""
-        if self._open is None:
+        chunk = self._open
+        if chunk is None:
             return
-        chunk, self._open = self._open, None
+        chunk.slot.unsaved = chunk.slot.unsaved or self._changes  # first: an interrupt behind it loses nothing
+        self._open = None
         self.statistics.step_seconds += perf_counter() - self._opened_at
         chunk.slot.last = self.transport.computed(chunk.moves)
-        chunk.slot.unsaved = chunk.slot.unsaved or self._changes
         if chunk.slot.unsaved and not chunk.resident:
             self._store(chunk.slot)
 
