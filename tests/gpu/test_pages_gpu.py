@@ -101,6 +101,7 @@ def test_states_stay_in_host_memory() -> None:
     assert torch.cuda.max_memory_allocated() - before <= 3 * layout.CHUNK + scales + (4 << 20)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # beside threads, from 3.12
 def test_the_slab_is_no_burden_to_a_fork() -> None:
     """A child finds none of it; the parent's copies go on."""
     params, plain = parameters(), parameters()

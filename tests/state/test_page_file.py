@@ -346,6 +346,7 @@ def in_a_fork(says: Callable[[], bool]) -> bool:
         child = os.fork()
     if not child:
         code = 2
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not pytest-timeout's, which needs the interpreter
         signal.alarm(20)  # ends it where it hangs
         try:
             code = int(says())
@@ -375,8 +376,9 @@ def test_a_forked_process_is_told_and_does_not_hang(page_dir: Path) -> None:
             return "in a forked process" in str(error)
         return False
 
+    chunk, one = pager.chunks[0], {"mean": torch.ones(MIB)}  # in a fork torch would wait for threads that are not there
+
     def says() -> bool:
-        chunk, one = pager.chunks[0], {"mean": torch.ones(MIB)}
         calls = refused(pager.near, chunk) and refused(pager.settle) and refused(pager.write, 0, one)
         pager.close()  # what it has, and waits for nobody
         return calls

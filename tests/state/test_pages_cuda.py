@@ -267,6 +267,7 @@ def test_where_cuda_is_gone_nothing_is_asked_of_it(where: str, fakes: Fakes, mon
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing forks with a GPU at work")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # beside threads, from 3.12
 def test_a_forked_process_copies_no_slab(fakes: Fakes) -> None:
     """What is pinned would be copied at once, by every data loader worker."""
     for nbytes in (64, 5 << 20):
