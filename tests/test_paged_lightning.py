@@ -6,6 +6,7 @@ That paged states of many ranks are the states of unpaged ones is among the chec
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -79,12 +80,16 @@ def test_the_monitor_logs_what_paging_did(tmp_path: Path, caplog: pytest.LogCapt
 
 
 @pytest.fixture
-def no_process_group() -> Iterator[None]:
+def leaves_nothing() -> Iterator[None]:
+    """Neither a process group nor its port, which processes that are started later would take for theirs."""
+    before = dict(os.environ)
     yield
     torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
-@pytest.mark.usefixtures("no_process_group")
+@pytest.mark.usefixtures("leaves_nothing")
 def test_the_name_pages_to_host_memory(tmp_path: Path) -> None:
     """Which a CPU has nothing behind."""
     strategy = StrategyRegistry.get("lowbit_sharded_paged")
