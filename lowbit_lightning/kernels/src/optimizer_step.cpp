@@ -137,11 +137,10 @@ template <int S = 0> LB_FN void see_again(int n, const Pending& pending, Extreme
     }
 }
 
-// Encoding touches no memory but what the block has brought into the cache: meanwhile fetch what the next block,
-// which lies behind this one, will read at i. The first state fetches the parameter, the last the gradient, each its
-// own codes.
+// Encoding touches no memory but what the block has brought into the cache: meanwhile fetch what the block after the
+// next one will read at i. The first state fetches the parameter, the last the gradient, each its own codes.
 template <int S> LB_FN void fetch_next(const Block& at, int i) {
-    const int64_t next = at.start + BLOCK + i;
+    const int64_t next = at.start + 2 * BLOCK + i;
     __builtin_prefetch((const uint8_t*)at.q.state[S] + next);
     if (S == 0) __builtin_prefetch(at.q.p + next, 1);
     if (S == RULE_STATES - 1) __builtin_prefetch(at.q.g + next);
