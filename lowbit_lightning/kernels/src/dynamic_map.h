@@ -9,7 +9,7 @@
 //   decode_line<C>(V n, V& slope, V& offset): the line of f = |n| / 4, with a quarter of its slope; its number is the
 //     low four bits of n's exponent field
 //   encode_line<C>(V magnitude, V& slope, V& offset, V& limit): the line whose number is how many thresholds are below
-// Every operation is rounded by itself, in this order, as in reference.py.
+// Every operation, `fused` as one, is rounded by itself, in this order, as in reference.py.
 #pragma once
 
 // The constants of the map of a state that can be negative, or cannot.
