@@ -8,7 +8,7 @@ saved. ``deepspeed_small.py`` has more checks.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -36,27 +36,22 @@ from lowbit_lightning import kernels, layers, optim
 from lowbit_lightning.callbacks import LowBitMonitor
 from lowbit_lightning.strategies import DeepSpeedStrategy
 
-spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).parents[2] / "examples" / "train_gpt.py")
-assert spec is not None
-assert spec.loader is not None
-train_gpt = importlib.util.module_from_spec(spec)
-sys.modules["train_gpt"] = train_gpt
-spec.loader.exec_module(train_gpt)
-Example: Any = train_gpt.GPT
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+gpt: Any = importlib.import_module("gpt")
 
 STEPS, SAVED_AT, BATCH, CONTEXT = 6, 3, 6, 16
-SETTINGS = train_gpt.Settings(width=256, layers=2, context=CONTEXT, steps=STEPS, warmup=2, learning_rate=1e-3)
+SETTINGS = gpt.Settings(width=256, layers=2, context=CONTEXT, steps=STEPS, warmup=2, learning_rate=1e-3)
 STAGES = 1, 2, 3
 LIMITS = {"32": 1e-6, "8": 1e-3, "int8": 5e-3}  # as for lowbit_sharded; relative, of any loss
 BYTES = 0.30  # of float32's: 2.03 bytes for 8, and the embedding and 1-D parameters with 8 for 8
 
 
-class GPT(Example):
+class GPT(gpt.GPT):
     """The example's model and optimizer, on the same windows in the same order on any number of ranks."""
 
     def __init__(self, optimizer: Any = None) -> None:
         torch.manual_seed(0)
-        super().__init__(SETTINGS, low_bit=False)
+        super().__init__(SETTINGS, partial(torch.optim.AdamW, fused=True))
         self.optimizer, self.losses = optimizer, list[Tensor]()
         starts = torch.randint(0, 50, (BATCH * STEPS, 1), generator=seeded(1))
         self.windows = (starts + 7 * torch.arange(CONTEXT + 1)) % 256
