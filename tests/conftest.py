@@ -6,6 +6,7 @@ lines, with the make target that runs them.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,3 +62,9 @@ def page_dir() -> Iterator[Path]:
     """A folder for page files: an empty one on a disk, which ``tmp_path`` need not be."""
     with tempfile.TemporaryDirectory(dir=FileTransport().folder) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def deepspeed_imported() -> None:
+    """What tells partitions from parameters looks whether there is a DeepSpeed that could have made them."""
+    importlib.import_module("deepspeed")

@@ -6,7 +6,6 @@ what two saved and DeepSpeed's own tool converted.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -60,14 +59,8 @@ CHECKS = {
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux"),
-    pytest.mark.usefixtures("imported"),
+    pytest.mark.usefixtures("deepspeed_imported"),
 ]
-
-
-@pytest.fixture
-def imported() -> None:
-    """What tells partitions from parameters looks whether there is a DeepSpeed that could have made them."""
-    importlib.import_module("deepspeed")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -23,14 +22,8 @@ from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux"),
-    pytest.mark.usefixtures("imported"),
+    pytest.mark.usefixtures("deepspeed_imported"),
 ]
-
-
-@pytest.fixture
-def imported() -> None:
-    """Without DeepSpeed nothing is a partition."""
-    importlib.import_module("deepspeed")
 
 
 NAMES = [f"lowbit_deepspeed_stage_{s}" for s in ("1", "2", "3", "2_offload", "3_offload", "2_paged")]
