@@ -10,10 +10,12 @@ import importlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lowbit_lightning.state import pages
 from lowbit_lightning.state.pages.file import FileTransport
 
 # Left out unless -m names the marker: marker -> the make target that runs it.
@@ -68,3 +70,13 @@ def page_dir() -> Iterator[Path]:
 def deepspeed_imported() -> None:
     """What tells partitions from parameters looks whether there is a DeepSpeed that could have made them."""
     importlib.import_module("deepspeed")
+
+
+@pytest.fixture(params=["O_DIRECT", "page cache"])
+def transport(request: pytest.FixtureRequest, page_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A page file's transport, one of each kind; a file system that has no O_DIRECT gives the second one twice."""
+    if request.param == "page cache":
+        monkeypatch.setattr(pages.file, "_direct", lambda base: None)
+    made = FileTransport(page_dir)
+    yield made
+    made.close()
