@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pkgutil
 import sys
 import warnings
 import weakref
@@ -221,23 +222,78 @@ def test_a_load_is_what_a_failed_pager_needs(monkeypatch: pytest.MonkeyPatch) ->
         assert all(map(torch.equal, params, twins))
 
 
-def test_a_load_without_room_for_the_slab_leaves_no_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def fails_at(number: int, call: Any, error: BaseException) -> Any:
+    """``call``, but for the time of that number, which raises ``error``."""
+    calls = iter(range(10**6))
+
+    def counted(*arguments: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return call(*arguments)
+
+    return counted
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), MemoryError("no room"), KeyboardInterrupt("no room")])
+@pytest.mark.parametrize(
+    ("name", "number"), [("optim.paging.Pager", 0), ("state.blocks.convert", 3), ("state.pages.Pager.write", 1)]
+)
+def test_a_load_that_fails_halfway_changes_nothing(
+    name: str, number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with lying_in_wait():
-        params = parameters()
-        optimizer = optim.AdamW(params, paged=True)
+        params, twins = parameters(), parameters()
+        optimizer, plain = optim.AdamW(params, paged=True), optim.AdamW(twins)
         steps(params, optimizer, range(1))
         good = copy.deepcopy(optimizer.state_dict())
-
-        def full(*_: Any) -> Any:
-            raise OSError("the disk is full")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("lowbit_lightning.optim.paging.Pager", full)
-            with pytest.raises(OSError, match="full"):
-                optimizer.load_state_dict(good)
-        assert not optimizer.state
+        steps(params, optimizer, range(1, 3))
+        steps(twins, plain, range(3))
+        fresh = optim.AdamW(parameters(), paged=True)
+        groups, statistics = optimizer.param_groups, optimizer.page_statistics()
+        for one in (optimizer, fresh):
+            with monkeypatch.context() as patch, pytest.raises(type(error), match="no room"):
+                owner, _, attribute = f"lowbit_lightning.{name}".rpartition(".")
+                call = getattr(pkgutil.resolve_name(owner), attribute)
+                patch.setattr(f"{owner}.{attribute}", fails_at(number, call, error))
+                one.load_state_dict(good)
+        assert not fresh.state
+        assert fresh.page_statistics() is None
+        assert optimizer.param_groups is groups
+        assert optimizer.page_statistics() == statistics
+        for each, one in ((params, optimizer), (twins, plain)):
+            step(one, each, 3)
+        assert all(map(torch.equal, params, twins))
+        assert equal_states(plain.state_dict()["state"], optimizer.state_dict()["state"])
         optimizer.load_state_dict(good)
         assert equal_states(good["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_states_of_before_take_room_during_a_load_unless_they_are_cleared(
+    cleared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slabs: list[Any] = []
+    alive: list[int] = []
+    allocate = Engine.allocate
+
+    def counted(engine: Engine, nbytes: int) -> Any:
+        alive.append(sum(slab() is not None for slab in slabs))
+        slab = allocate(engine, nbytes)
+        slabs.append(weakref.ref(slab.untyped_storage()))
+        return slab
+
+    monkeypatch.setattr(Engine, "allocate", counted)
+    with lying_in_wait() as stream:
+        params = parameters()
+        optimizer = optim.AdamW(params, paged=True)
+        steps(params, optimizer, range(2))
+        good = copy.deepcopy(optimizer.state_dict())
+        if cleared:
+            optimizer.state.clear()
+        stream.engines.clear()  # which remember slabs
+        gc.collect()
+        optimizer.load_state_dict(good)
+    assert alive == [0, 0 if cleared else 1]
 
 
 # -- gradient release ------------------------------------------------------------------------------------------------

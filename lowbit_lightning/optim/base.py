@@ -292,13 +292,12 @@ class LowBitOptimizer(Optimizer):
             raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
         state: dict[Any, Any] = {}
         for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
-            rule = self._rule_of(ours)
-            self._keep_format(ours, rule)
+            self._keep_format(ours, self._rule_of(ours))
             for key, p in zip(theirs["params"], ours["params"], strict=True):
                 if key in saved["state"]:
                     place = torch.empty(p.shape, dtype=p.dtype) if flat else p
                     found, group = saved["state"][key], {**ours, "bits": 32}
-                    state[key] = loading.converted(self, place, found, loading.format_of(ours), rule, group)
+                    state[key] = loading.converted(self, place, found, loading.format_of(ours), group)
             for name in OWN:
                 theirs.pop(name, None)
         return {**saved, "state": state}
@@ -311,8 +310,11 @@ class LowBitOptimizer(Optimizer):
         paging is taken from the checkpoint.
 
         Raises:
-            ValueError: for an unknown format version, or states that do not fit; nothing has been changed then.
-            OSError, RuntimeError: for paged states without room; the optimizer has no states then.
+            ValueError: for an unknown format version, or states that do not fit.
+            OSError, RuntimeError: for paged states without room beside those of before, which are kept until all new
+                ones are there; ``optimizer.state.clear()`` gives them up beforehand.
+
+        Nothing has been changed then.
         """
         loading.load(self, super().load_state_dict, state_dict)
 

@@ -72,7 +72,7 @@ def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions
         groups = [optimizer._adopted({**own, **group}) for group in optimizer.param_groups]
         check_pages(optimizer, groups)
         states = {
-            p: converted(optimizer, p, optimizer.state[p], None, optimizer._rule_of(group), group)
+            p: converted(optimizer, p, optimizer.state[p], None, group)
             for group in groups
             for p in group["params"]
             if optimizer.state.get(p)

@@ -1,13 +1,14 @@
 """Saved states, in an optimizer's form: all are checked before anything is changed.
 
-States that are paged go to their slab one parameter at a time. The slab is a new one, so that states of before, which
-may be those that are loaded, stay as they are until the last reference to them is gone.
+States that are paged go to their slab one parameter at a time. The slab is a new one: states of before, which may be
+those that are loaded, stay as they are until all new ones are there, and are put back where that fails.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit_lightning.kernels import rules
 from lowbit_lightning.optim.options import MASTER, OWN, wants_master
 from lowbit_lightning.optim.paging import away, want_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
@@ -44,81 +44,86 @@ def load(optimizer: LowBitOptimizer, load: Callable[[dict[str, Any]], None], sta
         ways.update(_checked(optimizer, saved, groups))
         return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
 
-    def put_states(_: Optimizer) -> None:
-        try:
-            _put(optimizer, ways)
-        except BaseException:
-            optimizer.state.clear()
-            raise
-
+    if not optimizer.state:  # cleared, perhaps to make room
+        _forget_pagers(optimizer)
     before = optimizer.register_load_state_dict_pre_hook(take_states)
-    after = optimizer.register_load_state_dict_post_hook(put_states, prepend=True)
+    after = optimizer.register_load_state_dict_post_hook(lambda _: _put(optimizer, ways), prepend=True)
     try:
-        load(state_dict)
+        with all_or_nothing([optimizer]):
+            load(state_dict)
     finally:
         before.remove()
         after.remove()
+
+
+@contextmanager
+def all_or_nothing(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """A load that fails inside leaves the optimizers with the states, groups and pagers of before."""
+    names = ("state", "param_groups", "_pages")  # loading makes new ones
+    before = [{name: vars(optimizer)[name] for name in names if name in vars(optimizer)} for optimizer in optimizers]
+    try:
+        yield
+    except BaseException:
+        for optimizer, attributes in zip(optimizers, before, strict=True):
+            vars(optimizer).pop("_pages", None)
+            vars(optimizer).update(attributes)
+        raise
 
 
 def _checked(optimizer: LowBitOptimizer, saved: dict[str, Any], groups: list[dict[str, Any]]) -> Ways:
     """How saved states are converted, each found to be possible; of parameters that are not paged, done."""
     ways: Ways = {}
     for theirs, ours, group in zip(saved["param_groups"], optimizer.param_groups, groups, strict=False):
-        parsed, rule = format_of(theirs), optimizer._rule_of(group)
+        parsed = format_of(theirs)
         for key, p in zip(theirs["params"], ours["params"], strict=False):
             if key not in saved["state"]:
                 continue
             entries = saved["state"][key]
-            _check(p, *_native(optimizer, p, entries, parsed, rule), rule, group)
-            ways[p] = partial(_convert, optimizer, p, entries, parsed, rule, group)
+            _native(optimizer, p, entries, parsed, group)
+            ways[p] = partial(converted, optimizer, p, entries, parsed, group)
     for p in [p for ours in optimizer.param_groups if not ours["paged"] for p in ours["params"] if p in ways]:
         ways[p] = partial(dict, ways[p]())
     return ways
 
 
 def _put(optimizer: LowBitOptimizer, ways: Ways) -> None:
-    optimizer.forget_plans()
-    optimizer.__dict__["_pages"] = optimizer._paging.renewed()
+    _forget_pagers(optimizer)
     optimizer.state.update({p: {"step": None} for p in ways})  # whose states are paged, all in one slab
     for group in optimizer.param_groups:
         rule = optimizer._rule_of(group)  # the checkpoint may have chosen another
         group["state_format"] = StateFormat.of(rule, group["block_size"]).to_dict()
         for p in (p for p in group["params"] if p in ways):
-            optimizer.state[p] = ways[p]()
+            optimizer.state[p] = _owned(ways[p]())
             if group["paged"]:  # at once: what is not, Lightning moves to the device
                 optimizer._entries(p, group, rule)
 
 
+def _owned(entries: dict[str, Any]) -> dict[str, Any]:
+    """Entries that no step of another optimizer changes: those of a live one, if paged, are its slab's memory."""
+    shared = any(isinstance(value, Tensor) and in_a_slab(value) for value in entries.values())
+    return copy.deepcopy(entries) if shared else entries
+
+
+def _forget_pagers(optimizer: LowBitOptimizer) -> None:
+    """The states in their slabs, and who kept the old ``_pages``, are what keeps them alive then."""
+    optimizer.forget_plans()
+    optimizer.__dict__["_pages"] = optimizer._paging.renewed()
+
+
 def _native(
-    optimizer: LowBitOptimizer, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule
+    optimizer: LowBitOptimizer, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, group: dict[str, Any]
 ) -> tuple[dict[str, Any], StateFormat | None]:
-    """Saved entries under this library's names, and their format."""
+    """Saved entries of p under this library's names, and their format.
+
+    Raises:
+        ValueError: for entries that are missing or malformed.
+    """
+    rule = optimizer._rule_of(group)
     if bitsandbytes.is_foreign(entries):
         entries, saved = bitsandbytes.translate(p, entries, rule)
-    return optimizer._completed(entries), saved
-
-
-def _convert(
-    optimizer: LowBitOptimizer,
-    p: Tensor,
-    entries: dict[str, Any],
-    saved: StateFormat | None,
-    rule: rules.Rule,
-    group: dict[str, Any],
-) -> dict[str, Any]:
-    entries, saved = _native(optimizer, p, entries, saved, rule)
-    result = converted(optimizer, p, entries, saved, rule, group)
-    if any(isinstance(value, Tensor) and in_a_slab(value) for value in entries.values()):
-        return copy.deepcopy(result)  # a live optimizer's, whose steps are not to change these
-    return result
-
-
-def _check(
-    p: Tensor, entries: dict[str, Any], saved: StateFormat | None, rule: rules.Rule, group: dict[str, Any]
-) -> None:
-    """Raise ValueError for entries that ``converted`` cannot take."""
+    entries = optimizer._completed(entries)
     if not entries:
-        return
+        return entries, saved
     step = entries.get("step")
     if not isinstance(step, (int, float, Tensor)) or (isinstance(step, Tensor) and step.numel() != 1):
         raise ValueError(f"the checkpoint's step must be one number, got {step!r}; it holds {sorted(entries)}")
@@ -126,26 +131,19 @@ def _check(
         blocks.check(p, state, entries, saved)
     if MASTER in entries and wants_master(p, group):
         blocks.checked(p, entries, MASTER, p.shape)
+    return entries, saved
 
 
 def converted(
-    optimizer: LowBitOptimizer,
-    p: Tensor,
-    entries: dict[str, Any],
-    saved: StateFormat | None,
-    rule: rules.Rule,
-    group: dict[str, Any],
+    optimizer: LowBitOptimizer, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, group: dict[str, Any]
 ) -> dict[str, Any]:
     """Entries of p in the form that ``group`` asks for: the same tensors where nothing changes. What is to be paged
-    comes in host memory. ``saved`` describes coded entries.
-
-    Raises:
-        ValueError: for entries that are missing or malformed.
+    comes in host memory. ``saved`` describes coded entries. Raises ValueError as ``_native`` does.
     """
-    entries = optimizer._completed(entries)
-    _check(p, entries, saved, rule, group)
+    entries, saved = _native(optimizer, p, entries, saved, group)
     if not entries:
         return {}
+    rule = optimizer._rule_of(group)
     count = shards.full(torch.as_tensor(entries["step"])).to(device=shards.local(p).device, dtype=torch.float32)
     result = {"step": count.reshape(()).clone()}  # states that are converted leave the checkpoint untouched
     for state in rule.states:

@@ -43,6 +43,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from lowbit_lightning.memory.groups import Policy, chosen_blocks
+from lowbit_lightning.optim.loading import all_or_nothing
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import blocks, checkpoints
@@ -318,13 +319,8 @@ class ShardedStrategy(ModelParallelStrategy):
         assert model is not None
         weights = self._together(lambda: checkpoints.fitted(model, checkpoint["state_dict"], strict, self._source))
         if self._is_fitting():
-            before = [(optimizer.state, optimizer.param_groups) for optimizer in self.optimizers]  # loading renews both
-            try:
+            with all_or_nothing(self.optimizers):
                 self._together(lambda: checkpoints.load_optimizers(self.optimizers, checkpoint, self._source))
-            except Exception:
-                for optimizer, (state, groups) in zip(self.optimizers, before, strict=True):
-                    optimizer.state, optimizer.param_groups = state, groups
-                raise
         model.load_state_dict(weights, strict=strict)
 
     def _is_fitting(self) -> bool:
