@@ -1,5 +1,6 @@
-"""What training really takes, for test_memory.py: bytes of the tensors that a run leaves, and the peak of torch's
-CPU allocator, as its profiler records every allocation. ``python planned_memory.py FOLDER`` does so for two ranks.
+"""What training really takes, for the tests of the planner: bytes of the tensors that a run leaves, and the peak of
+torch's CPU allocator, as its profiler records every allocation. ``python planned_memory.py FOLDER`` does so for two
+ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 301, 128, 64, 8
+EXACT = ("parameters", "gradients", "states", "buffers")
 
 
 class Block(nn.Module):
@@ -58,6 +61,22 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())
 
 
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tall, self.wide = nn.Linear(512, 301), nn.Linear(77, 5)
+        self.convolution, self.few = nn.Conv2d(16, 30, 3), nn.Embedding(7, 700)
+        self.tied = nn.Linear(700, 7, bias=False)
+        self.tied.weight = self.few.weight
+        self.frozen = nn.Linear(90, 90).requires_grad_(False)
+        self.narrow, self.long = nn.Linear(63, 300), nn.Parameter(torch.zeros(5000))
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
 def batch(size: int = BATCH) -> tuple[Tensor, Tensor]:
     return tuple(torch.randint(0, VOCABULARY, (size, LENGTH)) for _ in range(2))  # type: ignore[return-value]
 
@@ -66,13 +85,17 @@ def own(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def states_of(optimizer: torch.optim.Optimizer) -> int:
+    return sum(own(x).nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor))
+
+
 def left_behind(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of this rank's tensors."""
     params = list(model.parameters())
     return {
         "parameters": sum(own(p).nbytes for p in params),
         "gradients": sum(own(p.grad).nbytes for p in params if p.grad is not None),
-        "states": sum(own(x).nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)),
+        "states": states_of(optimizer),
         "buffers": sum(b.nbytes for b in model.buffers()),
     }
 
@@ -111,6 +134,18 @@ def train(model: nn.Module, make: Callable[[Any], torch.optim.Optimizer], data: 
         optimizer.step()
 
     return step, optimizer
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    return optimizer
+
+
+def within(planned: int, measured: int, tolerance: float) -> bool:
+    return abs(planned - measured) <= tolerance * measured
 
 
 class Travels(TorchDispatchMode):
@@ -165,7 +200,7 @@ def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    mesh, data, found = dist.device_mesh.init_device_mesh("cpu", (2,)), batch(), {}
+    mesh, data, found = init_device_mesh("cpu", (2,)), batch(), {}
     for name in ("ddp", "zero3", "zero2", "zero3 in bf16", "zero3 in int8", "zero2 in int8"):
         found[name] = _measured(name, mesh, data)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))

@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
+from fake_ranks import being_rank
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from optimizers import one_thread, parameters
@@ -249,19 +248,10 @@ def test_accumulation_is_refused_in_backward() -> None:
     train(net, optimizer, range(2))  # and goes on
 
 
-@pytest.fixture
-def two_ranks() -> Iterator[None]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("two_ranks")
 def test_ranks_that_average_gradients_after_backward_are_refused() -> None:
     net = Net()
-    with pytest.raises(ValueError, match="with 2 ranks the gradients of plain parameters are averaged after backward"):
+    said = "with 2 ranks the gradients of plain parameters are averaged after backward"
+    with being_rank(0, (2,)), pytest.raises(ValueError, match=said):
         optim.release_gradients(net, optim.AdamW(net.parameters()))
 
 

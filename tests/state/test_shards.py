@@ -6,13 +6,11 @@ ranks in ``tests/test_sharded_state.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 
 import pytest
 import torch
-import torch.distributed as dist
+from fake_ranks import being_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,22 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.state import blocks, shards
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
-
-
-@contextmanager
-def being_rank(rank: int, mesh_shape: tuple[int, ...]) -> Iterator[DeviceMesh]:
-    dist.init_process_group("fake", rank=rank, world_size=prod(mesh_shape), store=FakeStore())
-    try:
-        yield init_device_mesh("cpu", mesh_shape)
-    finally:
-        dist.destroy_process_group()
 
 
 def chunk(x: Tensor, pieces: int, index: int, dim: int) -> Tensor:
