@@ -1,15 +1,12 @@
-"""LowBitMonitor in a Trainer: what it measures and finds, where that goes, and that it changes nothing."""
+"""LowBitMonitor in a Trainer: what it measures and finds, and that it changes nothing."""
 
 from __future__ import annotations
 
-import csv
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +14,16 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback
+from monitored import BATCHES, FEATURES, Model, Validated, data, fit, ours, quiet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
 
-from lowbit_lightning import Int8MixedPrecision, kernels, optim
-from lowbit_lightning.callbacks import LowBitMonitor, picture
-from lowbit_lightning.callbacks.quantization import PRODUCTS
+from lowbit_lightning import kernels
+from lowbit_lightning.callbacks import LowBitMonitor
 from lowbit_lightning.layers import Int8Linear, Products
 
 ROOT = Path(__file__).resolve().parent.parent
-FEATURES, BATCH, BATCHES = 64, 16, 6
-
-
-class Model(L.LightningModule):
-    """Two int8 layers; ``spike`` multiplies one feature of what enters the second."""
-
-    def __init__(self, spike: float = 1.0, run: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down, self.head = nn.Linear(FEATURES, 128), nn.Linear(128, FEATURES), nn.Linear(FEATURES, 4)
-        self.spike, self.run = spike, run
-        self.losses: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x) if self.run is None else self.run(self.up, x)
-        scale = torch.ones(128).index_fill(0, torch.tensor(5), self.spike)
-        return self.head(self.down(input=hidden * scale))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = self(batch[0]).float().square().mean()
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        return optim.AdamW(self.parameters(), lr=1e-3, min_size=1024)
-
-
-class Validated(Model):
-    """Validates on data with outliers."""
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self(batch[0])
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(torch.ones(4, FEATURES) * (1 + 1e4 * torch.eye(4, FEATURES))), 4)
-
-
-def data() -> DataLoader:
-    x = torch.randn(BATCHES * BATCH, FEATURES, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(x), BATCH)
-
-
-def fit(
-    model: Model,
-    folder: Path,
-    *callbacks: Callback,
-    precision: dict[str, Any] | None = None,
-    ckpt_path: Any = None,
-    **settings: Any,
-) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        plugins=[Int8MixedPrecision(**{"autocast": "off", **(precision or {})})],
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"logger": False, "enable_checkpointing": False, "max_steps": BATCHES, "log_every_n_steps": 1, **settings},
-    )
-    torch.manual_seed(2)  # for gradients that are rounded at random
-    trainer.fit(model, data(), ckpt_path=ckpt_path)
-    return trainer
-
-
-def quiet(every_n_steps: int = 1, **settings: Any) -> LowBitMonitor:
-    return LowBitMonitor(every_n_steps, **{"picture": False, "minimum_snr": None, **settings})
-
-
-def ours(seen: pytest.WarningsRecorder) -> int:
-    return sum("LowBitMonitor" in str(w.message) for w in seen)
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -334,75 +258,6 @@ def test_patience_counts_samples_in_a_row(tmp_path: Path) -> None:
     fit(Model(), tmp_path, LowBitMonitor(1, patience=3, picture=False), Spikes())
     with pytest.warns(UserWarning, match="in 2 samples in a row: down"):
         fit(Model(), tmp_path, LowBitMonitor(1, patience=2, picture=False), Spikes())
-
-
-# -- where it goes ---------------------------------------------------------------------------------------------------
-
-
-def test_every_logger_gets_it(tmp_path: Path) -> None:
-    loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "board")]
-    monitor = quiet(3, per_layer=True)
-    best = ModelCheckpoint(tmp_path / "best", monitor="int8/forward/snr_min", every_n_train_steps=3)
-    trainer = fit(Model(), tmp_path, monitor, best, logger=loggers, enable_checkpointing=True)
-    loggers[0].save()
-    with open(Path(str(loggers[0].log_dir), "metrics.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("int8/forward/snr_min")]
-    assert [int(row["step"]) for row in rows] == [0, 3]
-    assert float(rows[-1]["int8/forward/snr_min"]) == pytest.approx(monitor.metrics["int8/forward/snr_min"].item())
-    assert {"int8/grad_weight/snr/down", "int8/grad_input/underflow_max", "int8/forward/overflow_max"} <= set(rows[0])
-    assert list(Path(str(loggers[1].log_dir)).glob("events*"))
-    assert "int8/forward/snr_min" in trainer.callback_metrics
-    assert "int8/forward/snr/up" not in trainer.callback_metrics
-    assert Path(best.best_model_path).exists()
-
-
-def test_a_picture_at_the_end(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, "csv")
-    fit(Model(), tmp_path, LowBitMonitor(1), logger=logger)
-    picture = Path(logger.log_dir, "int8_snr.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) > 10_000
-    assert not (tmp_path / "int8_snr.png").exists()
-    fit(Model(), tmp_path, quiet())
-    assert not (tmp_path / "int8_snr.png").exists()
-
-
-def test_a_picture_of_a_run_that_failed(tmp_path: Path) -> None:
-    class Fail(Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 3:
-                raise RuntimeError("planted")
-
-    model = Model()
-    with pytest.raises(RuntimeError, match="planted"):
-        fit(model, tmp_path, LowBitMonitor(1), Fail())
-    assert (tmp_path / "int8_snr.png").read_bytes().startswith(b"\x89PNG")
-    assert not model.up._forward_hooks
-    assert not model.up._forward_pre_hooks
-
-
-@pytest.mark.parametrize(("steps", "layers"), [(1, 1), (1, 3), (200, 150)])
-def test_pictures_of_any_size_anywhere(steps: int, layers: int) -> None:
-    snr = np.random.default_rng(0).uniform(10, 40, (steps, layers, 3))
-    snr[0], snr[:, 0, 1] = np.nan, np.nan  # nothing measured in a step, nor of a product
-    names = [f"blocks.{i}.mlp.down" for i in range(layers)]
-    picture.draw("memory://pictures", range(steps), names, PRODUCTS, snr, None)
-    with get_filesystem("memory://").open(f"memory://pictures/{picture.FILE}", "rb") as file:
-        assert file.read().startswith(b"\x89PNG")
-
-
-def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.touch()
-    with pytest.warns(UserWarning, match="could not write a picture into .*file"):
-        fit(Model(), blocked, LowBitMonitor(1))
-
-
-def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install matplotlib.*picture=False"):
-        LowBitMonitor()
-    LowBitMonitor(picture=False)
 
 
 # -- what it can't see -----------------------------------------------------------------------------------------------
