@@ -287,6 +287,36 @@ def test_states_that_deepspeed_writes_are_taken_over() -> None:
     assert (params[0] - reference[0]).norm() < 0.05 * (reference[0] - 0).norm()
 
 
+@pytest.mark.parametrize("paged", [False, "disk"])
+@pytest.mark.parametrize(
+    "changes",
+    [[{"block_size": 64}, {"block_size": 512}], [{"bits": 32}, {"bits": 8}], [{"bits": 32, "block_size": 64}]],
+)
+def test_sub_groups_follow_their_group(changes: list[dict[str, Any]], paged: bool | str, tmp_path: Path) -> None:
+    """Stage 3 shows a group as several, one at a time; settings that change between steps count for each of them."""
+    sizes, generator = (70_001, 5000, 9000), torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=generator) for size in sizes]
+    parameters, parts = [nn.Parameter(value.clone()) for value in values], [partition(value) for value in values]
+    whole = optim.AdamW(parameters, lr=0.1)
+    cut = optim.AdamW([{"params": parts}], lr=0.1, paged=paged, page_dir=str(tmp_path) if paged else None)
+    for settings_then in ({}, *changes):
+        for optimizer in (whole, cut):
+            optimizer.param_groups[0].update(settings_then)
+        for _ in range(2):
+            for p, part in zip(parameters, parts, strict=True):
+                p.grad = torch.randn(p.shape, generator=generator)
+                part.grad = p.grad.clone()
+            whole.step()
+            for part in parts:  # as DeepSpeed does
+                cut.param_groups[0]["params"] = [part]
+                cut.step()
+                cut.param_groups[0]["params"] = []
+        for p, part in zip(parameters, parts, strict=True):
+            assert torch.equal(p, part)
+            assert whole.state[p].keys() == cut.state[part].keys()
+            assert all(torch.equal(value, cut.state[part][name]) for name, value in whole.state[p].items())
+
+
 @pytest.mark.parametrize("bits", [8, 32])
 def test_partitions_may_be_paged(bits: int, tmp_path: Path) -> None:
     """Groups are shown one at a time, as DeepSpeed does: one pager, and the states without paging, to the bit."""

@@ -7,6 +7,7 @@ An optimizer is a rule in ``kernels/rules`` and a short class in ``family.py`` t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -264,13 +265,16 @@ class LowBitOptimizer(Optimizer):
     def _keep_format(self, group: dict[str, Any], rule: rules.Rule) -> None:
         """Requantise all states of a group whose ``block_size`` was changed."""
         saved, wanted = StateFormat.parse(group["state_format"]), StateFormat.of(rule, group["block_size"])
-        if saved.block_size != wanted.block_size:
+        in_turn = partitions.are_partitions([group])  # stage 3 shows a group's partitions one at a time
+        if in_turn or saved.block_size != wanted.block_size:
             for p in group["params"]:
                 entries = self.state.get(p, {})
-                named = entries.named() if isinstance(entries, Entries) else entries
                 for state in rule.states:
-                    if blocks.is_coded(named, state.name):
-                        for name, value in blocks.convert(p, state, named, saved, 8, wanted.block_size).items():
+                    held = blocks.block_size_of(p, raw(entries), state.name)
+                    if held not in (None, wanted.block_size):
+                        named = entries.named() if isinstance(entries, Entries) else entries
+                        form = replace(saved, block_size=held)
+                        for name, value in blocks.convert(p, state, named, form, 8, wanted.block_size).items():
                             entries[name] = value
         group["state_format"] = wanted.to_dict()
 

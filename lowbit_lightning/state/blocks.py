@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels.formats import MAPS, BlockGrid, check_block_size, dynamic_map
+from lowbit_lightning.kernels.formats import (
+    MAPS,
+    MAX_BLOCK_SIZE,
+    MIN_BLOCK_SIZE,
+    BlockGrid,
+    check_block_size,
+    dynamic_map,
+)
 from lowbit_lightning.kernels.rules import Rule, State
 from lowbit_lightning.state import shards
 
@@ -106,6 +113,16 @@ def filled(p: Tensor, value: float, dtype: torch.dtype, spread: bool = False) ->
 def is_coded(entries: Mapping[str, Any], name: str) -> bool:
     """Whether the state ``name`` is in its 8-bit form."""
     return codes_name(name) in entries
+
+
+def block_size_of(p: Tensor, entries: Mapping[str, Any], name: str) -> int | None:
+    """The block size of the state ``name``, which its scales tell: the smallest, where one block is a whole row. None
+    for a state in 32 bits, and scales that fit none."""
+    if not is_coded(entries, name):
+        return None
+    shape = tuple(entries[scales_name(name)].shape)
+    sizes = (2**i for i in range(MIN_BLOCK_SIZE.bit_length() - 1, MAX_BLOCK_SIZE.bit_length()))
+    return next((size for size in sizes if BlockGrid.of(p.shape, size).scales_shape == shape), None)
 
 
 def convert(
