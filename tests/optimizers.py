@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +59,20 @@ def step(optimizer: torch.optim.Optimizer, params: list[Parameter], seed: int = 
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
     optimizer.step()
+
+
+COPIES = ("deepcopy", "pickle", "torch.save")
+
+
+def copied(x: Any, how: str) -> Any:
+    if how == "deepcopy":
+        return copy.deepcopy(x)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(x))
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 def close(ours: list[Parameter], theirs: list[Parameter], tolerance: float = 1e-6) -> None:
