@@ -1,7 +1,10 @@
-"""A transformer block, a small GPT, and the counts and comparisons that the tests of int8 layers share."""
+"""A layer, a transformer block, a small GPT, and the counts and comparisons that the tests of int8 layers share."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +13,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lowbit_lightning import convert, kernels
-from lowbit_lightning.layers import Products
+from lowbit_lightning.layers import Int8Linear, Products
 
 WIDTH, HEADS, TOKENS = 64, 4, 24
 LINEARS = 4  # of a block
+K, N = 64, 48  # features into and out of a single layer
+
+
+def layer(**settings: Any) -> Int8Linear:
+    return Int8Linear(K, N, **settings)
 
 
 class Block(nn.Module):
@@ -52,11 +60,23 @@ def swapped(module: nn.Module, **settings: Any) -> Any:
 
 
 def called() -> dict[str, int]:
-    return {op: count for (op, _), count in kernels.calls().items()}
+    """Calls of each op, on whatever backend."""
+    calls: Counter[str] = Counter()
+    for (op, _), count in kernels.calls().items():
+        calls[op] += count
+    return dict(calls)
 
 
 def matmuls() -> int:
     return called().get("int8_matmul", 0)
+
+
+@contextmanager
+def counted(expected: int) -> Iterator[None]:
+    """The block runs so many int8 products, no more and no fewer."""
+    before = matmuls()
+    yield
+    assert matmuls() - before == expected
 
 
 def gradients(module: Any, x: Tensor, autocast: bool = False) -> list[Tensor]:
@@ -70,7 +90,7 @@ def gradients(module: Any, x: Tensor, autocast: bool = False) -> list[Tensor]:
     return [y.detach(), *([] if x.grad is None else [x.grad]), *found]
 
 
-def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a, b), f"result {i} differs by {(a - b).abs().max()}"
 

@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from int8_models import matmuls
 from lightning.pytorch.callbacks import Callback
 from monitored import BATCHES, FEATURES, Model, Validated, data, fit, ours, quiet
 from torch import Tensor, nn
@@ -217,20 +218,20 @@ def test_nothing_is_reported_of_ordinary_data(tmp_path: Path) -> None:
 
 
 def test_it_falls_back_from_the_next_step_on_and_stays(tmp_path: Path) -> None:
-    matmuls: list[int] = []
+    found: list[int] = []
 
     class Count(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
             kernels.reset_calls()
 
         def on_train_batch_end(self, *_: Any) -> None:
-            matmuls.append(sum(n for (op, _), n in kernels.calls().items() if op == "int8_matmul"))
+            found.append(matmuls())
 
     path, expected = tmp_path / "four.ckpt", Products(forward="high")
     model, monitor = Validated(spike=100), LowBitMonitor(1, fallback=True, picture=False)
     with pytest.warns(UserWarning, match="down .*from the next step on"):
         trainer = fit(model, tmp_path, monitor, Count(), max_steps=4)
-    assert matmuls == [5, 5, 4, 4]
+    assert found == [5, 5, 4, 4]
     assert model.down.products == expected
     assert model.up.products == Products()
     assert monitor.fallen_back == {"down": ["forward"]}

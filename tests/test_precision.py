@@ -17,6 +17,7 @@ from typing import Any, Literal
 import lightning as L
 import pytest
 import torch
+from int8_models import matmuls
 from lightning.fabric.connector import _Connector
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch import Tensor, nn
@@ -85,10 +86,6 @@ def trainer(**settings: Any) -> L.Trainer:
         "enable_checkpointing": False,
     }
     return L.Trainer(**{**defaults, **settings})
-
-
-def matmuls() -> int:
-    return sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
 
 
 # -- the ways to ask for it ------------------------------------------------------------------------------------------
