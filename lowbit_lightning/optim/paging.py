@@ -174,19 +174,20 @@ def check_pages(optimizer: LowBitOptimizer, groups: list[dict[str, Any]]) -> Non
     """Raise before training for groups of an optimizer that cannot be paged: whose settings differ, or who are to lie
     on a disk and cannot (see ``open_transport``, ``FileTransport`` and its ``check_room``)."""
     first: dict[torch.device, dict[str, Any]] = {}
-    wanted: dict[torch.device, int] = {}
+    wanted: dict[torch.device, float] = {}
     for group in groups:
         for p in group["params"]:
             want, device = want_of(optimizer, p, group), shards.local(p).device
             if want is not None:
                 _check_equal(first.setdefault(device, group), group)
-                stepped = p.requires_grad or raw(optimizer.state.get(p, {}))
-                wanted[device] = wanted.get(device, 0) + (want.nbytes(want.numel) if stepped else 0)
+                wanted.setdefault(device, 0)
+                if p.requires_grad or raw(optimizer.state.get(p, {})):
+                    wanted[device] += partitions.share_of_machine(p) * want.nbytes(want.numel)
     for device, group in first.items():
         if group["paged"] == "disk":
             transport = pages.open_transport("disk", device, group["page_dir"])
             if isinstance(transport, FileTransport):
-                transport.check_room(wanted[device])
+                transport.check_room(int(wanted[device]))
 
 
 def want_of(optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:

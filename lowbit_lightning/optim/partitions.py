@@ -12,11 +12,13 @@ into ``group["params"]``: a plain 1-D tensor, no ``nn.Parameter``. What follows 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowbit_lightning.kernels.rules import Rule
@@ -34,6 +36,16 @@ def is_partition(p: Tensor) -> bool:
 def are_partitions(groups: Sequence[Mapping[str, Any]]) -> bool:
     params = [p for group in groups for p in group["params"]]
     return bool(params) and all(map(is_partition, params))
+
+
+def share_of_machine(p: Tensor) -> float:
+    """How much of p's states will lie on this machine, once ZeRO has cut p: the part of the ranks that were launched
+    here, or of one, where the launcher does not say. 1 for what is cut already, and without DeepSpeed."""
+    if "deepspeed" not in sys.modules or shards.is_sharded(p) or is_partition(p):
+        return 1.0
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    return min(1.0, int(ranks) / world_size)
 
 
 def key_of(params: Sequence[Tensor], number: int) -> Any:

@@ -144,6 +144,7 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)  # Lightning's own refuses CPUs
 
     def setup_distributed(self) -> None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(self.num_processes)  # beside RANK and the like, which Lightning sets
         if self.root_device.type == "cuda":
             super().setup_distributed()
         else:
