@@ -60,7 +60,7 @@ def test_near_and_far_may_be_different_devices(kind: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "optimizer_step", on_device)
     monkeypatch.setattr(kernels, "optimizer_norms", on_device)
     monkeypatch.setattr(Pager, "write", written)
-    monkeypatch.setattr(loading, "away", lambda p, value: torch.empty(value.shape, dtype=value.dtype))
+    monkeypatch.setattr(loading, "to_host", lambda p, value: torch.empty(value.shape, dtype=value.dtype))
     monkeypatch.setattr(pages.layout, "CHUNK", CHUNK)
     params = [Parameter(p.detach().to("meta")) for p in parameters(torch.bfloat16)]
     optimizer = build(kind, params, paged=True, master="bf16+8")

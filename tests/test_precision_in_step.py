@@ -387,7 +387,7 @@ def test_the_question_is_answered_once_and_for_ours_alone() -> None:
     from lightning.pytorch.plugins.precision import amp as also
     from lightning.pytorch.plugins.precision import fsdp
 
-    in_step.leave_clipping_possible()
+    in_step.allow_clipping()
     p = nn.Parameter(torch.zeros(3))
     for module in (amp, also, fsdp):
         asked = module._optimizer_handles_unscaling

@@ -30,8 +30,8 @@ from lowbit_lightning.optim.options import (
     wants_master,
     warn_of_inert,
 )
-from lowbit_lightning.optim.paging import Paging, back, check_pages, inherited
-from lowbit_lightning.optim.plan import FORM, Plan, Work, hyper_of, made_plan, work_of
+from lowbit_lightning.optim.paging import Paging, check_pages, inherited_settings, to_device
+from lowbit_lightning.optim.plan import FORM, Plan, Work, collect_work, hyperparameters, make_plan
 from lowbit_lightning.state import blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
 from lowbit_lightning.state.pages import Entries, PageStatistics, raw
@@ -77,7 +77,7 @@ class LowBitOptimizer(Optimizer):
         """Add a group of parameters; its keys overrule the defaults. See ``torch.optim.Optimizer``."""
         merged = {**self.defaults, **param_group}
         check_group(merged, self._rule_of(merged))
-        super().add_param_group({**inherited(self.param_groups, merged), **param_group})
+        super().add_param_group({**inherited_settings(self.param_groups, merged), **param_group})
         group = self.param_groups[-1]
         try:
             check_dtypes(group)
@@ -118,7 +118,7 @@ class LowBitOptimizer(Optimizer):
         for group in self.param_groups:
             check_form(group)
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            work.append(work_of(group, [group["params"][i] for i in indices], [ordinal + i for i in indices]))
+            work.append(collect_work(group, [group["params"][i] for i in indices], [ordinal + i for i in indices]))
             ordinal += len(group["params"])
         plans = self._plans_of([(partitions.key_of(part.params, number), part) for number, part in enumerate(work)])
         max_norm, self._max_norm = self._max_norm, None
@@ -155,25 +155,25 @@ class LowBitOptimizer(Optimizer):
         For ``release_gradients``.
         """
         check_form(group)
-        work = work_of(group, [p], [ordinal])
+        work = collect_work(group, [p], [ordinal])
         (plan,) = self._plans_of([(("parameter", ordinal), work)])
         self._step_group(work, plan, Factors())
-        self._paging.passed(p)
+        self._paging.record_order(p)
 
     def _step_group(self, work: Work, plan: Plan, asked: Factors) -> None:
         rule, group = self._rule_of(work.group), work.group
         for part in plan.parts:
             a = part.arguments
-            a.lr, a.hyper = hyper_of(rule, {**group, **self._derived(group, part.bits)}, a.device)
+            a.lr, a.hyper = hyperparameters(rule, {**group, **self._derived(group, part.bits)}, a.device)
             a.unscale, a.clip, a.skip = asked.to(a.device)
             a.seed, a.maximize = group["seed"], group["maximize"]
             a.grads = [work.grads[i] for i in part.indices]
         for launch in plan.launches:
-            launch.follow_counts()
+            launch.copy_step_counts()
         norms = self._norms(work, plan) if rule.norms else [None] * len(plan.parts)
         for launch in plan.launches:
-            launch.near(plan.parts[launch.part].arguments, changes=True)
-            kernels.optimizer_step(launch.arguments, launch.pick(norms[launch.part]))
+            launch.prepare(plan.parts[launch.part].arguments, changes=True)
+            kernels.optimizer_step(launch.arguments, launch.select_norms(norms[launch.part]))
             launch.arguments.forget_gradients()
         for part in plan.parts:
             part.arguments.forget_gradients()
@@ -183,8 +183,8 @@ class LowBitOptimizer(Optimizer):
         """For each part the norms that the rule wants, of all ranks."""
         found: list[list[tuple[Launch, list[Tensor]]]] = [[] for _ in plan.parts]
         for launch in plan.launches:
-            launch.near(plan.parts[launch.part].arguments, changes=False)
-            found[launch.part].append((launch, launch.sums()))
+            launch.prepare(plan.parts[launch.part].arguments, changes=False)
+            found[launch.part].append((launch, launch.square_sums()))
         return [
             shards.sum_over_shards([work.params[i] for i in part.indices], join_norms(sums, len(part.indices)))
             for part, sums in zip(plan.parts, found, strict=True)
@@ -219,7 +219,7 @@ class LowBitOptimizer(Optimizer):
         if plan is None or not plan.fits(form, work, held):
             self._keep_format(group, rule)
             entries = [self._entries(p, group, rule) for p in work.params]
-            plan = made_plan(form, work, rule, entries, [self.state[p] for p in work.params])
+            plan = make_plan(form, work, rule, entries, [self.state[p] for p in work.params])
         # A shard may be another tensor in the next step; of paged parameters the addresses are compared.
         if group["paged"] or not any(shards.is_sharded(p) for p in work.params):
             plans[key] = plan
@@ -232,7 +232,7 @@ class LowBitOptimizer(Optimizer):
             if place == (held.pager, held.number) and not partitions.is_partition(p):
                 return held.raw
             stays = held.is_paged if place is not None else lambda _: False  # scales and counts follow their parameter
-            held = {name: value if stays(name) else back(p, value) for name, value in held.named().items()}
+            held = {name: value if stays(name) else to_device(p, value) for name, value in held.named().items()}
         entries = self._formed(p, held, group, rule, paged=place is not None)
         moves = isinstance(self.state[p], Entries)
         self.state[p] = entries if place is None else Entries(p, entries, *place)  # type: ignore[assignment]
@@ -245,7 +245,7 @@ class LowBitOptimizer(Optimizer):
     ) -> dict[str, Any]:
         """``entries`` in the form that the group asks for. New ones that are to be ``paged`` take no memory yet."""
         if partitions.is_partition(p):
-            partitions.take_over(p, entries, rule, self.param_groups)
+            partitions.adopt_states(p, entries, rule, self.param_groups)
         if "step" not in entries:
             entries["step"] = torch.zeros((), dtype=torch.float32, device=shards.local(p).device)
         for state in rule.states:

@@ -78,12 +78,12 @@ class Launch:
         """Where it comes in the order of chunks; first what is not paged."""
         return -1 if self.place is None else self.place[1].index
 
-    def follow_counts(self) -> None:
+    def copy_step_counts(self) -> None:
         """Have the step counts of pieces be their parameters'."""
         for count, followed in self.copies:
             count.copy_(followed)
 
-    def near(self, of_part: StepArguments, changes: bool) -> None:
+    def prepare(self, of_part: StepArguments, changes: bool) -> None:
         """Take gradients and settings of the part's step, and have the states where the kernels look for them."""
         a = self.arguments
         if a is not of_part:
@@ -95,7 +95,7 @@ class Launch:
             pager, chunk = self.place
             pager.near(chunk, changes)
 
-    def pick(self, norms: Tensor | None) -> Tensor | None:
+    def select_norms(self, norms: Tensor | None) -> Tensor | None:
         """The norms of this launch's members, of those of the part."""
         members = [i for i, _ in self.rows]
         if norms is None or members == list(range(len(norms))):
@@ -104,14 +104,14 @@ class Launch:
             self._index = torch.tensor(members, device=norms.device)
         return norms.index_select(0, self._index)
 
-    def sums(self) -> list[Tensor]:
+    def square_sums(self) -> list[Tensor]:
         """Sums of squares for the norms, for each row ``[n, kinds]``: of a piece, those of its n folds."""
         a = self.arguments
         if all(cut is None for _, cut in self.rows):
             return list(kernels.optimizer_norms(a).split(1))
         if self._folds is None:
             rows = [(k, fold) for k, (_, cut) in enumerate(self.rows) for fold in _folds(a, k, cut)]
-            self._folds = rows, _taken(a, rows)
+            self._folds = rows, _subset(a, rows)
         rows, folds = self._folds
         folds.grads = [a.grads[k] if fold is None else fold.of(a.grads[k], a.grid(k)) for k, fold in rows]
         folds.copy_settings(a)
@@ -121,7 +121,7 @@ class Launch:
         return list(values.split(counts))
 
 
-def launches_of(parts: Sequence[Part], held: Sequence[Any]) -> list[Launch]:
+def make_launches(parts: Sequence[Part], held: Sequence[Any]) -> list[Launch]:
     """The launches of a group's step, in the order of the chunks.
 
     ``held``: ``state[p]`` of all its parameters. Where it is paged, the parts' arguments have the states in the slab.
@@ -139,7 +139,7 @@ def launches_of(parts: Sequence[Part], held: Sequence[Any]) -> list[Launch]:
                 chunks.setdefault(piece.chunk, (entries.pager, []))[1].append((member, piece))
         if unpaged:
             whole = len(unpaged) == len(part.indices)
-            launches.append(Launch(number, unpaged, part.arguments if whole else _taken(part.arguments, unpaged)))
+            launches.append(Launch(number, unpaged, part.arguments if whole else _subset(part.arguments, unpaged)))
         for chunk, (pager, members) in chunks.items():
             launches.append(_paged(number, part.arguments, members, (pager, chunk)))
     return sorted(launches, key=lambda launch: launch.index)
@@ -150,7 +150,7 @@ def _paged(part: int, whole: StepArguments, members: list[tuple[int, Piece]], pl
     for i, piece in members:
         entire = piece.stop - piece.start == whole.params[i].numel()
         rows.append((i, None if entire else Cut(piece.start, piece.stop)))
-    launch = Launch(part, rows, _taken(whole, rows), place)
+    launch = Launch(part, rows, _subset(whole, rows), place)
     a, names = launch.arguments, rules.get(whole.rule).state_names
     for k, (_, piece) in enumerate(members):
         shape = a.params[k].shape
@@ -165,7 +165,7 @@ def _paged(part: int, whole: StepArguments, members: list[tuple[int, Piece]], pl
     return launch
 
 
-def _taken(a: StepArguments, rows: Rows) -> StepArguments:
+def _subset(a: StepArguments, rows: Rows) -> StepArguments:
     """The same step for some of its parameters, or parts of them."""
     taken = a._select([i for i, _ in rows])
     for k, (i, cut) in enumerate(rows):
@@ -190,8 +190,8 @@ def _folds(a: StepArguments, k: int, cut: Cut | None) -> list[Cut | None]:
 
 
 def join_norms(launches: Sequence[tuple[Launch, list[Tensor]]], members: int) -> Tensor:
-    """Sums of squares of a part's members, float64 ``[members, kinds]``, from what ``Launch.sums`` gave of each of its
-    launches, in order."""
+    """Sums of squares of a part's members, float64 ``[members, kinds]``, from what ``Launch.square_sums`` gave of each
+    of its launches, in order."""
     sums: list[list[Tensor]] = [[] for _ in range(members)]
     for launch, values in launches:
         for (member, _), value in zip(launch.rows, values, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_lightning.optim.options import MASTER, OWN, wants_master
-from lowbit_lightning.optim.paging import away, want_of
+from lowbit_lightning.optim.paging import to_host, want_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
 from lowbit_lightning.state.pages import in_a_slab
@@ -25,29 +25,29 @@ from lowbit_lightning.state.pages import in_a_slab
 if TYPE_CHECKING:
     from lowbit_lightning.optim.base import LowBitOptimizer
 
-Ways = dict[Tensor, Callable[[], dict[str, Any]]]
+Conversions = dict[Tensor, Callable[[], dict[str, Any]]]
 """How the states of a parameter come about."""
 
 
 def load(optimizer: LowBitOptimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
     """``LowBitOptimizer.load_state_dict``; ``load`` is torch's."""
-    ways: Ways = {}
+    conversions: Conversions = {}
 
     # torch's method casts every state to its parameter's dtype. It gets none; they come in behind it.
-    def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    def withhold_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         saved = bitsandbytes.native_groups(saved, optimizer.defaults)
         pairs = zip(saved["param_groups"], optimizer.param_groups, strict=False)
         groups = [
             {**{k: ours[k] for k in optimizer.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}}
             for theirs, ours in pairs
         ]
-        ways.update(_checked(optimizer, saved, groups))
+        conversions.update(_checked(optimizer, saved, groups))
         return {**saved, "state": {}, "param_groups": groups + saved["param_groups"][len(groups) :]}
 
     if not optimizer.state:  # cleared, perhaps to make room
         _forget_pagers(optimizer)
-    before = optimizer.register_load_state_dict_pre_hook(take_states)
-    after = optimizer.register_load_state_dict_post_hook(lambda _: _put(optimizer, ways), prepend=True)
+    before = optimizer.register_load_state_dict_pre_hook(withhold_states)
+    after = optimizer.register_load_state_dict_post_hook(lambda _: _install(optimizer, conversions), prepend=True)
     try:
         with all_or_nothing([optimizer]):
             load(state_dict)
@@ -70,30 +70,30 @@ def all_or_nothing(optimizers: Sequence[Optimizer]) -> Iterator[None]:
         raise
 
 
-def _checked(optimizer: LowBitOptimizer, saved: dict[str, Any], groups: list[dict[str, Any]]) -> Ways:
+def _checked(optimizer: LowBitOptimizer, saved: dict[str, Any], groups: list[dict[str, Any]]) -> Conversions:
     """How saved states are converted, each found to be possible; of parameters that are not paged, done."""
-    ways: Ways = {}
+    conversions: Conversions = {}
     for theirs, ours, group in zip(saved["param_groups"], optimizer.param_groups, groups, strict=False):
         parsed = format_of(theirs)
         for key, p in zip(theirs["params"], ours["params"], strict=False):
             if key not in saved["state"]:
                 continue
             entries = saved["state"][key]
-            _native(optimizer, p, entries, parsed, group)
-            ways[p] = partial(converted, optimizer, p, entries, parsed, group)
-    for p in [p for ours in optimizer.param_groups if not ours["paged"] for p in ours["params"] if p in ways]:
-        ways[p] = partial(dict, ways[p]())
-    return ways
+            _translated(optimizer, p, entries, parsed, group)
+            conversions[p] = partial(converted, optimizer, p, entries, parsed, group)
+    for p in [p for ours in optimizer.param_groups if not ours["paged"] for p in ours["params"] if p in conversions]:
+        conversions[p] = partial(dict, conversions[p]())
+    return conversions
 
 
-def _put(optimizer: LowBitOptimizer, ways: Ways) -> None:
+def _install(optimizer: LowBitOptimizer, conversions: Conversions) -> None:
     _forget_pagers(optimizer)
-    optimizer.state.update({p: {"step": None} for p in ways})  # whose states are paged, all in one slab
+    optimizer.state.update({p: {"step": None} for p in conversions})  # whose states are paged, all in one slab
     for group in optimizer.param_groups:
         rule = optimizer._rule_of(group)  # the checkpoint may have chosen another
         group["state_format"] = StateFormat.of(rule, group["block_size"]).to_dict()
-        for p in (p for p in group["params"] if p in ways):
-            optimizer.state[p] = _owned(ways[p]())
+        for p in (p for p in group["params"] if p in conversions):
+            optimizer.state[p] = _owned(conversions[p]())
             if group["paged"]:  # at once: what is not, Lightning moves to the device
                 optimizer._entries(p, group, rule)
 
@@ -110,7 +110,7 @@ def _forget_pagers(optimizer: LowBitOptimizer) -> None:
     optimizer.__dict__["_pages"] = optimizer._paging.renewed()
 
 
-def _native(
+def _translated(
     optimizer: LowBitOptimizer, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, group: dict[str, Any]
 ) -> tuple[dict[str, Any], StateFormat | None]:
     """Saved entries of p under this library's names, and their format.
@@ -138,9 +138,9 @@ def converted(
     optimizer: LowBitOptimizer, p: Tensor, entries: dict[str, Any], saved: StateFormat | None, group: dict[str, Any]
 ) -> dict[str, Any]:
     """Entries of p in the form that ``group`` asks for: the same tensors where nothing changes. What is to be paged
-    comes in host memory. ``saved`` describes coded entries. Raises ValueError as ``_native`` does.
+    comes in host memory. ``saved`` describes coded entries. Raises ValueError as ``_translated`` does.
     """
-    entries, saved = _native(optimizer, p, entries, saved, group)
+    entries, saved = _translated(optimizer, p, entries, saved, group)
     if not entries:
         return {}
     rule = optimizer._rule_of(group)
@@ -156,7 +156,7 @@ def converted(
     want = want_of(optimizer, p, group)
     if want is not None:  # the states of one parameter at a time are near; what stays so is no checkpoint's memory
         pages = dict(want.dtypes)
-        result = {name: away(p, value) if name in pages else value.clone() for name, value in result.items()}
+        result = {name: to_host(p, value) if name in pages else value.clone() for name, value in result.items()}
     return {**{k: v for k, v in entries.items() if k not in known}, **result}
 
 

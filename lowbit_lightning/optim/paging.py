@@ -28,7 +28,7 @@ class Paging:
         self._places: dict[Tensor, tuple[Pager, int]] = {}
         self._settings: dict[torch.device, tuple] = {}
         # Values of ``paged`` for which there is nothing to page to.
-        self._hopeless: set[tuple[Any, torch.device]] = set()
+        self._unpageable: set[tuple[Any, torch.device]] = set()
         self._passed: list[Tensor] = []  # parameters in the order of the first pass that updates them one by one
         self._order: dict[Tensor, int] | None = None
         self._before: dict[torch.device, PageStatistics] = {}
@@ -36,7 +36,7 @@ class Paging:
     def renewed(self) -> Paging:
         """One without pagers, for states that are loaded: the old ones' slab stays as it is."""
         new = Paging()
-        new._order, new._hopeless = self._order, self._hopeless
+        new._order, new._unpageable = self._order, self._unpageable
         new._before = self._before | {device: pager.statistics for device, pager in self.pagers.items()}
         return new
 
@@ -59,8 +59,8 @@ class Paging:
         return place
 
     def _want(self, optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:
-        hopeless = (group["paged"], shards.local(p).device) in self._hopeless
-        return None if hopeless else want_of(optimizer, p, group)
+        unpageable = (group["paged"], shards.local(p).device) in self._unpageable
+        return None if unpageable else want_of(optimizer, p, group)
 
     # -- pagers ------------------------------------------------------------------------------------------------------
 
@@ -83,9 +83,9 @@ class Paging:
             wants = dict(sorted(wants.items(), key=lambda item: order.get(item[0], last)))
         transport = pages.open_transport(group["paged"], device, group["page_dir"])
         if transport is None:
-            self._hopeless.add((group["paged"], device))
+            self._unpageable.add((group["paged"], device))
             self._places = {p: place for p, place in self._places.items() if p not in wants}
-            _warn_of_nothing_to_page_to(device)
+            _warn_of_no_far_memory(device)
             return
         old = self.pagers.get(device)
         try:
@@ -124,7 +124,7 @@ class Paging:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def passed(self, p: Tensor) -> None:
+    def record_order(self, p: Tensor) -> None:
         """A step of a single parameter, in an order that is not known before."""
         if self._order is None and self.pagers:
             self._passed.append(p)
@@ -164,7 +164,7 @@ class Paging:
         return PageStatistics.total(parts) if parts else None
 
 
-def inherited(groups: list[dict[str, Any]], new: dict[str, Any]) -> dict[str, Any]:
+def inherited_settings(groups: list[dict[str, Any]], new: dict[str, Any]) -> dict[str, Any]:
     """The settings of paging that a new group shares with those that are paged as it is."""
     paged = (group for group in groups if new["paged"] and group["paged"] == new["paged"])
     return next(({name: group[name] for name in ("resident", "page_dir")} for group in paged), {})
@@ -213,12 +213,12 @@ def want_of(optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Wan
     return Want(tuple(local.shape), tuple(dtypes), unit)
 
 
-def away(p: Tensor, value: Tensor) -> Tensor:
+def to_host(p: Tensor, value: Tensor) -> Tensor:
     """A state of p in host memory: a DTensor where it was one."""
     return shards.like(p, shards.local(value).to("cpu"), value.shape, stays=True)
 
 
-def back(p: Tensor, value: Any) -> Any:
+def to_device(p: Tensor, value: Any) -> Any:
     """A state of p where p is, in memory of its own."""
     if not isinstance(value, Tensor):
         return value
@@ -239,7 +239,7 @@ def _check_equal(group: dict[str, Any], other: dict[str, Any]) -> None:
         )
 
 
-def _warn_of_nothing_to_page_to(device: torch.device) -> None:
+def _warn_of_no_far_memory(device: torch.device) -> None:
     if device.type != "meta":
         warnings.warn(
             f"paged=True has no effect on {device}: states lie in host memory already, and are not paged; "

@@ -53,7 +53,7 @@ def key_of(params: Sequence[Tensor], number: int) -> Any:
     return ("partition", id(params[0])) if params and is_partition(params[0]) else number
 
 
-def take_over(p: Tensor, entries: dict[str, Tensor], rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
+def adopt_states(p: Tensor, entries: dict[str, Tensor], rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
     """Make ``state[p]`` the optimizer's own again, whatever DeepSpeed has put there.
 
     Raises:

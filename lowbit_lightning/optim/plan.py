@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.optim.launches import Launch, Part, launches_of
+from lowbit_lightning.optim.launches import Launch, Part, make_launches
 from lowbit_lightning.optim.options import MASTER, wants_master
 from lowbit_lightning.state import blocks, shards
 
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
         return same and self.places == places(work)
 
 
-def made_plan(form: tuple, work: Work, rule: rules.Rule, entries: list[dict[str, Tensor]], held: list[Any]) -> Plan:
+def make_plan(form: tuple, work: Work, rule: rules.Rule, entries: list[dict[str, Tensor]], held: list[Any]) -> Plan:
     """The plan of a group's steps; ``entries``: of each parameter, as a dict. ``held``: the same as ``state[p]`` holds
     them, which says what is paged."""
     group = work.group
@@ -55,7 +55,7 @@ def made_plan(form: tuple, work: Work, rule: rules.Rule, entries: list[dict[str,
         alike.setdefault((p.device, wants_master(p, group), bits_of(entries[i], rule)), []).append(i)
     parts = [Part(rows, bits, _arguments(work, entries, rows, rule)) for (_, _, bits), rows in alike.items()]
     values = [value for e in entries for value in e.values()]
-    return Plan(form, list(work.params), values, places(work), parts, launches_of(parts, held))
+    return Plan(form, list(work.params), values, places(work), parts, make_launches(parts, held))
 
 
 def _arguments(
@@ -86,7 +86,7 @@ def _arguments(
     )
 
 
-def work_of(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) -> Work:
+def collect_work(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) -> Work:
     """The work on parameters that have a gradient."""
     for p in params:
         assert p.grad is not None
@@ -114,7 +114,7 @@ def bits_of(entries: dict[str, Tensor], rule: rules.Rule) -> int:
     return 8 if any(blocks.is_coded(entries, state.name) for state in rule.states) else 32
 
 
-def hyper_of(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tuple[Tensor | None, list[float]]:
+def hyperparameters(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tuple[Tensor | None, list[float]]:
     """The learning rate if it is a tensor on the device, and the rule's hyperparameters as floats."""
     values = dict(group)
     if "betas" in group:

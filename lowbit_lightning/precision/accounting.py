@@ -25,7 +25,7 @@ from torch.utils import flop_counter
 from lowbit_lightning.precision.int8 import NAME, Int8Mixed
 
 
-def tell_the_truth() -> None:
+def patch_accounting() -> None:
     """Teach them about our plugins and ops; idempotent."""
     from lightning.fabric.utilities import throughput
     from lightning.pytorch.callbacks import throughput_monitor

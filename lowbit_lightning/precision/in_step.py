@@ -12,7 +12,7 @@ How it works
 
 Interactions
     Other optimizers get what Lightning does for them. Plugins of other classes, subclasses of Lightning's among them,
-    unscale and clip by passes; ``leave_clipping_possible`` sees to that.
+    unscale and clip by passes; ``allow_clipping`` sees to that.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ _TWINS = {
 }
 
 
-def put_in_step(plugin: Any) -> None:
+def fuse_scaling_and_clipping(plugin: Any) -> None:
     """Make a plugin that is exactly one of Lightning's the subclass above; the same object, whoever made it."""
     if type(plugin) in _TWINS:
         plugin.__class__ = _TWINS[type(plugin)]
@@ -176,7 +176,7 @@ def _overrides_hook(callback: Any) -> bool:
 _ROOTS = ("lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
 
 
-def leave_clipping_possible() -> None:
+def allow_clipping() -> None:
     """Let Lightning unscale and clip for our optimizers, in plugins and packages that know nothing of ``InStep``.
 
     It takes an optimizer whose step *can* unscale for one whose step *must*, and refuses clipping. Its question is
@@ -186,10 +186,10 @@ def leave_clipping_possible() -> None:
         module = sys.modules.get(name)
         original = getattr(module, "_optimizer_handles_unscaling", None)
         if original is not None and not hasattr(original, "_lowbit_lightning"):
-            module._optimizer_handles_unscaling = _but_for_ours(original)  # type: ignore[union-attr]
+            module._optimizer_handles_unscaling = _except_ours(original)  # type: ignore[union-attr]
 
 
-def _but_for_ours(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _except_ours(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     @functools.wraps(original)
     def _optimizer_handles_unscaling(optimizer: Any) -> bool:
         inner = getattr(optimizer, "optimizer", optimizer)

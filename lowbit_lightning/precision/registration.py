@@ -22,8 +22,8 @@ from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lowbit_lightning.precision.accounting import tell_the_truth
-from lowbit_lightning.precision.in_step import leave_clipping_possible, put_in_step
+from lowbit_lightning.precision.accounting import patch_accounting
+from lowbit_lightning.precision.in_step import allow_clipping, fuse_scaling_and_clipping
 from lowbit_lightning.precision.int8 import (
     NAME,
     DeepSpeedInt8MixedPrecision,
@@ -48,8 +48,8 @@ def register() -> None:
     if NAME not in get_args(_PRECISION_INPUT_STR):
         _wrap(_AcceleratorConnector, Int8MixedPrecision, "precision_plugin")
         _wrap(_Connector, FabricInt8MixedPrecision, "precision")
-    leave_clipping_possible()
-    tell_the_truth()
+    allow_clipping()
+    patch_accounting()
     _watch_pytorch_lightning()
 
 
@@ -82,7 +82,7 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
             original(*bound.args, **bound.kwargs)
         in_use = getattr(self, attribute, None)
         _check_result(self.strategy, in_use, plugin, wanted)
-        put_in_step(in_use)
+        fuse_scaling_and_clipping(in_use)
 
     __init__._lowbit_lightning = True  # type: ignore[attr-defined]
     connector.__init__ = __init__  # type: ignore[misc]
@@ -175,7 +175,7 @@ class _PytorchLightningFinder(importlib.abc.MetaPathFinder):
 
 
 def _refuse(module: ModuleType) -> None:
-    leave_clipping_possible()  # our optimizers serve there too
+    allow_clipping()  # our optimizers serve there too
     original = module._AcceleratorConnector.__init__
     if hasattr(original, "_lowbit_lightning"):
         return
