@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,15 +14,13 @@ import torch
 from int8_models import matmuls
 from lightning.pytorch.callbacks import Callback
 from monitored import BATCHES, FEATURES, Model, Validated, data, fit, ours, quiet
+from run_program import run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowbit_lightning import kernels
 from lowbit_lightning.callbacks import LowBitMonitor
 from lowbit_lightning.layers import Int8Linear, Products
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 # -- what is measured ------------------------------------------------------------------------------------------------
 
@@ -311,13 +306,8 @@ def test_a_state_of_another_version() -> None:
 @pytest.mark.multiprocess
 def test_ranks_agree(tmp_path: Path) -> None:
     """tests/programs/monitored_ranks.py says what each rank reports."""
-    program = ROOT / "tests" / "programs" / "monitored_ranks.py"
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    for arguments in ([], ["alone"]):
-        command = [sys.executable, str(program), str(tmp_path), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
+    run("monitored_ranks.py", tmp_path)
+    run("monitored_ranks.py", tmp_path, "alone")
     first, second, alone = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("rank0", "rank1", "alone"))
     assert first == second
     outlier = "int8/forward/snr/net.0"

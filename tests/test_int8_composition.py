@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +27,7 @@ from int8_models import (
     products,
     swapped,
 )
+from run_program import run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,9 +35,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lowbit_lightning import convert, kernels
 from lowbit_lightning.layers import Int8Linear
 from lowbit_lightning.precision import FabricInt8MixedPrecision, Int8MixedPrecision
-
-ROOT = Path(__file__).parents[1]
-
 
 # -- what wraps a layer ----------------------------------------------------------------------------------------------
 
@@ -204,14 +199,6 @@ def test_plain_layers_come_back_after_training() -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
-def test_two_ranks_equal_one_process() -> None:
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """DDP and FSDP2, with accumulation; tests/programs/int8_ranks.py says what is compared and counted."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = ROOT / "tests" / "programs" / "int8_ranks.py"
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # a checkout needs no install
-    command = [sys.executable, str(program), str(port)]
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("int8_ranks.py", tmp_path)

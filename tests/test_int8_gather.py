@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from run_program import run
 
 from lowbit_lightning.strategies import ShardedStrategy
 from lowbit_lightning.strategies.gather import Int8Rows
-
-PROGRAM = Path(__file__).parent / "programs" / "int8_gather.py"
 
 
 @given(st.integers(1, 40), st.integers(16, 70), st.integers(1, 5), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -46,8 +43,7 @@ def test_rounding_twice_changes_nothing() -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, PROGRAM, tmp_path], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run("int8_gather.py", tmp_path)
     (high, high_bytes, exact), (int8, int8_bytes, error) = json.loads((tmp_path / "result.json").read_text()).values()
     assert exact == 0
     assert 0.9 < error <= 1.001

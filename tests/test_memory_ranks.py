@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import planned_memory as real
@@ -15,6 +12,7 @@ import torch
 from fake_ranks import being_rank
 from optimizers import one_thread  # noqa: F401
 from planned_memory import EXACT, Odd, on_meta, stepped, within
+from run_program import outcomes, run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from lowbit_lightning import memory, optim
 from lowbit_lightning.memory import groups
 
-PROGRAM = Path(real.__file__)
 RANKS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero3": {"strategy": "sharded"},
@@ -36,9 +33,8 @@ RANKS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, int]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    run(real.__file__, folder)
+    return [outcomes(folder)[str(rank)] for rank in range(2)]
 
 
 @pytest.mark.multiprocess

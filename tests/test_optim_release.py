@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -17,6 +15,7 @@ from fake_ranks import being_rank
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from optimizers import one_thread, parameters
+from run_program import run
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
@@ -257,14 +256,9 @@ def test_ranks_that_average_gradients_after_backward_are_refused() -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
-def test_under_fsdp2_it_is_the_ordinary_step_too() -> None:
+def test_under_fsdp2_it_is_the_ordinary_step_too(tmp_path: Path) -> None:
     """There gradients are averaged, and cut, before they are accumulated."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = Path(__file__).parent / "programs" / "released_gradients.py"
-    done = subprocess.run([sys.executable, program, str(port)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("released_gradients.py", tmp_path)
 
 
 # -- under Lightning ---------------------------------------------------------------------------------------------------

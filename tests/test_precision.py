@@ -20,6 +20,7 @@ import torch
 from int8_models import matmuls
 from lightning.fabric.connector import _Connector
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from run_program import ROOT, run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,7 +34,6 @@ from lowbit_lightning.precision import (
     registration,
 )
 
-ROOT = Path(__file__).parents[1]
 BATCHES = 4
 
 
@@ -377,12 +377,7 @@ def test_pytorch_lightning_is_refused_where_it_was_imported_first(monkeypatch: p
 @pytest.mark.multiprocess
 def test_two_ranks(tmp_path: Path) -> None:
     """DDP with DeterministicResume, and FSDP2; tests/programs/two_ranks.py says what each rank reports."""
-    program = ROOT / "tests" / "programs" / "two_ranks.py"
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # a checkout needs no install
-    command = [sys.executable, str(program), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("two_ranks.py", tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["through"]["weights"] == second["through"]["weights"]
     assert first["through"]["losses"] != second["through"]["losses"]

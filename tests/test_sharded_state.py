@@ -5,15 +5,12 @@ The ranks run ``programs/sharded_state.py``, once for all tests here.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from run_program import check, outcomes, run
 
-PROGRAM = Path(__file__).parent / "programs" / "sharded_state.py"
 RANKS = {"plain": 1, "2": 2, "3": 3, "1": 1}
 CHECKS = (
     "states_are_the_single_process_states",
@@ -35,18 +32,14 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.skipif(sys.platform == "win3
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By round and rank: what each check found wrong."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.[0-9].json")}
+    run("sharded_state.py", folder)
+    return outcomes(folder)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("world", RANKS)
 def test_on_ranks(name: str, world: str, results: dict[str, dict[str, Any]]) -> None:
-    for rank in range(RANKS[world]):
-        found = results[f"{world}.{rank}"]
-        assert name in found, f"rank {rank} did not get there: {[v for v in found.values() if v]}"
-        assert found[name] is None, f"rank {rank}: {found[name]}"
+    check(name, (results[f"{world}.{rank}"] for rank in range(RANKS[world])))
 
 
 def test_a_plain_model_loads_what_2_3_and_1_ranks_saved(results: dict[str, dict[str, Any]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,12 +20,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
+from run_program import PROGRAMS, ROOT, check, outcomes, run
 from torch import nn
 
 from lowbit_lightning.memory import groups
 from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, blocks, checkpoints, consolidate
 
-PROGRAMS = Path(__file__).parent / "programs"
 CHECKPOINTS = (
     "saves_of_every_strategy_load_everywhere",
     "bad_checkpoints_change_nothing",
@@ -66,37 +65,13 @@ ALL = {
 pytestmark = [pytest.mark.multiprocess, pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")]
 
 
-def run(*arguments: Any, timeout: float) -> str:
-    """A program in a process group of its own, which ends with it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=environment,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, output[-4000:]
-    return output
-
-
 def results_of(folder: Path, steps: int, rounds: dict[str, tuple[str, ...]], timeout: float) -> dict[str, Any]:
-    run(PROGRAMS / "sharded_strategy.py", folder, steps, *rounds, timeout=timeout)
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.[0-9].json")}
+    run("sharded_strategy.py", folder, steps, *rounds, timeout=timeout)
+    return outcomes(folder)
 
 
 def examine(results: dict[str, Any], world: str, name: str) -> None:
-    for rank in range(int(world) if world.isdigit() else 1):
-        found = results[f"{world}.{rank}"]
-        assert name in found, f"rank {rank} did not get there: {[v for v in found.values() if v]}"
-        assert found[name] is None, f"rank {rank}: {found[name]}"
+    check(name, (results[f"{world}.{rank}"] for rank in range(int(world) if world.isdigit() else 1)))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +103,7 @@ def test_on_up_to_four_ranks(world: str, name: str, all_results: dict[str, Any])
     "rounds", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=["3", "50"]
 )
 def test_killed_saves_leave_a_checkpoint(rounds: int, tmp_path: Path) -> None:
-    output = run(PROGRAMS / "sharded_strategy_kill.py", tmp_path, rounds, timeout=850 if rounds > 3 else 250)
+    output = run("sharded_strategy_kill.py", tmp_path, rounds, timeout=850 if rounds > 3 else 250)
     assert output.count("killed") == rounds
 
 
@@ -254,7 +229,7 @@ def torchrun(nodes: int, ranks: int, *program: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 1), (2, 2)])
 def test_torchrun(nodes: int, ranks: int, tmp_path: Path) -> None:
-    run(PROGRAMS / "sharded_strategy_torchrun.py", tmp_path / "alone", timeout=100)
+    run("sharded_strategy_torchrun.py", tmp_path / "alone", timeout=100)
     expected = json.loads((tmp_path / "alone").read_text())["losses"]
     torchrun(nodes, ranks, str(PROGRAMS / "sharded_strategy_torchrun.py"), str(tmp_path / "together"))
     found = json.loads((tmp_path / "together").read_text())
@@ -267,7 +242,7 @@ def test_torchrun(nodes: int, ranks: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 1)])
 def test_the_example_under_torchrun(nodes: int, ranks: int, tmp_path: Path) -> None:
-    example = PROGRAMS.parent.parent / "examples" / "train_gpt.py"
+    example = ROOT / "examples" / "train_gpt.py"
     size = [
         "--steps=8",
         "--warmup=2",

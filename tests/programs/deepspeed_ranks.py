@@ -13,10 +13,7 @@ import json
 import logging
 import os
 import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +23,9 @@ import deepspeed_small as small
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from deepspeed_small import convert, off, raised
 from deepspeed_states import Compare, equal, nbytes, picture
+from ranks import fork, join, write_outcomes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -334,32 +331,20 @@ CHECKS: dict[str, tuple[Callable[[Path], str | None], ...]] = {
 
 
 def rank_main(rank: int, ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
     for name in ("lightning.pytorch", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    store = dist.FileStore(str(folder / f"store {ranks}"), ranks)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=60))
-    results: dict[str, str | None] = {}
-    for check in (*CHECKS[str(ranks)], *small.CHECKS[str(ranks)]):
-        try:
-            results[check.__name__] = check(folder)
-        except Exception:
-            results[check.__name__] = traceback.format_exc()
-            break  # the ranks are out of step now
-    (folder / f"{ranks}.{rank}.json").write_text(json.dumps(results))
+    join(rank, ranks, folder / f"store {ranks}")
+    checks = (*CHECKS[str(ranks)], *small.CHECKS[str(ranks)])
+    write_outcomes(folder / f"{ranks}.{rank}.json", checks, folder)
     dist.destroy_process_group()
 
 
 def main(folder: Path, rounds: list[str]) -> None:
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere does no harm
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]  # it would be compiled
     for ranks in map(int, rounds):
-        # Forked from a process that computes nothing: quick, and no thread of OpenMP is lost on the way.
-        mp.start_processes(rank_main, (ranks, folder), nprocs=ranks, start_method="fork")
+        fork(rank_main, (ranks, folder), ranks)
 
 
 if __name__ == "__main__":

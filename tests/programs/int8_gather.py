@@ -7,15 +7,13 @@ units of what quantisation by rows allows.
 from __future__ import annotations
 
 import json
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import fork, join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -82,16 +80,13 @@ def train(gather: str) -> tuple[list[float], int, float]:
     return losses, gathered.largest, worst
 
 
-def run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    address = {"init_method": f"file://{folder}/rendezvous", "timeout": timedelta(seconds=120)}
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, **address)  # type: ignore[arg-type]
+def run(rank: int, folder: Path) -> None:
+    join(rank, RANKS, folder / "store")
     result = {gather: train(gather) for gather in ("high", "int8")}
     if rank == 0:
-        Path(folder, "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    mp.start_processes(run, (sys.argv[1],), RANKS, start_method="fork")
+    fork(run, (Path(sys.argv[1]),), RANKS)

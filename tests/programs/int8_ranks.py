@@ -4,16 +4,14 @@ one process that splits its batches the same way. Exits with 0 where they are eq
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import fork, join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -118,12 +116,8 @@ def check(name: str, result: tuple[nn.Module, dict[str, int]], expected: nn.Modu
         assert same, f"{name}: {parameter} differs by {(a - b).abs().max()}"
 
 
-def rank(number: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=number, world_size=RANKS, timeout=timedelta(seconds=60))
+def rank(number: int, folder: Path) -> None:
+    join(number, RANKS, folder / "store")
     expected = alone()
     passes = STEPS * MICRO_BATCHES * LINEARS
     both = {"int8_matmul": 3 * passes, "quantize_both": 2 * passes}  # x in the forward, dy in the backward
@@ -145,5 +139,4 @@ def rank(number: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    mp.start_processes(rank, (int(sys.argv[1]),), nprocs=RANKS, start_method="fork")
+    fork(rank, (Path(sys.argv[1]),), RANKS)

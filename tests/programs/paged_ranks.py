@@ -7,12 +7,7 @@ them.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import traceback
-import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from paged_engine import lying_in_wait
+from ranks import fork, join, write_outcomes
 from sharded_state import Net, build, placed_like
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -174,23 +169,10 @@ CHECKS = (parts_stay_where_they_lie, steps_are_the_unpaged_ones, checkpoints_go_
 
 
 def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # torch's own, about checkpoints
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=store, timeout=timedelta(seconds=60))
-    results: dict[str, str | None] = {}
-    for check in CHECKS:
-        torch.manual_seed(0)
-        try:
-            results[check.__name__] = check(folder)
-        except Exception:
-            results[check.__name__] = traceback.format_exc()
-            break  # the ranks are out of step now
-    (folder / f"{rank}.json").write_text(json.dumps(results))
+    join(rank, WORLD, folder / "store")
+    write_outcomes(folder / f"{rank}.json", CHECKS, folder)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.start_processes(rank_main, (Path(sys.argv[1]),), nprocs=WORLD, start_method="fork")
+    fork(rank_main, (Path(sys.argv[1]),), WORLD)

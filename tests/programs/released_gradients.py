@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import fork, join
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,12 +39,8 @@ def train(kind: str, release: bool) -> tuple[list[float], list[Tensor]]:
     return losses, [p.full_tensor() for p in model.parameters()]
 
 
-def rank(number: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=number, world_size=RANKS, timeout=timedelta(seconds=60))
+def rank(number: int, folder: Path) -> None:
+    join(number, RANKS, folder / "store")
     for kind in ("AdamW", "LAMB"):
         plain, released = train(kind, False), train(kind, True)
         assert plain[0] == released[0], f"{kind}: losses {plain[0]} and {released[0]}"
@@ -55,5 +49,4 @@ def rank(number: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    mp.start_processes(rank, (int(sys.argv[1]),), nprocs=RANKS, start_method="fork")
+    fork(rank, (Path(sys.argv[1]),), RANKS)

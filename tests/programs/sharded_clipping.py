@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import fork, join
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -85,16 +82,11 @@ def overflow() -> None:
 
 
 def rank(number: int, folder: Path) -> None:
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", rank=number, world_size=RANKS, store=store, timeout=timedelta(seconds=60))
+    join(number, RANKS, folder / "store")
     clipping()
     overflow()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    mp.start_processes(rank, (Path(sys.argv[1]),), nprocs=RANKS, start_method="fork")
+    fork(rank, (Path(sys.argv[1]),), RANKS)

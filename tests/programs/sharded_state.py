@@ -10,19 +10,16 @@ ranks.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from ranks import equal, fork, join, write_outcomes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -102,24 +99,6 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
         name: {"param": full(p), **{k: full(x) for k, x in optimizer.state[p].items()}}
         for name, p in model.named_parameters()
     }
-
-
-def differences(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> Iterator[str]:
-    if a.keys() != b.keys():
-        yield f"other parameters: {sorted(a.keys() ^ b.keys())}"
-    for name in a:
-        if a[name].keys() != b[name].keys():
-            yield f"{name}: other entries: {sorted(a[name])} and {sorted(b[name])}"
-        for key, x in a[name].items():
-            y = b[name][key]
-            if x.dtype != y.dtype or x.shape != y.shape:
-                yield f"{name}.{key}: {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
-            elif not torch.equal(x, y):
-                yield f"{name}.{key}: {int((x != y).sum())} of {x.numel()} elements differ"
-
-
-def equal(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> str | None:
-    return next(differences(a, b), None)
 
 
 def against_single(folder: Path, world: int, name: str, found: dict[str, dict[str, Tensor]]) -> str | None:
@@ -370,28 +349,17 @@ def rank_main(rank: int, world: int, round_name: str, folder: Path) -> None:
     warnings.simplefilter("ignore")  # torch's own, about single-process checkpoints
     sharded = "plain" not in round_name
     if sharded:
-        store = dist.FileStore(str(folder / f"store {round_name}"), world)
-        dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=60))
-    results: dict[str, str | None] = {}
-    for check in CHECKS if round_name != "plain again" else CHECKS[1:2]:
-        torch.manual_seed(0)
-        try:
-            results[check.__name__] = check(folder, world)
-        except Exception:
-            results[check.__name__] = traceback.format_exc()
-            break  # the ranks are out of step now
-    (folder / f"{round_name}.{rank}.json").write_text(json.dumps(results))
+        join(rank, world, folder / f"store {round_name}")
+    checks = CHECKS if round_name != "plain again" else CHECKS[1:2]
+    write_outcomes(folder / f"{round_name}.{rank}.json", checks, folder, world)
     if sharded:
         dist.destroy_process_group()
 
 
 def main(folder: Path) -> None:
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere does no harm
     for round_name in ROUNDS:
         world = int(round_name) if round_name.isdigit() else 1
-        # Forked from a process that computes nothing: quick, and no thread of OpenMP is lost on the way.
-        mp.start_processes(rank_main, (world, round_name, folder), nprocs=world, start_method="fork")
+        fork(rank_main, (world, round_name, folder), world)
 
 
 if __name__ == "__main__":

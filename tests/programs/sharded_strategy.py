@@ -8,14 +8,11 @@ reads them. The round "single", the first, is Lightning on one device with no st
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import lightning as L
 import sharded_strategy_checkpoints as checkpoints
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import fork, join, write_outcomes
 from sharded_strategy_model import TOKENS, WIDTH, Block, Data, Net, Traffic, raised, trainer, whole, world
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -370,16 +367,9 @@ def rank_main(rank: int, ranks: int, round_name: str, folder: Path) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if round_name.isdigit():  # as under torchrun
         os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
-        store = dist.FileStore(str(folder / f"store {round_name}"), ranks)
-        dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=60))
-    results: dict[str, str | None] = {}
-    for check in (QUICK if STEPS < 50 else ALL).get(round_name, CHECKS):
-        try:
-            results[check.__name__] = check(folder)
-        except Exception:
-            results[check.__name__] = traceback.format_exc()
-            break  # the ranks are out of step now
-    (folder / f"{round_name}.{rank}.json").write_text(json.dumps(results))
+        join(rank, ranks, folder / f"store {round_name}")
+    checks = (QUICK if STEPS < 50 else ALL).get(round_name, CHECKS)
+    write_outcomes(folder / f"{round_name}.{rank}.json", checks, folder)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -388,12 +378,9 @@ def main(folder: Path, steps: int, rounds: list[str]) -> None:
     global STEPS
     STEPS = steps
     checkpoints.QUICK = steps < 50
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that resolves to nowhere does no harm
     for round_name in rounds:
         ranks = int(round_name) if round_name.isdigit() else 1
-        # Forked from a process that computes nothing: quick, and no thread of OpenMP is lost on the way.
-        mp.start_processes(rank_main, (ranks, round_name, folder), nprocs=ranks, start_method="fork")
+        fork(rank_main, (ranks, round_name, folder), ranks)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from sharded_strategy_model import BATCH, Net, equal, picture, raised, trainer, world
+from ranks import equal
+from sharded_strategy_model import BATCH, Net, picture, raised, trainer, world
 from torch import Tensor
 
 from lowbit_lightning import optim

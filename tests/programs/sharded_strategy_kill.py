@@ -13,15 +13,13 @@ import random
 import signal
 import sys
 import time
-import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import join
 from sharded_strategy_model import trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -61,13 +59,10 @@ class SaveAlways(L.Callback):
 
 
 def rank_main(rank: int, number: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
     os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
-    store = dist.FileStore(str(folder / f"store {number}"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=60))
+    join(rank, 2, folder / f"store {number}")
     path = folder / "last"
     strategy = ShardedStrategy(save_distributed_checkpoint=number % 3 > 0)
     there = any(path.with_name(name).exists() for name in ("last", "last.previous"))

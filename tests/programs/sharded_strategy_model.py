@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -189,24 +188,6 @@ def picture(model: nn.Module, optimizers: Any) -> dict[str, dict[str, Tensor]]:
             if named:
                 result[f"{i} {owners[p]}"] = {k: whole(torch.as_tensor(x)) for k, x in named.items()}
     return result
-
-
-def differences(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> Iterator[str]:
-    if a.keys() != b.keys():
-        yield f"not in both: {sorted(a.keys() ^ b.keys())}"
-    for name in a.keys() & b.keys():
-        if a[name].keys() != b[name].keys():
-            yield f"{name}: not in both: {sorted(a[name].keys() ^ b[name].keys())}"
-        for key in a[name].keys() & b[name].keys():
-            x, y = a[name][key], b[name][key]
-            if x.dtype != y.dtype or x.shape != y.shape:
-                yield f"{name} {key}: {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
-            elif not torch.equal(x, y):
-                yield f"{name} {key}: {int((x != y).sum())} of {x.numel()} elements differ"
-
-
-def equal(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> str | None:
-    return next(differences(a, b), None)
 
 
 def raised(action: Any, kind: type[BaseException], *words: str) -> str | None:
