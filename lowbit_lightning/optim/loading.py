@@ -105,7 +105,7 @@ def _owned(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget_pagers(optimizer: LowBitOptimizer) -> None:
-    """The states in their slabs, and who kept the old ``_pages``, are what keeps them alive then."""
+    """From here on states in their slabs, and whoever holds the old ``_pages``, are all that keeps them alive."""
     optimizer.forget_plans()
     optimizer.__dict__["_pages"] = optimizer._paging.renewed()
 
