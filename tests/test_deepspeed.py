@@ -6,10 +6,7 @@ what two saved and DeepSpeed's own tool converted.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
@@ -23,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.plugins import DeepSpeedPrecision
+from run_program import check, outcomes, run
 from torch import Tensor, nn
 
 from lowbit_lightning import Int8MixedPrecision, kernels, optim
@@ -32,7 +30,6 @@ from lowbit_lightning.strategies import DeepSpeedStrategy
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
 from lowbit_lightning.strategies.optimizers import adapt
 
-PROGRAM = Path(__file__).parent / "programs" / "deepspeed_ranks.py"
 CHECKS = {
     2: (
         "stages_train_like_torch",
@@ -70,31 +67,14 @@ pytestmark = [
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By round and rank: what each check found wrong."""
     folder = tmp_path_factory.mktemp("ranks")
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder), *map(str, CHECKS)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    try:
-        output, _ = process.communicate(timeout=280)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, output[-4000:]
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("[0-9].[0-9].json")}
+    run("deepspeed_ranks.py", folder, *CHECKS, DS_ACCELERATOR="cpu")
+    return outcomes(folder)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in CHECKS.items() for name in names])
 def test_on_ranks(ranks: int, name: str, results: dict[str, Any]) -> None:
-    for rank in range(ranks):
-        found = results[f"{ranks}.{rank}"]
-        assert name in found, f"rank {rank} did not get there: {[v for v in found.values() if v]}"
-        assert found[name] is None, f"rank {rank}: {found[name]}"
+    check(name, (results[f"{ranks}.{rank}"] for rank in range(ranks)))
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------
