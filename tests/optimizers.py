@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
+
+# Every optimizer, with options that give it all its states.
+FAMILY: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
+    "RMSprop": {"centered": True, "momentum": 0.9},
+    "Adagrad": {},
+    "Lion": {},
+    "LAMB": {},
+    "LARS": {},
+    "AdEMAMix": {"t_alpha": 5, "t_beta3": 5},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +86,26 @@ def copied(x: Any, how: str) -> Any:
     torch.save(x, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+def updates_beside_a_large_channel(
+    ours: Callable[..., Any], theirs: Callable[..., Any], rows: int, steps: int
+) -> Tensor:
+    """Norm of each input channel's update over theirs, [steps, channels], where one has 1000 times larger gradients: a
+    small second moment that is rounded to zero makes its channel's updates tens of times too large."""
+    (p,) = parameters((rows, 512))
+    (q,) = twins([p])
+    a, b = ours([p]), theirs([q])
+    ratios = []
+    for _ in range(steps):
+        before = p.detach().clone(), q.detach().clone()
+        p.grad = torch.randn(rows, 512)
+        p.grad[:, 7] *= 1000
+        q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        ratios.append((p.detach() - before[0]).norm(dim=0) / (q.detach() - before[1]).norm(dim=0))
+    return torch.stack(ratios)
 
 
 def close(ours: list[Parameter], theirs: list[Parameter], tolerance: float = 1e-6) -> None:

@@ -11,7 +11,7 @@ import torch
 from fake_ranks import being_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimizers import one_thread  # noqa: F401
+from optimizers import FAMILY, one_thread  # noqa: F401
 from planned_memory import Odd, on_meta, own, states_of, stepped
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +20,7 @@ from lowbit_lightning import memory, optim
 from lowbit_lightning.state.pages import Entries, Pager
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "LAMB", "LARS", "AdEMAMix")},
+    **{name: (name, {}) for name in FAMILY},
     "momentum": ("SGD", {"momentum": 0.9}),
     "amsgrad": ("AdamW", {"amsgrad": True}),
     "centered": ("RMSprop", {"centered": True, "momentum": 0.9}),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import close, one_thread, parameters, spread, step, twins, values
+from optimizers import FAMILY, close, one_thread, parameters, spread, step, twins, values
 from run_program import run
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -94,7 +94,7 @@ def test_unscaled_and_clipped_in_the_step(max_norm: float | None) -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(params, held, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion", "LAMB", "LARS", "AdEMAMix"])
+@pytest.mark.parametrize("kind", FAMILY)
 @pytest.mark.parametrize("bits", [8, 32])
 def test_equal_to_unscaling_and_clipping_by_hand(kind: str, bits: int) -> None:
     """Norm phases see the unscaled, clipped gradient too. A step that overflows counts nowhere."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import FAMILY
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -15,17 +16,6 @@ pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
 SHAPES = ((64, 700), (300,), (128, 512), (5, 33))
-FAMILY: dict[str, dict[str, Any]] = {
-    "SGD": {"momentum": 0.9},
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-    "RMSprop": {"centered": True, "momentum": 0.9},
-    "Adagrad": {},
-    "Lion": {},
-    "LAMB": {},
-    "LARS": {},
-    "AdEMAMix": {"t_alpha": 5, "t_beta3": 5},
-}
 
 
 class Run:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from optimizers import FAMILY
 from torch import Tensor
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -16,17 +15,6 @@ pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
 SHAPES = ((640, 700), (300,), (1280, 512), (5, 33), (3000, 256), (64, 64))
-FAMILY: dict[str, dict[str, Any]] = {
-    "SGD": {"momentum": 0.9},
-    "Adam": {"amsgrad": True},
-    "AdamW": {},
-    "RMSprop": {"centered": True, "momentum": 0.9},
-    "Adagrad": {},
-    "Lion": {},
-    "LAMB": {},
-    "LARS": {},
-    "AdEMAMix": {"t_alpha": 5, "t_beta3": 5},
-}
 WAITS = ("Synchronize", "cudaMalloc", "cudaFree", "cudaHostAlloc", "cuMemAlloc", "cuMemFree")
 
 
