@@ -39,6 +39,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import lowbit_lightning
@@ -175,12 +176,8 @@ def complaints(plain: dict[str, Any], low: dict[str, Any], tolerance: float) -> 
 
 
 def draw(path: Path, runs: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
     for one, colour in zip(runs, ("tab:blue", "tab:orange", "tab:green"), strict=False):
         axes.plot(one["train_losses"], color=colour, alpha=0.35, linewidth=1)
         steps, losses, _ = zip(*one["validations"], strict=True)
@@ -188,7 +185,6 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     axes.set(xlabel="step", ylabel="loss, nats per byte", title="GPT on bytes; faint: training loss")
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def main(arguments: list[str]) -> int:
