@@ -8,9 +8,10 @@ relative precision. Decade ``d`` (0 to 6) covers ``10**(d-7)`` to ``10**(d-6)`` 
 for the signed map and ``2**(d+1)`` for the unsigned one, and its codes are the middles of the steps; 0 and 1.0
 complete the map (Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization"). Number the non-negative
 codes by ``f``, with ``f = |code - 127|`` (signed) and ``f = code + 1`` (unsigned): decade ``d`` is exactly ``P <= f
-< 2 P``. So the number of bits of ``f`` tells the decade, and inside it the value is linear in ``f``. Encoding and
-decoding need no table of 256 entries: one look-up among ten pairs (slope, offset), one fused multiply-add.
-The slopes and offsets stand here once; ``reference.py`` and ``src/dynamic_map.h`` use them.
+< 2 P``. So the number of bits of ``f`` tells the decade, and inside it the value is linear in ``f``. Decoding needs no
+table of 256 entries: one look-up among ten pairs (slope, offset), one fused multiply-add. Encoding needs one among
+nine pairs (slope, shift): a fused multiply-add makes of a decade the interval from 4 to 8, where the bits of a float
+begin with those of ``f``. The constants stand here once; ``reference.py`` and ``src/dynamic_map.h`` use them.
 
 **The scale carries a sign** where the codebook has no -1: a signed block is divided by its element of largest
 magnitude *with its sign*, so that this element is 1.0 exactly and re-quantising changes nothing.
@@ -69,17 +70,24 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+ENCODE_OFFSET, ENCODE_TOP = np.float32(32 / 9), np.nextafter(np.float32(8), np.float32(0))
+_SHIFT_TO = {1: 22, 128: 23, 0: 31}
+"""The bytes that shifts find in the bits of ENCODE_OFFSET, 0x40638E39."""
+
+
 @dataclass(frozen=True)
 class DynamicMap:
-    """The constants of a dynamic map, all float32. ``f`` is the number of a non-negative code (see the module).
+    """The constants of a dynamic map: float32, the shifts int32. ``f`` is the number of a non-negative code, as above.
 
     ``decode_slope``, ``decode_offset``: ten lines, ``value = fused(f, slope[k], offset[k])``, a multiply-add rounded
     once; k is the number of bits of f: zero, the seven decades and 1.0, from k = 0 (signed) or k = 1 (unsigned).
 
     ``low``: a magnitude x is raised to this. ``thresholds``: ascending; l of them are below x. ``encode_slope``,
-    ``encode_offset``, ``encode_limit``: ``f = floor(min(fused(x, slope[l], offset[l]), limit[l]))``, a line for each
-    decade, one for 1.0, and in the signed map one for zero, with the threshold ``low``. (A positive value of the
-    unsigned map never becomes zero.)
+    ``encode_shift``: ``u = min(fused(x, slope[l], ENCODE_OFFSET), ENCODE_TOP)``, and the low byte of ``bits(u) >>
+    shift[l]`` is that of f: a line for each decade, one for 1.0, and in the signed map one for zero, with the threshold
+    ``low``. (A positive value of the unsigned map never becomes zero.) In decade d, ``u = 4 f / P`` before f is
+    rounded down, from 4 to 8: its exponent field is 129, of which a shift by ``23 - log2(P)`` leaves the last bit, f's
+    first, and multiples of 256. Lines of a single f have slope 0 and find its byte in the bits of the offset.
     """
 
     signed: bool
@@ -88,8 +96,7 @@ class DynamicMap:
     low: np.float32
     thresholds: np.ndarray
     encode_slope: np.ndarray
-    encode_offset: np.ndarray
-    encode_limit: np.ndarray
+    encode_shift: np.ndarray
 
     @property
     def zero_code(self) -> int:
@@ -106,17 +113,18 @@ def dynamic_map(name: str) -> DynamicMap:
     slope, offset = 0.9 * unit / steps, unit * (0.1 + 0.9 * (0.5 - steps) / steps)  # value = f * slope + offset
     first, last = unit * (0.1 + 0.45 / steps), unit * (1 - 0.45 / steps)  # a decade's smallest and largest code
     low = first[0] / 2 if signed else first[0]
-    zero = [0.0] if signed else []  # its line
+    zero = [low] if signed else []  # its line's threshold
+    many = steps > 1  # decades of more than one code
+    slopes, shifts = np.where(many, 4 / (0.9 * unit), 0), np.where(many, 23 - np.log2(steps), _SHIFT_TO[1])
     f32 = np.float32
     return DynamicMap(
         signed=signed,
         decode_slope=np.array([0, *slope, 0, 0] if signed else [0, 0, *slope, 0], f32),
         decode_offset=np.array([0, *offset, 1, 0] if signed else [0, 0, *offset, 1], f32),
         low=f32(low),
-        thresholds=np.array([*[low for _ in zero], *((last + np.append(first[1:], 1)) / 2)], f32),
-        encode_slope=np.array([*zero, *(steps / (0.9 * unit)), 0], f32),
-        encode_offset=np.array([*zero, *(steps * 8 / 9), 2 * steps[-1]], f32),
-        encode_limit=np.array([*zero, *(2 * steps - 0.5), 2 * steps[-1]], f32),
+        thresholds=np.array([*zero, *((last + np.append(first[1:], 1)) / 2)], f32),
+        encode_slope=np.array([*[0 for _ in zero], *slopes, 0], f32),
+        encode_shift=np.array([*[_SHIFT_TO[0] for _ in zero], *shifts, _SHIFT_TO[2 * int(steps[-1]) % 256]], np.int32),
     )
 
 
@@ -192,13 +200,14 @@ def cpp_tables() -> str:
 
 
 def _cpp_struct(name: str, constants: DynamicMap) -> str:
-    arrays = ("decode_slope", "decode_offset", "thresholds", "encode_slope", "encode_offset", "encode_limit")
     lines = [f"struct {name}Constants {{", f"    static constexpr bool is_signed = {str(constants.signed).lower()};"]
     lines.append(f"    static constexpr int bias = {127 if constants.signed else -1};  // code = bias + f")
     lines.append(f"    static constexpr int lines = {len(constants.encode_slope)};")
-    lines.append(f"    static constexpr float low = {float(constants.low).hex()}f;")
-    for field in arrays:
+    for field, value in (("low", constants.low), ("encode_offset", ENCODE_OFFSET), ("encode_top", ENCODE_TOP)):
+        lines.append(f"    static constexpr float {field} = {float(value).hex()}f;")
+    for field in ("decode_slope", "decode_offset", "thresholds", "encode_slope", "encode_shift"):
         values = getattr(constants, field)
-        text = ", ".join(f"{float(v).hex()}f" for v in values)
-        lines.append(f"    static constexpr float {field}[{len(values)}] = {{{text}}};")
+        integer = values.dtype == np.int32
+        text = ", ".join(str(v) if integer else f"{float(v).hex()}f" for v in values)
+        lines.append(f"    static constexpr {'int' if integer else 'float'} {field}[{len(values)}] = {{{text}}};")
     return "\n".join([*lines, "};"])

@@ -70,6 +70,11 @@ def _from_blocks(blocks: Tensor, grid: BlockGrid) -> Tensor:
     return blocks.flatten(1)[:, : grid.row_length].contiguous()
 
 
+def _of_elements(scales: Tensor, grid: BlockGrid) -> Tensor:
+    """Every element's scale: [rows, row_length]."""
+    return scales.repeat_interleave(grid.block_size, 1)[:, : grid.row_length]
+
+
 def _block_scales(blocks: Tensor, has_negative: bool, carries_sign: bool) -> Tensor:
     high, low = blocks.amax(-1).clamp(min=0), blocks.amin(-1).clamp(max=0)
     if not has_negative:
@@ -93,11 +98,12 @@ def _encode(x: Tensor, inverse: Tensor, codebook: str, values: Tensor | None) ->
     y = x * inverse
     magnitude = (y.abs() if constants.signed else y).clamp(min=float(constants.low))
     below = torch.bucketize(magnitude, line("thresholds"))
-    f = rules.fused(magnitude, line("encode_slope")[below], line("encode_offset")[below])
-    f = torch.minimum(f, line("encode_limit")[below]).int()
+    offset = torch.full_like(magnitude, float(formats.ENCODE_OFFSET))
+    u = rules.fused(magnitude, line("encode_slope")[below], offset).clamp(max=float(formats.ENCODE_TOP))
+    f = (u.view(torch.int32) >> line("encode_shift")[below]) & 255
     if constants.signed:
         return torch.where(y < 0, 127 - f, 127 + f).clamp(min=0).to(torch.uint8)
-    return torch.where(x > 0, f - 1, 0).to(torch.uint8)
+    return torch.where(x > 0, (f - 1) & 255, 0).to(torch.uint8)
 
 
 def _encode_custom(x: Tensor, inverse: Tensor, values: Tensor) -> Tensor:
@@ -117,10 +123,10 @@ def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
     ``norms``: float64 ``[n, len(rule.norms)]``, sums of squares, as ``optimizer_norms`` returns them (summed over
     ranks by the caller); None for rules without norms.
 
-    Per element: ``g * (unscale * clip)``, negated if ``maximize``; states decoded; the rule; the parameter rounded to
-    its dtype (to nearest, or stochastically); states encoded. An element any of whose new 8-bit states is not finite
-    has them all encoded as zero, and enters no scale. Its parameter is what the rule made of it: non-finite, as in
-    torch.
+    Per element: ``g * (unscale * clip)``, negated if ``maximize``; codes looked up in their codebook; the rule, which
+    multiplies them by their blocks' scales; the parameter rounded to its dtype (to nearest, or stochastically); states
+    encoded. An element any of whose new 8-bit states is not finite has them all encoded as zero, and enters no scale.
+    Its parameter is what the rule made of it: non-finite, as in torch.
     """
     if arguments.skip is not None and bool(arguments.skip != 0):
         return
@@ -171,7 +177,7 @@ def _roots(norms: Tensor | None, i: int) -> tuple[float, ...] | None:
 
 
 def _operands(arguments: StepArguments, rule: rules.Rule, i: int) -> dict[str, Tensor]:
-    """p, g and the states of parameter i, float32."""
+    """p, g, the states and their scales of parameter i, float32."""
     factor = torch.ones((), dtype=torch.float32, device=arguments.device)
     for value in (arguments.unscale, arguments.clip):
         if value is not None:
@@ -180,11 +186,11 @@ def _operands(arguments: StepArguments, rule: rules.Rule, i: int) -> dict[str, T
     p = arguments.params[i]
     operands = {"p": join_master(p, arguments.remainders[i]) if arguments.remainders else p.float(), "g": g}
     for s, state in enumerate(rule.states):
-        stored = arguments.states[s][i]
+        stored, scale = arguments.states[s][i], torch.ones((), device=arguments.device)
         if stored.dtype == torch.uint8:
-            scales = arguments.scales[s][i]
-            stored = dequantize_blockwise(stored, scales, state.codebook, None, arguments.block_size, torch.float32)
-        operands[state.name] = stored
+            stored = formats.codebook(state.codebook).to(arguments.device)[stored.int()]
+            scale = _of_elements(arguments.scales[s][i], arguments.grid(i)).view(p.shape)
+        operands |= {state.name: stored, f"{state.name}_scale": scale}
     return operands
 
 

@@ -6,16 +6,15 @@ The oracle knows the definition and none of the code: float32 arithmetic for the
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import require
 from torch import Tensor
 
 from lowbit_lightning import kernels
@@ -224,7 +223,7 @@ def test_any_shape(m: int, n: int, k: int, seed: int) -> None:
 
 # -- the CPU backend -------------------------------------------------------------------------------------------------
 
-NO_AVX512 = ("-U__AVX512F__", "-U__AVX512BW__", "-U__AVX512VNNI__", "-U__AVX512BF16__")
+NO_AVX512 = tuple(f"-U__AVX512{part}__" for part in ("F", "BW", "VNNI", "BF16", "VBMI"))
 INSTRUCTIONS = {  # what a build without the newer ones is, and what the processor must have to run it
     "AVX-512 BW": (("-mno-avx512vnni",), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
     "AVX-VNNI": (
@@ -243,11 +242,7 @@ INSTRUCTIONS = {  # what a build without the newer ones is, and what the process
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, needed = INSTRUCTIONS[name]
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"{name} is a build for x86; this is {platform.machine()}")
-    lacking = needed - set(Path("/proc/cpuinfo").read_text().split())
-    if lacking:
-        pytest.skip(f"this processor cannot run the build for {name}: it lacks {sorted(lacking)}")
+    require(name, needed)
     build = _cpu_int8.library((*flags, "-O1"))
     assert _cpu_int8.instructions(build) == name
     monkeypatch.setattr(_cpu_int8, "library", lambda: build)

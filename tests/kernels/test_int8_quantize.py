@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from instruction_sets import require
 from test_int8 import BACKENDS, FLOATS, assert_same, expected_rowwise, needs_compiler
 from torch import Tensor
 
@@ -124,11 +123,7 @@ BUILDS = {
 @pytest.mark.parametrize("name", BUILDS)
 def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, needed = BUILDS[name]
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"{name} is a build for x86; this is {platform.machine()}")
-    lacking = needed - set(Path("/proc/cpuinfo").read_text().split())
-    if lacking:
-        pytest.skip(f"this processor cannot run the build for {name}: it lacks {sorted(lacking)}")
+    require(name, needed)
     build = _cpu_int8.quantize_library((*flags, "-O1"))
     monkeypatch.setattr(_cpu_int8, "quantize_library", lambda: build)
     with kernels.use_backend("cpu"):

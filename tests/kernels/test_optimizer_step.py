@@ -6,17 +6,20 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import require
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import StepArguments, reference, rules
-from lowbit_lightning.kernels.formats import BlockGrid, dynamic_map
+from lowbit_lightning.kernels import StepArguments, cpu, reference, rules
+from lowbit_lightning.kernels.compile import host_library
+from lowbit_lightning.kernels.formats import MAPS, BlockGrid, dynamic_map
 from lowbit_lightning.kernels.rules.rule import fused
 
 HYPER = {
@@ -117,6 +120,33 @@ def test_cpu_equals_reference_to_the_bit(rule: str, bits: int) -> None:
     arguments = fresh(rule, SHAPES, [bits] * 3, torch.float32, 256)
     expected = run(arguments, "reference", 3, torch.float32, seed=1)
     assert_same_bits(run(arguments, "cpu", 3, torch.float32, seed=1), expected)
+
+
+BUILDS = {
+    "AVX-512 without VBMI": (("-mno-avx512vbmi",), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "AVX-512 without BW, DQ": (("-U__AVX512BW__", "-U__AVX512DQ__", "-U__AVX512VBMI__"), {"avx512f"}),
+    "AVX2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
+    "SSE2": (("-march=x86-64",), {"sse2"}),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, needed = BUILDS[name]
+    require(name, needed)
+    monkeypatch.setattr(cpu, "host_library", partial(host_library, flags=(*flags, "-O1")))
+    for library in (cpu._step_library, cpu._quantize_library):
+        monkeypatch.setattr(cpu, library.__name__, library.__wrapped__)
+    for rule, dtype in (("adamw", torch.float32), ("rmsprop_centered_momentum", torch.bfloat16)):
+        arguments = fresh(rule, SHAPES, [8] * 3, dtype, 256)
+        expected = run(arguments, "reference", 3, dtype, seed=1)
+        assert_same_bits(run(arguments, "cpu", 3, dtype, seed=1), expected)
+    for codebook in MAPS:
+        x = torch.randn(5, 700).exp() * torch.randn(5, 700).sign()
+        codes, scales = reference.quantize_blockwise(x, codebook, None, 256)
+        assert_same_bits([*cpu.quantize_blockwise(x, codebook, None, 256)], [codes, scales])
+        values = [m.dequantize_blockwise(codes, scales, codebook, None, 256, torch.float16) for m in (cpu, reference)]
+        assert_same_bits(values[:1], values[1:])
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES)

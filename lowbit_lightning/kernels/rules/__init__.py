@@ -25,7 +25,8 @@ _SGD: dict[str, Any] = {
     "states": (_MOMENTUM,),
     # torch's first step copies the gradient into the buffer: no dampening then.
     "scalars": "gain = where(step == 1, 1.0, 1 - dampening)",
-    "direction": _COUPLED_DECAY + "momentum_buffer = fused(gain, g, momentum * momentum_buffer)",
+    "direction": _COUPLED_DECAY
+    + "momentum_buffer = fused(gain, g, (momentum * momentum_buffer_scale) * momentum_buffer)",
 }
 
 # -- Adam and its kin ------------------------------------------------------------------------------------------------
@@ -43,11 +44,11 @@ _DECOUPLED_DECAY = "p = p * decay\n"
 _SHRINK = "shrink = lr * weight_decay\n"
 _SHRUNK = "p = fused(-shrink, p, p)\n"
 _ADAM_MOMENTS = """
-    exp_avg = fused(rest1, g, exp_avg * beta1)
-    exp_avg_sq = fused(rest2 * g, g, exp_avg_sq * beta2)
+    exp_avg = fused(rest1, g, exp_avg * (beta1 * exp_avg_scale))
+    exp_avg_sq = fused(rest2 * g, g, exp_avg_sq * (beta2 * exp_avg_sq_scale))
 """
 _ADAM_FINISH = "p = p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_correction + eps)"
-_AMSGRAD = "max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)"
+_AMSGRAD = "max_exp_avg_sq = maximum(max_exp_avg_sq * max_exp_avg_sq_scale, exp_avg_sq)"
 _AMSGRAD_FINISH = "p = p - step_size * exp_avg / (sqrt(max_exp_avg_sq) * root_correction + eps)"
 _ADAM: dict[str, Any] = {"hyper": _ADAM_HYPER, "states": (_EXP_AVG, _EXP_AVG_SQ)}
 _ADAM_MAX: dict[str, Any] = {
@@ -99,9 +100,12 @@ def _rules() -> list[Rule]:
             "lars",
             ("lr", "momentum", "weight_decay", "trust_coefficient", "eps"),
             (_MOMENTUM,),
-            direction="gradient = g",
+            direction="""
+                gradient = g
+                momentum_buffer = (momentum * momentum_buffer_scale) * momentum_buffer
+            """,
             finish="""
-                momentum_buffer = momentum * momentum_buffer + trusted * (g + weight_decay * p)
+                momentum_buffer = momentum_buffer + trusted * (g + weight_decay * p)
                 p = p - momentum_buffer
             """,
             norms=("p", "gradient"),
@@ -118,8 +122,8 @@ def _rules() -> list[Rule]:
             scalars=_SHRINK + "rest1 = 1 - beta1\nrest2 = 1 - beta2",
             direction=_SHRUNK
             + """
-                update = sign(fused(rest1, g, beta1 * exp_avg)) + (g - g)
-                exp_avg = fused(rest2, g, beta2 * exp_avg)
+                update = sign(fused(rest1, g, (beta1 * exp_avg_scale) * exp_avg)) + (g - g)
+                exp_avg = fused(rest2, g, (beta2 * exp_avg_scale) * exp_avg)
             """,
             finish="p = fused(-lr, update, p)",
         ),
@@ -140,6 +144,7 @@ def _rules() -> list[Rule]:
             direction=_SHRUNK
             + _ADAM_MOMENTS
             + """
+                exp_avg_slow = exp_avg_slow * exp_avg_slow_scale
                 exp_avg_slow = exp_avg_slow + (g - exp_avg_slow) * rest3
                 update = exp_avg * correction + weight * exp_avg_slow
             """,
@@ -152,7 +157,7 @@ def _rules() -> list[Rule]:
             ("lr", "lr_decay", "weight_decay", "eps"),
             (State("sum", non_negative=True),),
             scalars="step_size = lr / (1 + (step - 1) * lr_decay)",
-            direction=_COUPLED_DECAY + "sum = fused(g, g, sum)",
+            direction=_COUPLED_DECAY + "sum = fused(g, g, sum * sum_scale)",
             finish="p = p - step_size * g / (sqrt(sum) + eps)",
         ),
     ]
@@ -167,11 +172,11 @@ def _rmsprop_rules() -> list[Rule]:
     average, mean = State("square_avg", non_negative=True), State("grad_avg")
     rules = []
     for centered in (False, True):
-        direction = _COUPLED_DECAY + "square_avg = fused(rest * g, g, square_avg * alpha)\n"
+        direction = _COUPLED_DECAY + "square_avg = fused(rest * g, g, square_avg * (alpha * square_avg_scale))\n"
         denominator = "sqrt(square_avg) + eps"
         if centered:
             direction += """
-                grad_avg = fused(rest, g, grad_avg * alpha)
+                grad_avg = fused(rest, g, grad_avg * (alpha * grad_avg_scale))
                 variance = maximum(square_avg - grad_avg * grad_avg, variance_floor * square_avg)
             """
             denominator = "sqrt(variance) + eps"
@@ -185,7 +190,8 @@ def _rmsprop_rules() -> list[Rule]:
                 (*hyper, "momentum"),
                 (*states, _MOMENTUM),
                 "p = fused(-lr, momentum_buffer, p)",
-                direction + f"momentum_buffer = momentum * momentum_buffer + g / ({denominator})",
+                direction
+                + f"momentum_buffer = (momentum * momentum_buffer_scale) * momentum_buffer + g / ({denominator})",
                 "rest = 1 - alpha",
             ),
         ]

@@ -9,9 +9,10 @@ has up to three parts, in this order:
   ``sqrt``, ``where(condition, a, b)``. Every name that it defines, and every hyperparameter, is a float32 in the
   parts below.
 * ``direction``, in float32, on every element: sees ``p`` (the parameter), ``g`` (the gradient) and the states, and
-  changes the states. Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``, and
-  ``fused(a, b, c)``, which is a * b + c with one rounding. No number stands in it:
-  numbers are scalars.
+  changes the states. A state enters as its code's value, which is still to be multiplied by the scale of its block,
+  named after it: ``exp_avg * exp_avg_scale``; in 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
+  one multiplication, since the scale is shared by a block. Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``,
+  ``where``, and ``fused(a, b, c)``, which is a * b + c with one rounding. No number stands in it: numbers are scalars.
 * ``finish``, in float32: changes ``p``. Rules that need norms (LAMB, LARS) name the values of ``direction`` whose
   2-norms over the whole parameter they want in ``norms``, and compute ``norm_scalars`` from them (as ``p_norm``,
   ``update_norm``, ...; ``ratio(a, b)`` is a / b, or 1 where either is not positive).
@@ -74,6 +75,9 @@ class Rule:
             self._code[part] = compile(text, f"<rule {self.name}.{part}>", "exec")
         if any(isinstance(node, ast.Constant) for node in ast.walk(ast.parse(self.direction + self.finish))):
             raise ValueError(f"rule {self.name!r}: a number in a float32 part; make it a scalar")
+        for state in self.state_names:
+            if f"{state}_scale" not in self.direction:
+                raise ValueError(f"rule {self.name!r}: direction must multiply {state} by {state}_scale")
 
     @cached_property
     def elementwise_scalars(self) -> tuple[str, ...]:
@@ -108,6 +112,8 @@ class Rule:
     def cpp(self) -> str:
         """C++ text: ``RULE_*`` constants, ``struct Scalars``, ``rule_scalars``, ``rule_direction``, ``rule_finish``.
 
+        ``rule_direction`` takes the scales of the states' blocks, ``const float*``.
+
         It expects ``LB_FN`` (function qualifiers), ``power`` and ``ratio`` for doubles, and for the value type ``V``
         the functions named in the module's docstring.
         """
@@ -116,10 +122,13 @@ class Rule:
         load = [f"V& {name} = s[{i}];" for i, name in enumerate(self.state_names)]
         load += [f"V& {name} = t[{i}];" for i, name in enumerate(temporaries)]
         load += [f"const float {name} = c.{name};" for name in names]
+        scales = [f"const float {name}_scale = scale[{i}];" for i, name in enumerate(self.state_names)]
         hyper = [f"const double {name} = hyper[{i}];" for i, name in enumerate(self.hyper)]
         norms = [f"    const double {name}_norm = sqrt(square_sums[{i}]);" for i, name in enumerate(self.norms)]
         late = _targets(self.norm_scalars)
-        body = "template <class V> LB_FN void rule_{part}(const Scalars& c, V& p, V& g, V* s, V* t) {{\n{text}\n}}"
+        body = (
+            "template <class V> LB_FN void rule_{part}(const Scalars& c, V& p, V& g, V* s{more}, V* t) {{\n{text}\n}}"
+        )
         lines = [
             f"// generated from rules.py: {self.name}",
             f"constexpr int RULE_STATES = {len(self.states)}, RULE_HYPER = {len(self.hyper)};",
@@ -138,9 +147,15 @@ class Rule:
             *[f"    c.{name} = (float){name};" for name in names],
             "    return c;\n}",
             body.format(
-                part="direction", text=indent("\n".join(load), "    ") + "\n" + _cpp_statements(self.direction, "")
+                part="direction",
+                more=", const float* scale",
+                text=indent("\n".join([*load, *scales]), "    ") + "\n" + _cpp_statements(self.direction, ""),
             ),
-            body.format(part="finish", text=indent("\n".join(load), "    ") + "\n" + _cpp_statements(self.finish, "")),
+            body.format(
+                part="finish",
+                more="",
+                text=indent("\n".join(load), "    ") + "\n" + _cpp_statements(self.finish, ""),
+            ),
             "template <class V> LB_FN void rule_norm_values(V& p, V* t, V* n) {",
             *[f"    n[{i}] = {'p' if n == 'p' else f't[{temporaries.index(n)}]'};" for i, n in enumerate(self.norms)],
             "}",

@@ -5,38 +5,56 @@
 #include "dynamic_map.h"
 #include "scale.h"
 
-// What a pass over a block's values collects for its scale. NON_NEGATIVE: no value is below zero (but a NaN may be
-// any).
+// What a pass over a block's values collects for its scale: maxima of their bits. NON_NEGATIVE: no value is below zero
+// (but a NaN may be any).
 struct Extremes {
-    V high{};  // of the values, never below 0; only where they can be negative
-    I top{};   // of the magnitudes' bits, unsigned: at least INFINITE if any is not finite
+    I top{};   // as unsigned numbers: of values below zero, if any, the one of largest magnitude
+    I high{};  // as signed numbers, never below 0: the largest value; only where they can be negative
     template <bool NON_NEGATIVE> void see(V x) {
-        top = unsigned_maximum(top, NON_NEGATIVE ? to_bits(x) : to_bits(absolute(x)));
-        if (!NON_NEGATIVE) high = maximum(x, high);
+        top = unsigned_maximum(top, to_bits(x));
+        if (!NON_NEGATIVE) high = maximum(high, to_bits(x));
     }
-    bool finite() const { return highest_unsigned(top) < INFINITE; }
+    bool finite() const { return (highest_unsigned(top) & ~SIGN) < INFINITE && highest_unsigned(high) < INFINITE; }
     // The value of largest magnitude, positive on a tie.
     template <bool NON_NEGATIVE> float scale() const {
-        const uint32_t bits = highest_unsigned(top);
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        return not_too_small(NON_NEGATIVE || highest(high) == magnitude ? magnitude : -magnitude);
+        const uint32_t extreme = highest_unsigned(top), positive = highest_unsigned(high);
+        const bool negative = !NON_NEGATIVE && extreme > SIGN && (extreme & ~SIGN) > positive;
+        const uint32_t bits = NON_NEGATIVE || negative ? extreme : positive;
+        float value;
+        memcpy(&value, &bits, 4);
+        return not_too_small(value);
     }
+
+  private:
+    static constexpr uint32_t SIGN = 0x80000000u;
 };
 
-// `ahead(i)` is called for every vector of the block but a few: the place to fetch memory that is needed next.
+// The codes of four vectors: encode, but for the steps that can be taken on bytes.
+template <class C> LB_FN ManyBytes encode_many(const V* x, float inverse) {
+    I f[4];
+#if defined(__AVX512BW__)
+    for (int j = 0; j < 4; ++j) f[j] = encode_bits<C, V, I>(x[j] * inverse);
+    const __m512i byte = (__m512i)low_bytes(f), bias = _mm512_set1_epi8((char)C::bias);
+    if (!C::is_signed) return (ManyBytes)_mm512_maskz_add_epi8(above_zero(x), byte, bias);
+    const __mmask64 negative = inverse < 0 ? ~below_zero(x) : below_zero(x);  // of zeros either
+    return (ManyBytes)_mm512_mask_subs_epu8(_mm512_add_epi8(byte, bias), negative, bias, byte);
+#else
+    for (int j = 0; j < 4; ++j) f[j] = encode<C, V, I>(x[j], inverse);
+    return low_bytes(f);
+#endif
+}
+
+// `ahead(i)` is called for every four vectors of the block: the place to fetch memory that is needed next.
 template <class C, class F>
 LB_FN void encode_block(const float* values, int n, float scale, uint8_t* codes, const F& ahead) {
     const float inverse = reciprocal(scale);
     int i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
-        I number[4];
-        for (int j = 0; j < 4; ++j) {
-            ahead(i + j * W);
-            number[j] = encode_number<C, V, I>(load(values + i + j * W, W), inverse);
-        }
-        const ManyBytes packed = pack(number, C::bias);
-        memcpy(codes + i, &packed, sizeof packed);
+        ahead(i);
+        V x[4];
+        for (int j = 0; j < 4; ++j) x[j] = load(values + i + j * W, W);
+        const ManyBytes many = encode_many<C>(x, inverse);
+        memcpy(codes + i, &many, sizeof many);
     }
     for (; i < n; i += W) {
         const int count = i + W <= n ? W : n - i;

@@ -2,25 +2,24 @@
 //
 // A table of all 256 codes would cost a bank conflict in nearly every access, since 32 threads ask for 32 different
 // entries. Of these tables 10, 32 and 9 entries are in use: threads that ask for the same one are served together, and
-// different ones lie in different banks (but for binades sixteen apart, and the first and last line of the third).
+// different ones lie in different banks (but for binades sixteen apart).
 #pragma once
 
 struct alignas(8) Line { float slope, offset; };
 struct alignas(8) Binade { float threshold; int32_t line; };
-struct alignas(16) Limited { float slope, offset, limit, unused; };
+struct alignas(8) Code { float slope; int32_t shift; };
 
 struct Lines {
     Line decode[16];     // by the number of bits of f; a quarter of its slope, for 4 f
     Binade binade[32];   // by the exponent field of a magnitude, its low five bits: the line that the binade begins
                          // with, and the threshold inside it
-    Limited encode[16];  // by line
+    Code encode[16];     // by line
 };
 
 template <class C> __device__ constexpr Lines lines_of() {
     Lines lines{};
     for (int k = 0; k < 10; ++k) lines.decode[k] = {C::decode_slope[k] * 0.25f, C::decode_offset[k]};
-    for (int k = 0; k < C::lines; ++k)
-        lines.encode[k] = {C::encode_slope[k], C::encode_offset[k], C::encode_limit[k], 0.0f};
+    for (int k = 0; k < C::lines; ++k) lines.encode[k] = {C::encode_slope[k], C::encode_shift[k]};
     float low = 1.0f;
     for (int field = 127; field >= 96; --field, low /= 2) {
         Binade& binade = lines.binade[field % 32];
@@ -58,10 +57,9 @@ template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
     offset = line.offset;
 }
 
-template <class C> LB_FN void encode_line(V magnitude, V& slope, V& offset, V& limit) {
+template <class C> LB_FN void encode_line(V magnitude, V& slope, I& shift) {
     const Binade binade = lines<C>().binade[to_bits(magnitude) >> 23 & 31];
-    const Limited line = lines<C>().encode[binade.line + (magnitude > binade.threshold ? 1 : 0)];
+    const Code line = lines<C>().encode[binade.line + (magnitude > binade.threshold ? 1 : 0)];
     slope = line.slope;
-    offset = line.offset;
-    limit = line.limit;
+    shift = line.shift;
 }

@@ -3,12 +3,11 @@
 // V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or
 // DynamicUnsignedConstants, generated from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for
 // its V and I:
-//   fused(V a, V b, V c) (a * b + c, rounded once), splat<V>(float), splat<I>(int), to_int(V) (towards zero),
-//   to_bits(V), from_bits(I), minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b),
+//   fused(V a, V b, V c) (a * b + c, rounded once), splat<V>(float), splat<I>(int), to_bits(V), from_bits(I), minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b),
 //   magnitude_from(V x, float low) (the larger of |x| and low)
 //   decode_line<C>(V n, V& slope, V& offset): the line of f = |n| / 4, with a quarter of its slope; its number is the
 //     low four bits of n's exponent field
-//   encode_line<C>(V magnitude, V& slope, V& offset, V& limit): the line whose number is how many thresholds are below
+//   encode_line<C>(V magnitude, V& slope, I& shift): the line whose number is how many thresholds are below
 // Every operation, `fused` as one, is rounded by itself, in this order, as in reference.py.
 #pragma once
 
@@ -26,17 +25,20 @@ template <class C, class V, class I> LB_FN V decode(I counted) {
     return fused(n, slope, C::is_signed ? from_bits(to_bits(offset) ^ (to_bits(n) & SIGN_BIT)) : offset);
 }
 
-// f of the code of x, with x's sign, in a block whose scale's reciprocal is `inverse`.
-template <class C, class V, class I> LB_FN I encode_number(V x, float inverse) {
-    V slope, offset, limit;
-    const V y = x * inverse;
+// The code's f (see formats.py) of y, a value divided by its block's scale: in the low byte, other bits above. It is 0
+// for f = 256.
+template <class C, class V, class I> LB_FN I encode_bits(V y) {
     const V magnitude = C::is_signed ? magnitude_from(y, C::low) : maximum(y, splat<V>(C::low));
-    encode_line<C>(magnitude, slope, offset, limit);
-    const V f = minimum(fused(magnitude, slope, offset), limit);
-    if (C::is_signed) return to_int(from_bits(to_bits(f) | (to_bits(y) & SIGN_BIT)));
-    return where(x > 0.0f, to_int(f), splat<I>(0));
+    V slope;
+    I shift;
+    encode_line<C>(magnitude, slope, shift);
+    const V u = fused(magnitude, slope, splat<V>(C::encode_offset));
+    return to_bits(minimum(u, splat<V>(C::encode_top))) >> shift;
 }
-// The code. There is no -1.0: its neighbour is the nearest.
+// The code of x in a block whose scale's reciprocal is `inverse`. There is no -1.0: its neighbour is the nearest.
 template <class C, class V, class I> LB_FN I encode(V x, float inverse) {
-    return maximum(encode_number<C, V, I>(x, inverse) + C::bias, splat<I>(0));
+    const V y = x * inverse;
+    const I f = encode_bits<C, V, I>(y) & 255;
+    if (C::is_signed) return maximum(where(y < 0.0f, -f, f) + C::bias, splat<I>(0));
+    return where(x > 0.0f, (f + C::bias) & 255, splat<I>(0));
 }

@@ -27,6 +27,7 @@ template <int S = 0> LB_FN bool uses_map(bool is_signed) {
 // A thread's eight elements.
 struct Elements {
     float p[PER_THREAD], g[PER_THREAD], s[STATES][PER_THREAD], t[TEMPORARIES][PER_THREAD];
+    float scale[STATES];  // of the block's states, 1 in 32 bits
 };
 
 // The addresses of one block.
@@ -75,11 +76,12 @@ template <bool PACKETS, int S = 0> LB_FN void load_states(const Block& b, Elemen
     if constexpr (S < RULE_STATES) {
         if constexpr (coded<S>()) {
             int32_t code[PER_THREAD];
-            const float scale = *b.scale[S];
+            e.scale[S] = *b.scale[S];
             Mine::load<PACKETS>((const uint8_t*)b.state[S], b.at.n, code);
 #pragma unroll
-            for (int i = 0; i < PER_THREAD; ++i) e.s[S][i] = decode<Map<S>, V, I>(code[i]) * scale;
+            for (int i = 0; i < PER_THREAD; ++i) e.s[S][i] = decode<Map<S>, V, I>(code[i]);
         } else {
+            e.scale[S] = 1.0f;
             Mine::load<PACKETS>((const float*)b.state[S], b.at.n, e.s[S]);
         }
         load_states<PACKETS, S + 1>(b, e);
@@ -105,7 +107,7 @@ template <Part PART> LB_FN void apply(const Scalars& c, Elements& e, int i) {
     if (PART == FINISH)
 #pragma unroll
         for (int k = 0; k < RULE_TEMPORARIES; ++k) t[k] = e.t[k][i];
-    if (PART == DIRECTION) rule_direction(c, e.p[i], e.g[i], s, t);
+    if (PART == DIRECTION) rule_direction(c, e.p[i], e.g[i], s, e.scale, t);
     else rule_finish(c, e.p[i], e.g[i], s, t);
 #pragma unroll
     for (int k = 0; k < RULE_STATES; ++k) e.s[k][i] = s[k];

@@ -12,7 +12,9 @@
 #include <algorithm>
 #include <vector>
 
-constexpr int64_t CHUNK = 32768 / BLOCK;  // blocks that a thread takes at a time
+constexpr int64_t CHUNK = 32768 / BLOCK;            // blocks that a thread takes at a time
+constexpr int RUN = BLOCK < 512 ? 512 / BLOCK : 1;  // blocks that are updated before any of them is encoded
+constexpr int64_t AHEAD = RUN * BLOCK + 256;        // elements from what is encoded to what is fetched meanwhile
 constexpr int STATES = RULE_STATES ? RULE_STATES : 1;
 constexpr int TEMPORARIES = RULE_TEMPORARIES ? RULE_TEMPORARIES : 1;
 constexpr bool coded(int s) { return CODED >> s & 1; }
@@ -42,12 +44,19 @@ struct Call {
     int32_t maximize, threads;
 };
 
-// One block of one parameter.
+// One block of a parameter.
 struct Block {
-    Parameter q;
-    int64_t start;   // its first element in the parameter
-    int64_t number;  // in the parameter
+    int64_t start;   // its first element
+    int64_t number;
     int n;           // its length
+};
+
+// Adjacent blocks of one parameter.
+struct Run {
+    Parameter q;
+    int64_t parameter;  // its index
+    int count;
+    Block block[RUN];
 };
 
 // The gradients' factor: unscale * clip, negated to maximize.
@@ -65,54 +74,66 @@ static Scalars scalars_of(const Call& call, int64_t i, double step, const double
     return rule_scalars(hyper, step, square_sums ? square_sums + i * RULE_NORMS : nullptr);
 }
 
-// Calls body(parameter index, block) for every block of every parameter, shared among threads.
-template <class F> static void for_blocks(const Call& call, const F& body) {
+// Calls body(run) for all blocks of all parameters, shared among threads.
+template <class F> static void for_runs(const Call& call, const F& body) {
     std::vector<int64_t> first(call.count + 1, 0);
     for (int64_t i = 0; i < call.count; ++i) first[i + 1] = first[i] + call.parameters[i].blocks();
     const int64_t total = first[call.count];
     parallel_for((total + CHUNK - 1) / CHUNK, call.threads, [&](int64_t chunk) {
-        const int64_t begin = chunk * CHUNK, end = std::min(total, begin + CHUNK);
-        int64_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
-        for (int64_t b = begin; b < end; ++b) {
+        const int64_t end = std::min(total, (chunk + 1) * CHUNK);
+        int64_t b = chunk * CHUNK, i = std::upper_bound(first.begin(), first.end(), b) - first.begin() - 1;
+        while (b < end) {
             while (b >= first[i + 1]) ++i;
-            const Parameter& q = call.parameters[i];
-            const int64_t number = b - first[i], per_row = q.blocks_per_row(), column = number % per_row * BLOCK;
-            const int64_t start = number / per_row * q.row_length + column;
-            body(i, Block{q, start, number, (int)std::min<int64_t>(BLOCK, q.row_length - column)});
+            Run run{call.parameters[i], i, (int)std::min<int64_t>({RUN, end - b, first[i + 1] - b}), {}};
+            const int64_t per_row = run.q.blocks_per_row();
+            for (int k = 0; k < run.count; ++k, ++b) {
+                const int64_t number = b - first[i], column = number % per_row * BLOCK;
+                const int64_t start = number / per_row * run.q.row_length + column;
+                run.block[k] = {start, number, (int)std::min<int64_t>(BLOCK, run.q.row_length - column)};
+            }
+            body(run);
         }
     });
 }
 
-template <int S> LB_FN V load_state(const Block& at, int i, int count) {
+// The state as rules see it: of codes, what they stand for; their scale stands beside.
+template <int S> LB_FN V load_state(const Parameter& q, int64_t at, int count) {
     if constexpr (coded(S)) {
         typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
-        const I counted = load_counted((const uint8_t*)at.q.state[S] + at.start + i, count);
-        return decode<C, V, I>(counted) * at.q.scales[S][at.number];
+        return decode<C, V, I>(load_counted((const uint8_t*)q.state[S] + at, count));
     } else {
-        return load((const float*)at.q.state[S] + at.start + i, count);
+        return load((const float*)q.state[S] + at, count);
     }
 }
-template <int S = 0> LB_FN void load_states(const Block& at, int i, int count, V* s) {
+template <int S = 0> LB_FN void load_states(const Parameter& q, int64_t at, int count, V* s) {
     if constexpr (S < RULE_STATES) {
-        s[S] = load_state<S>(at, i, count);
-        load_states<S + 1>(at, i, count, s);
+        s[S] = load_state<S>(q, at, count);
+        load_states<S + 1>(q, at, count, s);
     }
+}
+
+struct Scales { float of[STATES]; };
+LB_FN Scales scales_of(const Parameter& q, const Block& block) {
+    Scales scales{};
+    for (int s = 0; s < RULE_STATES; ++s) scales.of[s] = coded(s) ? q.scales[s][block.number] : 1.0f;
+    return scales;
 }
 
 // The new values of a block's coded states, until their scales are known.
 struct Pending { alignas(64) float values[STATES][BLOCK]; };
 
 template <int S = 0>
-LB_FN void keep_states(const Block& at, int i, int count, const V* s, Pending& pending, Extremes* seen) {
+LB_FN void keep_states(
+    const Parameter& q, const Block& block, int i, int count, const V* s, Pending& pending, Extremes* seen) {
     if constexpr (S < RULE_STATES) {
         if constexpr (coded(S)) {
             const V kept = first_lanes(s[S], count);
             store(pending.values[S] + i, kept, W);
             seen[S].see<RULE_NON_NEGATIVE[S]>(kept);
         } else {
-            store((float*)at.q.state[S] + at.start + i, s[S], count);
+            store((float*)q.state[S] + block.start + i, s[S], count);
         }
-        keep_states<S + 1>(at, i, count, s, pending, seen);
+        keep_states<S + 1>(q, block, i, count, s, pending, seen);
     }
 }
 
@@ -137,43 +158,53 @@ template <int S = 0> LB_FN void see_again(int n, const Pending& pending, Extreme
     }
 }
 
-// Encoding touches no memory but what the block has brought into the cache: meanwhile fetch what the block after the
-// next one will read at i. The first state fetches the parameter, the last the gradient, each its own codes.
-template <int S> LB_FN void fetch_next(const Block& at, int i) {
-    const int64_t next = at.start + 2 * BLOCK + i;
-    __builtin_prefetch((const uint8_t*)at.q.state[S] + next);
-    if (S == 0) __builtin_prefetch(at.q.p + next, 1);
-    if (S == RULE_STATES - 1) __builtin_prefetch(at.q.g + next);
-}
-
-template <int S = 0> LB_FN void encode_states(const Block& at, const Pending& pending, const Extremes* seen) {
+template <int S = 0> LB_FN void find_scales(const Extremes* seen, Scales& scales) {
     if constexpr (S < RULE_STATES) {
-        if constexpr (coded(S)) {
-            typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
-            const float scale = seen[S].scale<RULE_NON_NEGATIVE[S]>();
-            at.q.scales[S][at.number] = scale;
-            encode_block<C>(pending.values[S], at.n, scale, (uint8_t*)at.q.state[S] + at.start, [&](int i) {
-                fetch_next<S>(at, i);
-            });
-        }
-        encode_states<S + 1>(at, pending, seen);
+        scales.of[S] = seen[S].scale<RULE_NON_NEGATIVE[S]>();
+        find_scales<S + 1>(seen, scales);
     }
 }
 
-LB_FN V load_parameter(const Block& at, int i, int count) {
-    const PARAM* from = at.q.p + at.start + i;
+// Encoding touches no memory but what the run has brought into the cache: meanwhile fetch 4 W elements, from `at` on,
+// of what the next runs will read. The first state fetches the parameter, the last the gradient, each its own codes.
+// (Longer runs, or 4 KB from what is read to what is fetched, would drive each other out of a cache of 32 KB, 8 ways.)
+template <int S> LB_FN void fetch(const Parameter& q, int64_t at) {
+    __builtin_prefetch((const uint8_t*)q.state[S] + at);
+    for (size_t i = 0; i < 4 * W; i += 64 / sizeof(PARAM))
+        if (S == 0) __builtin_prefetch(q.p + at + i, 1);
+    for (size_t i = 0; i < 4 * W; i += 64 / sizeof(GRAD))
+        if (S == RULE_STATES - 1) __builtin_prefetch(q.g + at + i);
+}
+
+template <int S = 0> LB_FN void encode_states(const Run& run, const Pending* pending, const Scales* scales) {
+    if constexpr (S < RULE_STATES) {
+        typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
+        for (int k = 0; k < run.count && coded(S); ++k) {
+            const Block block = run.block[k];
+            run.q.scales[S][block.number] = scales[k].of[S];
+            uint8_t* codes = (uint8_t*)run.q.state[S] + block.start;
+            encode_block<C>(pending[k].values[S], block.n, scales[k].of[S], codes, [&](int i) {
+                fetch<S>(run.q, block.start + AHEAD + i);
+            });
+        }
+        encode_states<S + 1>(run, pending, scales);
+    }
+}
+
+LB_FN V load_parameter(const Parameter& q, int64_t at, int count) {
+    const PARAM* from = q.p + at;
 #if REMAINDER
     const I upper = widen(load_raw<Halves>(from, count));
-    const I lower = widen_signed(load_raw<Bytes>(at.q.remainder + at.start + i, count));
+    const I lower = widen_signed(load_raw<Bytes>(q.remainder + at, count));
     return from_bits((upper << 16) + (lower << 8));
 #else
     return load(from, count);
 #endif
 }
 
-// `words`: the random words of the block's elements, where they are asked for.
-LB_FN void store_parameter(const Block& at, int i, int count, V p, const uint16_t* words) {
-    PARAM* to = at.q.p + at.start + i;
+// `words`: the elements' random words, where they are asked for.
+LB_FN void store_parameter(const Parameter& q, int64_t at, int count, V p, const uint16_t* words) {
+    PARAM* to = q.p + at;
 #if REMAINDER
     const I bits = to_bits(p);
     const I finite = (I)((bits & 0x7fffffff) < (int32_t)INFINITE);
@@ -181,10 +212,10 @@ LB_FN void store_parameter(const Block& at, int i, int count, V p, const uint16_
     const Halves nearest = narrow_to_halves(upper & 0xffff), special = narrow_bfloat16(p);
     const Halves kept = narrow_to_halves(finite & 0xffff);
     store_raw(to, (Halves)((nearest & kept) | (special & ~kept)), count);
-    store_raw(at.q.remainder + at.start + i, narrow_to_bytes((master - (upper << 8)) & finite & 0xff), count);
+    store_raw(q.remainder + at, narrow_to_bytes((master - (upper << 8)) & finite & 0xff), count);
 #elif STOCHASTIC
     const I bits = to_bits(p);
-    const Halves rounded = upper_halves(bits + widen(load_raw<Halves>(words + i, count))), nearest = narrow_bfloat16(p);
+    const Halves rounded = upper_halves(bits + widen(load_raw<Halves>(words, count))), nearest = narrow_bfloat16(p);
     const Halves finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITE) & 0xffff);
     store_raw(to, (Halves)((rounded & finite) | (nearest & ~finite)), count);
 #else
@@ -194,44 +225,70 @@ LB_FN void store_parameter(const Block& at, int i, int count, V p, const uint16_
 
 // What all blocks of a parameter share: its scalars, and the factor of the gradients.
 struct Shared {
-    const Call& call;
     Scalars c;
     float factor;
 };
 
-LB_FN void update_vector(
-    const Shared& shared, const Block& at, int i, int count, const uint16_t* words, Pending& pending, Extremes* seen) {
-    V s[STATES], t[TEMPORARIES];
-    V p = load_parameter(at, i, count), g = load(at.q.g + at.start + i, count) * shared.factor;
-    load_states(at, i, count, s);
-    rule_direction(shared.c, p, g, s, t);
-    rule_finish(shared.c, p, g, s, t);
-    keep_states(at, i, count, s, pending, seen);
-    store_parameter(at, i, count, p, words);
+// N vectors of a block, step by step side by side, which keeps more of the processor busy; or one of `count` elements.
+template <int N>
+LB_FN void update_vectors(
+    const Shared& shared, const Parameter& q, const Block& block, const Scales& scales, int first, int count,
+    const uint16_t* words, Pending& pending, Extremes* seen) {
+    V s[N][STATES], t[N][TEMPORARIES], p[N], g[N];
+    for (int j = 0, i = first; j < N; ++j, i += W) {
+        g[j] = load(q.g + block.start + i, count) * shared.factor;
+        load_states(q, block.start + i, count, s[j]);
+    }
+    for (int j = 0, i = first; j < N; ++j, i += W) {
+        p[j] = load_parameter(q, block.start + i, count);
+        rule_direction(shared.c, p[j], g[j], s[j], scales.of, t[j]);
+    }
+    for (int j = 0, i = first; j < N; ++j, i += W) {
+        rule_finish(shared.c, p[j], g[j], s[j], t[j]);
+        keep_states(q, block, i, count, s[j], pending, seen);
+        store_parameter(q, block.start + i, count, p[j], words + i);
+    }
 }
 
-static void update_block(const Shared& of_all, const Block& of_call) {
-    const Shared shared = of_all;  // copies that stay in registers: no store can change them
-    const Block at = of_call;
-    Pending pending;
+// Leaves the block's new coded states in `pending`; returns their scales.
+LB_FN Scales update_block(
+    const Call& call, const Shared& shared, const Parameter& q, const Block& block, Pending& pending) {
+    const Scales old = scales_of(q, block);
     Extremes seen[STATES];
     const uint16_t* words = nullptr;
 #if STOCHASTIC
     RandomWords<1, BLOCK> random;
-    const RandomKey key{shared.call.seed, (uint32_t)at.q.ordinal, (uint32_t)(int64_t)*at.q.step};
-    random.fill(0, key, (uint64_t)(at.q.offset + at.start), at.n);
+    const RandomKey key{call.seed, (uint32_t)q.ordinal, (uint32_t)(int64_t)*q.step};
+    random.fill(0, key, (uint64_t)(q.offset + block.start), block.n);
     words = random.row[0];
 #endif
+    constexpr int N = 2;
     int i = 0;
-    for (; i + W <= at.n; i += W) update_vector(shared, at, i, W, words, pending, seen);
-    if (i < at.n) update_vector(shared, at, i, at.n - i, words, pending, seen);
+    for (; i + N * W <= block.n; i += N * W)
+        update_vectors<N>(shared, q, block, old, i, W, words, pending, seen);
+    for (; i < block.n; i += W)
+        update_vectors<1>(shared, q, block, old, i, std::min(W, block.n - i), words, pending, seen);
     bool finite = true;
     for (int s = 0; s < RULE_STATES; ++s) finite = finite && seen[s].finite();
     if (!finite) {
-        drop_non_finite(at.n, pending);
-        see_again(at.n, pending, seen);
+        drop_non_finite(block.n, pending);
+        see_again(block.n, pending, seen);
     }
-    encode_states(at, pending, seen);
+    Scales scales{};
+    find_scales(seen, scales);
+    return scales;
+}
+
+static void update_run(const Call& call, const Shared& of_all, const Run& of_call) {
+    const Shared shared = of_all;  // copies that stay in registers: no store can change them
+    const Parameter q = of_call.q;
+    Pending pending[RUN];
+    Scales scales[RUN];
+    for (int k = 0; k < of_call.count; ++k) {
+        const Block block = of_call.block[k];
+        scales[k] = update_block(call, shared, q, block, pending[k]);
+    }
+    encode_states(of_call, pending, scales);
 }
 
 extern "C" void optimizer_step(const Call* call) {
@@ -243,7 +300,7 @@ extern "C" void optimizer_step(const Call* call) {
         scalars[i] = scalars_of(*call, i, step, call->square_sums);
     }
     const float factor = factor_of(*call);
-    for_blocks(*call, [&](int64_t i, const Block& at) { update_block(Shared{*call, scalars[i], factor}, at); });
+    for_runs(*call, [&](const Run& run) { update_run(*call, Shared{scalars[run.parameter], factor}, run); });
 }
 
 #if RULE_NORMS
@@ -272,18 +329,24 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
         for (int k = 0; k < RULE_NORMS; ++k) sums[i * RULE_NORMS + k].resize(call->parameters[i].blocks());
     }
     const float factor = factor_of(*call);
-    for_blocks(*call, [&](int64_t index, const Block& at) {
-        alignas(64) float squares[RULE_NORMS][BLOCK] = {};
-        for (int i = 0; i < at.n; i += W) {
-            const int count = std::min(W, at.n - i);
-            V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
-            V p = load_parameter(at, i, count), g = load(at.q.g + at.start + i, count) * factor;
-            load_states(at, i, count, s);
-            rule_direction(scalars[index], p, g, s, t);
-            rule_norm_values(p, t, n);
-            for (int k = 0; k < RULE_NORMS; ++k) store(squares[k] + i, n[k] * n[k], count);
+    for_runs(*call, [&](const Run& run) {
+        for (int k = 0; k < run.count; ++k) {
+            const Block& block = run.block[k];
+            const Scales scales = scales_of(run.q, block);
+            alignas(64) float squares[RULE_NORMS][BLOCK] = {};
+            for (int i = 0; i < block.n; i += W) {
+                const int count = std::min(W, block.n - i);
+                const int64_t at = block.start + i;
+                V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
+                V p = load_parameter(run.q, at, count), g = load(run.q.g + at, count) * factor;
+                load_states(run.q, at, count, s);
+                rule_direction(scalars[run.parameter], p, g, s, scales.of, t);
+                rule_norm_values(p, t, n);
+                for (int j = 0; j < RULE_NORMS; ++j) store(squares[j] + i, n[j] * n[j], count);
+            }
+            for (int j = 0; j < RULE_NORMS; ++j)
+                sums[run.parameter * RULE_NORMS + j][block.number] = fold_halves(squares[j], BLOCK);
         }
-        for (int k = 0; k < RULE_NORMS; ++k) sums[index * RULE_NORMS + k][at.number] = fold_halves(squares[k], BLOCK);
     });
     for (size_t k = 0; k < sums.size(); ++k) out[k] = fold_blocks(sums[k]);
 }

@@ -95,16 +95,10 @@ LB_FN V first_lanes(V x, int count) {
 
 #if defined(__AVX512F__)
 LB_FN I unsigned_maximum(I a, I b) { return (I)_mm512_max_epu32((__m512i)a, (__m512i)b); }
-LB_FN float highest(V x) { return _mm512_reduce_max_ps(x); }
 LB_FN uint32_t highest_unsigned(I x) { return _mm512_reduce_max_epu32((__m512i)x); }
 #else
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 LB_FN I unsigned_maximum(I a, I b) { return where((U)a > (U)b, a, b); }
-LB_FN float highest(V x) {
-    float top = x[0];
-    for (int i = 1; i < W; ++i) top = x[i] > top ? x[i] : top;
-    return top;
-}
 LB_FN uint32_t highest_unsigned(I x) {
     uint32_t top = (uint32_t)x[0];
     for (int i = 1; i < W; ++i) top = (uint32_t)x[i] > top ? (uint32_t)x[i] : top;
@@ -114,31 +108,40 @@ LB_FN uint32_t highest_unsigned(I x) {
 
 // ---- look-ups in small tables, and the lines of the dynamic maps
 
-struct alignas(64) Table { float at[16]; };
+template <class T, int N> struct alignas(64) Table { T at[N]; };
 
-// table.at[index & 15]
-LB_FN V lookup(const Table& table, I index) {
+// table.at[index % 16]
+template <class T> LB_FN I look_up_bits(const Table<T, 16>& table, I index) {
 #if defined(__AVX512F__)
-    return _mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table.at));
+    return (I)_mm512_permutexvar_epi32((__m512i)index, _mm512_load_si512(table.at));
 #elif defined(__AVX2__)
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table.at), (__m256i)index);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table.at + 8), (__m256i)index);
-    return _mm256_blendv_ps(low, high, (__m256)(index << 28));
+    const __m256i low = _mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)table.at), (__m256i)index);
+    const __m256i high = _mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)table.at + 1), (__m256i)index);
+    return (I)_mm256_blendv_ps((__m256)low, (__m256)high, (__m256)(index << 28));
 #else
-    V result;
-    for (int i = 0; i < W; ++i) result[i] = table.at[index[i] & 15];
+    I result;
+    for (int i = 0; i < W; ++i) memcpy((int32_t*)&result + i, table.at + (index[i] & 15), 4);
     return result;
 #endif
 }
+#if defined(__AVX512F__)
+// table.at[index % 32]
+template <class T> LB_FN I look_up_bits(const Table<T, 32>& table, I index) {
+    const __m512i low = _mm512_load_si512(table.at), high = _mm512_load_si512(table.at + 16);
+    return (I)_mm512_permutex2var_epi32(low, (__m512i)index, high);
+}
+#endif
+template <int N> LB_FN V lookup(const Table<float, N>& table, I index) { return from_bits(look_up_bits(table, index)); }
+template <int N> LB_FN I lookup(const Table<int32_t, N>& table, I index) { return look_up_bits(table, index); }
 
-template <int N> constexpr Table table_of(const float (&line)[N], float factor = 1.0f) {
-    Table table{};
-    for (int k = 0; k < N; ++k) table.at[k] = line[k] * factor;
+template <class T, int N> constexpr Table<T, 16> table_of(const T (&values)[N], T factor = 1) {
+    Table<T, 16> table{};
+    for (int k = 0; k < N; ++k) table.at[k] = values[k] * factor;
     return table;
 }
 
 template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
-    static constexpr Table slopes = table_of(C::decode_slope, 0.25f), offsets = table_of(C::decode_offset);
+    static constexpr auto slopes = table_of(C::decode_slope, 0.25f), offsets = table_of(C::decode_offset);
     const I field = to_bits(n) >> 23;
     slope = lookup(slopes, field);
     offset = lookup(offsets, field);
@@ -146,8 +149,11 @@ template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
 
 #if defined(__AVX512F__)
 // The lines by binade, for the exponent fields from 96 to 127, by their low five bits. A binade holds one threshold at
-// most: `shift` moves what is not above it into the binade below.
-struct alignas(64) Binades { int32_t shift[32]; float slope[32], offset[32], limit[32]; };
+// most: `lower` moves what is not above it into the binade below.
+struct Binades {
+    Table<int32_t, 32> lower, shift;
+    Table<float, 32> slope;
+};
 
 template <class C> constexpr Binades binades() {
     Binades result{};
@@ -156,37 +162,28 @@ template <class C> constexpr Binades binades() {
         const int k = field & 31;
         int line = 0;
         for (; line < C::lines - 1 && C::thresholds[line] < 2 * low; ++line)
-            if (C::thresholds[line] >= low) result.shift[k] = (int32_t)((C::thresholds[line] / low - 1) * 0x1p23f) + 1;
-        result.slope[k] = C::encode_slope[line];
-        result.offset[k] = C::encode_offset[line];
-        result.limit[k] = C::encode_limit[line];
+            if (C::thresholds[line] >= low)
+                result.lower.at[k] = (int32_t)((C::thresholds[line] / low - 1) * 0x1p23f) + 1;
+        result.slope.at[k] = C::encode_slope[line];
+        result.shift.at[k] = C::encode_shift[line];
     }
     return result;
 }
 
-LB_FN V lookup(const float (&table)[32], I index) {
-    return _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
-}
-LB_FN I lookup(const int32_t (&table)[32], I index) {
-    return (I)_mm512_permutex2var_epi32(_mm512_load_si512(table), (__m512i)index, _mm512_load_si512(table + 16));
-}
-
-template <class C> LB_FN void encode_line(V magnitude, V& slope, V& offset, V& limit) {
+template <class C> LB_FN void encode_line(V magnitude, V& slope, I& shift) {
     static constexpr Binades lines = binades<C>();
-    const I bits = to_bits(magnitude), binade = (bits - lookup(lines.shift, bits >> 23)) >> 23;
+    const I bits = to_bits(magnitude), binade = (bits - lookup(lines.lower, bits >> 23)) >> 23;
     slope = lookup(lines.slope, binade);
-    offset = lookup(lines.offset, binade);
-    limit = lookup(lines.limit, binade);
+    shift = lookup(lines.shift, binade);
 }
 #else
-template <class C> LB_FN void encode_line(V magnitude, V& slope, V& offset, V& limit) {
-    static constexpr Table slopes = table_of(C::encode_slope), offsets = table_of(C::encode_offset);
-    static constexpr Table limits = table_of(C::encode_limit);
+template <class C> LB_FN void encode_line(V magnitude, V& slope, I& shift) {
+    static constexpr auto slopes = table_of(C::encode_slope);
+    static constexpr auto shifts = table_of(C::encode_shift);
     I line{};
     for (int k = 0; k < C::lines - 1; ++k) line -= (I)(magnitude > C::thresholds[k]);
     slope = lookup(slopes, line);
-    offset = lookup(offsets, line);
-    limit = lookup(limits, line);
+    shift = lookup(shifts, line);
 }
 #endif
 
@@ -247,32 +244,51 @@ LB_FN Bytes narrow_to_bytes(I x) {  // of values from 0 to 255
 #endif
 }
 
-// The bytes of four vectors of numbers of 16 bits, each plus `bias`, saturated: below 0 is 0, above 255 is 255.
+// ---- 4 W bytes at once
+
 typedef uint8_t ManyBytes __attribute__((vector_size(4 * W)));
-LB_FN ManyBytes pack(const I* x, int bias) {
-#if defined(__AVX512BW__)
-    const __m512i by = _mm512_set1_epi16((short)bias);
-    const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]), by);
-    const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]), by);
+
+// The low bytes of four vectors.
+LB_FN ManyBytes low_bytes(const I* x) {
+#if defined(__AVX512VBMI__)
+    alignas(64) static constexpr uint8_t EVERY_FOURTH[64] = {
+        0,  4,  8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 64, 68, 72,  76,  80,
+        84, 88, 92, 96, 100, 104, 108, 112, 116, 120, 124};
+    const __m512i order = _mm512_load_si512(EVERY_FOURTH);
+    const __m512i low = _mm512_permutex2var_epi8((__m512i)x[0], order, (__m512i)x[1]);
+    const __m512i high = _mm512_permutex2var_epi8((__m512i)x[2], order, (__m512i)x[3]);
+    return (ManyBytes)_mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+#elif defined(__AVX512BW__)
+    const __m512i low = _mm512_packus_epi32((__m512i)(x[0] & 255), (__m512i)(x[1] & 255));
+    const __m512i high = _mm512_packus_epi32((__m512i)(x[2] & 255), (__m512i)(x[3] & 255));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (ManyBytes)_mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i by = _mm256_set1_epi16((short)bias);
-    const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]), by);
-    const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]), by);
+    const __m256i low = _mm256_packus_epi32((__m256i)(x[0] & 255), (__m256i)(x[1] & 255));
+    const __m256i high = _mm256_packus_epi32((__m256i)(x[2] & 255), (__m256i)(x[3] & 255));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return (ManyBytes)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
 #else
     Bytes parts[4];
-    for (int j = 0; j < 4; ++j) {
-        const I high = maximum(x[j] + bias, I{});
-        parts[j] = narrow_to_bytes(where(high < 255, high, splat<I>(255)));
-    }
+    for (int j = 0; j < 4; ++j) parts[j] = narrow_to_bytes(x[j] & 255);
     ManyBytes all;
     memcpy(&all, parts, sizeof all);
     return all;
 #endif
 }
+
+#if defined(__AVX512BW__)
+// A bit for each of four vectors' elements that is below zero, or above.
+template <class T> LB_FN __mmask64 mask_of_four(const T& each) {
+    return _mm512_kunpackd(_mm512_kunpackw(each(3), each(2)), _mm512_kunpackw(each(1), each(0)));
+}
+LB_FN __mmask64 below_zero(const V* x) {
+    return mask_of_four([&](int j) { return _mm512_cmplt_epi32_mask((__m512i)x[j], _mm512_setzero_si512()); });
+}
+LB_FN __mmask64 above_zero(const V* x) {
+    return mask_of_four([&](int j) { return _mm512_cmpgt_epi32_mask((__m512i)x[j], _mm512_setzero_si512()); });
+}
+#endif
 
 LB_FN V widen_half_by_bits(Halves x) {
     const I bits = widen(x), magnitude = bits & 0x7fff, quiet = where(magnitude > 0x7c00, splat<I>(0x400000), I{});
