@@ -15,17 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from paged_engine import lying_in_wait
 from ranks import fork, join, write_outcomes
-from sharded_state import Net, build, placed_like
+from sharded_state import build, load, placed_like, save
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 
 from lowbit_lightning import optim
@@ -97,24 +90,6 @@ def steps_are_the_unpaged_ones(folder: Path) -> str | None:
     return None
 
 
-def save(model: Net, optimizer: optim.LowBitOptimizer, path: Path) -> None:
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=path)
-
-
-def load(path: Path, **options: Any) -> tuple[Net, optim.AdamW]:
-    model = build(WORLD, seed=5)
-    optimizer = optim.AdamW(model.parameters(), **OPTIONS, **options)
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
-    dcp.load(state, checkpoint_id=path)
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return model, optimizer
-
-
 def checkpoints_go_both_ways(folder: Path) -> str | None:
     """Through ``torch.distributed.checkpoint``, which asks for the states of a new optimizer first."""
     model = build(WORLD)
@@ -129,7 +104,9 @@ def checkpoints_go_both_ways(folder: Path) -> str | None:
             step(model, optimizer, number)
         for number, paged in ((2, False), (4, True)):
             save(model, optimizer, folder / f"at_{number}")
-            model, optimizer = load(folder / f"at_{number}", paged=paged)
+            model = build(WORLD, seed=5)
+            optimizer = optim.AdamW(model.parameters(), **OPTIONS, paged=paged)
+            load(model, optimizer, folder / f"at_{number}")
             for later in range(number, number + 2):
                 step(model, optimizer, later)
         return difference(found(model, optimizer), expected)

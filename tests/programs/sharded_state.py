@@ -101,6 +101,22 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     }
 
 
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=path)
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """``torch.distributed.checkpoint`` asks for the states of the new optimizer first."""
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
 def against_single(folder: Path, world: int, name: str, found: dict[str, dict[str, Tensor]]) -> str | None:
     """Compare with what the single process stored under ``name``; it stores."""
     path = folder / f"{name}.pt"
@@ -120,8 +136,7 @@ def states_are_the_single_process_states(folder: Path, world: int) -> str | None
     for number in range(STEPS):
         step(model, optimizer, number)
     found = snapshot(model, optimizer)
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder / f"checkpoint_{world}")
+    save(model, optimizer, folder / f"checkpoint_{world}")
     step(model, optimizer, STEPS)
     problem = against_single(folder, world, f"trained_{STEPS}", found)
     problem = problem or against_single(folder, world, f"trained_{STEPS + 1}", snapshot(model, optimizer))
@@ -143,13 +158,7 @@ def checkpoints_of_every_world_load_here(folder: Path, world: int) -> str | None
     for source in sorted(folder.glob("checkpoint_*")):
         model = build(world, seed=5)
         optimizer = optim.AdamW(model.parameters(), **{**OPTIONS, "lr": 0.5})  # type: ignore[arg-type]
-        state: dict[str, Any] = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-        dcp.load(state, checkpoint_id=source)
-        set_model_state_dict(model, state["model"])
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        load(model, optimizer, source)
         problem = against_single(folder, world, f"trained_{STEPS}", snapshot(model, optimizer))
         step(model, optimizer, STEPS)
         problem = problem or against_single(folder, world, f"trained_{STEPS + 1}", snapshot(model, optimizer))
