@@ -3,8 +3,9 @@
 // V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or
 // DynamicUnsignedConstants, generated from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for
 // its V and I:
-//   fused(V a, V b, V c) (a * b + c, rounded once), splat<V>(float), splat<I>(int), to_bits(V), from_bits(I), minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b),
-//   magnitude_from(V x, float low) (the larger of |x| and low)
+//   fused(V a, V b, V c) (a * b + c, rounded once), splat<V>(float), splat<I>(int), to_bits(V), from_bits(I),
+//   minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b), magnitude_from(V x, float low) (the larger of |x|
+//   and low)
 //   decode_line<C>(V n, V& slope, V& offset): the line of f = |n| / 4, with a quarter of its slope; its number is the
 //     low four bits of n's exponent field
 //   encode_line<C>(V magnitude, V& slope, I& shift): the line whose number is how many thresholds are below
