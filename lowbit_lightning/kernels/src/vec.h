@@ -346,9 +346,17 @@ LB_FN Halves narrow_bfloat16(V x) {
 
 LB_FN V load(const float* p, int count) { return load_raw<V>(p, count); }
 LB_FN V load(const Half* p, int count) { return widen_half(load_raw<Halves>(p, count)); }
-LB_FN V load(const BFloat16* p, int count) {
-    return from_bits(widen(load_raw<Halves>(p, count)) << 16);
+LB_FN V widen_bfloat16(Halves x) {
+#if defined(__AVX512BW__)
+    alignas(64) static constexpr uint16_t TWICE[32] = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
+                                                       8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+    const __m512i order = _mm512_load_si512(TWICE);
+    return (V)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512((__m256i)x));
+#else
+    return from_bits(widen(x) << 16);
+#endif
 }
+LB_FN V load(const BFloat16* p, int count) { return widen_bfloat16(load_raw<Halves>(p, count)); }
 LB_FN void store(float* p, V x, int count) { store_raw(p, x, count); }
 LB_FN void store(Half* p, V x, int count) { store_raw(p, narrow_half(x), count); }
 LB_FN void store(BFloat16* p, V x, int count) { store_raw(p, narrow_bfloat16(x), count); }
