@@ -44,13 +44,10 @@ template <class C> LB_FN ManyBytes encode_many(const V* x, float inverse) {
 #endif
 }
 
-// `ahead(i)` is called for every four vectors of the block: the place to fetch memory that is needed next.
-template <class C, class F>
-LB_FN void encode_block(const float* values, int n, float scale, uint8_t* codes, const F& ahead) {
+template <class C> LB_FN void encode_block(const float* values, int n, float scale, uint8_t* codes) {
     const float inverse = reciprocal(scale);
     int i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
-        ahead(i);
         V x[4];
         for (int j = 0; j < 4; ++j) x[j] = load(values + i + j * W, W);
         const ManyBytes many = encode_many<C>(x, inverse);

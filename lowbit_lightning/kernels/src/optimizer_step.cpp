@@ -12,9 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-constexpr int64_t CHUNK = 32768 / BLOCK;            // blocks that a thread takes at a time
 constexpr int RUN = BLOCK < 512 ? 512 / BLOCK : 1;  // blocks that are updated before any of them is encoded
-constexpr int64_t AHEAD = RUN * BLOCK + 256;        // elements from what is encoded to what is fetched meanwhile
 constexpr int STATES = RULE_STATES ? RULE_STATES : 1;
 constexpr int TEMPORARIES = RULE_TEMPORARIES ? RULE_TEMPORARIES : 1;
 constexpr bool coded(int s) { return CODED >> s & 1; }
@@ -74,14 +72,22 @@ static Scalars scalars_of(const Call& call, int64_t i, double step, const double
     return rule_scalars(hyper, step, square_sums ? square_sums + i * RULE_NORMS : nullptr);
 }
 
+// How many blocks a thread takes at a time: few enough that threads end together, and so many that it pays to begin
+// elsewhere in memory.
+static int64_t chunk_of(int64_t blocks, int threads) {
+    constexpr int64_t LEAST = 32768 / BLOCK, MOST = 524288 / BLOCK;
+    return std::min(std::max(blocks / (16 * threads), LEAST), MOST);
+}
+
 // Calls body(run) for all blocks of all parameters, shared among threads.
 template <class F> static void for_runs(const Call& call, const F& body) {
     std::vector<int64_t> first(call.count + 1, 0);
     for (int64_t i = 0; i < call.count; ++i) first[i + 1] = first[i] + call.parameters[i].blocks();
     const int64_t total = first[call.count];
-    parallel_for((total + CHUNK - 1) / CHUNK, call.threads, [&](int64_t chunk) {
-        const int64_t end = std::min(total, (chunk + 1) * CHUNK);
-        int64_t b = chunk * CHUNK, i = std::upper_bound(first.begin(), first.end(), b) - first.begin() - 1;
+    const int64_t chunk = chunk_of(total, call.threads);
+    parallel_for((total + chunk - 1) / chunk, call.threads, [&](int64_t number) {
+        const int64_t end = std::min(total, (number + 1) * chunk);
+        int64_t b = number * chunk, i = std::upper_bound(first.begin(), first.end(), b) - first.begin() - 1;
         while (b < end) {
             while (b >= first[i + 1]) ++i;
             Run run{call.parameters[i], i, (int)std::min<int64_t>({RUN, end - b, first[i + 1] - b}), {}};
@@ -165,17 +171,6 @@ template <int S = 0> LB_FN void find_scales(const Extremes* seen, Scales& scales
     }
 }
 
-// Encoding touches no memory but what the run has brought into the cache: meanwhile fetch 4 W elements, from `at` on,
-// of what the next runs will read. The first state fetches the parameter, the last the gradient, each its own codes.
-// (Longer runs, or 4 KB from what is read to what is fetched, would drive each other out of a cache of 32 KB, 8 ways.)
-template <int S> LB_FN void fetch(const Parameter& q, int64_t at) {
-    __builtin_prefetch((const uint8_t*)q.state[S] + at);
-    for (size_t i = 0; i < 4 * W; i += 64 / sizeof(PARAM))
-        if (S == 0) __builtin_prefetch(q.p + at + i, 1);
-    for (size_t i = 0; i < 4 * W; i += 64 / sizeof(GRAD))
-        if (S == RULE_STATES - 1) __builtin_prefetch(q.g + at + i);
-}
-
 template <int S = 0> LB_FN void encode_states(const Run& run, const Pending* pending, const Scales* scales) {
     if constexpr (S < RULE_STATES) {
         typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
@@ -183,9 +178,7 @@ template <int S = 0> LB_FN void encode_states(const Run& run, const Pending* pen
             const Block block = run.block[k];
             run.q.scales[S][block.number] = scales[k].of[S];
             uint8_t* codes = (uint8_t*)run.q.state[S] + block.start;
-            encode_block<C>(pending[k].values[S], block.n, scales[k].of[S], codes, [&](int i) {
-                fetch<S>(run.q, block.start + AHEAD + i);
-            });
+            encode_block<C>(pending[k].values[S], block.n, scales[k].of[S], codes);
         }
         encode_states<S + 1>(run, pending, scales);
     }

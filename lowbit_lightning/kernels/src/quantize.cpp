@@ -59,7 +59,7 @@ static void quantize_dynamic(const T* x, const Grid& grid, uint8_t* codes, float
         const int64_t start = grid.start(b);
         const int n = grid.length(b);
         scales[b] = gather<!C::is_signed>(x + start, n, buffer);
-        encode_block<C>(buffer, n, scales[b], codes + start, [](int) {});
+        encode_block<C>(buffer, n, scales[b], codes + start);
     });
 }
 
