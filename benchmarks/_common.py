@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -176,7 +177,8 @@ class Candidate:
 
 
 def measure(candidates: list[Candidate], arguments: argparse.Namespace) -> list[Candidate]:
-    """Build and warm up every candidate, then take turns. Returns those that ran; the others say why in ``skipped``."""
+    """Build and warm up every candidate, then take turns, in another order in every round: what a step leaves behind in
+    caches and threads is then nobody's lot. Returns those that ran; the others say why in ``skipped``."""
     wanted = [part for part in arguments.only.split(",") if part]
     for candidate in candidates:
         if wanted and not any(part in candidate.name for part in wanted):
@@ -190,8 +192,9 @@ def measure(candidates: list[Candidate], arguments: argparse.Namespace) -> list[
             candidate.run, candidate.skipped = None, f"{type(error).__name__}: {first[:200]}"
     running = [c for c in candidates if c.run]
     calls = 1 if arguments.device == "cpu" else 5  # so that a GPU has work queued
+    order = random.Random(0)
     for _ in range(arguments.repeats):
-        for candidate in running:
+        for candidate in order.sample(running, len(running)):
             if not candidate.seconds or sum(candidate.seconds) + calls * candidate.seconds[-1] < arguments.budget:
                 candidate.seconds.append(seconds(candidate.run, arguments.device, calls))
     return running
