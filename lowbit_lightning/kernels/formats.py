@@ -70,7 +70,10 @@ def check_block_size(block_size: int) -> None:
         )
 
 
-ENCODE_OFFSET, ENCODE_TOP = np.float32(32 / 9), np.nextafter(np.float32(8), np.float32(0))
+ENCODE_OFFSET = np.float32(32 / 9)
+"""Of the line from 4 to 8 over a decade, whose lower end is a tenth of its upper one: where it meets zero."""
+ENCODE_TOP = np.nextafter(np.float32(8), np.float32(0))
+"""The largest float32 below 8."""
 _SHIFT_TO = {1: 22, 128: 23, 0: 31}
 """The bytes that shifts find in the bits of ENCODE_OFFSET, 0x40638E39."""
 
@@ -113,7 +116,8 @@ def dynamic_map(name: str) -> DynamicMap:
     slope, offset = 0.9 * unit / steps, unit * (0.1 + 0.9 * (0.5 - steps) / steps)  # value = f * slope + offset
     first, last = unit * (0.1 + 0.45 / steps), unit * (1 - 0.45 / steps)  # a decade's smallest and largest code
     low = first[0] / 2 if signed else first[0]
-    zero = [low] if signed else []  # its line's threshold
+    zeros = 1 if signed else 0  # lines for it
+    top = _SHIFT_TO[128] if signed else _SHIFT_TO[0]  # of 1.0: f is 128, or 256, whose low byte is 0
     many = steps > 1  # decades of more than one code
     slopes, shifts = np.where(many, 4 / (0.9 * unit), 0), np.where(many, 23 - np.log2(steps), _SHIFT_TO[1])
     f32 = np.float32
@@ -122,9 +126,9 @@ def dynamic_map(name: str) -> DynamicMap:
         decode_slope=np.array([0, *slope, 0, 0] if signed else [0, 0, *slope, 0], f32),
         decode_offset=np.array([0, *offset, 1, 0] if signed else [0, 0, *offset, 1], f32),
         low=f32(low),
-        thresholds=np.array([*zero, *((last + np.append(first[1:], 1)) / 2)], f32),
-        encode_slope=np.array([*[0 for _ in zero], *slopes, 0], f32),
-        encode_shift=np.array([*[_SHIFT_TO[0] for _ in zero], *shifts, _SHIFT_TO[2 * int(steps[-1]) % 256]], np.int32),
+        thresholds=np.array([low] * zeros + [*((last + np.append(first[1:], 1)) / 2)], f32),
+        encode_slope=np.array([0] * zeros + [*slopes, 0], f32),
+        encode_shift=np.array([_SHIFT_TO[0]] * zeros + [*shifts, top], np.int32),
     )
 
 

@@ -186,7 +186,7 @@ def _operands(arguments: StepArguments, rule: rules.Rule, i: int) -> dict[str, T
     p = arguments.params[i]
     operands = {"p": join_master(p, arguments.remainders[i]) if arguments.remainders else p.float(), "g": g}
     for s, state in enumerate(rule.states):
-        stored, scale = arguments.states[s][i], torch.ones((), device=arguments.device)
+        stored, scale = arguments.states[s][i], torch.ones((), dtype=torch.float32, device=arguments.device)
         if stored.dtype == torch.uint8:
             stored = formats.codebook(state.codebook).to(arguments.device)[stored.int()]
             scale = _of_elements(arguments.scales[s][i], arguments.grid(i)).view(p.shape)

@@ -130,6 +130,20 @@ BUILDS = {
 }
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rule", ["adamw", "lamb"])
+def test_many_chunks_of_work_and_several_threads(rule: str, threads: int) -> None:
+    shapes = ((700, 1000), (0, 5), (131072,), (3, 5), (0,), (300, 257))
+    arguments = fresh(rule, shapes, [8, 8], torch.float32, 256)
+    expected = run(arguments, "reference", 2, torch.float32, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same_bits(run(arguments, "cpu", 2, torch.float32, seed=1), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", BUILDS)
 def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, needed = BUILDS[name]

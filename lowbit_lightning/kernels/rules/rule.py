@@ -11,8 +11,9 @@ has up to three parts, in this order:
 * ``direction``, in float32, on every element: sees ``p`` (the parameter), ``g`` (the gradient) and the states, and
   changes the states. A state enters as its code's value, which is still to be multiplied by the scale of its block,
   named after it: ``exp_avg * exp_avg_scale``; in 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
-  one multiplication, since the scale is shared by a block. Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``,
-  ``where``, and ``fused(a, b, c)``, which is a * b + c with one rounding. No number stands in it: numbers are scalars.
+  one multiplication, since the scale is shared by a block (with a factor above 1 it could overflow for all of them).
+  Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``, and ``fused(a, b, c)``, which is a * b + c with
+  one rounding. No number stands in it: numbers are scalars.
 * ``finish``, in float32: changes ``p``. Rules that need norms (LAMB, LARS) name the values of ``direction`` whose
   2-norms over the whole parameter they want in ``norms``, and compute ``norm_scalars`` from them (as ``p_norm``,
   ``update_norm``, ...; ``ratio(a, b)`` is a / b, or 1 where either is not positive).
@@ -75,9 +76,10 @@ class Rule:
             self._code[part] = compile(text, f"<rule {self.name}.{part}>", "exec")
         if any(isinstance(node, ast.Constant) for node in ast.walk(ast.parse(self.direction + self.finish))):
             raise ValueError(f"rule {self.name!r}: a number in a float32 part; make it a scalar")
+        used = {node.id for node in ast.walk(ast.parse(self.direction)) if isinstance(node, ast.Name)}
         for state in self.state_names:
-            if f"{state}_scale" not in self.direction:
-                raise ValueError(f"rule {self.name!r}: direction must multiply {state} by {state}_scale")
+            if f"{state}_scale" not in used or state not in _targets(self.direction):
+                raise ValueError(f"rule {self.name!r}: direction must assign {state}, multiplied by {state}_scale")
 
     @cached_property
     def elementwise_scalars(self) -> tuple[str, ...]:

@@ -8,13 +8,16 @@
 // What a pass over a block's values collects for its scale: maxima of their bits. NON_NEGATIVE: no value is below zero
 // (but a NaN may be any).
 struct Extremes {
-    I top{};   // as unsigned numbers: of values below zero, if any, the one of largest magnitude
+    I top{};   // as unsigned numbers: of values below zero, if any, the one of largest magnitude, else the largest
     I high{};  // as signed numbers, never below 0: the largest value; only where they can be negative
     template <bool NON_NEGATIVE> void see(V x) {
         top = unsigned_maximum(top, to_bits(x));
         if (!NON_NEGATIVE) high = maximum(high, to_bits(x));
     }
-    bool finite() const { return (highest_unsigned(top) & ~SIGN) < INFINITE && highest_unsigned(high) < INFINITE; }
+    template <bool NON_NEGATIVE> bool finite() const {
+        const uint32_t extreme = highest_unsigned(top);
+        return NON_NEGATIVE ? extreme < INFINITE : (extreme & ~SIGN) < INFINITE && highest_unsigned(high) < INFINITE;
+    }
     // The value of largest magnitude, positive on a tie.
     template <bool NON_NEGATIVE> float scale() const {
         const uint32_t extreme = highest_unsigned(top), positive = highest_unsigned(high);

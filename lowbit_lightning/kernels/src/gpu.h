@@ -26,8 +26,6 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 
 template <class T> LB_FN T where(bool mask, T a, T b) { return mask ? a : b; }
 template <class T, class S> LB_FN T splat(S x) { return x; }
-LB_FN V to_float(I x) { return (float)x; }
-LB_FN I to_int(V x) { return (int)x; }
 LB_FN I to_bits(V x) { return __float_as_int(x); }
 LB_FN V from_bits(I x) { return __int_as_float(x); }
 LB_FN V absolute(V x) { return fabsf(x); }

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-constexpr int RUN = BLOCK < 512 ? 512 / BLOCK : 1;  // blocks that are updated before any of them is encoded
+constexpr int RUN_BLOCKS = BLOCK < 512 ? 512 / BLOCK : 1;  // that are updated, then encoded: none waits for its scales
 constexpr int STATES = RULE_STATES ? RULE_STATES : 1;
 constexpr int TEMPORARIES = RULE_TEMPORARIES ? RULE_TEMPORARIES : 1;
 constexpr bool coded(int s) { return CODED >> s & 1; }
@@ -54,7 +54,7 @@ struct Run {
     Parameter q;
     int64_t parameter;  // its index
     int count;
-    Block block[RUN];
+    Block block[RUN_BLOCKS];
 };
 
 // The gradients' factor: unscale * clip, negated to maximize.
@@ -85,12 +85,12 @@ template <class F> static void for_runs(const Call& call, const F& body) {
     for (int64_t i = 0; i < call.count; ++i) first[i + 1] = first[i] + call.parameters[i].blocks();
     const int64_t total = first[call.count];
     const int64_t chunk = chunk_of(total, call.threads);
-    parallel_for((total + chunk - 1) / chunk, call.threads, [&](int64_t number) {
-        const int64_t end = std::min(total, (number + 1) * chunk);
-        int64_t b = number * chunk, i = std::upper_bound(first.begin(), first.end(), b) - first.begin() - 1;
+    parallel_for((total + chunk - 1) / chunk, call.threads, [&](int64_t which) {
+        const int64_t end = std::min(total, (which + 1) * chunk);
+        int64_t b = which * chunk, i = std::upper_bound(first.begin(), first.end(), b) - first.begin() - 1;
         while (b < end) {
             while (b >= first[i + 1]) ++i;
-            Run run{call.parameters[i], i, (int)std::min<int64_t>({RUN, end - b, first[i + 1] - b}), {}};
+            Run run{call.parameters[i], i, (int)std::min<int64_t>({RUN_BLOCKS, end - b, first[i + 1] - b}), {}};
             const int64_t per_row = run.q.blocks_per_row();
             for (int k = 0; k < run.count; ++k, ++b) {
                 const int64_t number = b - first[i], column = number % per_row * BLOCK;
@@ -164,6 +164,10 @@ template <int S = 0> LB_FN void see_again(int n, const Pending& pending, Extreme
     }
 }
 
+template <int S = 0> LB_FN bool all_finite(const Extremes* seen) {
+    if constexpr (S < RULE_STATES) return seen[S].finite<RULE_NON_NEGATIVE[S]>() && all_finite<S + 1>(seen);
+    else return true;
+}
 template <int S = 0> LB_FN void find_scales(const Extremes* seen, Scales& scales) {
     if constexpr (S < RULE_STATES) {
         scales.of[S] = seen[S].scale<RULE_NON_NEGATIVE[S]>();
@@ -195,9 +199,9 @@ LB_FN V load_parameter(const Parameter& q, int64_t at, int count) {
 #endif
 }
 
-// `words`: the elements' random words, where they are asked for.
-LB_FN void store_parameter(const Parameter& q, int64_t at, int count, V p, const uint16_t* words) {
-    PARAM* to = q.p + at;
+// `words`: the random words of the block's elements, where they are asked for.
+LB_FN void store_parameter(const Parameter& q, const Block& block, int i, int count, V p, const uint16_t* words) {
+    PARAM* to = q.p + block.start + i;
 #if REMAINDER
     const I bits = to_bits(p);
     const I finite = (I)((bits & 0x7fffffff) < (int32_t)INFINITE);
@@ -205,10 +209,10 @@ LB_FN void store_parameter(const Parameter& q, int64_t at, int count, V p, const
     const Halves nearest = narrow_to_halves(upper & 0xffff), special = narrow_bfloat16(p);
     const Halves kept = narrow_to_halves(finite & 0xffff);
     store_raw(to, (Halves)((nearest & kept) | (special & ~kept)), count);
-    store_raw(q.remainder + at, narrow_to_bytes((master - (upper << 8)) & finite & 0xff), count);
+    store_raw(q.remainder + block.start + i, narrow_to_bytes((master - (upper << 8)) & finite & 0xff), count);
 #elif STOCHASTIC
     const I bits = to_bits(p);
-    const Halves rounded = upper_halves(bits + widen(load_raw<Halves>(words, count))), nearest = narrow_bfloat16(p);
+    const Halves rounded = upper_halves(bits + widen(load_raw<Halves>(words + i, count))), nearest = narrow_bfloat16(p);
     const Halves finite = narrow_to_halves((I)((bits & 0x7fffffff) < (int32_t)INFINITE) & 0xffff);
     store_raw(to, (Halves)((rounded & finite) | (nearest & ~finite)), count);
 #else
@@ -220,6 +224,7 @@ LB_FN void store_parameter(const Parameter& q, int64_t at, int count, V p, const
 struct Shared {
     Scalars c;
     float factor;
+    uint64_t seed;
 };
 
 // N vectors of a block, step by step side by side, which keeps more of the processor busy; or one of `count` elements.
@@ -239,19 +244,18 @@ LB_FN void update_vectors(
     for (int j = 0, i = first; j < N; ++j, i += W) {
         rule_finish(shared.c, p[j], g[j], s[j], t[j]);
         keep_states(q, block, i, count, s[j], pending, seen);
-        store_parameter(q, block.start + i, count, p[j], words + i);
+        store_parameter(q, block, i, count, p[j], words);
     }
 }
 
 // Leaves the block's new coded states in `pending`; returns their scales.
-LB_FN Scales update_block(
-    const Call& call, const Shared& shared, const Parameter& q, const Block& block, Pending& pending) {
+LB_FN Scales update_block(const Shared& shared, const Parameter& q, const Block& block, Pending& pending) {
     const Scales old = scales_of(q, block);
     Extremes seen[STATES];
     const uint16_t* words = nullptr;
 #if STOCHASTIC
     RandomWords<1, BLOCK> random;
-    const RandomKey key{call.seed, (uint32_t)q.ordinal, (uint32_t)(int64_t)*q.step};
+    const RandomKey key{shared.seed, (uint32_t)q.ordinal, (uint32_t)(int64_t)*q.step};
     random.fill(0, key, (uint64_t)(q.offset + block.start), block.n);
     words = random.row[0];
 #endif
@@ -261,9 +265,7 @@ LB_FN Scales update_block(
         update_vectors<N>(shared, q, block, old, i, W, words, pending, seen);
     for (; i < block.n; i += W)
         update_vectors<1>(shared, q, block, old, i, std::min(W, block.n - i), words, pending, seen);
-    bool finite = true;
-    for (int s = 0; s < RULE_STATES; ++s) finite = finite && seen[s].finite();
-    if (!finite) {
+    if (!all_finite(seen)) {
         drop_non_finite(block.n, pending);
         see_again(block.n, pending, seen);
     }
@@ -272,16 +274,16 @@ LB_FN Scales update_block(
     return scales;
 }
 
-static void update_run(const Call& call, const Shared& of_all, const Run& of_call) {
+static void update_run(const Shared& of_all, const Run& run) {
     const Shared shared = of_all;  // copies that stay in registers: no store can change them
-    const Parameter q = of_call.q;
-    Pending pending[RUN];
-    Scales scales[RUN];
-    for (int k = 0; k < of_call.count; ++k) {
-        const Block block = of_call.block[k];
-        scales[k] = update_block(call, shared, q, block, pending[k]);
+    const Parameter q = run.q;
+    Pending pending[RUN_BLOCKS];
+    Scales scales[RUN_BLOCKS];
+    for (int k = 0; k < run.count; ++k) {
+        const Block block = run.block[k];
+        scales[k] = update_block(shared, q, block, pending[k]);
     }
-    encode_states(of_call, pending, scales);
+    encode_states(run, pending, scales);
 }
 
 extern "C" void optimizer_step(const Call* call) {
@@ -293,7 +295,7 @@ extern "C" void optimizer_step(const Call* call) {
         scalars[i] = scalars_of(*call, i, step, call->square_sums);
     }
     const float factor = factor_of(*call);
-    for_runs(*call, [&](const Run& run) { update_run(*call, Shared{scalars[run.parameter], factor}, run); });
+    for_runs(*call, [&](const Run& run) { update_run({scalars[run.parameter], factor, call->seed}, run); });
 }
 
 #if RULE_NORMS

@@ -41,7 +41,7 @@ template <bool NON_NEGATIVE, class T> static float gather(const T* x, int n, flo
         store(buffer + i, v, W);
         seen.see<NON_NEGATIVE>(v);
     }
-    if (seen.finite()) return seen.scale<NON_NEGATIVE>();
+    if (seen.finite<NON_NEGATIVE>()) return seen.scale<NON_NEGATIVE>();
     seen = Extremes();
     for (int i = 0; i < n; i += W) {
         V v = load(buffer + i, W);
