@@ -322,7 +322,8 @@ def test_the_strategy_says_how_many_ranks_a_machine_has(monkeypatch: pytest.Monk
     [[{"block_size": 64}, {"block_size": 512}], [{"bits": 32}, {"bits": 8}], [{"bits": 32, "block_size": 64}]],
 )
 def test_sub_groups_follow_their_group(changes: list[dict[str, Any]], paged: bool | str, page_dir: Path) -> None:
-    """Stage 3 shows a group as several, one at a time; settings that change between steps count for each of them."""
+    """Stage 3 shows a group as several, one at a time; settings that change between steps count for each of them, and
+    for what is saved before the next step, of all at once."""
     sizes, generator = (70_001, 5000, 9000), torch.Generator().manual_seed(0)
     values = [torch.randn(size, generator=generator) for size in sizes]
     parameters, parts = [nn.Parameter(value.clone()) for value in values], [partition(value) for value in values]
@@ -331,6 +332,12 @@ def test_sub_groups_follow_their_group(changes: list[dict[str, Any]], paged: boo
     for settings_then in ({}, *changes):
         for optimizer in (whole, cut):
             optimizer.param_groups[0].update(settings_then)
+        cut.param_groups[0]["params"] = list(parts)
+        expected, saved = whole.state_dict(bits=32)["state"], cut.state_dict()["state"]
+        cut.param_groups[0]["params"] = []
+        assert saved.keys() == expected.keys()
+        for key, entries in expected.items():
+            assert all(torch.equal(value, saved[key][name]) for name, value in entries.items())
         for _ in range(2):
             for p, part in zip(parameters, parts, strict=True):
                 p.grad = torch.randn(p.shape, generator=generator)

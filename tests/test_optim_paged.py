@@ -223,10 +223,13 @@ def test_32_bit_checkpoints_for_torch() -> None:
         twins = parameters()
         plain = build("AdamW", twins)
         steps(twins, plain)
-        ours, theirs = optimizer.state_dict(bits=32), plain.state_dict(bits=32)
-        assert "paged" not in ours["param_groups"][0]
-        for key, entries in theirs["state"].items():
-            assert all(torch.equal(ours["state"][key][name], value) for name, value in entries.items())
+        for block_size in (256, 64):
+            for one in (optimizer, plain):
+                one.param_groups[0]["block_size"] = block_size
+            ours, theirs = optimizer.state_dict(bits=32), plain.state_dict(bits=32)
+            assert "paged" not in ours["param_groups"][0]
+            for key, entries in theirs["state"].items():
+                assert all(torch.equal(ours["state"][key][name], value) for name, value in entries.items())
 
 
 def test_toggling() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels.formats import BlockGrid
+from lowbit_lightning.state import blocks
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -114,6 +116,45 @@ def test_another_block_size_requantises() -> None:
     expected = kernels.quantize_blockwise(decoded_256, "dynamic_signed", 64)
     assert torch.equal(states[1]["momentum_buffer_codes"], expected[0])
     assert torch.equal(states[1]["momentum_buffer_scales"], expected[1])
+
+
+@pytest.mark.parametrize(("length", "block_sizes"), [(64, [64, 256]), (1000, [1024, 4096]), (1000, [2048, 4096])])
+def test_one_block_for_a_row_is_never_requantised(
+    length: int, block_sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scale is the same under every block size that reaches over the row."""
+
+    def converts(*_: Any) -> None:
+        raise AssertionError
+
+    (p,) = parameters((70, length))
+    optimizer = optim.AdamW([p], block_size=block_sizes[0])
+    step(optimizer, [p])
+    before = {k: v.clone() for k, v in optimizer.state[p].items()}
+    monkeypatch.setattr(blocks, "convert", converts)
+    group = optimizer.param_groups[0]
+    group["block_size"] = block_sizes[1]
+    for _ in range(2):
+        optimizer._keep_format(group, optimizer._rule_of(group))
+    assert group["state_format"]["block_size"] == block_sizes[1]
+    assert all(torch.equal(value, optimizer.state[p][name]) for name, value in before.items())
+
+
+def test_scales_that_fit_no_block_size_are_refused() -> None:
+    params = parameters((16, 512), (10, 1000))
+    optimizer = optim.AdamW(params)
+    step(optimizer, params)
+    optimizer.state[params[1]]["exp_avg_scales"] = torch.zeros(10, 7)
+    optimizer.param_groups[0]["block_size"] = 64
+    before = copy.deepcopy((values(params), [dict(optimizer.state[p]) for p in params]))
+    words = r"exp_avg_scales must have one of the shapes \[\(10, 1\), .*\(1[06], 32\)\].*\(10, 1000\), got \(10, 7\)"
+    for action in (lambda: step(optimizer, params), lambda: optimizer.state_dict(bits=32)):
+        with pytest.raises(ValueError, match=words):
+            action()
+        after = values(params), [dict(optimizer.state[p]) for p in params]
+        assert all(map(torch.equal, before[0], after[0]))
+        for old, new in zip(before[1], after[1], strict=True):
+            assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 def test_a_run_with_changes_of_bits_stays_close() -> None:

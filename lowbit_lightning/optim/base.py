@@ -263,19 +263,26 @@ class LowBitOptimizer(Optimizer):
         return entries
 
     def _keep_format(self, group: dict[str, Any], rule: rules.Rule) -> None:
-        """Requantise all states of a group whose ``block_size`` was changed."""
+        """Requantise all states of a group whose ``block_size`` was changed.
+
+        Raises:
+            ValueError: for scales that fit no block size; nothing has been changed then.
+        """
         saved, wanted = StateFormat.parse(group["state_format"]), StateFormat.of(rule, group["block_size"])
-        in_turn = partitions.are_partitions([group])  # stage 3 shows a group's partitions one at a time
-        if in_turn or saved.block_size != wanted.block_size:
-            for p in group["params"]:
-                entries = self.state.get(p, {})
-                for state in rule.states:
-                    held = blocks.block_size_of(p, raw(entries), state.name)
-                    if held not in (None, wanted.block_size):
-                        named = entries.named() if isinstance(entries, Entries) else entries
-                        form = replace(saved, block_size=held)
-                        for name, value in blocks.convert(p, state, named, form, 8, wanted.block_size).items():
-                            entries[name] = value
+        if partitions.are_partitions([group]) or saved.block_size != wanted.block_size:
+            changes: list[tuple[Tensor, rules.State, int]] = []
+            for p in group["params"]:  # of partitions, DeepSpeed may show some at a time: each scale tells its size
+                entries = raw(self.state.get(p, {}))
+                for state in (state for state in rule.states if blocks.is_coded(entries, state.name)):
+                    held = blocks.block_size_of(p, entries, state.name, wanted.block_size)
+                    if held != wanted.block_size:
+                        changes.append((p, state, held))
+            for p, state, held in changes:
+                entries = self.state[p]
+                named = entries.named() if isinstance(entries, Entries) else entries
+                form = replace(saved, block_size=held)
+                for name, value in blocks.convert(p, state, named, form, 8, wanted.block_size).items():
+                    entries[name] = value
         group["state_format"] = wanted.to_dict()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -284,19 +291,20 @@ class LowBitOptimizer(Optimizer):
         """The states as they are; with ``bits=32`` decoded, in the form that the twin in torch.optim loads.
 
         Under DeepSpeed they are always decoded, on the host: its tools read float32."""
+        if bits not in (32, None):
+            raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
+        flat = bits is None and partitions.are_partitions(self.param_groups)
+        for group in self.param_groups if bits == 32 or flat else ():
+            self._keep_format(group, self._rule_of(group))  # first: torch's method gives paged scales as they are now
         hook = self.register_state_dict_post_hook(_name_entries, prepend=True)
         try:
             saved = super().state_dict()
         finally:
             hook.remove()
-        flat = bits is None and partitions.are_partitions(self.param_groups)
         if bits is None and not flat:
             return saved
-        if bits not in (32, None):
-            raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
         state: dict[Any, Any] = {}
         for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
-            self._keep_format(ours, self._rule_of(ours))
             for key, p in zip(theirs["params"], ours["params"], strict=True):
                 if key in saved["state"]:
                     place = torch.empty(p.shape, dtype=p.dtype) if flat else p

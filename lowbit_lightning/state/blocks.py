@@ -115,14 +115,23 @@ def is_coded(entries: Mapping[str, Any], name: str) -> bool:
     return codes_name(name) in entries
 
 
-def block_size_of(p: Tensor, entries: Mapping[str, Any], name: str) -> int | None:
-    """The block size of the state ``name``, which its scales tell: the smallest, where one block is a whole row. None
-    for a state in 32 bits, and scales that fit none."""
-    if not is_coded(entries, name):
-        return None
-    shape = tuple(entries[scales_name(name)].shape)
-    sizes = (2**i for i in range(MIN_BLOCK_SIZE.bit_length() - 1, MAX_BLOCK_SIZE.bit_length()))
-    return next((size for size in sizes if BlockGrid.of(p.shape, size).scales_shape == shape), None)
+def block_size_of(p: Tensor, entries: Mapping[str, Any], name: str, likely: int) -> int:
+    """The block size of the 8-bit state ``name``, which its scales tell: ``likely``, if they fit it.
+
+    Raises:
+        ValueError: for scales that fit no block size.
+    """
+    scales = entries.get(scales_name(name))
+    shape = tuple(scales.shape) if isinstance(scales, Tensor) else None
+    sizes = [2**i for i in range(MIN_BLOCK_SIZE.bit_length() - 1, MAX_BLOCK_SIZE.bit_length())]
+    shapes = {size: BlockGrid.of(p.shape, size).scales_shape for size in (likely, *sizes)}
+    for size, fitting in shapes.items():
+        if fitting == shape:
+            return size
+    raise ValueError(
+        f"{scales_name(name)} must have one of the shapes {sorted(set(shapes.values()))}, by block size, for a "
+        f"parameter of shape {tuple(p.shape)}, got {shape}: assign scales that fit the codes, or load a checkpoint"
+    )
 
 
 def convert(
