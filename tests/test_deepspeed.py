@@ -6,12 +6,10 @@ what two saved and DeepSpeed's own tool converted.
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -25,10 +23,8 @@ from torch import Tensor, nn
 
 from lowbit_lightning import Int8MixedPrecision, kernels, optim
 from lowbit_lightning.optim import partitions
-from lowbit_lightning.state.pages import file
 from lowbit_lightning.strategies import DeepSpeedStrategy
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
-from lowbit_lightning.strategies.optimizers import adapt
 
 CHECKS = {
     2: (
@@ -268,52 +264,6 @@ def test_states_that_deepspeed_writes_are_taken_over() -> None:
     } | {"step"}
     assert torch.allclose(params[1], reference[1], rtol=1e-6, atol=1e-7)
     assert (params[0] - reference[0]).norm() < 0.05 * (reference[0] - 0).norm()
-
-
-@pytest.mark.parametrize(
-    ("launcher", "share"),
-    [
-        ({}, 1),
-        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 1),
-        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 1 / 2),
-        ({"WORLD_SIZE": "8", "LOCAL_SIZE": "2"}, 1 / 4),
-        ({"WORLD_SIZE": "4"}, 1 / 4),
-    ],
-)
-def test_a_disk_needs_room_for_the_share_of_its_machine(
-    launcher: dict[str, str], share: float, page_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in launcher.items():
-        monkeypatch.setenv(name, value)
-    model = Model()
-    paging: dict[str, Any] = {"paged": "disk", "resident": 0, "page_dir": str(page_dir)}
-    needed = int(share * (8 * (100 * 64 + 64 + 128) + 2 * 2 * 64 * 128))
-
-    def make(free: int, **options: Any) -> None:
-        monkeypatch.setattr(file.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        optimizer = optim.AdamW([{"params": [model.tokens.weight], "bits": 32}, {"params": [*model.up.parameters(),
-                                *model.down.parameters()]}], **options)  # fmt: skip
-        adapt(optimizer, 8, paging, "lowbit_deepspeed")
-        SplitGroups(optimizer, model)
-
-    for options in ({}, paging):
-        make(needed, **options)
-        with pytest.raises(OSError, match=f"needs {needed:,} bytes in {page_dir}, where {needed - 1:,} are free"):
-            make(needed - 1, **options)
-    parts = [partition(torch.zeros(2**17))]  # which are this rank's already
-    with pytest.raises(OSError, match=f"needs {8 * 2**17:,} bytes"):
-        optim.AdamW(parts, bits=32, **paging)
-
-
-def test_the_strategy_says_how_many_ranks_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")  # of another run
-    strategy = DeepSpeedStrategy(3, parallel_devices=[torch.device("cpu")] * 3)
-    for name in ("set_world_ranks", "_init_deepspeed_distributed"):
-        monkeypatch.setattr(strategy, name, lambda: None)
-    strategy.setup_distributed()
-    assert os.environ["LOCAL_WORLD_SIZE"] == "3"
 
 
 @pytest.mark.parametrize("paged", [False, "disk"])

@@ -170,9 +170,10 @@ def inherited_settings(groups: list[dict[str, Any]], new: dict[str, Any]) -> dic
     return next(({name: group[name] for name in ("resident", "page_dir")} for group in paged), {})
 
 
-def check_pages(optimizer: LowBitOptimizer, groups: list[dict[str, Any]]) -> None:
+def check_pages(optimizer: LowBitOptimizer, groups: list[dict[str, Any]], share: float | None = None) -> None:
     """Raise before training for groups of an optimizer that cannot be paged: whose settings differ, or who are to lie
-    on a disk and cannot (see ``open_transport``, ``FileTransport`` and its ``check_room``)."""
+    on a disk and cannot (see ``open_transport``, ``FileTransport`` and its ``check_room``). ``share`` of what ZeRO
+    will cut lies on this machine, if that is known. Parameters that stage 3 has cut count for nothing."""
     first: dict[torch.device, dict[str, Any]] = {}
     wanted: dict[torch.device, float] = {}
     for group in groups:
@@ -182,7 +183,7 @@ def check_pages(optimizer: LowBitOptimizer, groups: list[dict[str, Any]]) -> Non
                 _check_equal(first.setdefault(device, group), group)
                 wanted.setdefault(device, 0)
                 if p.requires_grad or raw(optimizer.state.get(p, {})):
-                    wanted[device] += partitions.share_of_machine(p) * want.nbytes(want.numel)
+                    wanted[device] += partitions.share_of_machine(p, share) * want.nbytes(want.numel)
     for device, group in first.items():
         if group["paged"] == "disk":
             transport = pages.open_transport("disk", device, group["page_dir"])

@@ -38,14 +38,21 @@ def are_partitions(groups: Sequence[Mapping[str, Any]]) -> bool:
     return bool(params) and all(map(is_partition, params))
 
 
-def share_of_machine(p: Tensor) -> float:
-    """How much of p's states will lie on this machine, once ZeRO has cut p: the part of the ranks that were launched
-    here, or of one, where the launcher does not say. 1 for what is cut already, and without DeepSpeed."""
-    if "deepspeed" not in sys.modules or shards.is_sharded(p) or is_partition(p):
+def share_of_machine(p: Tensor, known: float | None) -> float:
+    """How much of p's states will lie on this machine: all of what is cut already; of what ZeRO will cut, ``known``.
+
+    None, where no strategy says: all, unless DeepSpeed has set up its communication, so that ZeRO is taken to follow.
+    Then the part of the ranks that the launcher says it started here, or of one, the least that it can be.
+    """
+    if shards.is_sharded(p) or is_partition(p):
         return 1.0
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if known is not None:
+        return known
+    comm: Any = sys.modules.get("deepspeed.comm")
+    if comm is None or not comm.is_initialized():
+        return 1.0
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-    return min(1.0, int(ranks) / world_size)
+    return min(1.0, int(ranks) / dist.get_world_size())
 
 
 def key_of(params: Sequence[Tensor], number: int) -> Any:

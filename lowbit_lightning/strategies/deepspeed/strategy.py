@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import optim
 from lowbit_lightning.optim.options import check_paging
+from lowbit_lightning.optim.paging import check_pages
 from lowbit_lightning.optim.partitions import quantise_loaded
 from lowbit_lightning.strategies.deepspeed import checkpoints
 from lowbit_lightning.strategies.deepspeed.config import check_deepspeed, complete, read
@@ -144,7 +145,6 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)  # Lightning's own refuses CPUs
 
     def setup_distributed(self) -> None:
-        os.environ["LOCAL_WORLD_SIZE"] = str(self.num_processes)  # beside RANK and the like, which Lightning sets
         if self.root_device.type == "cuda":
             super().setup_distributed()
         else:
@@ -186,6 +186,8 @@ class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
         check_deepspeed({}, optimizer)
         adapt(optimizer, self.optimizer_bits, self._paging, NAME)
         self._groups = SplitGroups(optimizer, self.lightning_module)
+        if isinstance(optimizer, optim.LowBitOptimizer):  # again, now that this machine's share is known
+            check_pages(optimizer, optimizer.param_groups, share=self.num_processes / self.world_size)
         self._groups.extend(((self.config or {}).get("scheduler") or {}).get("params") or {})
         if scheduler is not None:
             self._groups.hide_from(scheduler.scheduler)
