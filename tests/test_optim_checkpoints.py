@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels.formats import BlockGrid
+from lowbit_lightning.optim import loading
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -149,6 +151,33 @@ def test_torchs_load_hooks_run_around() -> None:
     assert optimizer.state_dict()["note"] == 1
     assert len(resumed._optimizer_load_state_dict_pre_hooks) == 1
     assert len(resumed._optimizer_load_state_dict_post_hooks) == 1
+
+
+def test_a_load_that_an_interrupt_struck_leaves_nothing_for_the_next() -> None:
+    optimizer, params = trained(optim.AdamW, {}, steps=1)
+    first = copy.deepcopy(optimizer.state_dict())
+    step(optimizer, params, 1)
+    second, code = optimizer.state_dict(), loading.load.__code__
+    struck = 0
+    for line in sorted({line for _, _, line in code.co_lines() if line is not None}):
+        resumed = optim.AdamW(twins(params))
+
+        def strike(frame: Any, event: str, _: Any, line: int = line) -> Any:
+            if event == "line" and frame.f_lineno == line:
+                raise KeyboardInterrupt
+            return strike if frame.f_code is code else None
+
+        before = sys.gettrace()
+        sys.settrace(strike)
+        try:
+            resumed.load_state_dict(first)
+        except KeyboardInterrupt:
+            struck += 1
+        finally:
+            sys.settrace(before)
+        resumed.load_state_dict(second)
+        assert same(states(resumed), states(optimizer)), line
+    assert struck > 5
 
 
 # -- another form ------------------------------------------------------------------------------------------------------

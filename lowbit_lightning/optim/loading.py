@@ -29,8 +29,8 @@ Conversions = dict[Tensor, Callable[[], dict[str, Any]]]
 """How the states of a parameter come about."""
 
 
-def load(optimizer: LowBitOptimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
-    """``LowBitOptimizer.load_state_dict``; ``load`` is torch's."""
+def load(optimizer: LowBitOptimizer, torch_load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+    """``LowBitOptimizer.load_state_dict``; ``torch_load`` is torch's."""
     conversions: Conversions = {}
 
     # torch's method casts every state to its parameter's dtype. It gets none; they come in behind it.
@@ -46,14 +46,21 @@ def load(optimizer: LowBitOptimizer, load: Callable[[dict[str, Any]], None], sta
 
     if not optimizer.state:  # cleared, perhaps to make room
         _forget_pagers(optimizer)
-    before = optimizer.register_load_state_dict_pre_hook(withhold_states)
-    after = optimizer.register_load_state_dict_post_hook(lambda _: _install(optimizer, conversions), prepend=True)
+    _remove_hooks(optimizer)  # of a load that an interrupt struck before it could clean up
+    optimizer.register_load_state_dict_pre_hook(withhold_states)
+    optimizer.register_load_state_dict_post_hook(lambda _: _install(optimizer, conversions), prepend=True)
     try:
         with all_or_nothing([optimizer]):
-            load(state_dict)
+            torch_load(state_dict)
     finally:
-        before.remove()
-        after.remove()
+        _remove_hooks(optimizer)
+
+
+def _remove_hooks(optimizer: LowBitOptimizer) -> None:
+    """Those of ``load``."""
+    for hooks in (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks):
+        for number in [n for n, hook in hooks.items() if getattr(hook, "__module__", None) == __name__]:
+            del hooks[number]
 
 
 @contextmanager
