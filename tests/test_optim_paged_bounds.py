@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
+import weakref
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from torch.nn import Parameter
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.optim import loading
 from lowbit_lightning.state import pages
-from lowbit_lightning.state.pages import Entries, Pager
+from lowbit_lightning.state.pages import Entries, Pager, file
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -206,3 +210,26 @@ def test_budgets_of_groups_must_be_equal() -> None:
         with pytest.raises(ValueError, match=r"equal in all param groups that are paged, got \(True, 10, None\)"):
             step(optimizer, params)
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)), "before anything is changed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason='paged="disk" needs Linux')
+def test_a_load_without_room_names_what_makes_some(page_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    paging: dict[str, Any] = {"paged": "disk", "resident": 0, "page_dir": str(page_dir)}
+    optimizer, fresh = optim.AdamW(params, **paging), optim.AdamW(parameters(), **paging)
+    step(optimizer, params, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    step(optimizer, params, 1)
+    old = weakref.ref(optimizer.state[params[0]].pager)
+    # The disk has room for one slab.
+    monkeypatch.setattr(file.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40 if old() is None else 0))
+    with pytest.raises(OSError, match="where 0 are free: choose another page_dir$"):
+        fresh.load_state_dict(saved)  # which holds nothing that it could give up
+    with pytest.raises(OSError, match=r"where 0 are free: choose another page_dir, or .*optimizer\.state\.clear\(\)"):
+        optimizer.load_state_dict(saved)
+    optimizer.state.clear()
+    optimizer.load_state_dict(saved)
+    found = optimizer.state_dict()["state"]
+    assert found.keys() == saved["state"].keys()
+    for key, entries in saved["state"].items():
+        assert all(torch.equal(value, found[key][name]) for name, value in entries.items())

@@ -7,6 +7,7 @@ those that are loaded, stay as they are until all new ones are there, and are pu
 from __future__ import annotations
 
 import copy
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from lowbit_lightning.optim.options import MASTER, OWN, wants_master
 from lowbit_lightning.optim.paging import to_host, want_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
 from lowbit_lightning.state.blocks import StateFormat
-from lowbit_lightning.state.pages import in_a_slab
+from lowbit_lightning.state.pages import Entries, in_a_slab
 
 if TYPE_CHECKING:
     from lowbit_lightning.optim.base import LowBitOptimizer
@@ -52,6 +53,14 @@ def load(optimizer: LowBitOptimizer, torch_load: Callable[[dict[str, Any]], None
     try:
         with all_or_nothing([optimizer]):
             torch_load(state_dict)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not any(isinstance(held, Entries) for held in optimizer.state.values()):
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}, or give up the states of before, which are kept until all new ones are there: "
+            "optimizer.state.clear(), and load again, both behind the except block, whose traceback keeps them alive",
+        ) from error
     finally:
         _remove_hooks(optimizer)
 
