@@ -33,11 +33,12 @@ from lowbit_lightning import kernels, layers, optim
 from lowbit_lightning.callbacks import LowBitMonitor
 from lowbit_lightning.strategies import DeepSpeedStrategy
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 gpt: Any = importlib.import_module("gpt")
+gpt_settings: Any = importlib.import_module("gpt_settings")
 
 STEPS, SAVED_AT, BATCH, CONTEXT = 6, 3, 6, 16
-SETTINGS = gpt.Settings(width=256, layers=2, context=CONTEXT, steps=STEPS, warmup=2, learning_rate=1e-3)
+SETTINGS = gpt_settings.Settings(width=256, layers=2, context=CONTEXT, steps=STEPS, warmup=2, learning_rate=1e-3)
 STAGES = 1, 2, 3
 LIMITS = {"32": 1e-6, "8": 1e-3, "int8": 5e-3}  # as for lowbit_sharded; relative, of any loss
 BYTES = 0.30  # of float32's: 2.03 bytes for 8, and the embedding and 1-D parameters with 8 for 8

@@ -52,10 +52,10 @@ def differences(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]
     """Between tensors by two names, to the bit."""
     if a.keys() != b.keys():
         yield f"not in both: {sorted(a.keys() ^ b.keys())}"
-    for name in a.keys() & b.keys():
+    for name in sorted(a.keys() & b.keys()):
         if a[name].keys() != b[name].keys():
             yield f"{name}: not in both: {sorted(a[name].keys() ^ b[name].keys())}"
-        for key in a[name].keys() & b[name].keys():
+        for key in sorted(a[name].keys() & b[name].keys()):
             x, y = a[name][key], b[name][key]
             if x.dtype != y.dtype or x.shape != y.shape:
                 yield f"{name} {key}: {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"
