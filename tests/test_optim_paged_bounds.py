@@ -223,7 +223,7 @@ def test_a_load_without_room_names_what_makes_some(page_dir: Path, monkeypatch: 
     old = weakref.ref(optimizer.state[params[0]].pager)
     # The disk has room for one slab.
     monkeypatch.setattr(file.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40 if old() is None else 0))
-    with pytest.raises(OSError, match="where 0 are free: choose another page_dir$"):
+    with pytest.raises(OSError, match=r"where 0 are free: choose another page_dir$"):
         fresh.load_state_dict(saved)  # which holds nothing that it could give up
     with pytest.raises(OSError, match=r"where 0 are free: choose another page_dir, or .*optimizer\.state\.clear\(\)"):
         optimizer.load_state_dict(saved)
