@@ -170,8 +170,7 @@ class Travels(TorchDispatchMode):
 
 
 def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
-    from lowbit_lightning import optim
-    from lowbit_lightning.memory import groups
+    from lowbit_lightning import optim, sharding
     from lowbit_lightning.strategies import blocks
     from lowbit_lightning.strategies.gather import gather_in_int8
 
@@ -184,7 +183,7 @@ def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
             model = nn.parallel.DistributedDataParallel(model)
         else:
             policy = MixedPrecisionPolicy(torch.bfloat16 if cast else None, torch.float32, cast_forward_inputs=False)
-            blocks.shard(model, groups.chosen_blocks(model, None), mesh, "zero3" in name, mp_policy=policy)
+            blocks.shard(model, sharding.chosen_blocks(model, None), mesh, "zero3" in name, mp_policy=policy)
         if "int8" in name:
             gather_in_int8(model)
         step, optimizer = train(model, optim.AdamW, data, cast)

@@ -36,6 +36,7 @@ LAYERS = {
     "state": 1,
     "optim": 2,
     "layers": 2,
+    "sharding": 2,
     "convert": 3,
     "memory": 3,
     "precision": 4,

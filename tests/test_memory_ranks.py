@@ -17,8 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lowbit_lightning import memory, optim
-from lowbit_lightning.memory import groups
+from lowbit_lightning import memory, optim, sharding
 
 RANKS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
@@ -99,6 +98,6 @@ def test_replicas_share_out_less() -> None:
 @pytest.mark.parametrize("make", [real.Model, Odd, lambda: nn.Transformer(32, 2, 2, 2, 64, batch_first=True)])
 def test_every_parameter_is_in_one_group(make: Callable[[], nn.Module]) -> None:
     model = make()
-    in_blocks, root = groups.grouped(model, groups.chosen_blocks(model, None))
+    in_blocks, root = sharding.grouped(model, sharding.chosen_blocks(model, None))
     everything = [*(p for group in in_blocks for p in group), *root]
     assert len(everything) == len(set(everything)) == len(list(model.parameters()))

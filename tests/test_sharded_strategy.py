@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from run_program import PROGRAMS, ROOT, check, outcomes, run
 from torch import nn
 
-from lowbit_lightning.memory import groups
+from lowbit_lightning import sharding
 from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, blocks, checkpoints, consolidate
 
 CHECKPOINTS = (
@@ -330,7 +330,7 @@ def test_repeated_blocks_are_found() -> None:
         return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 
     model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "head": nn.Linear(4, 4)})
-    assert groups.repeated_blocks(model) == ["layers.0", "layers.1"]
+    assert sharding.repeated_blocks(model) == ["layers.0", "layers.1"]
     model.get_submodule("layers.0.0").weight = model["head"].weight  # shared with the root
-    assert groups.chosen_blocks(model, None) == ["layers.1"]
-    assert groups.chosen_blocks(model, lambda name, module: name == "head") == []
+    assert sharding.chosen_blocks(model, None) == ["layers.1"]
+    assert sharding.chosen_blocks(model, lambda name, module: name == "head") == []

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lowbit_lightning.memory.groups import repeated_blocks
 from lowbit_lightning.memory.result import Advice
 from lowbit_lightning.memory.settings import Settings
+from lowbit_lightning.sharding import repeated_blocks
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from math import prod
 
 from torch import nn
 
-from lowbit_lightning.memory.groups import (
+from lowbit_lightning.memory.settings import Settings
+from lowbit_lightning.memory.step import Reduction
+from lowbit_lightning.sharding import (
     chosen_blocks,
     first_share,
     grouped,
@@ -20,8 +22,6 @@ from lowbit_lightning.memory.groups import (
     padded,
     travels_in_int8,
 )
-from lowbit_lightning.memory.settings import Settings
-from lowbit_lightning.memory.step import Reduction
 
 Group = list[nn.Parameter]
 

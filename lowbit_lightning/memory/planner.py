@@ -15,10 +15,10 @@ from lowbit_lightning.layers import Int8Linear
 from lowbit_lightning.memory import states
 from lowbit_lightning.memory.advice import advise
 from lowbit_lightning.memory.copies import Copies, copies_of
-from lowbit_lightning.memory.groups import Policy, first_share, repeated_blocks
 from lowbit_lightning.memory.result import Plan
 from lowbit_lightning.memory.settings import Precision, Settings, Strategy
 from lowbit_lightning.memory.step import Step, measure
+from lowbit_lightning.sharding import Policy, first_share, repeated_blocks
 
 
 def plan(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.memory import states
-from lowbit_lightning.memory.groups import Policy
 from lowbit_lightning.memory.step import Step
 from lowbit_lightning.optim.options import parse_bytes
+from lowbit_lightning.sharding import Policy
 
 Strategy = Literal["single", "ddp", "sharded"]
 Precision = Literal["32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "int8-mixed"]

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.memory.groups import int8_share, travels_in_int8
+from lowbit_lightning.sharding import int8_share, travels_in_int8
 from lowbit_lightning.state import shards
 
 

@@ -42,9 +42,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from lowbit_lightning.memory.groups import Policy, chosen_blocks
 from lowbit_lightning.optim.loading import all_or_nothing
 from lowbit_lightning.optim.options import check_paging
+from lowbit_lightning.sharding import Policy, chosen_blocks
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import blocks, checkpoints
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO

@@ -1,4 +1,4 @@
-"""What of a model FSDP2 gathers as one, and what of it lies on a rank.
+"""What of a model FSDP2 gathers as one, and what of it lies on a rank; strategies and planner ask here.
 
 FSDP2 cuts every parameter along dimension 0, as ``torch.chunk`` does: of ``rows`` rows on ``n`` ranks the first ranks
 get ``ceil(rows / n)`` each, the last ones what remains, which may be nothing. What travels is padded to equal shares.
