@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import FAMILY
+from support.optimizers import FAMILY
 from torch import Tensor, nn
 from torch.nn import Parameter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizers import FAMILY
+from support.optimizers import FAMILY
 from torch import Tensor
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile, record_function

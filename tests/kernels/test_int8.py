@@ -5,8 +5,6 @@ The oracle knows the definition and none of the code: float32 arithmetic for the
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,16 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import require
+from support.instruction_sets import require
+from support.int8_oracle import BACKENDS, FLOATS, assert_same, expected_rowwise, needs_compiler
 from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import _cpu_int8
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), os.environ.get("CXX"))
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler: there is no CPU backend to test")
-BACKENDS = [pytest.param("reference"), pytest.param("cpu", marks=needs_compiler)]
 # Empty, single, odd, one less and one more than a vector or a tile, several tiles, both longer than wide and wider.
 SHAPES = [
     *((0, 0), (0, 5), (5, 0), (1, 1), (1, 77), (77, 1), (3, 15), (16, 16), (17, 33), (63, 65), (64, 64), (65, 63)),
@@ -45,20 +40,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 # -- the oracle ------------------------------------------------------------------------------------------------------
 
 
-def expected_rowwise(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """int8 values and float32 scales of the rows of ``x``, one row at a time."""
-    rows = x.float().numpy()
-    q, scales = np.zeros(rows.shape, np.int8), np.zeros(rows.shape[0], np.float32)
-    for i, row in enumerate(rows):
-        absmax = np.abs(row).max(initial=np.float32(0))
-        if not np.isfinite(row).all():
-            scales[i] = np.nan
-        elif absmax >= np.float32(2.0**-120):
-            scales[i] = absmax / np.float32(127)
-            q[i] = np.rint(row * (np.float32(127) / absmax)).clip(-127, 127)
-    return q, scales
-
-
 def expected_product(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -67,18 +48,6 @@ def expected_product(
     if bias is not None:
         result = result + bias.float().numpy()
     return torch.from_numpy(result).to(dtype)
-
-
-def assert_same(actual: Tensor, expected: Tensor | np.ndarray) -> None:
-    """Equal to the bit, any NaN being equal to any other; names the first difference."""
-    expected = torch.as_tensor(expected)
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    wrong = ((actual != expected) & ~(actual.isnan() & expected.isnan())).nonzero()
-    if len(wrong):
-        where = tuple(wrong[0].tolist())
-        got, wanted = actual[where].item(), expected[where].item()
-        pytest.fail(f"{len(wrong)} of {actual.numel()} differ, first at {where}: {got!r}, not {wanted!r}")
 
 
 def assert_quantised(x: Tensor) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from instruction_sets import require
-from test_int8 import BACKENDS, FLOATS, assert_same, expected_rowwise, needs_compiler
+from support.instruction_sets import require
+from support.int8_oracle import BACKENDS, FLOATS, assert_same, expected_rowwise, needs_compiler
 from torch import Tensor
 
 from lowbit_lightning import kernels

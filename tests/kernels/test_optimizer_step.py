@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import require
+from support.instruction_sets import require
 from torch import Tensor
 
 from lowbit_lightning import kernels

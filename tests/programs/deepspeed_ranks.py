@@ -1,8 +1,9 @@
 """DeepSpeed on gloo ranks of one machine: ``deepspeed_ranks.py FOLDER ROUND...``, where a round is a number of ranks.
 
 One process imports everything and forks the ranks of each round in turn. Every rank runs the round's checks and
-writes ``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null. ``test_deepspeed.py`` reads
-them. DDP, or DeepSpeed with torch's own AdamW, is the yardstick. The round "2" comes first: the others load what it
+writes ``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null.
+``tests/strategies/test_deepspeed.py`` reads them. DDP, or DeepSpeed with torch's own AdamW, is the yardstick. The
+round "2" comes first: the others load what it
 saved. ``deepspeed_small.py`` has more checks.
 """
 

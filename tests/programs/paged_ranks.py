@@ -1,7 +1,7 @@
 """Paged states of sharded parameters, on gloo ranks: ``paged_ranks.py FOLDER``.
 
 Every rank runs all checks, each with paged states (under the engine that lies in wait) and without, and writes
-``FOLDER/RANK.json``: for each check the first thing that is wrong, or null. ``tests/test_optim_paged_ranks.py`` reads
+``FOLDER/RANK.json``: for each check the first thing that is wrong, or null. ``tests/optim/test_paged_ranks.py`` reads
 them.
 """
 
@@ -11,13 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 import torch.distributed as dist
-from paged_engine import lying_in_wait
 from ranks import fork, join, write_outcomes
 from sharded_state import build, load, placed_like, save
+from support.paged_engine import lying_in_wait
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 

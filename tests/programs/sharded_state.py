@@ -1,7 +1,7 @@
 """Optimizer states under FSDP2, on gloo ranks of one machine: ``sharded_state.py FOLDER``.
 
 One process imports everything and forks the ranks of each round in turn. Every rank runs all checks and writes
-``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null. ``tests/test_sharded_state.py``
+``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null. ``tests/state/test_sharded.py``
 reads them. The first round, a plain unsharded model in a single process, is the yardstick: gradients are whole
 tensors that depend on a seed alone, so every round computes the same, to the bit wherever nothing is summed over
 ranks.

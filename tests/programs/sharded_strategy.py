@@ -2,8 +2,9 @@
 steps: a part of the checks.
 
 One process imports everything and forks the ranks of each round in turn. Every rank runs the round's checks and
-writes ``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null. ``test_sharded_strategy.py``
-reads them. The round "single", the first, is Lightning on one device with no strategy of ours: the yardstick.
+writes ``FOLDER/ROUND.RANK.json``: for each check the first thing that is wrong, or null.
+``tests/strategies/test_sharded.py`` reads them.
+The round "single", the first, is Lightning on one device with no strategy of ours: the yardstick.
 """
 
 from __future__ import annotations

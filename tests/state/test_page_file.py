@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from page_files import MARKS, MIB, PAGE, files_of_at_most, moved, random_bytes
+from support.page_files import MARKS, MIB, PAGE, files_of_at_most, moved, random_bytes
 from torch import Tensor
 
 from lowbit_lightning.state.pages import file

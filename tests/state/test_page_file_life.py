@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from page_files import MARKS, MIB, PAGE, files_of_at_most, moved
+from support.page_files import MARKS, MIB, PAGE, files_of_at_most, moved
 from torch import Tensor
 
 from lowbit_lightning.state.pages import Pager, Want, file

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from paged_engine import Copy, Engine, Event, Stream
+from support.paged_engine import Copy, Engine, Event, Stream
 from torch import Tensor
 
 from lowbit_lightning.state.pages import Chunk, Moves, Pager, Want

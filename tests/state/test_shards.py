@@ -1,7 +1,7 @@
 """The shards' index arithmetic against torch.chunk and DTensor's own, for every rank, in one process.
 
 torch's fake process group lets this process be any rank of any world; nothing is sent. What is sent is tested on real
-ranks in ``tests/test_sharded_state.py``.
+ranks in ``tests/state/test_sharded.py``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from math import prod
 
 import pytest
 import torch
-from fake_ranks import being_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_ranks import being_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard

@@ -1,0 +1,35 @@
+"""The quality benchmark runs, small, and writes what it says it writes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "optimizer_quality.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--quick", "--threads", "1", "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_quick_writes_a_table_and_pictures(tmp_path: Path) -> None:
+    done = run("--tasks", "gpt", "--only", "adamw,nesterov", "--seeds", "2", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (report,) = tmp_path.glob("*-optimizer-quality-gpt-quick-cpu.md")
+    rows = {line.split("|")[1].strip(): line.split("|") for line in report.read_text().splitlines() if "±" in line}
+    assert set(rows) == {"SGD, Nesterov", "AdamW"}
+    full, low = (float(rows["AdamW"][i].split("±")[0]) for i in (3, 4))
+    assert 2 < full < 3.5  # of 5.5 at the start
+    assert abs(low / full - 1) < 0.02
+    assert abs(float(rows["AdamW"][5].split("±")[0]) - 100 * (low / full - 1)) < 0.02  # the mean of pairs, rounded
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert [name.rsplit("-", 1)[1] for name in pictures] == ["differences.png", "gpt.png"]
+    assert all(f"({name})" in report.read_text() for name in pictures)
+
+
+def test_what_matches_nothing_is_refused() -> None:
+    done = run("--only", "adadelta")
+    assert done.returncode != 0
+    assert "--only adadelta matches none of" in done.stderr

@@ -1,0 +1,336 @@
+"""``strategy="lowbit_sharded"`` on several ranks, and its checkpoints.
+
+The ranks run ``programs/sharded_strategy.py``, once for all tests of a world size; a single device with no strategy of
+ours is what they are compared with. ``make slow`` runs 50 steps on 1, 2, 3 and 4 ranks, with every check on each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+from support.run_program import PROGRAMS, ROOT, check, outcomes, run
+from torch import nn
+
+from lowbit_lightning import sharding
+from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, blocks, checkpoints, consolidate
+
+CHECKPOINTS = (
+    "saves_of_every_strategy_load_everywhere",
+    "bad_checkpoints_change_nothing",
+    "saves_replace_and_recover",
+    "a_folder_becomes_a_file",
+    "a_file_may_be_written_asynchronously",
+)
+CHECKS = (
+    "trains_like_a_single_device",
+    "clipping_and_norms_are_global",
+    "accumulation_reduces_once",
+    "traffic_is_the_formulas",
+    "manual_optimization_works",
+    "a_step_may_call_forward",
+    "evaluates_without_and_after_fit",
+    "configure_model_is_respected",
+    "errors_name_the_remedy",
+    "ranks_need_no_common_seed",
+    *CHECKPOINTS,
+)
+AGAIN = ("single again", ("saves_of_every_strategy_load_everywhere",))
+QUICK = {
+    "single": CHECKS,
+    "2": (*CHECKS, "replicas_are_equal"),
+    "3": ("trains_like_a_single_device", "saves_of_every_strategy_load_everywhere"),
+    AGAIN[0]: AGAIN[1],
+}
+ALL = {
+    "single": CHECKS,
+    "4": (*CHECKS, "replicas_are_equal"),
+    "1": CHECKS,
+    "3": CHECKS,
+    "2": CHECKS,
+    AGAIN[0]: AGAIN[1],
+}
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")]
+
+
+def results_of(folder: Path, steps: int, rounds: dict[str, tuple[str, ...]], timeout: float) -> dict[str, Any]:
+    run("sharded_strategy.py", folder, steps, *rounds, timeout=timeout)
+    return outcomes(folder)
+
+
+def examine(results: dict[str, Any], world: str, name: str) -> None:
+    check(name, (results[f"{world}.{rank}"] for rank in range(int(world) if world.isdigit() else 1)))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return results_of(tmp_path_factory.mktemp("ranks"), 6, QUICK, timeout=280)
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in QUICK.items() for name in names])
+def test_on_ranks(world: str, name: str, results: dict[str, Any]) -> None:
+    examine(results, world, name)
+
+
+@pytest.fixture(scope="module")
+def all_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return results_of(tmp_path_factory.mktemp("ranks"), 50, ALL, timeout=1700)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in ALL.items() for name in names])
+def test_on_up_to_four_ranks(world: str, name: str, all_results: dict[str, Any]) -> None:
+    examine(all_results, world, name)
+
+
+# -- saves that die ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rounds", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=["3", "50"]
+)
+def test_killed_saves_leave_a_checkpoint(rounds: int, tmp_path: Path) -> None:
+    output = run("sharded_strategy_kill.py", tmp_path, rounds, timeout=850 if rounds > 3 else 250)
+    assert output.count("killed") == rounds
+
+
+class Died(BaseException):
+    pass
+
+
+def make(value: float) -> dict[str, Any]:
+    entries = {"step": torch.tensor(value), "exp_avg": torch.full((5, 7), value)}
+    return {
+        "state_dict": {"a": torch.full((5, 7), value), "b": torch.full((3,), value)},
+        "optimizer_states": [{"state": {0: entries}, "param_groups": [{"params": [0], "lr": value}]}],
+        "global_step": value,
+    }
+
+
+def save(distributed: bool, value: float, path: Path) -> None:
+    if distributed:
+        checkpoints.save_folder(make(value), path, checkpoints.new_token(), True, lambda action: action())
+    else:
+        checkpoints.save_file(make(value), path)
+
+
+def values_of(checkpoint: dict[str, Any]) -> set[float]:
+    state = checkpoint["optimizer_states"][0]
+    tensors = [*checkpoint["state_dict"].values(), *state["state"][0].values()]
+    return {checkpoint["global_step"], state["param_groups"][0]["lr"], *(float(v) for x in tensors for v in x.unique())}
+
+
+@pytest.mark.parametrize("old", ["file", "folder"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_a_save_may_die_before_any_change_to_the_disk(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every single one: what loads is the old or the new checkpoint, and the next save cleans up."""
+    left = [0]
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Died
+            return original(*args, **kwargs)
+
+        return function
+
+    seen, died, count = set(), True, 0
+    while died:
+        count += 1
+        path = tmp_path / str(count) / "last"
+        save(old == "folder", 1.0, path)
+        died = False
+        with monkeypatch.context() as patch:
+            left[0] = count
+            for owner, name in (
+                (os, "replace"),
+                (os, "fsync"),
+                (os, "rename"),
+                (os, "unlink"),
+                (os, "mkdir"),
+                (os, "rmdir"),
+                (Path, "rename"),
+                (Path, "unlink"),
+                (shutil, "rmtree"),
+                (torch, "save"),
+            ):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                save(new == "folder", 2.0, path)
+            except (Died, OSError):  # torch.distributed.checkpoint makes of any exception its own
+                died = True
+        values = values_of(AtomicCheckpointIO().load_checkpoint(path))
+        assert len(values) == 1, f"step {count}: a mixture, {values}"
+        assert values == {2.0} or died
+        seen |= values
+        save(new == "folder", 3.0, path)
+        assert [p.name for p in path.parent.iterdir()] == ["last"]
+        assert values_of(AtomicCheckpointIO().load_checkpoint(path)) == {3.0}
+    assert count > 4
+    assert seen == {1.0, 2.0}
+
+
+def test_consolidate_says_what_is_wrong(tmp_path: Path) -> None:
+    save(True, 1.0, tmp_path / "folder")
+    consolidate(tmp_path / "folder", tmp_path / "file")
+    assert values_of(torch.load(tmp_path / "file")) == {1.0}
+    with pytest.raises(ValueError, match="a folder, got"):
+        consolidate(tmp_path / "file", tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        consolidate(tmp_path / "nowhere", tmp_path / "other")
+    (tmp_path / "folder" / "complete.json").write_text('{"version": 9, "files": {}}')
+    with pytest.raises(ValueError, match=r"folder has version 9.*reads version 1"):
+        consolidate(tmp_path / "folder", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+# -- torchrun ----------------------------------------------------------------------------------------------------------
+
+
+def torchrun(nodes: int, ranks: int, *program: str) -> None:
+    """A launcher per node, all of them here, that find one another at a rendezvous on the loopback device."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    launchers = [
+        subprocess.Popen([*command, *program], env=environment, stderr=subprocess.PIPE, text=True) for _ in range(nodes)
+    ]
+    try:
+        for launcher in launchers:
+            _, errors = launcher.communicate(timeout=200)
+            assert launcher.returncode == 0, errors[-4000:]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()  # it ends its ranks
+            launcher.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 1), (2, 2)])
+def test_torchrun(nodes: int, ranks: int, tmp_path: Path) -> None:
+    run("sharded_strategy_torchrun.py", tmp_path / "alone", timeout=100)
+    expected = json.loads((tmp_path / "alone").read_text())["losses"]
+    torchrun(nodes, ranks, str(PROGRAMS / "sharded_strategy_torchrun.py"), str(tmp_path / "together"))
+    found = json.loads((tmp_path / "together").read_text())
+    assert (found["nodes"], found["ranks"]) == (nodes, nodes * ranks)
+    assert found["losses"] == pytest.approx(expected, rel=1e-6)
+    names = [torch.load(tmp_path / f"{which}.ckpt")["state_dict"].keys() for which in ("alone", "together")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 1)])
+def test_the_example_under_torchrun(nodes: int, ranks: int, tmp_path: Path) -> None:
+    example = ROOT / "examples" / "train_gpt.py"
+    size = [
+        "--steps=8",
+        "--warmup=2",
+        "--validate-every=8",
+        "--validation-batches=4",
+        "--batch=2",
+        "--width=64",
+        "--no-progress",
+    ]
+    places = [f"--devices={ranks}", f"--nodes={nodes}", "--strategy=lowbit_sharded", f"--out={tmp_path}"]
+    torchrun(nodes, ranks, str(example), *size, *places)
+    full, low = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert low["int8_matmuls"] == low["int8_matmuls_predicted"] > 0
+    assert low["val_loss"] == pytest.approx(full["val_loss"], rel=0.01)
+    assert low["optimizer_state_bytes"] < 0.5 * full["optimizer_state_bytes"]
+
+
+# -- in this process ---------------------------------------------------------------------------------------------------
+
+
+def test_the_name_is_registered() -> None:
+    assert StrategyRegistry["lowbit_sharded"]["strategy"] is ShardedStrategy
+    assert isinstance(
+        L.Trainer(strategy="lowbit_sharded", accelerator="cpu", devices=1, logger=False).strategy, ShardedStrategy
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "word"), [({"optimizer_bits": 4}, "4"), ({"replicas": 0}, "0"), ({"gather_dtype": torch.int8}, "int8")]
+)
+def test_arguments_are_checked(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}.*{word}"):
+        ShardedStrategy(**options)
+
+
+def test_under_manual_optimization_what_a_step_calls_is_a_root() -> None:
+    model = nn.Module()
+    model.one, model.two = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.several, model.act = nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]), nn.ReLU()
+    assert blocks.roots(model) == ["one", "two", "several.0"]
+    model.two[0].weight = model.one.weight
+    with pytest.raises(ValueError, match="gathers one and two one by one, but they share"):
+        blocks.roots(model)
+    model.scale = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="scale of Module itself would stay cut"):
+        blocks.roots(model)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    kept = tmp_path / "runs" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for distributed in (False, True):
+        with pytest.raises(IsADirectoryError, match=r"runs is a folder, and no checkpoint"):
+            save(distributed, 1.0, kept.parent)
+    assert kept.read_text() == "mine"
+
+
+def test_a_save_that_fails_leaves_nothing_beside(tmp_path: Path) -> None:
+    class Unsaveable:
+        def __reduce__(self) -> Any:
+            raise RuntimeError("no")
+
+    for name in ("file", "folder"):
+        with pytest.raises(RuntimeError, match="no"):
+            if name == "file":
+                checkpoints.save_file({**make(1.0), "x": Unsaveable()}, tmp_path / name)
+            else:
+                bad = {**make(1.0), "x": Unsaveable()}
+                checkpoints.save_folder(bad, tmp_path / name, "token", True, lambda action: action())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_replaced_by_a_folder(tmp_path: Path) -> None:
+    save(True, 1.0, tmp_path / "first")
+    (tmp_path / "last").symlink_to(tmp_path / "first")
+    save(True, 2.0, tmp_path / "last")
+    assert values_of(checkpoints.load_folder(tmp_path / "last")) == {2.0}
+    assert values_of(checkpoints.load_folder(tmp_path / "first")) == {1.0}
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "last"}
+
+
+def test_repeated_blocks_are_found() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "head": nn.Linear(4, 4)})
+    assert sharding.repeated_blocks(model) == ["layers.0", "layers.1"]
+    model.get_submodule("layers.0.0").weight = model["head"].weight  # shared with the root
+    assert sharding.chosen_blocks(model, None) == ["layers.1"]
+    assert sharding.chosen_blocks(model, lambda name, module: name == "head") == []
