@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,9 +57,14 @@ class Products:
         """The names of the products that run in int8."""
         return tuple(name for name in ("forward", "grad_input", "grad_weight") if getattr(self, name) == "int8")
 
+    def changed(self, fields: Mapping[str, Any]) -> Products:
+        """These products with other values in some fields."""
+        return replace(self, **fields)
+
     def __str__(self) -> str:
+        """'int8 (forward, grad_input, grad_weight)'."""
         random = self.gradient_rounding == "stochastic" and self.int8 not in ((), ("forward",))
-        return (", ".join(self.int8) or "nothing") + (", gradients rounded at random" if random else "")
+        return f"int8 ({', '.join(self.int8) or 'nothing'}{', gradients rounded at random' if random else ''})"
 
 
 class Int8Linear(nn.Linear):
@@ -137,7 +143,7 @@ class Int8Linear(nn.Linear):
         weights.invalidate()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, int8: {self.products}"
+        return f"{super().extra_repr()}, {self.products}"
 
     def _checked(self, x: Tensor) -> Tensor:
         """The input in the dtype to compute in (autocast's where it is on); raises if it doesn't fit the weight."""

@@ -16,8 +16,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from torch import Tensor, nn
 
-from lowbit_lightning.convert import MIN_FEATURES, Overrides, Report, check_overrides, swap_linears
+from lowbit_lightning.convert import MIN_FEATURES, swap_linears
 from lowbit_lightning.layers.int8 import Product, Products, Rounding
+from lowbit_lightning.layers.select import Overrides, Report, check_overrides
 from lowbit_lightning.precision.in_step import InStep
 
 NAME = "int8-mixed"
@@ -49,7 +50,7 @@ class Int8Mixed:
             raise ValueError(f"autocast must be 'auto', 'bf16' or 'off', got {autocast!r}")
         products = Products(forward, grad_input, grad_weight, save_inputs, gradient_rounding, cache_weights)
         overrides = dict(overrides or {})
-        check_overrides(products, overrides)
+        check_overrides(products, overrides, Products.changed)
         if not products.int8:
             rank_zero_warn("int8-mixed with forward, grad_input and grad_weight all 'high' runs nothing in int8")
         elif gradient_rounding == "stochastic" and products.int8 == ("forward",):

@@ -153,4 +153,4 @@ def test_state_dict_is_that_of_a_linear() -> None:
     assert list(linear.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(linear.state_dict())
     linear.load_state_dict(plain.state_dict())
-    assert "int8: forward, grad_input, grad_weight" in repr(linear)
+    assert "int8 (forward, grad_input, grad_weight)" in repr(linear)

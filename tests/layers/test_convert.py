@@ -133,10 +133,10 @@ def test_bad_overrides(overrides: Any, error: type[Exception], said: str) -> Non
 def test_convolutions_are_listed_and_not_counted() -> None:
     model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.Linear(64, 64), nn.Linear(64, 64))
     report = swap_linears(model)
-    assert [report.skipped[name] for name in "01"] == ["convolutions are not swapped"] * 2
+    assert [report.others[name] for name in "01"] == ["convolutions are not swapped"] * 2
     assert str(report).splitlines() == [
         "int8 (forward, grad_input, grad_weight) in 1 of 2 linear layers: 2",
-        "  not 3: output layer (output_layer=None swaps it too)",
+        "  not 3: output layer (output_layer=None takes it too)",
         "  not * (2): convolutions are not swapped",
     ]
 
@@ -209,7 +209,7 @@ def test_report_is_a_few_lines() -> None:
     assert lines == [
         "int8 (forward, grad_input, grad_weight) in 5 of 8 linear layers: head, blocks.*.qkv (2), blocks.*.out (2)",
         "  not blocks.*.gate (2): fewer than min_features=32 features",
-        "  not last: output layer (output_layer=None swaps it too)",
+        "  not last: output layer (output_layer=None takes it too)",
     ]
 
 

@@ -1,0 +1,197 @@
+"""Which modules a change is for, and the report of it. ``convert`` uses it for int8 training and for low-bit weights.
+
+A selection starts from candidates (name -> module) and one setting for all of them. Each candidate then gets a setting,
+or a reason why it is left alone. The first of these that applies decides:
+
+1. the name is not in ``include``, or in ``exclude``;
+2. it is an output layer (below);
+3. ``unfit`` gives a reason: the module's type, dtype or shape can't be served;
+4. ``filter`` refuses it;
+5. ``overrides`` has None for it. Any other value changes the setting.
+
+The output layer
+----------------
+Rounding the layer that produces logits costs more quality than it saves time, so it is left alone by default. Which
+one it is, a module cannot tell without being run; the rule (``output_layer="auto"``) is:
+
+1. every candidate whose weight is also the weight of an ``nn.Embedding`` (tied) is an output layer;
+2. if there is none, it is the last candidate in the order in which the model defines its modules.
+
+A model in which that is wrong names it (``output_layer="decoder.head"``), or says ``output_layer=None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+Setting = TypeVar("Setting")
+Patterns = str | Iterable[str]
+"""Shell patterns of qualified names: ``"blocks.*.mlp.*"``."""
+
+Overrides = Mapping[str, Any]
+"""Pattern -> how the setting changes for the modules it matches, or None to leave them alone."""
+
+
+@dataclass(frozen=True)
+class Selection(Generic[Setting]):
+    """``chosen``: name -> setting; ``skipped``: name -> why it is left alone. Together they are all candidates."""
+
+    chosen: dict[str, Setting]
+    skipped: dict[str, str]
+
+
+def select(
+    module: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    setting: Setting,
+    *,
+    unfit: Callable[[nn.Module], str | None],
+    change: Callable[[Setting, Any], Setting],
+    include: Patterns = "*",
+    exclude: Patterns = (),
+    filter: Callable[[str, Any], bool] | None = None,
+    output_layer: str | None = "auto",
+    overrides: Overrides | None = None,
+) -> Selection[Setting]:
+    """Decide for each of the candidates, which are modules of ``module``; nothing is changed.
+
+    Args:
+        setting: of all candidates that no override matches.
+        unfit: says why a candidate can't be changed, or None.
+        change: ``change(setting, value)`` is the setting under an override of this value; it raises TypeError or
+            ValueError where it doesn't know the value.
+        include, exclude: patterns; each must match some candidate.
+        filter: ``filter(name, candidate)``; False skips it.
+        output_layer: "auto" (the rule above), a name or pattern, or None (no layer is special).
+        overrides: pattern -> value for ``change``, or None to skip. Of several patterns that match a candidate the
+            later goes over the earlier.
+
+    Raises:
+        TypeError, ValueError: a pattern that matches no candidate (the message lists them), or a bad override.
+    """
+    overrides = overrides or {}
+    check_overrides(setting, overrides, change)
+    included, excluded = _patterns("include", include, candidates), _patterns("exclude", exclude, candidates)
+    _patterns("overrides", overrides, candidates)
+    outputs = _output_layers(module, output_layer, candidates)
+    chosen: dict[str, Setting] = {}
+    skipped: dict[str, str] = {}
+    for name, candidate in candidates.items():
+        reason = _by_name(name, included, excluded, outputs) or unfit(candidate)
+        own = _overridden(name, setting, overrides, change)
+        if reason is None and filter is not None and not filter(name, candidate):
+            reason = "refused by filter"
+        if reason is None and own is not None:
+            chosen[name] = own
+        else:
+            skipped[name] = reason or "None in overrides"
+    return Selection(chosen, skipped)
+
+
+def check_overrides(setting: Setting, overrides: Overrides, change: Callable[[Setting, Any], Setting]) -> None:
+    """Raise TypeError or ValueError, naming the pattern, where an override is not None and ``change`` refuses it."""
+    for pattern, value in overrides.items():
+        try:
+            if value is not None:
+                change(setting, value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"overrides[{pattern!r}]={value!r} must be None or settings: {error}") from None
+
+
+def _patterns(argument: str, patterns: Patterns, names: Iterable[str]) -> list[str]:
+    result = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in result:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{argument}={pattern!r} matches no linear layer; there are: {stacked(names)}")
+    return result
+
+
+def _by_name(name: str, include: list[str], exclude: list[str], outputs: set[str]) -> str | None:
+    if not any(fnmatchcase(name, pattern) for pattern in include):
+        return f"not in include={include!r}"
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return f"in exclude={exclude!r}"
+    return "output layer (output_layer=None takes it too)" if name in outputs else None
+
+
+def _overridden(
+    name: str, setting: Setting, overrides: Overrides, change: Callable[[Setting, Any], Setting]
+) -> Setting | None:
+    own: Setting | None = setting
+    for pattern, value in overrides.items():
+        if fnmatchcase(name, pattern):
+            own = None if value is None else change(setting if own is None else own, value)
+    return own
+
+
+def _output_layers(module: nn.Module, rule: str | None, candidates: Mapping[str, nn.Module]) -> set[str]:
+    if rule is None or not candidates:
+        return set()
+    if rule != "auto":
+        pattern = _patterns("output_layer", rule, candidates)[0]
+        return {name for name in candidates if fnmatchcase(name, pattern)}
+    embeddings = [m.weight for m in module.modules() if isinstance(m, nn.Embedding)]
+    tied = {name for name, m in candidates.items() if any(m.weight is w for w in embeddings)}
+    return tied or {list(candidates)[-1]}
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report(Generic[Setting]):
+    """What was changed and what wasn't; ``str(report)`` is a few lines, with the layers of a stack taken together.
+
+    ``swapped``: names that have the ``setting``, but for those in ``overridden`` (name -> its own setting);
+    ``skipped``: candidates, name -> why not; ``others``: modules that never were candidates, name -> why;
+    ``notes``: what else to know.
+    """
+
+    swapped: tuple[str, ...]
+    skipped: dict[str, str]
+    notes: tuple[str, ...]
+    setting: Setting
+    overridden: dict[str, Setting] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        selection: Selection[Setting],
+        setting: Setting,
+        notes: Iterable[str] = (),
+        others: Mapping[str, str] | None = None,
+    ) -> Report[Setting]:
+        """The report of a selection that has been carried out."""
+        overridden = {name: own for name, own in selection.chosen.items() if own != setting}
+        return cls(tuple(selection.chosen), selection.skipped, tuple(notes), setting, overridden, dict(others or {}))
+
+    def __str__(self) -> str:
+        total = len(self.swapped) + len(self.skipped)
+        lines = [f"{self.setting} in {len(self.swapped)} of {total} linear layers: {stacked(self.swapped)}"]
+        lines += [f"  but {names}: {own}, by overrides" for own, names in _grouped(self.overridden)]
+        lines += [f"  not {names}: {reason}" for reason, names in _grouped({**self.skipped, **self.others})]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _grouped(named: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """Each value with the names that have it, in the order of their first."""
+    return [(value, stacked(n for n, v in named.items() if v == value)) for value in dict.fromkeys(named.values())]
+
+
+def stacked(names: Iterable[str]) -> str:
+    """'blocks.*.qkv (6), head': names that differ only in numbers are taken together."""
+    stacks: dict[tuple[str, ...], list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        stacks.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
+    shown = []
+    for members in stacks.values():
+        name = ".".join(part[0] if len(set(part)) == 1 else "*" for part in zip(*members, strict=True))
+        shown.append(f"{name} ({len(members)})" if len(members) > 1 else name or "(the module itself)")
+    return ", ".join(shown) or "none"
