@@ -193,10 +193,11 @@ def test_any_shape(m: int, n: int, k: int, seed: int) -> None:
 # -- the CPU backend -------------------------------------------------------------------------------------------------
 
 NO_AVX512 = tuple(f"-U__AVX512{part}__" for part in ("F", "BW", "VNNI", "BF16", "VBMI"))
+NO_AMX = ("-mno-amx-int8", "-mno-amx-tile")
 INSTRUCTIONS = {  # what a build without the newer ones is, and what the processor must have to run it
-    "AVX-512 BW": (("-mno-avx512vnni",), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "AVX-512 BW": (("-mno-avx512vnni", *NO_AMX), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
     "AVX-VNNI": (
-        (*NO_AVX512, "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"),  # by its AVX-512 twin
+        (*NO_AMX, *NO_AVX512, "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"),  # by its AVX-512 twin
         {"avx512_vnni", "avx512vl"},
     ),
     "AMX": (("-DLB_AMX_TWIN=1",), set()),  # its instructions in plain C++

@@ -35,7 +35,7 @@ struct Extremes {
 // The codes of four vectors: encode, but for the steps that can be taken on bytes.
 template <class C> LB_FN ManyBytes encode_many(const V* x, float inverse) {
     I f[4];
-#if defined(__AVX512BW__)
+#if LB_AVX512_BW
     for (int j = 0; j < 4; ++j) f[j] = encode_bits<C, V, I>(x[j] * inverse);
     const __m512i byte = (__m512i)low_bytes(f), bias = _mm512_set1_epi8((char)C::bias);
     if (!C::is_signed) return (ManyBytes)_mm512_maskz_add_epi8(above_zero(x), byte, bias);

@@ -46,7 +46,7 @@ static void product(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int6
     multiply(w, M, N, threads, epilogue);
 }
 
-#ifdef LB_AMX
+#if LB_AMX
 #define LB_NAME (amx_allowed() ? "AMX" : "AMX refused, " LB_DOT_NAME)
 #define LB_BY_ENGINE(...)                                                                              \
     if (amx_allowed()) { typedef Amx Engine; __VA_ARGS__; } else { typedef Dots Engine; __VA_ARGS__; }

@@ -11,9 +11,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include "instruction_sets.h"
 
-#if defined(LB_AMX_TWIN) || (defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__))
-#define LB_AMX
+#if LB_AMX
 
 struct alignas(64) TileShapes {  // as the processor reads them
     uint8_t palette, start_row, reserved[14];

@@ -11,31 +11,28 @@
 //   other                    1    int32     vector multiply and add
 #pragma once
 #include "vec.h"
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+#if LB_AVX512_VNNI
 #define LB_DOT_NAME "AVX-512 VNNI"
 typedef int8_t DotElement;
 constexpr int GROUP = 4, OFFSET = 128, MR = 6, NV = 4;
 LB_FN I dot(I sums, I a, I b) { return (I)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)b, (__m512i)a); }
-#elif defined(__AVXVNNI__)
+#elif LB_AVX2_VNNI
 #define LB_DOT_NAME "AVX-VNNI"
 typedef int8_t DotElement;
 constexpr int GROUP = 4, OFFSET = 128, MR = 6, NV = 2;
 LB_FN I dot(I sums, I a, I b) { return (I)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)b, (__m256i)a); }
-#elif defined(__AVX512BW__)
+#elif LB_AVX512_BW
 #define LB_DOT_NAME "AVX-512 BW"
 typedef int16_t DotElement;
 constexpr int GROUP = 2, OFFSET = 0, MR = 6, NV = 4;
 LB_FN I dot(I sums, I a, I b) { return sums + (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif LB_AVX2
 #define LB_DOT_NAME "AVX2"
 typedef int16_t DotElement;
 constexpr int GROUP = 2, OFFSET = 0, MR = 6, NV = 2;
 LB_FN I dot(I sums, I a, I b) { return sums + (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
-#elif defined(__SSE2__) && !defined(__AVX2__)
+#elif LB_SSE2
 #define LB_DOT_NAME "SSE2"
 typedef int16_t DotElement;
 constexpr int GROUP = 2, OFFSET = 0, MR = 4, NV = 2;

@@ -13,9 +13,9 @@ LB_FN void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the L2
 
 // 64 bytes, past the caches where the instruction set allows it; the address is then a multiple of 64
 LB_FN void store_line(int8_t* to, const void* line, bool stream) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     if (stream) return _mm512_stream_si512((__m512i*)to, _mm512_load_si512(line));
-#elif defined(__AVX2__)
+#elif LB_AVX2
     if (stream) {
         _mm256_stream_si256((__m256i*)to, _mm256_load_si256((const __m256i*)line));
         return _mm256_stream_si256((__m256i*)to + 1, _mm256_load_si256((const __m256i*)line + 1));
@@ -24,7 +24,7 @@ LB_FN void store_line(int8_t* to, const void* line, bool stream) {
     memcpy(to, line, 64);
 }
 LB_FN void finish_stream() {
-#if defined(__AVX2__)
+#if LB_AVX512 || LB_AVX2
     _mm_sfence();
 #endif
 }
@@ -40,7 +40,7 @@ template <class T> using Tops = std::conditional_t<sizeof(T) == 2, Shorts, I>;  
 template <class T> constexpr int MANY = 4 * W / sizeof(T);                                  // in a vector
 
 LB_FN Shorts maximum(Shorts a, Shorts b) {
-#if defined(__AVX512BW__)
+#if LB_AVX512_BW
     return (Shorts)_mm512_max_epi16((__m512i)a, (__m512i)b);
 #else
     return where(a > b, a, b);
@@ -79,9 +79,9 @@ LB_FN Pair load_pair(const BFloat16* p) {
 // ---- rounding
 
 LB_FN I to_nearest(V x) {  // ties to even; |x| below 2^22, or any integer
-#if defined(__AVX512F__)
+#if LB_AVX512
     return (I)_mm512_cvtps_epi32(x);
-#elif defined(__AVX2__)
+#elif LB_AVX2
     return (I)_mm256_cvtps_epi32(x);
 #else
     constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
@@ -116,7 +116,7 @@ template <class T, bool RANDOM> LB_FN IntPair rounded(Pair x, Pair inverses, con
 
 // Of 4 * W elements of a row, from two pairs.
 template <class T> LB_FN ManyBytes bytes_of_row(const IntPair (&x)[2]) {
-#if defined(__AVX512BW__)
+#if LB_AVX512_BW
     const auto half = [&](const IntPair& pair) __attribute__((always_inline)) {
         return _mm512_packs_epi32((__m512i)pair.at[0], (__m512i)pair.at[1]);
     };
@@ -128,7 +128,7 @@ template <class T> LB_FN ManyBytes bytes_of_row(const IntPair (&x)[2]) {
     }
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (ManyBytes)_mm512_permutexvar_epi32(order, bytes);
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif LB_AVX2
     const auto half = [&](const IntPair& pair) __attribute__((always_inline)) {
         return _mm256_packs_epi32((__m256i)pair.at[0], (__m256i)pair.at[1]);
     };
@@ -157,12 +157,12 @@ template <class T> LB_FN ManyBytes bytes_of_row(const IntPair (&x)[2]) {
 }
 // Words whose bytes are those of four vectors.
 LB_FN I words_of(I a, I b, I c, I d) {
-#if defined(__AVX512BW__)
+#if LB_AVX512_BW
     const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b),
                                              _mm512_packs_epi32((__m512i)c, (__m512i)d));
     const __m128i turned = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (I)_mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(turned));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif LB_AVX2
     const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b),
                                              _mm256_packs_epi32((__m256i)c, (__m256i)d));
     const __m128i turned = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -176,7 +176,7 @@ LB_FN I words_of(I a, I b, I c, I d) {
 
 // Rows of W words to columns
 LB_FN void transpose(I (&v)[W]) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i += 2) {
         a[i] = _mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
@@ -197,7 +197,7 @@ LB_FN void transpose(I (&v)[W]) {
         v[8 + i] = (I)_mm512_shuffle_i32x4(even_low, even_high, 0xdd);
         v[12 + i] = (I)_mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
     }
-#elif defined(__AVX2__)
+#elif LB_AVX2
     __m256i a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
         a[i] = _mm256_unpacklo_epi32((__m256i)v[i], (__m256i)v[i + 1]);

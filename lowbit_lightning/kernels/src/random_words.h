@@ -6,9 +6,9 @@ typedef uint64_t Words __attribute__((vector_size(4 * W)));  // of BLOCKS Philox
 constexpr int BLOCKS = W / 2;
 
 LB_FN void multiply_wide(Words a, uint32_t b, Words& high, Words& low) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     low = (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
-#elif defined(__AVX2__)
+#elif LB_AVX2
     low = (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #else
     low = (a & 0xffffffff) * b;
@@ -33,10 +33,10 @@ LB_FN void random_blocks(const RandomKey& key, uint64_t group, uint16_t* words) 
     const Words low = (block.word[0] & 0xffffffff) | block.word[1] << 32;
     const Words high = (block.word[2] & 0xffffffff) | block.word[3] << 32;
     Words ordered[2];
-#if defined(__AVX512F__)
+#if LB_AVX512
     ordered[0] = (Words)_mm512_unpacklo_epi64((__m512i)low, (__m512i)high);
     ordered[1] = (Words)_mm512_unpackhi_epi64((__m512i)low, (__m512i)high);
-#elif defined(__AVX2__)
+#elif LB_AVX2
     ordered[0] = (Words)_mm256_unpacklo_epi64((__m256i)low, (__m256i)high);
     ordered[1] = (Words)_mm256_unpackhi_epi64((__m256i)low, (__m256i)high);
 #else

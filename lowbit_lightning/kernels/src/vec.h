@@ -5,21 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
+#include "instruction_sets.h"
 
 #define LB_FN static inline __attribute__((always_inline))
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
+constexpr int W = LB_VECTOR_BITS / 32;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
@@ -40,11 +30,11 @@ LB_FN V sign(V x) {
 }
 
 LB_FN V multiply_add(V a, V b, V c) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif LB_AVX2_FMA
     return _mm256_fmadd_ps(a, b, c);
-#elif defined(__ARM_NEON) && defined(__aarch64__)
+#elif LB_NEON
     return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -59,12 +49,12 @@ template <class A, class B, class C> LB_FN V fused(A a, B b, C c) {
 }
 
 // maximum(a, b) is a > b ? a : b
-#if defined(__AVX512F__)
+#if LB_AVX512
 LB_FN V maximum(V a, V b) { return _mm512_max_ps(a, b); }
 LB_FN V minimum(V a, V b) { return _mm512_min_ps(a, b); }
 LB_FN V sqrt(V x) { return _mm512_sqrt_ps(x); }
 LB_FN I maximum(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
-#if defined(__AVX512DQ__)
+#if LB_AVX512_DQ
 LB_FN V magnitude_from(V x, float low) { return _mm512_range_ps(x, _mm512_set1_ps(low), 0xb); }
 #else
 LB_FN V magnitude_from(V x, float low) { return maximum(absolute(x), splat<V>(low)); }
@@ -74,9 +64,9 @@ LB_FN V maximum(V a, V b) { return where(a > b, a, b); }
 LB_FN V minimum(V a, V b) { return where(a < b, a, b); }
 LB_FN I maximum(I a, I b) { return where(a > b, a, b); }
 LB_FN V magnitude_from(V x, float low) { return maximum(absolute(x), splat<V>(low)); }
-#if defined(__AVX2__)
+#if LB_AVX2
 LB_FN V sqrt(V x) { return _mm256_sqrt_ps(x); }
-#elif defined(__ARM_NEON) && defined(__aarch64__)
+#elif LB_NEON
 LB_FN V sqrt(V x) { return (V)vsqrtq_f32((float32x4_t)x); }
 #else
 LB_FN V sqrt(V x) {
@@ -93,7 +83,7 @@ LB_FN V first_lanes(V x, int count) {
     return x;
 }
 
-#if defined(__AVX512F__)
+#if LB_AVX512
 LB_FN I unsigned_maximum(I a, I b) { return (I)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 LB_FN uint32_t highest_unsigned(I x) { return _mm512_reduce_max_epu32((__m512i)x); }
 #else
@@ -112,9 +102,9 @@ template <class T, int N> struct alignas(64) Table { T at[N]; };
 
 // table.at[index % 16]
 template <class T> LB_FN I look_up_bits(const Table<T, 16>& table, I index) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     return (I)_mm512_permutexvar_epi32((__m512i)index, _mm512_load_si512(table.at));
-#elif defined(__AVX2__)
+#elif LB_AVX2
     const __m256i low = _mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)table.at), (__m256i)index);
     const __m256i high = _mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)table.at + 1), (__m256i)index);
     return (I)_mm256_blendv_ps((__m256)low, (__m256)high, (__m256)(index << 28));
@@ -124,7 +114,7 @@ template <class T> LB_FN I look_up_bits(const Table<T, 16>& table, I index) {
     return result;
 #endif
 }
-#if defined(__AVX512F__)
+#if LB_AVX512
 // table.at[index % 32]
 template <class T> LB_FN I look_up_bits(const Table<T, 32>& table, I index) {
     const __m512i low = _mm512_load_si512(table.at), high = _mm512_load_si512(table.at + 16);
@@ -147,7 +137,7 @@ template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
     offset = lookup(offsets, field);
 }
 
-#if defined(__AVX512F__)
+#if LB_AVX512
 // The lines by binade, for the exponent fields from 96 to 127, by their low five bits. A binade holds one threshold at
 // most: `lower` moves what is not above it into the binade below.
 struct Binades {
@@ -205,9 +195,9 @@ template <class T> LB_FN void store_raw(void* to, const T& x, int count) {
 
 // Widening and narrowing by one instruction each: GCC before 13 takes __builtin_convertvector apart, lane by lane.
 LB_FN I widen(Bytes x) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     return (I)_mm512_cvtepu8_epi32((__m128i)x);
-#elif defined(__AVX2__)
+#elif LB_AVX2
     return (I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)x));
 #else
     return __builtin_convertvector(x, I);
@@ -216,27 +206,27 @@ LB_FN I widen(Bytes x) {
 LB_FN I widen_signed(Bytes x) { return (widen(x) ^ 0x80) - 0x80; }
 LB_FN I logical_shift(I x, int by) { return (x >> by) & (int32_t)(0xffffffffu >> by); }
 LB_FN I widen(Halves x) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     return (I)_mm512_cvtepu16_epi32((__m256i)x);
-#elif defined(__AVX2__)
+#elif LB_AVX2
     return (I)_mm256_cvtepu16_epi32((__m128i)x);
 #else
     return __builtin_convertvector(x, I);
 #endif
 }
 LB_FN Halves narrow_to_halves(I x) {  // of values from 0 to 65535
-#if defined(__AVX512F__)
+#if LB_AVX512
     return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
-#elif defined(__AVX2__)
+#elif LB_AVX2
     return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 #else
     return __builtin_convertvector(x, Halves);
 #endif
 }
 LB_FN Bytes narrow_to_bytes(I x) {  // of values from 0 to 255
-#if defined(__AVX512F__)
+#if LB_AVX512
     return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
-#elif defined(__AVX2__)
+#elif LB_AVX2
     const __m128i halves = (__m128i)narrow_to_halves(x);
     return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
 #else
@@ -250,7 +240,7 @@ typedef uint8_t ManyBytes __attribute__((vector_size(4 * W)));
 
 // The low bytes of four vectors.
 LB_FN ManyBytes low_bytes(const I* x) {
-#if defined(__AVX512VBMI__)
+#if LB_AVX512_VBMI
     alignas(64) static constexpr uint8_t EVERY_FOURTH[64] = {
         0,  4,  8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 64, 68, 72,  76,  80,
         84, 88, 92, 96, 100, 104, 108, 112, 116, 120, 124};
@@ -258,12 +248,12 @@ LB_FN ManyBytes low_bytes(const I* x) {
     const __m512i low = _mm512_permutex2var_epi8((__m512i)x[0], order, (__m512i)x[1]);
     const __m512i high = _mm512_permutex2var_epi8((__m512i)x[2], order, (__m512i)x[3]);
     return (ManyBytes)_mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
-#elif defined(__AVX512BW__)
+#elif LB_AVX512_BW
     const __m512i low = _mm512_packus_epi32((__m512i)(x[0] & 255), (__m512i)(x[1] & 255));
     const __m512i high = _mm512_packus_epi32((__m512i)(x[2] & 255), (__m512i)(x[3] & 255));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (ManyBytes)_mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif LB_AVX2
     const __m256i low = _mm256_packus_epi32((__m256i)(x[0] & 255), (__m256i)(x[1] & 255));
     const __m256i high = _mm256_packus_epi32((__m256i)(x[2] & 255), (__m256i)(x[3] & 255));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -277,7 +267,7 @@ LB_FN ManyBytes low_bytes(const I* x) {
 #endif
 }
 
-#if defined(__AVX512BW__)
+#if LB_AVX512_BW
 // A bit for each of four vectors' elements that is below zero, or above.
 template <class T> LB_FN __mmask64 mask_of_four(const T& each) {
     return _mm512_kunpackd(_mm512_kunpackw(each(3), each(2)), _mm512_kunpackw(each(1), each(0)));
@@ -307,18 +297,18 @@ LB_FN Halves narrow_half_by_bits(V x) {
     return narrow_to_halves(half | sign);
 }
 LB_FN V widen_half(Halves x) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     return _mm512_cvtph_ps((__m256i)x);
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif LB_AVX2_F16C
     return _mm256_cvtph_ps((__m128i)x);
 #else
     return widen_half_by_bits(x);
 #endif
 }
 LB_FN Halves narrow_half(V x) {
-#if defined(__AVX512F__)
+#if LB_AVX512
     return (Halves)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif LB_AVX2_F16C
     return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     return narrow_half_by_bits(x);
@@ -332,7 +322,7 @@ LB_FN Halves narrow_bfloat16_by_bits(V x) {
     return upper_halves(where(x == x, rounded, bits | 0x400000));
 }
 LB_FN Halves narrow_bfloat16(V x) {
-#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+#if LB_AVX512_BF16
     constexpr int SUBNORMAL = 0x20;  // the instruction takes them for zeros
     if (__builtin_expect(_mm512_fpclass_ps_mask(x, SUBNORMAL) == 0, 1)) {
         const auto narrow = _mm512_cvtneps_pbh(x);
@@ -347,7 +337,7 @@ LB_FN Halves narrow_bfloat16(V x) {
 LB_FN V load(const float* p, int count) { return load_raw<V>(p, count); }
 LB_FN V load(const Half* p, int count) { return widen_half(load_raw<Halves>(p, count)); }
 LB_FN V widen_bfloat16(Halves x) {
-#if defined(__AVX512BW__)
+#if LB_AVX512_BW
     alignas(64) static constexpr uint16_t TWICE[32] = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
                                                        8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
     const __m512i order = _mm512_load_si512(TWICE);
