@@ -32,7 +32,7 @@ from _common import HOW_TO_READ, Candidate, Report, measure, parser, skipped
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import _cpu_int8
+from lowbit_lightning.kernels.cpu import int8
 
 SHAPES = {"cpu": "2048x4096,2048x1024,4096x2048,4096x11008", "cuda": "8192x4096,2048x4096,4096x11008"}
 SEED = 1234
@@ -62,9 +62,9 @@ PLAIN: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {"rowwise": rowwise, 
 def in_place(x: Tensor, form: str) -> Callable[[], None]:
     """Our kernel alone, on the CPU: the results lie in memory that is there already."""
     rows, columns = x.shape
-    row_form: tuple = _cpu_int8._empty_form(rows, columns) if form != "colwise" else (None, None)
-    column_form: tuple = _cpu_int8._empty_form(columns, rows) if form != "rowwise" else (None, None)
-    return lambda: _cpu_int8._quantize(x, None, *row_form, *column_form)
+    row_form: tuple = int8.empty_form(rows, columns) if form != "colwise" else (None, None)
+    column_form: tuple = int8.empty_form(columns, rows) if form != "rowwise" else (None, None)
+    return lambda: int8.quantize_into(x, None, *row_form, *column_form)
 
 
 def ours(x: Tensor, form: str) -> list[Candidate]:

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from lowbit_lightning.kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lowbit_lightning"
@@ -25,7 +28,7 @@ LAYERS = {
     "kernels.arguments": 0,
     "kernels.compile": 0,
     "kernels.reference": 0,
-    "kernels._cpu_int8": 0,
+    "kernels.sources": 0,
     "kernels.cpu": 0,
     "kernels.cuda": 0,
     "kernels": 0,
@@ -46,12 +49,12 @@ LAYERS = {
     "": 5,
 }
 # What every backend may use; they share nothing else, so that any of them can be read, or left out, alone.
-BACKEND_BASE = {"kernels.arguments", "kernels.compile", "kernels.formats", "kernels.rules"}
+BACKEND_BASE = {"kernels.arguments", "kernels.compile", "kernels.formats", "kernels.rules", "kernels.sources"}
 SAME_LAYER = {
     "kernels.arguments": {"kernels.formats", "kernels.rules"},
-    "kernels.reference": BACKEND_BASE - {"kernels.compile"},
-    "kernels._cpu_int8": BACKEND_BASE,
-    "kernels.cpu": BACKEND_BASE | {"kernels._cpu_int8"},
+    "kernels.reference": BACKEND_BASE - {"kernels.compile", "kernels.sources"},
+    "kernels.sources": BACKEND_BASE - {"kernels.sources"},
+    "kernels.cpu": BACKEND_BASE,
     "kernels.cuda": BACKEND_BASE,
     "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed
     "state.bitsandbytes": {"state.blocks", "state.shards"},
@@ -61,18 +64,6 @@ SAME_LAYER = {
     "memory": {"convert"},
 }
 LIGHTNING_FROM = 4  # below this layer nothing knows of Lightning
-
-BACKENDS = ("reference", "cpu", "cuda")
-OPS = (
-    "quantize_blockwise",
-    "dequantize_blockwise",
-    "optimizer_step",
-    "optimizer_norms",
-    "quantize_rowwise",
-    "quantize_colwise",
-    "quantize_both",
-    "int8_matmul",
-)
 
 # Module -> its public names, in ruff's order. Add to them; renaming one breaks somebody.
 PUBLIC = {
@@ -204,16 +195,21 @@ def test_the_order_test_sees_relative_and_local_imports(tmp_path: Path) -> None:
     assert any(target.startswith("lowbit_lightning.kernels") for target in found)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_backends_have_equal_signatures(op: str) -> None:
-    signatures = {}
-    for backend in BACKENDS:
-        function = getattr(importlib.import_module(f"lowbit_lightning.kernels.{backend}"), op)
-        signatures[backend] = [
-            (p.name, p.kind, p.default, p.annotation) for p in inspect.signature(function).parameters.values()
-        ]
-    for backend in BACKENDS[1:]:
-        assert signatures[backend] == signatures["reference"], f"{op}: {backend} differs from reference"
+@pytest.mark.parametrize("name", backend.BACKENDS)
+def test_backends_keep_the_contract(name: str) -> None:
+    """A file for each class of ``kernels/backend.py``, with its functions and their signatures."""
+    assert callable(importlib.import_module(f"lowbit_lightning.kernels.{name}").load)
+    for file, contract in backend.FILES.items():
+        module = importlib.import_module(f"lowbit_lightning.kernels.{name}.{file}")
+        for op in (op for op, where in backend.OPS.items() if where == file):
+            wanted, found = inspect.signature(getattr(contract, op)), inspect.signature(getattr(module, op))
+            assert [*found.parameters.values()] == [*wanted.parameters.values()][1:], f"{name}.{file}.{op}"
+            assert found.return_annotation == wanted.return_annotation, f"{name}.{file}.{op}"
+
+
+def test_every_op_of_a_backend_is_declared_and_has_a_reference() -> None:
+    assert {"reference", "cpu", "cuda"} <= set(backend.BACKENDS)
+    assert set(backend.OPS) <= set(dir(torch.ops.lowbit_lightning))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import formats
 from lowbit_lightning.kernels.arguments import FLOATS
-from lowbit_lightning.kernels.backends import run
-from lowbit_lightning.kernels.register import register
+from lowbit_lightning.kernels.dispatch import declare, run
 
 
 def quantize_blockwise(
@@ -35,7 +34,7 @@ def quantize_blockwise(
         raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     formats.check_block_size(block_size)
     name, values = _codebook(codebook, x.device)
-    return torch.ops.lowbit_lightning.quantize_blockwise(x, name, values, block_size)
+    return _quantize(x, name, values, block_size)
 
 
 def dequantize_blockwise(
@@ -62,7 +61,7 @@ def dequantize_blockwise(
             f"blocks of {block_size}, got {scales.dtype} of shape {tuple(scales.shape)} on {scales.device}"
         )
     name, values = _codebook(codebook, codes.device)
-    return torch.ops.lowbit_lightning.dequantize_blockwise(codes, scales, name, values, block_size, dtype)
+    return _dequantize(codes, scales, name, values, block_size, dtype)
 
 
 def _codebook(codebook: str | Tensor, device: torch.device) -> tuple[str, Tensor | None]:
@@ -101,21 +100,14 @@ def _dequantize_blockwise(
     return run("dequantize_blockwise", codes.device, codes.contiguous(), scales.contiguous(), *book, block_size, dtype)
 
 
-def _dequantize_blockwise_fake(
-    codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
-) -> Tensor:
-    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
-
-
-register(
-    "quantize_blockwise",
-    "(Tensor x, str codebook, Tensor? values, int block_size) -> (Tensor, Tensor)",
-    _quantize_blockwise,
-    _quantize_blockwise_fake,
+_quantize = declare(
+    "quantize_blockwise(Tensor x, str codebook, Tensor? values, int block_size) -> (Tensor, Tensor)",
+    fake=_quantize_blockwise_fake,
+    implementation=_quantize_blockwise,
 )
-register(
-    "dequantize_blockwise",
-    "(Tensor codes, Tensor scales, str codebook, Tensor? values, int block_size, ScalarType dtype) -> Tensor",
-    _dequantize_blockwise,
-    _dequantize_blockwise_fake,
+_dequantize = declare(
+    "dequantize_blockwise(Tensor codes, Tensor scales, str codebook, Tensor? values, int block_size, ScalarType dtype)"
+    " -> Tensor",
+    fake=lambda codes, *_: torch.empty(codes.shape, dtype=_[-1], device=codes.device),
+    implementation=_dequantize_blockwise,
 )

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.arguments import StepArguments, as_int64
-from lowbit_lightning.kernels.backends import run
-from lowbit_lightning.kernels.register import register
+from lowbit_lightning.kernels.dispatch import declare, run
 
 
 def optimizer_step(arguments: StepArguments, norms: Tensor | None = None) -> None:
@@ -35,7 +34,7 @@ def optimizer_step(arguments: StepArguments, norms: Tensor | None = None) -> Non
         )
     norms = norms if rule.norms else None
     if _through_dispatcher(arguments):
-        torch.ops.lowbit_lightning.optimizer_step(*_flatten(arguments), norms)
+        _step_op(*_flatten(arguments), norms)
     else:
         _step(arguments, norms)
 
@@ -48,7 +47,7 @@ def optimizer_norms(arguments: StepArguments) -> Tensor:
     """
     arguments.check()
     if _through_dispatcher(arguments):
-        return torch.ops.lowbit_lightning.optimizer_norms(*_flatten(arguments))
+        return _norms_op(*_flatten(arguments))
     return _norms(arguments)
 
 
@@ -69,10 +68,6 @@ def _unflatten(*flat: Any) -> StepArguments:
     n, count = len(params), len(rules.get(rule).states)
     nested = [[flat[s * n : (s + 1) * n] for s in range(count)] for flat in (states, scales)]
     return StepArguments(rule, params, grads, steps, nested[0], nested[1], list(hyper), block_size, *rest)
-
-
-def _optimizer_step(*flat: Any) -> None:
-    _step(_unflatten(*flat[:-1]), flat[-1])
 
 
 def _step(arguments: StepArguments, norms: Tensor | None) -> None:
@@ -124,13 +119,9 @@ def _warn_of_copies() -> None:
     )
 
 
-def _optimizer_norms(*flat: Any) -> Tensor:
-    return _norms(_unflatten(*flat))
-
-
 def _norms(arguments: StepArguments) -> Tensor:
     contiguous = _contiguous(arguments)
-    result = _optimizer_norms_fake(arguments.rule, arguments.params).zero_()
+    result = _empty_norms(arguments.rule, arguments.params).zero_()
     for indices, part in contiguous.parts():
         found = run("optimizer_norms", arguments.device, part)
         if part is contiguous:
@@ -139,7 +130,7 @@ def _norms(arguments: StepArguments) -> Tensor:
     return result
 
 
-def _optimizer_norms_fake(rule: str, params: list[Tensor], *_: Any) -> Tensor:
+def _empty_norms(rule: str, params: list[Tensor], *_: Any) -> Tensor:
     device = params[0].device if params else None
     return torch.empty(len(params), len(rules.get(rule).norms), dtype=torch.float64, device=device)
 
@@ -149,15 +140,13 @@ _STEP = (
     "int block_size, Tensor? lr, Tensor? unscale, Tensor? clip, Tensor? skip, int seed, int[] ordinals, int[] offsets, "
     "bool maximize, bool stochastic_rounding, Tensor{e} remainders"
 )
-register(
-    "optimizer_step",
-    f"({_STEP.format(**{x: f'({x}!)[]' for x in 'abcde'})}, Tensor? norms) -> ()",
-    _optimizer_step,
-    lambda *_: None,
+_step_op = declare(
+    f"optimizer_step({_STEP.format(**{x: f'({x}!)[]' for x in 'abcde'})}, Tensor? norms) -> ()",
+    fake=lambda *_: None,
+    implementation=lambda *flat: _step(_unflatten(*flat[:-1]), flat[-1]),
 )
-register(
-    "optimizer_norms",
-    f"({_STEP.format(**dict.fromkeys('abcde', '[]'))}) -> Tensor",
-    _optimizer_norms,
-    _optimizer_norms_fake,
+_norms_op = declare(
+    f"optimizer_norms({_STEP.format(**dict.fromkeys('abcde', '[]'))}) -> Tensor",
+    fake=_empty_norms,
+    implementation=lambda *flat: _norms(_unflatten(*flat)),
 )

@@ -1,7 +1,6 @@
 """The two ops behind ``Int8Linear``: its forward with autograd, and its int8 gradients.
 
-Opaque to torch.compile and to autograd, which sees one op in each direction. Schemas are written out because torch
-cannot infer them from ``Tensor | None``.
+Opaque to torch.compile and to autograd, which sees one op in each direction.
 """
 
 from __future__ import annotations
@@ -12,16 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_lightning import kernels
+from lowbit_lightning.kernels.dispatch import declare
 from lowbit_lightning.layers import weights
 
 
-@torch.library.custom_op(
-    "lowbit_lightning::int8_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, bool forward, bool grad_input, bool grad_weight, bool save_int8, "
-    "bool stochastic, bool reuse) -> (Tensor, Tensor, Tensor)",
-)
-def int8_linear(
+def _int8_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -57,8 +51,7 @@ def int8_linear(
     return kernels.int8_matmul(xq, wq, x_scales, w_scales, bias, x.dtype), *saved
 
 
-@int8_linear.register_fake
-def _(
+def _int8_linear_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -85,13 +78,7 @@ def _nothing_to_sum(a: Tensor, b: Tensor) -> bool:
 # -- the gradients ---------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "lowbit_lightning::int8_linear_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, ScalarType x_dtype, "
-    "ScalarType weight_dtype, bool stochastic, bool reuse) -> (Tensor, Tensor)",
-)
-def int8_linear_backward(
+def _int8_linear_backward(
     dy: Tensor,
     weight: Tensor | None,
     x: Tensor | None,
@@ -129,21 +116,6 @@ def int8_linear_backward(
     return dx, dw
 
 
-@int8_linear_backward.register_fake
-def _(
-    dy: Tensor,
-    weight: Tensor | None,
-    x: Tensor | None,
-    xq: Tensor | None,
-    x_scales: Tensor | None,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    stochastic: bool,
-    reuse: bool,
-) -> tuple[Tensor, Tensor]:
-    return _zeros(dy, weight, x, xq, x_dtype, weight_dtype)
-
-
 def _zeros(
     dy: Tensor,
     weight: Tensor | None,
@@ -156,6 +128,22 @@ def _zeros(
     dx = (0,) if weight is None else (dy.shape[0], weight.shape[1])
     dw = (dy.shape[1], x.shape[1]) if x is not None else (0,) if xq is None else (dy.shape[1], xq.shape[0])
     return dy.new_zeros(dx, dtype=x_dtype), dy.new_zeros(dw, dtype=weight_dtype)
+
+
+def _no_second_derivatives(*_: Any) -> None:
+    raise RuntimeError(
+        "int8 layers have no second derivatives (create_graph=True and a backward through it); "
+        "keep the layers that need them in high precision"
+    )
+
+
+int8_linear_backward = declare(
+    "int8_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, ScalarType x_dtype, "
+    "ScalarType weight_dtype, bool stochastic, bool reuse) -> (Tensor, Tensor)",
+    fake=lambda dy, weight, x, xq, _, *settings: _zeros(dy, weight, x, xq, *settings[:2]),
+    implementation=_int8_linear_backward,
+    backward=_no_second_derivatives,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -186,4 +174,11 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return dx, dw, db, *(None,) * 6
 
 
-int8_linear.register_autograd(_backward, setup_context=_setup_context)
+int8_linear = declare(
+    "int8_linear(Tensor x, Tensor weight, Tensor? bias, bool forward, bool grad_input, bool grad_weight, "
+    "bool save_int8, bool stochastic, bool reuse) -> (Tensor, Tensor, Tensor)",
+    fake=_int8_linear_fake,
+    implementation=_int8_linear,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emulator.module import Module
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import backends, cuda
+from lowbit_lightning.kernels import cuda, dispatch
 from lowbit_lightning.kernels.cuda import launch, table
 
 _module = cache(Module)
@@ -51,7 +51,7 @@ def emulated(
             with kernels.use_backend("cuda"):
                 yield launches
         finally:
-            backends.load.cache_clear()  # it has seen "cuda" load, which it does here only
+            dispatch.load.cache_clear()  # it has seen "cuda" load, which it does here only
             table.forget()
 
 

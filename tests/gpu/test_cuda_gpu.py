@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import StepArguments, formats, reference, rules
+from lowbit_lightning.kernels import StepArguments, formats, rules
 from lowbit_lightning.kernels.cuda import int8_product, table
+from lowbit_lightning.kernels.reference.blockwise import quantize_blockwise
+from lowbit_lightning.kernels.reference.int8_product import int8_matmul
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +87,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     tail = spread(2, 4096).to(BF16)
     x[-2:] = tail.to(GPU)
     codes, scales = kernels.quantize_blockwise(x)
-    expected = reference.quantize_blockwise(tail, "dynamic_signed", None, 256)
+    expected = quantize_blockwise(tail, "dynamic_signed", None, 256)
     assert_same_bits([codes[-2:], scales[-2:]], list(expected))
     assert int((codes[:-2] != 127).sum()) == 0
 
@@ -115,12 +117,12 @@ def test_int8_products(engine: Callable[..., Tensor], dtype: torch.dtype) -> Non
         a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
         arguments = a, b, torch.rand(m), torch.rand(n), torch.randn(n).to(dtype)
         ours = engine(*(t.to(GPU) for t in arguments), dtype)
-        assert_same_bits([ours], [reference.int8_matmul(*arguments, dtype)])
+        assert_same_bits([ours], [int8_matmul(*arguments, dtype)])
 
 
 @pytest.mark.parametrize("engine", [int8_product.fused_product, int8_product.cublaslt_product])
 def test_the_longest_int8_sum(engine: Callable[..., Tensor]) -> None:
-    for value, k in ((127, kernels.int8.LONGEST_INT8_SUM), (-128, 131071)):
+    for value, k in ((127, kernels.int8_product.LONGEST_INT8_SUM), (-128, 131071)):
         q, ones = torch.full((20, k), value, dtype=torch.int8, device=GPU), torch.ones(20, device=GPU)
         expected = torch.full((20, 20), float(k * value**2))
         assert_same_bits([engine(q, q, ones, ones, None, F32)], [expected])
@@ -143,7 +145,7 @@ def arguments_of(
     scales: list[list[Tensor]] = []
     for s, state in enumerate(rules.get(rule).states):
         values = [torch.randn(p).abs() if state.non_negative else torch.randn(p) for p in PARAMETERS]
-        pairs = [reference.quantize_blockwise(v, state.codebook, None, block_size) for v in values]
+        pairs = [quantize_blockwise(v, state.codebook, None, block_size) for v in values]
         states.append([q for q, _ in pairs] if coded >> s & 1 else values)
         scales.append([c for _, c in pairs])
     grads = [spread(*p) for p in PARAMETERS]
@@ -303,7 +305,7 @@ def test_a_thread_that_has_not_used_cuda_yet() -> None:
     thread = Thread(target=lambda: results.append(kernels.quantize_blockwise(on_device)))
     thread.start()
     thread.join()
-    assert_same_bits([*results[0]], [*reference.quantize_blockwise(x, "dynamic_signed", None, 256)])
+    assert_same_bits([*results[0]], [*quantize_blockwise(x, "dynamic_signed", None, 256)])
 
 
 def test_the_current_device_need_not_be_the_tensors() -> None:
@@ -312,7 +314,7 @@ def test_the_current_device_need_not_be_the_tensors() -> None:
     x = spread(64, 256)
     codes, scales = kernels.quantize_blockwise(x.to("cuda:1"))
     assert codes.device == torch.device("cuda:1")
-    assert_same_bits([codes, scales], [*reference.quantize_blockwise(x, "dynamic_signed", None, 256)])
+    assert_same_bits([codes, scales], [*quantize_blockwise(x, "dynamic_signed", None, 256)])
 
 
 def test_calls_say_cuda() -> None:

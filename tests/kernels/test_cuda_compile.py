@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowbit_lightning.kernels import compile, cuda, rules
-from lowbit_lightning.kernels.compile import source_text
-from lowbit_lightning.kernels.cuda import int8, int8_product, table
+from lowbit_lightning.kernels import compile, rules
+from lowbit_lightning.kernels.cuda import table
+from lowbit_lightning.kernels.sources import MAP_NUMBERS, StepVariant, specialised
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -18,8 +18,8 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 def optimizer_texts() -> Iterator[tuple[str, str]]:
     """Every rule as it is used most, and the types and block sizes that change a kernel's shape for some."""
     for rule in rules.RULES:
-        yield f"prepare {rule}", cuda.prepare_text(rule)
-        yield f"step {rule}", cuda.optimizer_text("optimizer_step.cu", rule, F32, F32, 0b111, 256)
+        yield f"prepare {rule}", specialised("optimizer_prepare.cu", rule)
+        yield f"step {rule}", StepVariant(rule, F32, F32, 0b111, 256).text("optimizer_step.cu")
     variants = [
         ("adamw", BF16, BF16, 0b11, 256, False),
         ("adamw", BF16, BF16, 0b11, 32, True),
@@ -30,15 +30,14 @@ def optimizer_texts() -> Iterator[tuple[str, str]]:
         ("adamw_amsgrad", F32, F32, 0b111, 4096, False),
         ("ademamix", BF16, F32, 0b111, 256, True),
     ]
-    text = cuda.optimizer_text("optimizer_step.cu", "adamw", BF16, BF16, 0b11, 256, remainder=True)
-    yield "step adamw with remainders", text
-    for rule, param, grad, coded, block_size, stochastic in variants:
-        name = f"step {rule} {param} {grad} coded {coded:b} block {block_size} stochastic {stochastic}"
-        yield name, cuda.optimizer_text("optimizer_step.cu", rule, param, grad, coded, block_size, stochastic)
+    with_remainders = StepVariant("adamw", BF16, BF16, 0b11, 256, remainder=True)
+    yield "step adamw with remainders", with_remainders.text("optimizer_step.cu")
+    for variant in variants:
+        yield f"step {variant}", StepVariant(*variant).text("optimizer_step.cu")
     for rule in (name for name, rule in rules.RULES.items() if rule.norms):
         for param, block_size in ((F32, 256), (BF16, 4096), (F32, 4096)):
             name = f"norms {rule} {param} block {block_size}"
-            yield name, cuda.optimizer_text("optimizer_norms.cu", rule, param, param, 0b11, block_size)
+            yield name, StepVariant(rule, param, param, 0b11, block_size).text("optimizer_norms.cu")
 
 
 def texts() -> dict[str, str]:
@@ -50,16 +49,18 @@ def texts() -> dict[str, str]:
         (F32, "custom", 256),
         (BF16, "custom", 4096),
     ):
-        found[f"quantize {dtype} {codebook} block {block_size}"] = cuda.quantize_text(dtype, codebook, block_size)
+        text = specialised("quantize.cu", ELEMENT=dtype, MAP=MAP_NUMBERS[codebook], BLOCK=block_size)
+        found[f"quantize {dtype} {codebook} block {block_size}"] = text
     for dtype, threads in ((F32, 256), (F32, 32), (BF16, 256), (F16, 32)):
         for stochastic in (False, True):
-            found[f"int8 {dtype} threads {threads} at random {stochastic}"] = int8.int8_text(dtype, threads, stochastic)
+            text = specialised("int8.cu", ELEMENT=dtype, ROW_THREADS=threads, STOCHASTIC=stochastic)
+            found[f"int8 {dtype} threads {threads} at random {stochastic}"] = text
     for out, bias in ((F32, F32), (BF16, BF16), (F16, F32)):
-        found[f"int8 product's epilogue {out} bias {bias}"] = int8_product.scale_sums_text(out, bias)
+        found[f"int8 product's epilogue {out} bias {bias}"] = specialised("int8_scale_sums.cu", ELEMENT=out, BIAS=bias)
         for tile_n in (128, 256):
-            text = int8_product.product_text(out, bias, tile_n)
+            text = specialised("int8_product.cu", ELEMENT=out, BIAS=bias, TILE_N=tile_n, STAGES=3)
             found[f"int8 product {out} bias {bias} tile {tile_n}"] = text
-    found["table"] = source_text("table.cu", prelude=f"#define WORDS {table._WORDS}")
+    found["table"] = specialised("table.cu", WORDS=table._WORDS)
     return found
 
 

@@ -17,9 +17,13 @@ from emulator.backend import emulated
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import StepArguments, cuda, formats, reference, rules
+from lowbit_lightning.kernels import StepArguments, formats, rules
 from lowbit_lightning.kernels.cuda import launch, table
+from lowbit_lightning.kernels.cuda import step as cuda
 from lowbit_lightning.kernels.formats import BlockGrid
+from lowbit_lightning.kernels.reference import blockwise
+from lowbit_lightning.kernels.reference import step as reference
+from lowbit_lightning.kernels.sources import StepVariant
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MODES: list[dict[str, Any]] = [
@@ -137,7 +141,7 @@ def arguments_of(
     scales: list[list[Tensor]] = []
     for s, state in enumerate(rules.get(rule).states):
         values = [torch.randn(p).abs() if state.non_negative else torch.randn(p) for p in PARAMETERS]
-        pairs = [reference.quantize_blockwise(v, state.codebook, None, block_size) for v in values]
+        pairs = [blockwise.quantize_blockwise(v, state.codebook, None, block_size) for v in values]
         states.append([q for q, _ in pairs] if coded >> s & 1 else values)
         scales.append([c for _, c in pairs])
     grads = [torch.randn(p) * torch.exp(2 * torch.randn(p)) for p in PARAMETERS]
@@ -321,7 +325,7 @@ def test_the_order_in_which_block_sums_are_folded(count: int) -> None:
     while expected.numel() > 1:
         groups = torch.nn.functional.pad(expected, (0, -expected.numel() % 256)).view(-1, 256)
         expected = reference._fold_halves(groups)
-    text = cuda.optimizer_text("optimizer_norms.cu", "lars", F16, F16, 0, 256)
+    text = StepVariant("lars", F16, F16, 0, 256).text("optimizer_norms.cu")
     rows = torch.zeros(3, 11, dtype=torch.int64)
     rows[1, 10], rows[2, 10] = 7, count + 7
     out = torch.zeros(2, 2, dtype=torch.float64)

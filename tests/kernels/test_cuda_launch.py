@@ -15,7 +15,7 @@ import torch
 from emulator.backend import emulated
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import backends
+from lowbit_lightning.kernels import dispatch
 from lowbit_lightning.kernels.compile import CompilerNotFound, nvrtc_version
 from lowbit_lightning.kernels.cuda import launch, table
 from lowbit_lightning.kernels.cuda.launch import Launch
@@ -118,7 +118,7 @@ def test_without_cuda_core_the_backend_says_what_to_install(monkeypatch: pytest.
 
 def test_without_a_device_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    backends.load.cache_clear()
+    dispatch.load.cache_clear()
     with pytest.raises(CompilerNotFound, match="no CUDA device"), kernels.use_backend("cuda"):
         pass
 

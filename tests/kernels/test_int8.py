@@ -17,7 +17,7 @@ from support.int8_oracle import BACKENDS, FLOATS, assert_same, expected_rowwise,
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import _cpu_int8
+from lowbit_lightning.kernels.cpu import int8_product
 
 # Empty, single, odd, one less and one more than a vector or a tile, several tiles, both longer than wide and wider.
 SHAPES = [
@@ -139,7 +139,7 @@ def test_product_follows_the_definition(backend: str, shape: tuple[int, int, int
 
 
 @pytest.mark.parametrize(("a", "b"), [(127, 127), (-127, 127), (127, -127), (-127, -127)])
-@pytest.mark.parametrize("k", [4096, kernels.int8.LONGEST_INT8_SUM])
+@pytest.mark.parametrize("k", [4096, kernels.int8_product.LONGEST_INT8_SUM])
 def test_no_sum_saturates_or_overflows(backend: str, a: int, b: int, k: int) -> None:
     m, n = (20, 70) if k == 4096 else (2, 3)
     q, p = torch.full((m, k), a, dtype=torch.int8), torch.full((n, k), b, dtype=torch.int8)
@@ -154,7 +154,7 @@ def test_minus_128_is_a_number_like_any_other(backend: str) -> None:
 
 
 def test_sums_too_long_for_int32_are_split(backend: str) -> None:
-    k = kernels.int8.LONGEST_INT8_SUM + 1001
+    k = kernels.int8_product.LONGEST_INT8_SUM + 1001
     q = torch.full((1, k), 127, dtype=torch.int8)
     y = kernels.int8_matmul(q, q, torch.ones(1), torch.ones(1))
     assert y.item() == pytest.approx(k * 127**2, rel=2e-7)
@@ -204,7 +204,7 @@ INSTRUCTIONS = {  # what a build without the newer ones is, and what the process
     "AMX refused, AVX2": (("-march=x86-64-v3", "-DLB_AMX_TWIN=0"), {"avx2", "fma", "f16c"}),
     "AVX2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
     "SSE2": (("-march=x86-64",), {"sse2"}),
-    _cpu_int8.SLOW: (("-march=x86-64", "-U__SSE2__"), {"sse2"}),
+    int8_product.SLOW: (("-march=x86-64", "-U__SSE2__"), {"sse2"}),
 }
 
 
@@ -213,9 +213,9 @@ INSTRUCTIONS = {  # what a build without the newer ones is, and what the process
 def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, needed = INSTRUCTIONS[name]
     require(name, needed)
-    build = _cpu_int8.library((*flags, "-O1"))
-    assert _cpu_int8.instructions(build) == name
-    monkeypatch.setattr(_cpu_int8, "library", lambda: build)
+    build = int8_product.library((*flags, "-O1"))
+    assert int8_product.instructions(build) == name
+    monkeypatch.setattr(int8_product, "library", lambda: build)
     with kernels.use_backend("cpu"):
         for dtype in FLOATS:
             for rows, columns in ((3, 15), (64, 64), (65, 133)):
@@ -228,17 +228,20 @@ def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: py
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "message"),
-    [(_cpu_int8.SLOW, "no instructions for int8 products"), ("AMX refused, AVX2", "slower than they could, by AVX2")],
+    [
+        (int8_product.SLOW, "no instructions for int8 products"),
+        ("AMX refused, AVX2", "slower than they could, by AVX2"),
+    ],
 )
 def test_a_processor_without_the_fast_way_is_warned_once(
     name: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _cpu_int8.library.cache_clear()
-    monkeypatch.setattr(_cpu_int8, "instructions", lambda _: name)
+    int8_product.library.cache_clear()
+    monkeypatch.setattr(int8_product, "instructions", lambda _: name)
     with pytest.warns(UserWarning, match=message):
-        _cpu_int8.library()
-    _cpu_int8.library()  # warnings are errors here
-    _cpu_int8.library.cache_clear()
+        int8_product.library()
+    int8_product.library()  # warnings are errors here
+    int8_product.library.cache_clear()
 
 
 @needs_compiler

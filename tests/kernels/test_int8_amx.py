@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import _cpu_int8
 from lowbit_lightning.kernels.compile import CompilerNotFound, host_compiler, host_library, source_text
+from lowbit_lightning.kernels.cpu import int8_product
 
 try:
     host_compiler()
@@ -37,9 +37,9 @@ def assert_product(m: int, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("k", DEPTHS)
 def test_every_height_and_width_of_a_tile(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = _cpu_int8.library(TWIN)
-    assert _cpu_int8.instructions(build) == "AMX"
-    monkeypatch.setattr(_cpu_int8, "library", lambda: build)
+    build = int8_product.library(TWIN)
+    assert int8_product.instructions(build) == "AMX"
+    monkeypatch.setattr(int8_product, "library", lambda: build)
     with kernels.use_backend("cpu"):
         for m in ROWS:
             for n in COLUMNS:
@@ -60,8 +60,8 @@ def test_nothing_behind_the_matrices_is_read(flags: tuple[str, ...], monkeypatch
         assert libc.mprotect(ctypes.c_void_p(start.data_ptr() + end), ctypes.c_size_t(page), 0) == 0
         return start[end - rows * k : end].view(rows, k).fill_(1)
 
-    build = _cpu_int8.library(flags)
-    monkeypatch.setattr(_cpu_int8, "library", lambda: build)
+    build = int8_product.library(flags)
+    monkeypatch.setattr(int8_product, "library", lambda: build)
     with kernels.use_backend("cpu"):
         for m, n, k in ((17, 20, 64), (3, 70, 128), (33, 5, 1024), (7, 9, 100), (40, 33, 63), (180, 100, 64)):
             y = kernels.int8_matmul(guarded(m, k), guarded(n, k), torch.ones(m), torch.ones(n))
@@ -93,9 +93,9 @@ def test_the_tile_shapes_of_the_thread_are_as_they_were() -> None:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is x86's")
 def test_the_real_instructions_compile_and_a_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    native = _cpu_int8.instructions(_cpu_int8.library(("-mno-amx-int8",)))
-    build = _cpu_int8.library(("-mamx-tile", "-mamx-int8"))
-    assert _cpu_int8.instructions(build) in ("AMX", _cpu_int8.REFUSED + native)
-    monkeypatch.setattr(_cpu_int8, "library", lambda: build)
+    native = int8_product.instructions(int8_product.library(("-mno-amx-int8",)))
+    build = int8_product.library(("-mamx-tile", "-mamx-int8"))
+    assert int8_product.instructions(build) in ("AMX", int8_product.REFUSED + native)
+    monkeypatch.setattr(int8_product, "library", lambda: build)
     with kernels.use_backend("cpu"):
         assert_product(70, 100, 1088)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.cuda import int8_product
+from lowbit_lightning.kernels.sources import specialised
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FUSED, CUBLASLT = (8, 0), (7, 5)  # the compute capability of a GPU on which each engine is chosen
@@ -114,7 +115,9 @@ extern "C" __global__ void places(int* of_a, int* of_b) {  // where chunk blockI
 def test_no_two_rows_of_a_read_share_banks() -> None:
     """Eight lanes read or write 16 bytes each: in eight different eighths of the 128 bytes that the banks span."""
     of_a, of_b = np.zeros((4, 64), "i4"), np.zeros((4, 64), "i4")
-    Module(int8_product.product_text(F32, F32, 128) + PLACES).launch("places", 4, 64, [of_a, of_b])
+    Module(specialised("int8_product.cu", ELEMENT=F32, BIAS=F32, TILE_N=128, STAGES=3) + PLACES).launch(
+        "places", 4, 64, [of_a, of_b]
+    )
     for places in (of_a, of_b):
         assert sorted(places.ravel() // 16) == list(range(256)), "each chunk has a place of its own"
         for first in range(0, 64, 2):  # eight threads copy the chunks of two rows
@@ -140,7 +143,9 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_is_found(defect: str) -> None:
     pattern, replacement = DEFECTS[defect]
-    text, replaced = re.subn(pattern, replacement, int8_product.product_text(F32, F32, 128))
+    text, replaced = re.subn(
+        pattern, replacement, specialised("int8_product.cu", ELEMENT=F32, BIAS=F32, TILE_N=128, STAGES=3)
+    )
     assert replaced == 1
     of = operands(70, 132, 400)
     expected, out = expected_product(of, F32), torch.zeros(70, 132)

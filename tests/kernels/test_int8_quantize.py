@@ -14,14 +14,16 @@ from support.int8_oracle import BACKENDS, FLOATS, assert_same, expected_rowwise,
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import _cpu_int8, reference
+from lowbit_lightning.kernels.cpu import int8
+from lowbit_lightning.kernels.reference import int8 as reference
+from lowbit_lightning.kernels.reference.words import random_words
 
 SEEDS = (None, 0, 2**64 - 77)
 
 
 def words_of(x: Tensor, seed: int) -> np.ndarray:
     """The random words of x's elements; test_optimizer_step.py compares them with the published test vectors."""
-    return reference.random_words(seed, 0, 0, 0, x.numel(), x.device).view(x.shape).numpy()
+    return random_words(seed, 0, 0, 0, x.numel(), x.device).view(x.shape).numpy()
 
 
 def expected_at_random(x: Tensor, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,8 +126,8 @@ BUILDS = {
 def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, needed = BUILDS[name]
     require(name, needed)
-    build = _cpu_int8.quantize_library((*flags, "-O1"))
-    monkeypatch.setattr(_cpu_int8, "quantize_library", lambda: build)
+    build = int8.library((*flags, "-O1"))
+    monkeypatch.setattr(int8, "library", lambda: build)
     with kernels.use_backend("cpu"):
         for seed in SEEDS:
             for dtype in FLOATS:

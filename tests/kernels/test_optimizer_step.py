@@ -17,9 +17,13 @@ from support.instruction_sets import require
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import StepArguments, cpu, reference, rules
+from lowbit_lightning.kernels import StepArguments, rules
 from lowbit_lightning.kernels.compile import host_library
+from lowbit_lightning.kernels.cpu import blockwise, step
 from lowbit_lightning.kernels.formats import MAPS, BlockGrid, dynamic_map
+from lowbit_lightning.kernels.reference import blockwise as reference
+from lowbit_lightning.kernels.reference.step import join_master, split_master
+from lowbit_lightning.kernels.reference.words import random_words
 from lowbit_lightning.kernels.rules.rule import fused
 
 HYPER = {
@@ -148,9 +152,9 @@ def test_many_chunks_of_work_and_several_threads(rule: str, threads: int) -> Non
 def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, needed = BUILDS[name]
     require(name, needed)
-    monkeypatch.setattr(cpu, "host_library", partial(host_library, flags=(*flags, "-O1")))
-    for library in (cpu._step_library, cpu._quantize_library):
-        monkeypatch.setattr(cpu, library.__name__, library.__wrapped__)
+    for module in (step, blockwise):
+        monkeypatch.setattr(module, "host_library", partial(host_library, flags=(*flags, "-O1")))
+        monkeypatch.setattr(module, "library", module.library.__wrapped__)
     for rule, dtype in (("adamw", torch.float32), ("rmsprop_centered_momentum", torch.bfloat16)):
         arguments = fresh(rule, SHAPES, [8] * 3, dtype, 256)
         expected = run(arguments, "reference", 3, dtype, seed=1)
@@ -158,8 +162,9 @@ def test_other_instruction_sets_give_the_same_numbers(name: str, monkeypatch: py
     for codebook in MAPS:
         x = torch.randn(5, 700).exp() * torch.randn(5, 700).sign()
         codes, scales = reference.quantize_blockwise(x, codebook, None, 256)
-        assert_same_bits([*cpu.quantize_blockwise(x, codebook, None, 256)], [codes, scales])
-        values = [m.dequantize_blockwise(codes, scales, codebook, None, 256, torch.float16) for m in (cpu, reference)]
+        assert_same_bits([*blockwise.quantize_blockwise(x, codebook, None, 256)], [codes, scales])
+        of = codes, scales, codebook, None, 256, torch.float16
+        values = [module.dequantize_blockwise(*of) for module in (blockwise, reference)]
         assert_same_bits(values[:1], values[1:])
 
 
@@ -271,7 +276,7 @@ def test_philox_known_answers() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**24), st.integers(0, 2**40))
 def test_random_words_are_philox(seed: int, ordinal: int, step: int, offset: int) -> None:
-    words = reference.random_words(seed, ordinal, step, offset, 11, torch.device("cpu"))
+    words = random_words(seed, ordinal, step, offset, 11, torch.device("cpu"))
     for i, word in enumerate(words.tolist()):
         group, index = divmod(offset + i, 8)
         block = philox_scalar([group % 2**32, group >> 32, step, ordinal], [seed % 2**32, seed >> 32])
@@ -304,12 +309,12 @@ def master_of(p: Tensor, remainder: Tensor) -> Tensor:
 def test_master_copy_keeps_24_bits() -> None:
     x = torch.randn(3, 700) * torch.exp(8 * torch.randn(3, 700))
     p, remainder = torch.empty(3, 700, dtype=torch.bfloat16), torch.empty(3, 700, dtype=torch.int8)
-    reference.split_master(x, p, remainder)
+    split_master(x, p, remainder)
     assert ((p.float() - x).abs() <= x.abs() * 2**-8).all()
     torch.testing.assert_close(master_of(p, remainder), x.double(), rtol=2**-16, atol=0)
-    assert torch.equal(reference.join_master(p, remainder).double(), master_of(p, remainder))
+    assert torch.equal(join_master(p, remainder).double(), master_of(p, remainder))
     again = torch.empty_like(p), torch.empty_like(remainder)
-    reference.split_master(reference.join_master(p, remainder), *again)
+    split_master(join_master(p, remainder), *again)
     assert torch.equal(again[0], p)
     assert torch.equal(again[1], remainder)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
-from lowbit_lightning.kernels import formats, reference
+from lowbit_lightning.kernels import formats
 from lowbit_lightning.kernels.formats import BlockGrid
+from lowbit_lightning.kernels.reference import blockwise
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -141,14 +142,14 @@ def test_updates_beside_a_channel_1000_times_larger() -> None:
 
 
 def test_that_test_finds_second_moments_that_round_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = reference._encode
+    encode = blockwise._encode
 
     def nearest(x: Tensor, inverse: Tensor, codebook: str, table: Tensor | None) -> Tensor:
         codes = encode(x, inverse, codebook, table)
         smallest = float(formats.dynamic_map("dynamic_unsigned").low)
         return torch.where(x * inverse < smallest / 2, 0, codes) if codebook == "dynamic_unsigned" else codes
 
-    monkeypatch.setattr(reference, "_encode", nearest)
+    monkeypatch.setattr(blockwise, "_encode", nearest)
     with kernels.use_backend("reference"):
         assert updates(5).max() > 10
 

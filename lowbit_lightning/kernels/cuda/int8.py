@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.compile import source_text
 from lowbit_lightning.kernels.cuda import launch
-from lowbit_lightning.kernels.cuda.launch import Launch
-from lowbit_lightning.kernels.cuda.types import CPP_TYPES, ceil_div
+from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
+from lowbit_lightning.kernels.sources import specialised
 
 _SHORT_ROW = 1024  # elements up to which one warp takes a row
 _STRIDE_ROWS = 64  # tiles that a launch's second dimension spreads over; each CUDA block then takes the next ones
 
 
-@cache
-def int8_text(element: torch.dtype, row_threads: int = 256, stochastic: bool = False) -> str:
-    """src/int8.cu for one dtype of the matrix, one way to share rows and one to round."""
-    macros = {"ELEMENT": CPP_TYPES[element], "ROW_THREADS": row_threads, "STOCHASTIC": int(stochastic)}
-    return source_text("int8.cu", prelude="\n".join(f"#define {name} {value}" for name, value in macros.items()))
+def _text(x: Tensor, row_threads: int, seed: int | None) -> str:
+    return specialised("int8.cu", ELEMENT=x.dtype, ROW_THREADS=row_threads, STOCHASTIC=seed is not None)
 
 
 def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See ``reference.quantize_rowwise``; equal to it to the bit."""
+    """See the reference."""
     rows, columns = x.shape
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -33,19 +28,19 @@ def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
         row_threads = 32 if columns <= _SHORT_ROW else 256
         arguments = x, ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_uint64(seed or 0), q, scales
         grid = ceil_div(rows, 256 // row_threads), 1, 1
-        text = int8_text(x.dtype, row_threads=row_threads, stochastic=seed is not None)
+        text = _text(x, row_threads, seed)
         launch.run(Launch(text, "quantize_rows", grid, 256, arguments))
     return q, scales
 
 
 def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See ``reference.quantize_colwise``; equal to it to the bit."""
+    """See the reference."""
     q, scales, _, _ = _quantize_tiles(x, seed, with_rows=False)
     return q, scales
 
 
 def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``reference.quantize_both``; equal to it to the bit."""
+    """See the reference."""
     column_q, column_scales, row_q, row_scales = _quantize_tiles(x, seed, with_rows=True)
     return row_q, row_scales, column_q, column_scales
 
@@ -61,7 +56,7 @@ def _quantize_tiles(x: Tensor, seed: int | None, with_rows: bool) -> tuple[Tenso
         return column_q, column_scales, row_q, row_scales
     tops = torch.zeros(columns + row_count, dtype=torch.int32, device=x.device)  # bits of floats: they order alike
     column_tops, row_tops = tops[:columns], tops[columns:]
-    text = int8_text(x.dtype, stochastic=seed is not None)
+    text = _text(x, 256, seed)
     shape = x, ctypes.c_int64(rows), ctypes.c_int64(columns)
     row_form = (row_tops, row_q, row_scales) if with_rows else (None, None, None)
     down = min(_STRIDE_ROWS, max(1, ceil_div(rows, 64)))

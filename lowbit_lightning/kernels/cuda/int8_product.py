@@ -11,16 +11,14 @@ memory: they are written, read and scaled by another kernel, eight bytes for eac
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowbit_lightning.kernels.compile import source_text
 from lowbit_lightning.kernels.cuda import launch
-from lowbit_lightning.kernels.cuda.launch import Launch
-from lowbit_lightning.kernels.cuda.types import CPP_TYPES, ceil_div
+from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
+from lowbit_lightning.kernels.sources import specialised
 
 _TILE_M, _TILE_K, _STAGES = 128, 64, 3
 _WIDE_TILES = 256  # so many tiles of 128 x 256 fill any GPU (132 multiprocessors in an H200); fewer get 128 x 128
@@ -30,7 +28,7 @@ _SHORT_SUM = 2048
 def int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """See ``reference.int8_matmul``; equal to it to the bit."""
+    """See the reference."""
     product = fused_product if fusing_pays(launch.capability(a.device), a.shape[1]) else cublaslt_product
     return product(a, b, a_scales, b_scales, bias, out_dtype)
 
@@ -47,16 +45,11 @@ def fusing_pays(capability: tuple[int, int], k: int) -> bool:
     return major in (8, 12) or (major == 9 and k <= _SHORT_SUM)
 
 
+def _macros(out_dtype: torch.dtype, bias: Tensor | None) -> dict[str, torch.dtype]:
+    return {"ELEMENT": out_dtype, "BIAS": torch.float32 if bias is None else bias.dtype}
+
+
 # -- our own ---------------------------------------------------------------------------------------------------------
-
-
-@cache
-def product_text(out: torch.dtype, bias: torch.dtype, tile_n: int) -> str:
-    """src/int8_product.cu for one dtype of the result and of the bias, and one width of tiles."""
-    macros = {"ELEMENT": CPP_TYPES[out], "BIAS": CPP_TYPES[bias], "TILE_N": tile_n, "STAGES": _STAGES}
-    return source_text(
-        "int8_product.cu", prelude="\n".join(f"#define {name} {value}" for name, value in macros.items())
-    )
 
 
 def fused_product(
@@ -69,7 +62,7 @@ def fused_product(
         return out
     tile_n = 256 if ceil_div(m, _TILE_M) * ceil_div(n, 256) >= _WIDE_TILES else 128
     bias = None if bias is None else bias.contiguous()
-    text = product_text(out_dtype, torch.float32 if bias is None else bias.dtype, tile_n)
+    text = specialised("int8_product.cu", **_macros(out_dtype, bias), TILE_N=tile_n, STAGES=_STAGES)
     sizes = ctypes.c_int64(m), ctypes.c_int64(n), ctypes.c_int64(k + -k % 16)
     arguments = _in_chunks(a), _in_chunks(b), *sizes, a_scales, b_scales, bias, out
     grid = ceil_div(m, _TILE_M) * ceil_div(n, tile_n), 1, 1
@@ -88,13 +81,6 @@ def _in_chunks(matrix: Tensor) -> Tensor:
 # -- cuBLASLt's ------------------------------------------------------------------------------------------------------
 
 
-@cache
-def scale_sums_text(out: torch.dtype, bias: torch.dtype) -> str:
-    """src/int8_scale_sums.cu for one dtype of the result and of the bias."""
-    macros = f"#define ELEMENT {CPP_TYPES[out]}\n#define BIAS {CPP_TYPES[bias]}"
-    return source_text("int8_scale_sums.cu", prelude=macros)
-
-
 def cublaslt_product(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -105,7 +91,7 @@ def cublaslt_product(
         return out
     sums = _int_mm(a, b)
     bias = None if bias is None else bias.contiguous()
-    text = scale_sums_text(out_dtype, torch.float32 if bias is None else bias.dtype)
+    text = specialised("int8_scale_sums.cu", **_macros(out_dtype, bias))
     sizes = ctypes.c_int64(m), ctypes.c_int64(n), ctypes.c_int64(sums.shape[1])
     grid = ceil_div(n, 1024), min(m, 4096), 1
     launch.run(Launch(text, "scale_sums", grid, 256, (sums, *sizes, a_scales, b_scales, bias, out)))

@@ -38,6 +38,18 @@ class Launch:
     shared: int = 0
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def geometry(block_size: int) -> tuple[int, int]:
+    """Threads of a CUDA block, and how many quantisation blocks it handles at a time: as in src/group.h."""
+    group = block_size // 8
+    threads = max(256, group)
+    return threads, threads // group
+
+
 def as_ctypes(argument: Any) -> Any:
     """An argument as the ctypes object whose bytes the driver copies."""
     if argument is None:

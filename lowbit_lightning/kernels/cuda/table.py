@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import StepArguments
-from lowbit_lightning.kernels.compile import source_text
 from lowbit_lightning.kernels.cuda import launch
+from lowbit_lightning.kernels.sources import specialised
 
 _WORDS = 480  # of 8 bytes per launch; all arguments of a kernel may take 4 KiB
 _SHAPE_WORDS = 5  # row_length to first_block
@@ -80,7 +80,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _send(words: array, device: torch.device) -> Tensor:
-    text = source_text("table.cu", prelude=f"#define WORDS {_WORDS}")
+    text = specialised("table.cu", WORDS=_WORDS)
     table = torch.empty(len(words), dtype=torch.int64, device=device)
     for start in range(0, len(words), _WORDS):
         part = words[start : start + _WORDS]

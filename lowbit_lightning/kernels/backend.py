@@ -1,0 +1,90 @@
+"""What a backend must offer, and the one list of its ops.
+
+A backend is a folder of ``kernels`` with a ``load`` function and one file for each class below, which has the functions
+of that class. ``reference`` says what they mean; ``cpu`` and ``cuda`` agree with it to the bit. A folder that is named
+like a device type (``torch.device.type``) serves that device.
+
+What the functions may rely on (``dispatch.py`` and the ops see to it): arguments were checked, all tensors lie on one
+device and are contiguous. What they owe: fresh results, no synchronisation with the device, and nothing kept of the
+arguments but what ``StepArguments.cache`` is for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.arguments import StepArguments
+
+
+class Load(Protocol):
+    """``__init__.py``."""
+
+    def load(self) -> None:
+        """Raise ``CompilerNotFound``, with what to install, where the backend cannot serve. Compiles nothing."""
+
+
+class Blockwise(Protocol):
+    """``blockwise.py``: 8-bit codes with a scale for each block.
+
+    ``codebook``: ``"dynamic_signed"``, ``"dynamic_unsigned"``, or ``"custom"`` with its float32 ``values``.
+    """
+
+    def quantize_blockwise(
+        self, x: Tensor, codebook: str, values: Tensor | None, block_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Codes, uint8 of x's shape, and scales, float32 ``[rows, blocks_per_row]``."""
+
+    def dequantize_blockwise(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        codebook: str,
+        values: Tensor | None,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The values, of the codes' shape, in ``dtype``."""
+
+
+class Int8(Protocol):
+    """``int8.py``: int8 matrices with a float32 scale for each row or column."""
+
+    def quantize_rowwise(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+        """int8 ``[R, C]`` and scales ``[R]`` of x ``[R, C]``."""
+
+    def quantize_colwise(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+        """int8 ``[C, R]`` and scales ``[C]`` of x ``[R, C]``."""
+
+    def quantize_both(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The results of both, in this order."""
+
+
+class Int8Product(Protocol):
+    """``int8_product.py``."""
+
+    def int8_matmul(
+        self, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        """``(a @ b.T) * a_scales[:, None] * b_scales (+ bias)``: ``[M, N]`` in ``out_dtype``; the sums fit an int32."""
+
+
+class Step(Protocol):
+    """``step.py``: the optimizer step. Parameters, gradients and states have one dtype each; none is empty."""
+
+    def optimizer_step(self, arguments: StepArguments, norms: Tensor | None) -> None:
+        """One step, in place. ``norms``: float64 ``[n, len(rule.norms)]``, sums of squares."""
+
+    def optimizer_norms(self, arguments: StepArguments) -> Tensor:
+        """The sums of squares, float64 ``[n, len(rule.norms)]``; changes nothing."""
+
+
+FILES: dict[str, type] = {"blockwise": Blockwise, "int8": Int8, "int8_product": Int8Product, "step": Step}
+"""The files of a backend."""
+OPS = {op: file for file, contract in FILES.items() for op in vars(contract) if not op.startswith("_")}
+"""Every op that backends run, and its file."""
+BACKENDS = tuple(sorted({path.parent.name for file in FILES for path in Path(__file__).parent.glob(f"*/{file}.py")}))
+"""The folders that are backends."""

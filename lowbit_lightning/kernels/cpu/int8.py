@@ -1,0 +1,65 @@
+"""Int8 matrices with a scale for each row or column, on CPU: src/int8_quantize.cpp.
+
+It divides, multiplies and rounds in the reference's order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.compile import host_library
+from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
+
+_MANY = 1 << 15  # elements below which a second thread costs more than it saves
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, *[_POINTER] * 5, _INT]
+
+
+@cache
+def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled quantisers; ``flags`` choose another instruction set, for tests."""
+    compiled = host_library(specialised("int8_quantize.cpp"), flags=flags)
+    compiled.lb_int8_quantize.restype, compiled.lb_int8_quantize.argtypes = None, _QUANTIZE
+    return compiled
+
+
+def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    form = empty_form(*x.shape)
+    quantize_into(x, seed, *form, None, None)
+    return form
+
+
+def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    rows, columns = x.shape
+    form = empty_form(columns, rows)
+    quantize_into(x, seed, None, None, *form)
+    return form
+
+
+def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the reference."""
+    rows, columns = x.shape
+    forms = *empty_form(rows, columns), *empty_form(columns, rows)
+    quantize_into(x, seed, *forms)
+    return forms
+
+
+def empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Memory for int8 ``[rows, columns]`` and its scales."""
+    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
+    return q, torch.empty(rows, dtype=torch.float32, device="cpu")
+
+
+def quantize_into(x: Tensor, seed: int | None, *forms: Tensor | None) -> None:
+    """``quantize_both`` into memory at hand; None for a form, both of its tensors, that is not wanted."""
+    word = None if seed is None else ctypes.byref(ctypes.c_int64(seed))
+    pointers = [None if form is None else form.data_ptr() for form in forms]
+    threads = torch.get_num_threads() if x.numel() >= _MANY else 1
+    library().lb_int8_quantize(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, word, *pointers, threads)

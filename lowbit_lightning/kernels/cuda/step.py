@@ -1,0 +1,87 @@
+"""The optimizer step on the GPU: src/optimizer_prepare.cu, then optimizer_step.cu or optimizer_norms.cu."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels import rules
+from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.cuda import launch
+from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry
+from lowbit_lightning.kernels.cuda.table import parameter_table
+from lowbit_lightning.kernels.sources import StepVariant, specialised
+
+_FILL = 2048  # CUDA blocks that keep a large GPU busy; with more work than that, each takes several turns
+_TURNS = 8
+
+
+def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
+    """See the reference."""
+    _Step(arguments).step(norms)
+
+
+def optimizer_norms(arguments: StepArguments) -> Tensor:
+    """See the reference."""
+    return _Step(arguments).norms()
+
+
+class _Step:
+    """The launches of one step: ``prepare``, then ``step`` or the norms."""
+
+    def __init__(self, arguments: StepArguments) -> None:
+        self.arguments = arguments
+        self.rule = rules.get(arguments.rule)
+        self.variant = StepVariant.of(arguments)
+        self.count = len(arguments.params)
+        self.table, self.blocks = parameter_table(arguments)
+        self.scalars = self._empty(self.count * max(1, len(self.rule.elementwise_scalars)), torch.float32)
+        self.factor = self._empty(1, torch.float32)
+
+    def step(self, norms: Tensor | None) -> None:
+        a = self.arguments
+        text = self.variant.text("optimizer_step.cu")
+        self._prepare(a.skip, norms, advance=True)
+        self._run_blocks(text, "step", self.scalars, self.factor, a.skip, ctypes.c_uint64(a.seed & (2**64 - 1)))
+
+    def norms(self) -> Tensor:
+        kinds = len(self.rule.norms)
+        out = torch.empty(self.count, kinds, dtype=torch.float64, device=self.arguments.device)
+        if not kinds:
+            return out
+        text = self.variant._replace(stochastic=False).text("optimizer_norms.cu")
+        sums, other = (self._empty(kinds * self.blocks, torch.float64) for _ in range(2))
+        self._prepare(None, None, advance=False)
+        self._run_blocks(text, "norm_blocks", self.scalars, self.factor, sums)
+        fold = self.table, ctypes.c_int64(self.blocks), sums, other, out
+        launch.run(Launch(text, "norm_fold", (self.count, kinds, 1), 256, fold))
+        return out
+
+    def _prepare(self, skip: Tensor | None, norms: Tensor | None, advance: bool) -> None:
+        a = self.arguments
+        hyper = (ctypes.c_double * max(1, len(a.hyper)))(*a.hyper)
+        flags = ctypes.c_int(a.maximize), ctypes.c_int(advance)
+        head = self.table, ctypes.c_int64(self.count), hyper
+        arguments = *head, a.lr, a.unscale, a.clip, skip, norms, *flags, self.scalars, self.factor
+        self._run(specialised("optimizer_prepare.cu", a.rule), "prepare", ceil_div(self.count, 128), 128, arguments)
+
+    def _run_blocks(self, text: str, kernel: str, *arguments: object) -> None:
+        threads, at_a_time = geometry(self.arguments.block_size)
+        if not self.blocks:
+            return
+        turns = min(_TURNS, max(1, self.blocks // (at_a_time * _FILL)))
+        counts = ctypes.c_int64(self.count), ctypes.c_int64(self.blocks), ctypes.c_int(turns)
+        grid = ceil_div(self.blocks, at_a_time * turns)
+        self._run(text, kernel, grid, threads, (self.table, *counts, *arguments))
+
+    def _run(self, text: str, kernel: str, grid: int, block: int, arguments: tuple) -> None:
+        launch.run(Launch(text, kernel, (grid, 1, 1), block, arguments, self._memory))
+
+    def _memory(self) -> list[Tensor]:
+        a = self.arguments
+        return [*a.params, *a.grads, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s)]
+
+    def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=self.arguments.device)

@@ -1,0 +1,135 @@
+"""The one door for ops: ``declare`` makes an op known to torch, ``run`` hands it to a backend and counts it.
+
+To add an op, write
+
+1. its contract, a method in ``backend.py``: that is where its name is listed;
+2. its declaration, beside the public function that checks the arguments::
+
+       _rowwise = declare(
+           "quantize_rowwise(Tensor x, SymInt? seed) -> (Tensor, Tensor)",
+           fake=lambda x, seed: (torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)),
+       )
+
+3. its function in ``reference/``, and a launcher of the same name and signature in each other backend, with its source
+   in ``src/``.
+
+An op is opaque to ``torch.compile`` and to autograd. ``declare(..., setup_context=, backward=)`` makes one
+differentiable: ``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *grads)`` needs, inputs and results
+only (what the backward wants of the forward's work is a further result), and ``backward`` returns a gradient, or None,
+for each input. It may call other ops; give those a ``backward`` that raises if they have no derivative of their own.
+Ops of other packages, such as ``layers/ops.py``, are declared by the same function and need no contract.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from lowbit_lightning.kernels.backend import BACKENDS, OPS
+from lowbit_lightning.kernels.compile import CompilerNotFound
+
+_library = torch.library.Library("lowbit_lightning", "DEF")
+_calls: Counter[tuple[str, str]] = Counter()
+_forced: list[str] = []
+
+
+def declare(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    implementation: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> OpOverload:
+    """Define ``torch.ops.lowbit_lightning.NAME``; returns what calls it.
+
+    Args:
+        schema: ``"NAME(arguments) -> results"`` in torch's language, with what is mutated. It is written out because
+            torch cannot infer it from ``Tensor | None``.
+        fake: gives results of the right shapes, dtypes and device without computing.
+        implementation: what the op does; by default it runs on the backend of its first argument's device.
+        setup_context, backward: autograd, as ``torch.library.register_autograd`` wants them.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation or partial(_on_backend, name), "CompositeExplicitAutograd")
+    qualified = f"lowbit_lightning::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.lowbit_lightning, name).default
+
+
+def _on_backend(op: str, *arguments: Any) -> Any:
+    contiguous = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    return run(op, arguments[0].device, *contiguous)
+
+
+def run(op: str, device: torch.device, *arguments: Any) -> Any:
+    """The function ``op`` of the backend that serves ``device``, counted."""
+    name = _forced[-1] if _forced else _backend_of(device.type)
+    _calls[op, name] += 1
+    return _function(name, op)(*arguments)
+
+
+@cache
+def _function(backend: str, op: str) -> Callable[..., Any]:
+    return getattr(import_module(f"lowbit_lightning.kernels.{backend}.{OPS[op]}"), op)
+
+
+# -- the choice of a backend -----------------------------------------------------------------------------------------
+
+
+def calls() -> dict[tuple[str, str], int]:
+    """How often each op ran on each backend since the last ``reset_calls``: ``{("int8_matmul", "cpu"): 12}``."""
+    return dict(_calls)
+
+
+def reset_calls() -> None:
+    """Set all counts of ``calls`` to zero."""
+    _calls.clear()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on the backend ``name`` ("reference", "cpu" or "cuda"), whatever the device."""
+    load(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.remove(name)
+
+
+@cache
+def load(name: str) -> None:
+    """Raise ValueError for a backend that there is not, CompilerNotFound where it cannot serve."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    import_module(f"lowbit_lightning.kernels.{name}").load()
+
+
+@cache
+def _backend_of(device_type: str) -> str:
+    name = os.environ.get("LOWBIT_LIGHTNING_BACKEND") or (device_type if device_type in BACKENDS else "reference")
+    reason = f"there is no backend for device type {device_type!r}"
+    try:
+        load(name)
+    except CompilerNotFound as error:
+        name, reason = "reference", str(error)
+    if name == "reference" and "LOWBIT_LIGHTNING_BACKEND" not in os.environ:
+        warnings.warn(
+            f"lowbit_lightning uses its plain-torch reference on {device_type}, which is many times slower: {reason}",
+            stacklevel=2,
+        )
+    return name

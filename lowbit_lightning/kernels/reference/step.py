@@ -1,0 +1,141 @@
+"""The optimizer step and its norms, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels import formats, rules
+from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.formats import BlockGrid
+from lowbit_lightning.kernels.reference.blockwise import of_elements, quantize_blockwise, to_blocks
+from lowbit_lightning.kernels.reference.words import random_words, round_stochastically
+
+
+def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
+    """One step of ``arguments.rule``, in place, on parameters, states, scales and step counts.
+
+    ``norms``: float64 ``[n, len(rule.norms)]``, sums of squares, as ``optimizer_norms`` returns them (summed over
+    ranks by the caller); None for rules without norms.
+
+    Per element: ``g * (unscale * clip)``, negated if ``maximize``; codes looked up in their codebook; the rule, which
+    multiplies them by their blocks' scales; the parameter rounded to its dtype (to nearest, or stochastically); states
+    encoded. An element any of whose new 8-bit states is not finite has them all encoded as zero, and enters no scale.
+    Its parameter is what the rule made of it: non-finite, as in torch.
+    """
+    if arguments.skip is not None and bool(arguments.skip != 0):
+        return
+    rule = rules.get(arguments.rule)
+    for i, p in enumerate(arguments.params):
+        arguments.steps[i].add_(1)
+        step = float(arguments.steps[i])
+        scalars = rule.compute_scalars(_hyper(arguments), step, _roots(norms, i))
+        values = rule.run("direction", _operands(arguments, rule, i), scalars, p.device)
+        values = rule.run("finish", values, scalars, p.device)
+        _store_states(arguments, rule, i, values)
+        if arguments.remainders:
+            split_master(values["p"], p, arguments.remainders[i])
+        elif arguments.stochastic_rounding and p.dtype == torch.bfloat16:
+            words = random_words(
+                arguments.seed, arguments.ordinals[i], int(step), arguments.offsets[i], p.numel(), p.device
+            )
+            p.copy_(round_stochastically(values["p"], words.view(p.shape)))
+        else:
+            p.copy_(values["p"])
+
+
+def optimizer_norms(arguments: StepArguments) -> Tensor:
+    """Sums of squares of the values that the rule names in ``norms``: float64 ``[n, len(rule.norms)]``.
+
+    The order of summation is fixed: the float32 squares of a block (padded with zeros) are folded in halves (element
+    j and j + half) in float32; the blocks' sums, in order, are folded the same way in float64 in groups of 256 until
+    one is left.
+    """
+    rule = rules.get(arguments.rule)
+    result = torch.zeros(len(arguments.params), len(rule.norms), dtype=torch.float64, device=arguments.device)
+    for i, p in enumerate(arguments.params):
+        scalars = rule.compute_scalars(_hyper(arguments), float(arguments.steps[i]) + 1, None)
+        values = rule.run("direction", _operands(arguments, rule, i), scalars, p.device)
+        for k, name in enumerate(rule.norms):
+            result[i, k] = _square_sum(values[name], arguments.grid(i))
+    return result
+
+
+def _hyper(arguments: StepArguments) -> list[float]:
+    if arguments.lr is None:
+        return arguments.hyper
+    return [float(arguments.lr), *arguments.hyper[1:]]
+
+
+def _roots(norms: Tensor | None, i: int) -> tuple[float, ...] | None:
+    return None if norms is None else tuple(float(x) ** 0.5 for x in norms[i])
+
+
+def _operands(arguments: StepArguments, rule: rules.Rule, i: int) -> dict[str, Tensor]:
+    """p, g, the states and their scales of parameter i, float32."""
+    factor = torch.ones((), dtype=torch.float32, device=arguments.device)
+    for value in (arguments.unscale, arguments.clip):
+        if value is not None:
+            factor = factor * value.reshape(())
+    g = arguments.grads[i].float() * (-factor if arguments.maximize else factor)
+    p = arguments.params[i]
+    operands = {"p": join_master(p, arguments.remainders[i]) if arguments.remainders else p.float(), "g": g}
+    for s, state in enumerate(rule.states):
+        stored, scale = arguments.states[s][i], torch.ones((), dtype=torch.float32, device=arguments.device)
+        if stored.dtype == torch.uint8:
+            stored = formats.codebook(state.codebook).to(arguments.device)[stored.int()]
+            scale = of_elements(arguments.scales[s][i], arguments.grid(i)).view(p.shape)
+        operands |= {state.name: stored, f"{state.name}_scale": scale}
+    return operands
+
+
+def _store_states(arguments: StepArguments, rule: rules.Rule, i: int, values: dict[str, Tensor]) -> None:
+    coded = [s for s in range(len(rule.states)) if arguments.states[s][i].dtype == torch.uint8]
+    finite = torch.ones(arguments.params[i].shape, dtype=torch.bool, device=arguments.device)
+    for s in coded:
+        finite &= values[rule.states[s].name].isfinite()
+    for s, state in enumerate(rule.states):
+        if s not in coded:
+            arguments.states[s][i].copy_(values[state.name])
+            continue
+        new = torch.where(finite, values[state.name], 0.0)
+        codes, scales = quantize_blockwise(new, state.codebook, None, arguments.block_size)
+        arguments.states[s][i].copy_(codes)
+        arguments.scales[s][i].copy_(scales)
+
+
+def _square_sum(x: Tensor, grid: BlockGrid) -> Tensor:
+    blocks = to_blocks(x * x, grid)
+    sums = _fold_halves(blocks).flatten().double()
+    while sums.numel() > 1:
+        sums = _fold_halves(torch.nn.functional.pad(sums, (0, -sums.numel() % 256)).view(-1, 256))
+    return sums.sum()
+
+
+def _fold_halves(x: Tensor) -> Tensor:
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
+
+
+# -- the 24-bit master copy of a bfloat16 parameter
+# --------------------------------------------------------------------
+
+
+def join_master(p: Tensor, remainder: Tensor) -> Tensor:
+    """float32 whose upper 24 bits are the bfloat16 p's, followed by eight zeros, plus the int8 remainder."""
+    return ((p.view(torch.int16).int() << 16) + (remainder.int() << 8)).view(torch.float32)
+
+
+def split_master(x: Tensor, p: Tensor, remainder: Tensor) -> None:
+    """Store float32 x as bfloat16 p, the nearest, and int8 remainder: x rounded to 24 bits, ties to even.
+
+    Where x is not finite the remainder is zero.
+    """
+    bits = x.view(torch.int32).long()
+    master = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
+    upper = (master + 0x80) >> 8
+    finite = x.isfinite()
+    p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.to(torch.bfloat16)))
+    remainder.copy_(torch.where(finite, master - (upper << 8), 0))
