@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, poisoned uninitialised memory, and no silent skip.
+"""What every test gets: a fixed seed, one thread, poisoned uninitialised memory, and no silent skip.
 
 Tests that need something special carry a marker. Those that plain ``pytest`` leaves out are counted in the closing
 lines, with the make target that runs them.
@@ -51,12 +51,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Fixes the seed and fills ``torch.empty`` with NaN (or the largest integer), so that an output element that a
-    kernel forgets to write cannot pass for a right one."""
+    kernel forgets to write cannot pass for a right one. Small tensors gain nothing from several threads: tests of
+    threads ask for them."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
