@@ -19,8 +19,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes, each with files of its own. To debug one test: .venv/bin/python -m pytest tests/optim/test_base.py
 unit: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 cuda-compile: $(STAMP)
 	$(BIN)/python -m pytest -m six_architectures $(ARGS)
@@ -53,7 +54,7 @@ quality: $(STAMP)
 
 # The oldest torch and Lightning the package claims, in an environment of their own.
 floor: $(FLOOR)/.installed
-	$(FLOOR)/bin/python -m pytest -p no:cacheprovider $(ARGS)
+	$(FLOOR)/bin/python -m pytest --numprocesses 2 --dist loadfile -p no:cacheprovider $(ARGS)
 
 wheel: $(STAMP)
 	rm -rf build/wheel dist

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_program import ROOT, run
+from support.run_program import ROOT, run
 
 DATA = ROOT / "tests" / "data"
 
