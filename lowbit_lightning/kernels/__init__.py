@@ -2,8 +2,8 @@
 
 ``backend.py`` is the contract: what each backend offers (``reference``: plain torch, anywhere; ``cpu``: C++ by the
 host's compiler; ``cuda``: CUDA C++ by NVRTC). ``dispatch.py`` declares ops to torch, in the namespace
-``lowbit_lightning``, and says how to add one. ``blockwise``, ``int8``, ``int8_product`` and ``step`` hold the ops;
-each backend has files of these names.
+``lowbit_lightning``, and says how to add one. ``blockwise``, ``int8``, ``int8_product``, ``lowbit`` and ``step`` hold
+the ops; each backend has files of these names.
 
 Nothing is compiled or loaded before the first call on a device. ``LOWBIT_LIGHTNING_BACKEND=reference`` forces the
 reference everywhere, ``use_backend`` does so for a block of code.
@@ -14,6 +14,13 @@ from lowbit_lightning.kernels.blockwise import dequantize_blockwise, quantize_bl
 from lowbit_lightning.kernels.dispatch import calls, reset_calls, use_backend
 from lowbit_lightning.kernels.int8 import quantize_both, quantize_colwise, quantize_rowwise
 from lowbit_lightning.kernels.int8_product import int8_matmul
+from lowbit_lightning.kernels.lowbit import (
+    int8_outlier_matmul,
+    lowbit_dequantize,
+    lowbit_embedding,
+    lowbit_matmul,
+    lowbit_quantize,
+)
 from lowbit_lightning.kernels.step import optimizer_norms, optimizer_step
 
 __all__ = [
@@ -21,6 +28,11 @@ __all__ = [
     "calls",
     "dequantize_blockwise",
     "int8_matmul",
+    "int8_outlier_matmul",
+    "lowbit_dequantize",
+    "lowbit_embedding",
+    "lowbit_matmul",
+    "lowbit_quantize",
     "optimizer_norms",
     "optimizer_step",
     "quantize_blockwise",

@@ -72,6 +72,29 @@ class Int8Product(Protocol):
         """``(a @ b.T) * a_scales[:, None] * b_scales (+ bias)``: ``[M, N]`` in ``out_dtype``; the sums fit an int32."""
 
 
+class LowBit(Protocol):
+    """``lowbit.py``: weights of 8 to 2 bits. ``form``: ``str`` of a ``formats.Format``; ``row_length``: K."""
+
+    def lowbit_quantize(self, weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
+        """uint8 ``[..., packed_width]`` and scales ``[..., scales_width]`` of a weight ``[..., K]``."""
+
+    def lowbit_dequantize(
+        self, packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The weight ``[..., K]`` in ``dtype``."""
+
+    def lowbit_matmul(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+        """``x @ weight.T (+ bias)``: ``[..., N]``, of x ``[..., K]`` and in its dtype, and a weight ``[N, K]``."""
+
+    def lowbit_matmul_backward(self, dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
+        """``dy @ weight``: ``[..., K]``, of dy ``[..., N]`` and in its dtype."""
+
+    def lowbit_embedding(
+        self, packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows of the weight ``[rows, K]`` in ``dtype``: ``[*indices.shape, K]``."""
+
+
 class Step(Protocol):
     """``step.py``: the optimizer step. Parameters, gradients and states have one dtype each; none is empty."""
 
@@ -82,7 +105,13 @@ class Step(Protocol):
         """The sums of squares, float64 ``[n, len(rule.norms)]``; changes nothing."""
 
 
-FILES: dict[str, type] = {"blockwise": Blockwise, "int8": Int8, "int8_product": Int8Product, "step": Step}
+FILES: dict[str, type] = {
+    "blockwise": Blockwise,
+    "int8": Int8,
+    "int8_product": Int8Product,
+    "lowbit": LowBit,
+    "step": Step,
+}
 """The files of a backend."""
 OPS = {op: file for file, contract in FILES.items() for op in vars(contract) if not op.startswith("_")}
 """Every op that backends run, and its file."""

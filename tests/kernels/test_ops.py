@@ -35,6 +35,11 @@ def lamb_arguments() -> tuple:
     return ("lamb", *tensors, states, [torch.zeros(0)] * 2, hyper, 256, *[None] * 4, 0, [0], [0], False, False, [])
 
 
+def lowbit(form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [5, 70] in the format."""
+    return kernels.lowbit_quantize(torch.randn(5, 70), form)
+
+
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
@@ -56,6 +61,12 @@ def lamb_arguments() -> tuple:
                 *(torch.rand(3), torch.rand(5), None, torch.float32),
             ),
         ),
+        ("lowbit_quantize", lambda: (torch.randn(3, 70), "int3", "lsq")),
+        ("lowbit_dequantize", lambda: (*lowbit("nf4-dq"), "nf4-dq", 70, torch.bfloat16)),
+        ("lowbit_embedding", lambda: (*lowbit("int2"), torch.tensor([[1, 0], [4, 4]]), "int2", 70, torch.float16)),
+        ("lowbit_matmul", lambda: (torch.randn(2, 3, 70), *lowbit("nf4"), torch.rand(5), "nf4")),
+        ("lowbit_matmul_backward", lambda: (torch.randn(2, 3, 5), *lowbit("int4"), "int4", 70)),
+        ("int8_outlier_matmul", lambda: (torch.randn(16, 70), *lowbit("int8"), None, 2.0)),
         ("optimizer_step", lambda: (*step_arguments(), None)),
         ("optimizer_norms", lambda: lamb_arguments()),
     ],

@@ -1,0 +1,259 @@
+"""Low-bit weights: quantise, dequantise, multiply, look up. ``formats/weights.py`` describes the formats.
+
+A weight ``[..., K]`` is kept as two tensors, ``packed`` uint8 ``[..., packed_width(K)]`` and ``scales``
+``[..., scales_width(K)]``, whose rows belong together. Every function takes the format as a ``Format`` or its name.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels.arguments import FLOATS
+from lowbit_lightning.kernels.dispatch import declare, run
+from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
+
+FEW_ROWS = 8
+"""Up to so many rows of x, ``int8_outlier_matmul`` leaves x as it is: reading the weight takes the time."""
+
+
+def lowbit_quantize(weight: Tensor, form: str | Format, fit: str | None = None) -> tuple[Tensor, Tensor]:
+    """``packed`` and ``scales`` of a weight.
+
+    Args:
+        weight: float32, float16 or bfloat16 ``[..., K]``, at least one-dimensional. Blocks lie inside rows of K.
+        form: the format.
+        fit: ``"absmax"`` (of int8, nf4 and fp4 the default) or ``"lsq"`` (of int4, int3 and int2): see
+            ``formats/weights.py``.
+
+    Non-finite values make their block NaN, or their row where the format keeps scales in 8 bits.
+
+    Raises:
+        TypeError: if the weight has another dtype.
+        ValueError: if it is 0-dimensional, or the format or fit is unknown.
+    """
+    f = weight_format(form)
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}; convert it by .float()")
+    if weight.ndim == 0:
+        raise ValueError("weight must have at least one dimension, got a 0-dimensional tensor")
+    return _quantize(weight, str(f), check_fit(f, fit))
+
+
+def lowbit_dequantize(
+    packed: Tensor, scales: Tensor, form: str | Format, row_length: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight ``[..., K]`` in ``dtype``: float32, float16 or bfloat16. ``row_length`` is K.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what is allowed.
+    """
+    f = _check(packed, scales, form, row_length)
+    return _dequantize(packed, scales, str(f), row_length, _check_dtype("dtype", dtype))
+
+
+def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str | Format) -> Tensor:
+    """``x @ weight.T (+ bias)``, differentiable in x and bias. Neither direction keeps a dequantised copy.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``.
+        packed, scales: of a weight ``[N, K]``.
+        bias: float ``[N]`` or None.
+        form: the format.
+
+    Returns:
+        ``[..., N]`` in x's dtype, summed in float32. For float32 and float16 x no operand is rounded. For bfloat16 x a
+        backend may use bfloat16 products: the weight is then rounded as if dequantised to bfloat16, or less.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what is allowed.
+    """
+    f = _check_product(x, packed, scales, bias, form)
+    return _matmul(x, packed, scales, bias, str(f))
+
+
+def lowbit_embedding(
+    indices: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    form: str | Format,
+    row_length: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows ``indices`` of a table ``[rows, K]``, dequantised to ``dtype``: ``[*indices.shape, K]``.
+
+    Args:
+        indices: int32 or int64, from 0 to rows - 1. On a GPU that is the caller's duty; elsewhere it is checked.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what is allowed.
+        IndexError: for an index out of range.
+    """
+    f = _check(packed, scales, form, row_length)
+    if packed.ndim != 2:
+        raise ValueError(f"packed must be [rows, bytes], got shape {tuple(packed.shape)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+    _check_devices(packed, scales=scales, indices=indices)
+    return _embedding(packed, scales, indices, str(f), row_length, _check_dtype("dtype", dtype))
+
+
+def int8_outlier_matmul(
+    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, threshold: float = 6.0
+) -> Tensor:
+    """``x @ weight.T (+ bias)`` in int8, but for the columns of x that have an outlier (LLM.int8(): Dettmers et al.,
+    2022). Differentiable in x and bias.
+
+    A column with a magnitude of at least ``threshold`` is multiplied in x's dtype, with dequantised weights; the rest
+    of x is quantised row by row, so that one large channel doesn't take the resolution of the others. Nothing passes
+    through float16. Up to 8 rows x is not quantised at all, which is as fast and exact.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``.
+        packed, scales: of an ``"int8"`` weight ``[N, K]``.
+        bias: float ``[N]`` or None.
+        threshold: not negative; 0 quantises every column.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what is allowed.
+    """
+    _check_product(x, packed, scales, bias, "int8")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be 0 (no outliers) or positive, got {threshold}")
+    return _outliers(x, packed, scales, bias, float(threshold))
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(packed: Tensor, scales: Tensor, form: str | Format, row_length: int) -> Format:
+    f = weight_format(form)
+    if packed.dtype != torch.uint8 or scales.dtype != f.scales_dtype:
+        raise TypeError(
+            f"packed and scales of {f} must be torch.uint8 and {f.scales_dtype}, got {packed.dtype} and {scales.dtype}"
+        )
+    wanted = f.packed_width(row_length), f.scales_width(row_length)
+    if packed.ndim == 0 or packed.shape[:-1] != scales.shape[:-1] or (packed.shape[-1], scales.shape[-1]) != wanted:
+        raise ValueError(
+            f"packed and scales of {f} with rows of {row_length} must be [..., {wanted[0]}] and [..., {wanted[1]}],"
+            f" got {tuple(packed.shape)} and {tuple(scales.shape)}"
+        )
+    return f
+
+
+def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str | Format) -> Format:
+    _check_dtype("x's dtype", x.dtype)
+    if x.ndim == 0 or packed.ndim != 2:
+        raise ValueError(f"x must be [..., K] and packed [N, bytes], got {tuple(x.shape)} and {tuple(packed.shape)}")
+    f = _check(packed, scales, form, x.shape[-1])
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != packed.shape[:1]):
+        raise ValueError(
+            f"bias must be a float vector of shape ({packed.shape[0]},), got {bias.dtype} of {tuple(bias.shape)}"
+        )
+    _check_devices(x, packed=packed, scales=scales, bias=bias)
+    return f
+
+
+def _check_devices(first: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != first.device:
+            raise ValueError(f"{name} is on {other.device}, not on {first.device} as the first; move one of them")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+    return dtype
+
+
+# -- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def _quantize_fake(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
+    f, (*leading, length) = weight_format(form), weight.shape
+    packed = weight.new_empty(*leading, f.packed_width(length), dtype=torch.uint8)
+    return packed, weight.new_empty(*leading, f.scales_width(length), dtype=f.scales_dtype)
+
+
+def _dequantize_fake(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(*packed.shape[:-1], row_length, dtype=dtype)
+
+
+def _embedding_fake(
+    packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
+) -> Tensor:
+    return packed.new_empty(*indices.shape, row_length, dtype=dtype)
+
+
+def _matmul_fake(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _outlier_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    (*leading, length), outputs = x.shape, packed.shape[0]
+    rows = x.reshape(prod(leading), length)
+    if len(rows) <= FEW_ROWS or length == 0:
+        return run("lowbit_matmul", x.device, x.contiguous(), packed.contiguous(), scales.contiguous(), bias, "int8")
+    packed, scales = packed.contiguous(), scales.contiguous()
+    columns = (rows.abs() >= threshold).any(0).nonzero().flatten() if threshold else None
+    outliers = None
+    if columns is not None and len(columns):
+        part = packed[:, columns].view(torch.int8).float() * scales
+        outliers = rows[:, columns].float() @ part.T
+        rows = rows.index_fill(1, columns, 0.0)
+    codes, row_scales = run("quantize_rowwise", x.device, rows.contiguous(), None)
+    operands = codes, packed.view(torch.int8), row_scales, scales.flatten()
+    if outliers is None:
+        y = run("int8_matmul", x.device, *operands, bias, x.dtype)
+    else:
+        y = (run("int8_matmul", x.device, *operands, bias, torch.float32) + outliers).to(x.dtype)
+    return y.reshape(*leading, outputs)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, packed, scales, bias, form = inputs
+    ctx.save_for_backward(packed, scales)
+    ctx.form = form if isinstance(form, str) else "int8"  # the other op has its threshold there
+    ctx.row_length, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scales = ctx.saved_tensors
+    dx = _matmul_backward(dy, packed, scales, ctx.form, ctx.row_length) if ctx.needs_input_grad[0] else None
+    db = dy.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return dx, None, None, db, None
+
+
+_quantize = declare("lowbit_quantize(Tensor weight, str form, str fit) -> (Tensor, Tensor)", fake=_quantize_fake)
+_dequantize = declare(
+    "lowbit_dequantize(Tensor packed, Tensor scales, str form, SymInt row_length, ScalarType dtype) -> Tensor",
+    fake=_dequantize_fake,
+)
+_embedding = declare(
+    "lowbit_embedding(Tensor packed, Tensor scales, Tensor indices, str form, SymInt row_length, ScalarType dtype)"
+    " -> Tensor",
+    fake=_embedding_fake,
+)
+_matmul_backward = declare(
+    "lowbit_matmul_backward(Tensor dy, Tensor packed, Tensor scales, str form, SymInt row_length) -> Tensor",
+    fake=lambda dy, packed, scales, form, row_length: dy.new_empty(*dy.shape[:-1], row_length),
+)
+_matmul = declare(
+    "lowbit_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? bias, str form) -> Tensor",
+    fake=_matmul_fake,
+    setup_context=_save,
+    backward=_gradients,
+)
+_outliers = declare(
+    "int8_outlier_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? bias, float threshold) -> Tensor",
+    fake=_matmul_fake,
+    implementation=_outlier_product,
+    setup_context=_save,
+    backward=_gradients,
+)
