@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -39,11 +42,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a process that remembers nothing of earlier ones."""
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(compile, "_libraries", {})
-    for name, fresh in (("_judged", {}), ("_warned", set()), ("_private", None)):
-        monkeypatch.setattr(cache, name, fresh)
+    monkeypatch.setattr(cache, "_warned", False)
+    monkeypatch.setattr(cache, "_private", {})
     yield tmp_path / "cache"
-    if cache._private:
-        cache._remove(*cache._private)
+    for (process, _), private in cache._private.items():
+        cache._remove(process, private)
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,13 +125,17 @@ def test_cuda_compile_error_carries_the_log_and_the_command() -> None:
     assert "--fmad=false" in caught.value.command
 
 
-def test_a_long_log_is_shortened_in_the_message_only() -> None:
+@pytest.mark.parametrize("flags", [(), ("-fmax-errors=20",)], ids=["all errors", "20 at most, as clang++"])
+def test_a_long_log_is_shortened_in_the_message_only(flags: tuple[str, ...]) -> None:
+    if flags and "clang" in compile._version(compile.host_compiler()):
+        flags = ()  # it stops at 20 by itself
     text = "".join(f"int f{i}() {{ return undeclared_{i}; }}\n" for i in range(100))
     with pytest.raises(compile.CompileError) as caught:
-        compile.host_library(text)
-    assert "undeclared_0" in caught.value.log
-    assert "undeclared_99" in str(caught.value)
-    assert len(str(caught.value).splitlines()) < 50
+        compile.host_library(text, flags=flags)
+    log, message = caught.value.log.strip().splitlines(), str(caught.value).splitlines()
+    assert "undeclared_0" in log[0] + log[1]
+    assert len(log) > 50 > len(message)
+    assert message[-40:] == log[-40:]
 
 
 def test_unknown_architecture_is_a_compile_error() -> None:
@@ -238,8 +245,7 @@ def assert_works_with_one_warning(monkeypatch: pytest.MonkeyPatch, reason: str) 
     with pytest.warns(RuntimeWarning, match=reason) as caught:
         both()
     assert len(caught) == 1
-    assert cache._private is not None
-    private = cache._private[1]
+    (private,) = cache._private.values()
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert len(list(private.iterdir())) == 2
     new_process(monkeypatch)
@@ -252,8 +258,7 @@ def assert_works_with_one_warning(monkeypatch: pytest.MonkeyPatch, reason: str) 
 def test_a_directory_of_another_user_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile.host_library(ADD)
     (entry,) = place.iterdir()
-    monkeypatch.setattr(cache, "_judged", {})
-    monkeypatch.setattr(cache, "_user", lambda: place.stat().st_uid + 1)
+    give_to_another_user(place, monkeypatch)
     new_process(monkeypatch)
     before = entry.stat().st_mtime_ns
     assert_works_with_one_warning(monkeypatch, "refused: it belongs to user")
@@ -287,16 +292,195 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_becomes_unwritable(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile.host_library(ADD, flags=("-DEARLIER",))
     monkeypatch.setattr(compile, "_libraries", {})
-    write = cache._write
+    make = tempfile.mkstemp
 
-    def full_disk(where: Path, name: str, content: bytes) -> Path:
-        if where == place:
+    def full_disk(dir: Path, prefix: str) -> tuple[int, str]:
+        if dir == place:
             raise OSError(28, "No space left on device")
-        return write(where, name, content)
+        return make(dir=dir, prefix=prefix)
 
-    monkeypatch.setattr(cache, "_write", full_disk)
+    monkeypatch.setattr(tempfile, "mkstemp", full_disk)
     assert_works_with_one_warning(monkeypatch, "cannot be written .No space left")
     call_add(compile.host_library(ADD, flags=("-DEARLIER",)))  # entries that are there are still good
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: what was planted
+
+
+def give_to_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, 54321, -1)
+        return
+    real, planted = cache._why_foreign, path.stat().st_ino
+    why = "it belongs to user 54321, this is user 1"
+    monkeypatch.setattr(cache, "_why_foreign", lambda info: why if info.st_ino == planted else real(info))
+
+
+@pytest.mark.parametrize("planted", ["another user's", "0620", "0602", "0777"])
+def test_a_planted_kernel_is_never_loaded(place: Path, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    """A right checksum and the right name, in a directory that was repaired by chmod."""
+    compile.host_library(ADD)
+    compile.cubin(ADD_CUDA, "sm_90")
+    evil = compile._compile_host('extern "C" void add() { __builtin_trap(); }', ("c++", "-shared", "-fPIC"))
+    for entry in list(place.iterdir()):
+        entry.unlink()
+        cache.store(entry.name, evil)
+        if planted.startswith("0"):
+            entry.chmod(int(planted, 8))
+        else:
+            give_to_another_user(entry, monkeypatch)
+    new_process(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="is refused: .* Delete the whole directory") as caught:
+        call_add(compile.host_library(ADD))
+        assert compile.cubin(ADD_CUDA, "sm_90").code != evil
+    assert len(caught) == 1
+    assert "chmod" not in str(caught[0].message)
+    new_process(monkeypatch)
+    no_compiler(monkeypatch)
+    call_add(compile.host_library(ADD))  # and has been replaced
+
+
+def test_an_entry_under_another_name_is_not_intact(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile.host_library(ADD)
+    (entry,) = place.iterdir()
+    other = ADD.replace("a[i] + b[i]", "a[i] - b[i]")
+    compile.host_library(other)
+    (theirs,) = set(place.iterdir()) - {entry}
+    theirs.rename(entry)
+    new_process(monkeypatch)
+    call_add(compile.host_library(ADD))
+
+
+def test_a_pipe_in_an_entrys_place_does_not_block(place: Path) -> None:
+    place.mkdir(mode=0o700)
+    os.mkfifo(place / "x")
+    assert cache.find("x") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places where kernels cannot be written, or not be executed
+
+
+@pytest.fixture
+def noexec(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths that start with one of these do not load, as on a mount with noexec."""
+    prefixes: list[str] = []
+    load = ctypes.CDLL
+
+    def refuse(path: str, **options: object) -> ctypes.CDLL:
+        if str(path).startswith(tuple(prefixes)):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path, **options)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(cache, "_noexec", lambda place: str(place).startswith(tuple(prefixes)))
+    return prefixes
+
+
+def test_a_noexec_cache_is_read_into_memory(place: Path, monkeypatch: pytest.MonkeyPatch, noexec: list[str]) -> None:
+    noexec += [str(place)]
+    with pytest.warns(RuntimeWarning, match=r"cannot be executed.*Set LOWBIT_LIGHTNING_CACHE to .* TMPDIR"):
+        call_add(compile.host_library(ADD))
+    monkeypatch.setattr(cache, "_warned", False)
+    monkeypatch.setattr(cache, "_private", {})
+    new_process(monkeypatch)
+    no_compiler(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="cannot be executed"):
+        call_add(compile.host_library(ADD))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files in memory")
+def test_no_directory_lets_kernels_run(place: Path, noexec: list[str]) -> None:
+    noexec += [str(place), *map(str, cache.temporary_places())]
+    with pytest.warns(RuntimeWarning, match="cannot be executed") as caught:
+        first, second = compile.host_library(ADD), compile.host_library(ADD.replace("+ b", "- b"))
+    assert len(caught) == 1
+    call_add(first)
+    with pytest.raises(AssertionError):
+        call_add(second)  # each is itself: the loader tells files in memory apart
+
+
+def test_nothing_can_be_executed(monkeypatch: pytest.MonkeyPatch, noexec: list[str]) -> None:
+    noexec += ["/"]
+    with pytest.raises(compile.NoPlace, match=r"cannot be executed.*Set LOWBIT_LIGHTNING_CACHE to .* TMPDIR"):
+        compile.host_library(ADD)
+
+
+def test_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only root: not even Python finds a directory for temporary files. CUDA's code needs none."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    with pytest.raises(compile.NoPlace, match="Set LOWBIT_LIGHTNING_CACHE"):
+        compile.host_library(ADD)
+    with pytest.warns(RuntimeWarning, match="cannot be created"):
+        assert compile.cubin(ADD_CUDA, "sm_90").code.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("which", ["the cache", "the private directory", "TMPDIR"])
+def test_a_cleaner_removes_directories_in_mid_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    if which != "the cache":
+        place.write_text("a file: the cache cannot be created")
+        monkeypatch.setattr(cache, "_warned", True)
+    compile.host_library(ADD)
+    removed = {"the cache": place, "TMPDIR": tmp_path / "temporary"}.get(which) or next(iter(cache._private.values()))
+    shutil.rmtree(removed)
+    other = compile.host_library(ADD, flags=("-DOTHER",))
+    call_add(other)
+    new_process(monkeypatch)
+    no_compiler(monkeypatch)
+    call_add(compile.host_library(ADD, flags=("-DOTHER",)))
+
+
+def test_the_compiler_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compile.host_compiler()[0]
+    small = tmp_path / "small"
+    small.mkdir()
+    fake = tmp_path / "c++"
+    fake.write_text(
+        f'#!/bin/sh\ncase "$TMPDIR" in {small}/*) echo "$TMPDIR: No space left on device" >&2; exit 1;; esac\n'
+        f'exec {real} "$@"\n'
+    )
+    fake.chmod(0o700)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
+    call_add(compile.host_library(ADD))
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="mounts a file system in a namespace of its own")
+def test_a_real_noexec_mount(tmp_path: Path) -> None:
+    script = f"""
+        import ctypes, sys, warnings
+        {_BARE_PACKAGE}
+        from lowbit_lightning.kernels import compile
+        from lowbit_lightning.kernels.compile import cache
+        with warnings.catch_warnings(record=True) as caught:
+            library = compile.host_library('extern "C" int seven() {{ return 7; }}')
+        assert library.seven() == 7 and len(caught) == 1 and "TMPDIR" in str(caught[0].message), caught
+    """
+    places = {name: tmp_path / name for name in ("cache", "temporary")}
+    mounts = "".join(
+        f"mkdir {place} && mount -t tmpfs -o noexec,mode=700 none {place} && " for place in places.values()
+    )
+    inner = f"{mounts} exec {sys.executable} -c {shlex.quote(_dedent(script))}"
+    environment = {cache.ENVIRONMENT_VARIABLE: str(places["cache"]), "TMPDIR": str(places["temporary"])}
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("this system lets no user mount")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", inner], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

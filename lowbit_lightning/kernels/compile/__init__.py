@@ -31,6 +31,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_lightning.kernels.compile import cache
+from lowbit_lightning.kernels.compile.errors import CompileError, CompilerNotFound, NoPlace, Unavailable
+
+__all__ = [
+    "SOURCES",
+    "CompileError",
+    "CompilerNotFound",
+    "Cubin",
+    "NoPlace",
+    "Resources",
+    "Unavailable",
+    "cubin",
+    "host_compiler",
+    "host_library",
+    "nvrtc_version",
+    "resources",
+    "source_text",
+]
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
 NVRTC_HINT = (
@@ -39,22 +56,11 @@ NVRTC_HINT = (
 )
 _HOST_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"')
+_CANNOT_WRITE = re.compile(
+    r"No space left on device|Read-only file system|Disk quota exceeded|[Cc]annot create temporary"
+)
 _libraries: dict[str, ctypes.CDLL] = {}
 _lock = threading.Lock()
-
-
-class CompileError(RuntimeError):
-    """A kernel did not compile. ``command`` is what was run, ``log`` all that the compiler said."""
-
-    def __init__(self, message: str, command: str = "", log: str = "") -> None:
-        tail = "\n".join(log.strip().splitlines()[-40:])
-        super().__init__("\n".join(part for part in (message, command and f"command: {command}", tail) if part))
-        self.command = command
-        self.log = log
-
-
-class CompilerNotFound(CompileError):
-    """There is no C++ compiler, or no NVRTC, on this machine."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,28 +139,37 @@ def _host_library(text: str, compiler: tuple[str, ...], flags: tuple[str, ...]) 
     key = _key("host", text, *command, _version(compiler), *_processor(), *platform.libc_ver())
     if key in _libraries:
         return _libraries[key]
-    name = f"{key}.so"
-    entry = cache.find(name)
-    if entry is not None:
-        try:
-            _libraries[key] = ctypes.CDLL(str(entry))
-            return _libraries[key]
-        except OSError:  # intact but not loadable here: written under another system image
-            pass
-    entry = cache.store(name, _compile_host(text, command))
-    _libraries[key] = ctypes.CDLL(str(entry))
+    _libraries[key] = cache.library(f"{key}.so", lambda: _compile_host(text, command))
     return _libraries[key]
 
 
 def _compile_host(text: str, command: tuple[str, ...]) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="lowbit_lightning-") as scratch:
-        source, out = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-        source.write_text(text, encoding="utf-8")
-        full = (*command, str(source), "-o", str(out))
-        done = subprocess.run(full, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            raise CompileError("the host compiler refused a kernel.", shlex.join(full), done.stderr + done.stdout)
-        return out.read_bytes()
+    reasons: list[str] = []
+    for place in [*cache.temporary_places(), *filter(None, [cache.directory()])]:
+        try:
+            with tempfile.TemporaryDirectory(
+                prefix="lowbit_lightning-", dir=place, ignore_cleanup_errors=True
+            ) as scratch:
+                source, out = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
+                source.write_text(text, encoding="utf-8")
+                log = _run((*command, str(source), "-o", str(out)), scratch)
+                if not log:
+                    return out.read_bytes()
+                reasons.append(f"the compiler cannot work in {str(place)!r} ({log.strip().splitlines()[-1]})")
+        except OSError as error:
+            reasons.append(f"the compiler cannot work in {str(place)!r} ({error})")
+    raise cache.no_place(reasons or ["there is no directory for temporary files"])
+
+
+def _run(command: tuple[str, ...], scratch: str) -> str:
+    """Run the compiler, with its own temporary files in ``scratch``; returns what it says if it cannot write there."""
+    done = subprocess.run(
+        command, env={**os.environ, "TMPDIR": scratch}, capture_output=True, text=True, errors="replace"
+    )
+    log = done.stderr + done.stdout
+    if done.returncode and not _CANNOT_WRITE.search(log):
+        raise CompileError("the host compiler refused a kernel.", shlex.join(command), log)
+    return log if done.returncode else ""
 
 
 @functools.cache

@@ -1,41 +1,79 @@
 """Where compiled kernels are kept between runs, and what makes them safe to load.
 
-An entry is one file: the bytes, then their SHA-256. (The dynamic loader and the CUDA driver both ignore what follows
-an ELF image, so a host library is loaded from the entry itself.) It is written under a temporary name and renamed, so
-that any number of processes may start at once: each compiles at worst once, and none ever reads half a file.
-An entry whose checksum is wrong is a miss, and the next write replaces it.
+An entry is one file: the bytes, then the SHA-256 of its name and them. (The dynamic loader and the CUDA driver both
+ignore what follows an ELF image, so a host library is loaded from the entry itself.) It is written under a temporary
+name and renamed, so that any number of processes may start at once: each compiles at worst once, and none ever reads
+half a file. An entry whose checksum is wrong is a miss, and the next write replaces it.
 
-What lies here gets executed. So a directory that another user owns, or that others may write, is refused. A cache that
-is refused or cannot be written costs a compilation per process: entries go to a private temporary directory that is
-removed at exit, and one warning says why.
+What lies here gets executed. So a directory that another user owns, or that others may write, is refused, and so is
+such an entry: it may have been planted before the directory was repaired. Owner and mode are read from the opened file.
+
+Where the cache is refused, cannot be written or is mounted noexec, kernels go to a private directory in one of the
+places for temporary files, removed at exit; where none of these will do, into memory (on Linux). One warning says why.
+Where nothing works ``library`` raises NoPlace, and the ops run on the reference.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
 import stat
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from lowbit_lightning.kernels.compile.errors import NoPlace
 
 ENVIRONMENT_VARIABLE = "LOWBIT_LIGHTNING_CACHE"
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
+_REMEDY = (
+    f"Set {ENVIRONMENT_VARIABLE} to a directory that you own, that only you can write and that is not mounted noexec,"
+    " and TMPDIR to a directory that you can write."
+)
 
-_judged: dict[Path, str] = {}  # directory -> why it is refused, "" when it is trusted
-_warned: set[str] = set()
-_private: tuple[int, Path] | None = None  # the process that made it, and where
+_private: dict[tuple[int, Path], Path] = {}  # (process that made it, place for temporary files) -> directory
+_warned = False
+
+
+def library(name: str, make: Callable[[], bytes]) -> ctypes.CDLL:
+    """The host library called ``name``: loaded from where it is kept, or else made, kept and loaded.
+
+    Raises NoPlace where it can be kept nowhere, or not be executed from anywhere.
+    """
+    reasons: list[str] = []
+    for place in _places(reasons, new=False):
+        content = _content(place, name, reasons)
+        if content is not None:  # it may be for another system image: then it does not load, and is made again
+            loaded = _load(place / name, reasons if _noexec(place) else []) or _load_from_memory(content)
+            if loaded is not None:
+                _warn(reasons)
+                return loaded
+    content = make()
+    for place in _places(reasons):
+        entry = _write(place, name, content, reasons)
+        loaded = None if entry is None else _load(entry, reasons)
+        if loaded is not None:
+            _warn(reasons)
+            return loaded
+    loaded = _load_from_memory(content)
+    if loaded is None:
+        raise no_place(reasons)
+    _warn(reasons)
+    return loaded
 
 
 def find(name: str) -> Path | None:
-    """The entry called ``name``, or None: never written, corrupt, or in a directory that is not trusted."""
-    candidates = [directory(), _private[1] if _private else None]
-    for place in candidates:
-        if place is not None and _intact(place / name):
+    """The entry called ``name``, or None: never written, corrupt, or not to be trusted."""
+    reasons: list[str] = []
+    for place in _places(reasons, new=False):
+        if _content(place, name, reasons) is not None:
             return place / name
+    _warn(reasons)
     return None
 
 
@@ -44,32 +82,58 @@ def body(entry: Path) -> bytes:
     return entry.read_bytes()[:-_CHECKSUM_BYTES]
 
 
-def store(name: str, content: bytes) -> Path:
-    """Write an entry and return its path; where the cache cannot be written, a private temporary one."""
-    place = directory()
-    if place is not None:
-        try:
-            return _write(place, name, content)
-        except OSError as error:
-            _warn(f"the kernel cache {str(place)!r} cannot be written ({error.strerror})")
-    return _write(_private_directory(), name, content)
+def store(name: str, content: bytes) -> Path | None:
+    """Write an entry and return its path: a private temporary one where the cache cannot be written, None where
+    nothing can."""
+    reasons: list[str] = []
+    entries = (_write(place, name, content, reasons) for place in _places(reasons))
+    entry = next((entry for entry in entries if entry is not None), None)
+    _warn(reasons)
+    return entry
 
 
 def directory() -> Path | None:
-    """The cache directory, created with mode 0700; None where there is none to be trusted (a warning said why).
+    """The cache directory, created with mode 0700; None where there is none to be trusted.
 
     It is $LOWBIT_LIGHTNING_CACHE, else $XDG_CACHE_HOME/lowbit_lightning, else ~/.cache/lowbit_lightning.
     """
     place = _wanted()
-    if place is None:
-        _warn("there is no home directory for the kernel cache")
-        return None
-    if place not in _judged:
-        _judged[place] = _why_refused(place)
-    if _judged[place]:
-        _warn(_judged[place])
-        return None
-    return place
+    return None if place is None or _why_refused(place) else place
+
+
+def temporary_places() -> list[Path]:
+    """Directories for temporary files, best first: $TMPDIR or what Python takes in its stead, then other usual ones."""
+    named = [os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm", "/var/tmp"]
+    with contextlib.suppress(OSError):  # there is none that can be written
+        named.insert(0, tempfile.gettempdir())
+    return [Path(place) for place in dict.fromkeys(named) if os.path.isabs(place) and os.path.isdir(place)]
+
+
+def no_place(reasons: list[str]) -> NoPlace:
+    return NoPlace(f"compiled kernels can be kept nowhere: {'; '.join(reasons)}. {_REMEDY}")
+
+
+# -- places ----------------------------------------------------------------------------------------------------------
+
+
+def _places(reasons: list[str], new: bool = True) -> Iterator[Path]:
+    """The directories that may hold entries, best first; ``reasons`` says why not the cache. ``new``: private ones
+    are made where there are none."""
+    place = _wanted()
+    refused = "there is no home directory for the kernel cache" if place is None else _why_refused(place)
+    if place is not None and not refused:
+        yield place
+    elif refused not in reasons:
+        reasons.append(refused)
+    for parent in temporary_places():
+        private = _private.get((os.getpid(), parent))  # a forked child makes its own: its parent may exit first
+        if private is not None and not _why_refused(private, create=False):
+            yield private
+        elif new:
+            with contextlib.suppress(OSError):
+                made = _private[os.getpid(), parent] = Path(tempfile.mkdtemp(prefix="lowbit_lightning-", dir=parent))
+                atexit.register(_remove, os.getpid(), made)
+                yield made
 
 
 def _wanted() -> Path | None:
@@ -82,55 +146,33 @@ def _wanted() -> Path | None:
     return Path(base, "lowbit_lightning") if os.path.isabs(base) else None
 
 
-def _why_refused(place: Path) -> str:
+def _why_refused(place: Path, create: bool = True) -> str:
+    """Why a directory is not to be trusted, or cannot be; "" where it is."""
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if create:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = place.stat()
     except OSError as error:
         return f"the kernel cache {str(place)!r} cannot be created ({error.strerror})"
-    user = _user()
-    if user is not None and info.st_uid != user:
-        return f"the kernel cache {str(place)!r} is refused: it belongs to user {info.st_uid}, this is user {user}"
-    if user is not None and stat.S_IMODE(info.st_mode) & 0o022:
-        return (
-            f"the kernel cache {str(place)!r} is refused: mode {stat.S_IMODE(info.st_mode):04o} lets others write it"
-            " (chmod 700 makes it usable)"
-        )
-    return ""
+    foreign = _why_foreign(info)
+    return foreign and (
+        f"the kernel cache {str(place)!r} is refused: {foreign}. Delete it: what others have left there would be"
+        " executed (changing its mode does not make it safe)"
+    )
 
 
-def _user() -> int | None:
-    return os.geteuid() if hasattr(os, "geteuid") else None  # Windows: the profile directory's own access list rules
+def _why_foreign(info: os.stat_result) -> str:
+    """Why what has this owner and mode may have been written by another user; "" where it cannot."""
+    if not hasattr(os, "geteuid"):
+        return ""  # Windows: the profile directory's own access list rules
+    if info.st_uid != os.geteuid():
+        return f"it belongs to user {info.st_uid}, this is user {os.geteuid()}"
+    mode = stat.S_IMODE(info.st_mode)
+    return f"mode {mode:04o} lets others write it" if mode & 0o022 else ""
 
 
-def _intact(entry: Path) -> bool:
-    try:
-        content = entry.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest() == content[-_CHECKSUM_BYTES:]
-
-
-def _write(place: Path, name: str, content: bytes) -> Path:
-    handle, temporary = tempfile.mkstemp(dir=place, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content + hashlib.sha256(content).digest())
-        os.replace(temporary, place / name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return place / name
-
-
-def _private_directory() -> Path:
-    global _private
-    # A forked child makes its own: its parent may exit, and remove the directory, first.
-    if _private is None or _private[0] != os.getpid():
-        _private = os.getpid(), Path(tempfile.mkdtemp(prefix="lowbit_lightning-"))  # mkdtemp: mode 0700
-        atexit.register(_remove, *_private)
-    return _private[1]
+def _noexec(place: Path) -> bool:
+    return hasattr(os, "ST_NOEXEC") and bool(os.statvfs(place).f_flag & os.ST_NOEXEC)
 
 
 def _remove(owner: int, place: Path) -> None:
@@ -138,12 +180,81 @@ def _remove(owner: int, place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _warn(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
+# -- entries ---------------------------------------------------------------------------------------------------------
+
+
+def _content(place: Path, name: str, reasons: list[str]) -> bytes | None:
+    """The bytes of an intact entry; None where there is none, or none to be trusted (``reasons`` says why)."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would have us wait
+    try:
+        with open(os.open(place / name, flags), "rb") as file:
+            info = os.fstat(file.fileno())
+            foreign = _why_foreign(info)
+            if foreign:
+                reasons.append(
+                    f"the kernel {str(place / name)!r} is refused: {foreign}. Delete the whole directory: what others"
+                    " have left there would be executed"
+                )
+            if foreign or not stat.S_ISREG(info.st_mode):
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    content, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    return content if _checksum(name, content) == checksum else None
+
+
+def _checksum(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + content).digest()  # a renamed entry is not intact
+
+
+def _write(place: Path, name: str, content: bytes, reasons: list[str]) -> Path | None:
+    """The entry's path; None where it cannot be written (``reasons`` says why)."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=place, prefix=".writing-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content + _checksum(name, content))
+        os.replace(temporary, place / name)
+        return place / name
+    except OSError as error:
+        reasons.append(f"the kernel cache {str(place)!r} cannot be written ({error.strerror})")
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return None
+
+
+def _load(entry: Path, reasons: list[str]) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(entry))
+    except OSError as error:
+        reasons.append(f"a kernel in {str(entry.parent)!r} cannot be executed ({error})")
+    return None
+
+
+def _load_from_memory(content: bytes) -> ctypes.CDLL | None:
+    """The library from a file that lies in no directory, so that no mount's noexec applies."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    handle = os.memfd_create("lowbit_lightning")  # stays open: the loader would take the next of this number for this one
+    try:
+        with open(handle, "wb", closefd=False) as file:
+            file.write(content)
+        loaded = ctypes.CDLL(f"/proc/self/fd/{handle}")
+    except OSError:
+        os.close(handle)
+        return None
+    return loaded
+
+
+def _warn(reasons: list[str]) -> None:
+    global _warned
+    if reasons and not _warned:
+        _warned = True
         warnings.warn(
-            f"{reason}; kernels are compiled again by every process. Set {ENVIRONMENT_VARIABLE} to a directory that"
-            " you own and that only you can write.",
+            f"{'; '.join(reasons)}. Kernels that cannot be kept are compiled again by every process. {_REMEDY}",
             RuntimeWarning,
             stacklevel=4,
         )
