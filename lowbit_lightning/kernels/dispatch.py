@@ -36,11 +36,12 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from lowbit_lightning.kernels.backend import BACKENDS, OPS
-from lowbit_lightning.kernels.compile import CompilerNotFound
+from lowbit_lightning.kernels.compile import Unavailable
 
 _library = torch.library.Library("lowbit_lightning", "DEF")
 _calls: Counter[tuple[str, str]] = Counter()
 _forced: list[str] = []
+_chosen: dict[str, str] = {}  # device type -> backend
 
 
 def declare(
@@ -78,8 +79,15 @@ def _on_backend(op: str, *arguments: Any) -> Any:
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
     """The function ``op`` of the backend that serves ``device``, counted."""
     name = _forced[-1] if _forced else _backend_of(device.type)
+    try:
+        result = _function(name, op)(*arguments)
+    except Unavailable as error:  # it is raised before the op has changed anything
+        if _forced:
+            raise
+        name = _chosen[device.type] = _warned_reference(device.type, str(error))
+        result = _function(name, op)(*arguments)
     _calls[op, name] += 1
-    return _function(name, op)(*arguments)
+    return result
 
 
 @cache
@@ -119,17 +127,26 @@ def load(name: str) -> None:
     import_module(f"lowbit_lightning.kernels.{name}").load()
 
 
-@cache
 def _backend_of(device_type: str) -> str:
-    name = os.environ.get("LOWBIT_LIGHTNING_BACKEND") or (device_type if device_type in BACKENDS else "reference")
-    reason = f"there is no backend for device type {device_type!r}"
+    if device_type not in _chosen:
+        _chosen[device_type] = _choose(device_type)
+    return _chosen[device_type]
+
+
+def _choose(device_type: str) -> str:
+    asked = os.environ.get("LOWBIT_LIGHTNING_BACKEND") or None
+    if asked is None and device_type not in BACKENDS:
+        return _warned_reference(device_type, f"there is no backend for device type {device_type!r}")
     try:
-        load(name)
-    except CompilerNotFound as error:
-        name, reason = "reference", str(error)
-    if name == "reference" and "LOWBIT_LIGHTNING_BACKEND" not in os.environ:
-        warnings.warn(
-            f"lowbit_lightning uses its plain-torch reference on {device_type}, which is many times slower: {reason}",
-            stacklevel=2,
-        )
-    return name
+        load(asked or device_type)
+    except Unavailable as error:
+        return _warned_reference(device_type, str(error))
+    return asked or device_type
+
+
+def _warned_reference(device_type: str, reason: str) -> str:
+    warnings.warn(
+        f"lowbit_lightning uses its plain-torch reference on {device_type}, which is many times slower: {reason}",
+        stacklevel=2,
+    )
+    return "reference"

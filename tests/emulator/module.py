@@ -236,7 +236,7 @@ def _build(text: str, kernels: list[str], check: bool, flags: tuple[str, ...]) -
             runtime = [pool.submit(_runtime_object, part) for part in RUNTIME]
             objects = [_run((*compile_kernel, str(source)), Path(scratch, "kernel.o")), *(r.result() for r in runtime)]
         library = _run((*_LINK_FLAGS, *map(str, objects)), Path(scratch, "kernel.so"))
-        return cache.store(name, library.read_bytes())
+        return _store(name, library)
 
 
 def _runtime_object(part: str) -> Path:
@@ -245,7 +245,13 @@ def _runtime_object(part: str) -> Path:
     entry = cache.find(name)
     if entry is None:
         with tempfile.TemporaryDirectory(prefix="emulator-") as scratch:
-            entry = cache.store(name, _run(arguments, Path(scratch, "part.o")).read_bytes())
+            entry = _store(name, _run(arguments, Path(scratch, "part.o")))
+    return entry
+
+
+def _store(name: str, made: Path) -> Path:
+    entry = cache.store(name, made.read_bytes())
+    assert entry is not None, "there is no directory that can be written"
     return entry
 
 

@@ -15,13 +15,16 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lowbit_lightning.kernels import compile
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels import compile, dispatch
 from lowbit_lightning.kernels.compile import cache
+from lowbit_lightning.kernels.cpu import blockwise
 
 ADD = r"""
 extern "C" void add(long n, const float* a, const float* b, float* out) {
@@ -368,7 +371,7 @@ def noexec(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     prefixes: list[str] = []
     load = ctypes.CDLL
 
-    def refuse(path: str, **options: object) -> ctypes.CDLL:
+    def refuse(path: str, **options: Any) -> ctypes.CDLL:
         if str(path).startswith(tuple(prefixes)):
             raise OSError(f"{path}: failed to map segment from shared object")
         return load(path, **options)
@@ -405,6 +408,24 @@ def test_nothing_can_be_executed(monkeypatch: pytest.MonkeyPatch, noexec: list[s
     noexec += ["/"]
     with pytest.raises(compile.NoPlace, match=r"cannot be executed.*Set LOWBIT_LIGHTNING_CACHE to .* TMPDIR"):
         compile.host_library(ADD)
+
+
+def test_ops_run_on_the_reference_where_nothing_can_be_executed(
+    monkeypatch: pytest.MonkeyPatch, noexec: list[str]
+) -> None:
+    noexec += ["/"]
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(blockwise, "library", blockwise.library.__wrapped__)
+    kernels.reset_calls()
+    x = torch.randn(3, 300)
+    with pytest.warns(match=r"plain-torch reference on cpu.*Set LOWBIT_LIGHTNING_CACHE") as caught:
+        results = [kernels.quantize_blockwise(x), kernels.quantize_blockwise(x)]
+    assert len(caught) == 1
+    assert kernels.calls() == {("quantize_blockwise", "reference"): 2}
+    with kernels.use_backend("reference"):
+        assert torch.equal(kernels.quantize_blockwise(x)[0], results[1][0])
+    with kernels.use_backend("cpu"), pytest.raises(compile.NoPlace):
+        kernels.quantize_blockwise(x)
 
 
 def test_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,9 @@ def _load_from_memory(content: bytes) -> ctypes.CDLL | None:
     """The library from a file that lies in no directory, so that no mount's noexec applies."""
     if not hasattr(os, "memfd_create"):
         return None
-    handle = os.memfd_create("lowbit_lightning")  # stays open: the loader would take the next of this number for this one
+    handle = os.memfd_create(
+        "lowbit_lightning"
+    )  # stays open: the loader would take the next of this number for this one
     try:
         with open(handle, "wb", closefd=False) as file:
             file.write(content)
