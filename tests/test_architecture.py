@@ -34,6 +34,7 @@ LAYERS = {
     "kernels": 0,
     "state.bitsandbytes": 1,
     "state.blocks": 1,
+    "state.form": 1,
     "state.pages": 1,
     "state.shards": 1,
     "state": 1,
@@ -57,10 +58,11 @@ SAME_LAYER = {
     "kernels.cpu": BACKEND_BASE | {"kernels.reference"},
     "kernels.cuda": BACKEND_BASE | {"kernels.reference"},
     "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed
-    "state.bitsandbytes": {"state.blocks", "state.shards"},
-    "state.blocks": {"state.shards"},
-    "state.pages": {"state.blocks", "state.shards"},
-    "state": {"state.blocks", "state.pages", "state.shards"},
+    "state.bitsandbytes": {"state.form"},
+    "state.blocks": {"state.form", "state.shards"},
+    "state.form": {"state.pages"},
+    "state.pages": {"state.shards"},
+    "state": {"state.blocks", "state.form", "state.pages", "state.shards"},
     "memory": {"convert"},
 }
 LIGHTNING_FROM = 4  # below this layer nothing knows of Lightning

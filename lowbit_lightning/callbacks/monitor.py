@@ -48,6 +48,7 @@ from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, Quantizati
 from lowbit_lightning.callbacks.sample import Sample
 from lowbit_lightning.layers import Int8Linear
 from lowbit_lightning.state import blocks, shards
+from lowbit_lightning.state.form import codes_name
 
 VERSION = 1
 
@@ -299,7 +300,7 @@ def _optimizer_states(trainer: L.Trainer) -> dict[str, Tensor]:
         metric.update(name, torch.empty(0, dtype=torch.uint8), "dynamic_signed")
     for entries in (entries for optimizer in optimizers for entries in optimizer.state.values()):
         for name in (n for n in names if blocks.is_coded(entries, n)):
-            metric.update(name, shards.local(entries[blocks.codes_name(name)]), maps[name])
+            metric.update(name, shards.local(entries[codes_name(name)]), maps[name])
     shares = metric.compute().cpu()
     return {
         f"int8/optimizer/{name}/{kind}": value

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
-from lowbit_lightning.optim.options import MASTER, parse_bytes
+from lowbit_lightning.optim.options import parse_bytes
 from lowbit_lightning.optim.paging import want_of
-from lowbit_lightning.state import blocks
+from lowbit_lightning.state.form import MASTER, fits_grid
 from lowbit_lightning.state.pages.layout import Want, lay_out
 
 Kind = str | type[Optimizer] | Optimizer
@@ -102,7 +102,7 @@ def count(optimizer: Optimizer, parts: Parts, ranks: int) -> tuple[dict[str, int
         rule = optimizer._rule_of(group)
         for part in group["params"]:
             cut_vector = ranks > 1 and part.ndim < 2
-            coded = group["bits"] == 8 and blocks.fits_grid(whole[part].shape, group["min_size"]) and not cut_vector
+            coded = group["bits"] == 8 and fits_grid(whole[part].shape, group["min_size"]) and not cut_vector
             form = {**group, "bits": 8 if coded else 32, "min_size": 0}
             want = want_of(optimizer, part, form) if group["paged"] else None
             wants += [] if want is None else [want]

@@ -20,20 +20,20 @@ from lowbit_lightning.optim import loading, partitions
 from lowbit_lightning.optim.factors import Factors, factors
 from lowbit_lightning.optim.launches import Launch, join_norms
 from lowbit_lightning.optim.options import (
-    MASTER,
     OWN,
     Options,
     check_dtypes,
     check_form,
     check_group,
     complete_options,
+    parse_bytes,
     wants_master,
     warn_of_inert,
 )
-from lowbit_lightning.optim.paging import Paging, check_pages, inherited_settings, to_device
+from lowbit_lightning.optim.paging import Pagers, check_pages, inherited_settings, to_device
 from lowbit_lightning.optim.plan import FORM, Plan, Work, collect_work, hyperparameters, make_plan
 from lowbit_lightning.state import blocks, shards
-from lowbit_lightning.state.blocks import StateFormat
+from lowbit_lightning.state.form import MASTER, Form, Paging, StateFormat, codes_name, fits_grid, scales_name
 from lowbit_lightning.state.pages import Entries, PageStatistics, raw
 
 
@@ -98,12 +98,30 @@ class LowBitOptimizer(Optimizer):
     def _rule_of(self, group: dict[str, Any]) -> rules.Rule:
         return rules.get(self._rule(group))
 
+    def form(
+        self, group: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, *, keeps_grid: bool = True
+    ) -> Form:
+        """How the states of a parameter of ``group`` are kept.
+
+        ``shape``: of all of it, not of a rank's part. ``keeps_grid``: whether it is cut between blocks, if at all; see
+        ``shards.keeps_grid``.
+        """
+        rule = self._rule_of(group)
+        low = group["bits"] == 8 and keeps_grid and fits_grid(shape, group["min_size"])
+        paging = Paging(group["paged"], parse_bytes(group["resident"]), group["page_dir"])
+        return Form(
+            rule,
+            tuple(8 if low and not state.slow else 32 for state in rule.states),
+            tuple(self._initial(state, group) for state in rule.states),
+            group["block_size"],
+            master=group["master"] is not None and dtype == torch.bfloat16,
+            paging=paging if group["paged"] else None,
+        )
+
     def _bits(self, p: Tensor, group: dict[str, Any], state: rules.State) -> int:
         """The bits that p's state is to have."""
-        if state.slow:
-            return 32
-        fits = group["bits"] == 8 and blocks.fits_grid(p.shape, group["min_size"]) and shards.keeps_grid(p)
-        return 8 if fits else 32
+        form = self.form(group, p.shape, p.dtype, keeps_grid=shards.keeps_grid(p))
+        return form.bits[form.rule.states.index(state)]
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -195,9 +213,9 @@ class LowBitOptimizer(Optimizer):
         self.__dict__.pop("_plans", None)
 
     @property
-    def _paging(self) -> Paging:
+    def _paging(self) -> Pagers:
         """Made when it is first needed: an optimizer may have been unpickled, or of another class before."""
-        return self.__dict__.setdefault("_pages", Paging())
+        return self.__dict__.setdefault("_pages", Pagers())
 
     def page_statistics(self) -> PageStatistics | None:
         """What paging has done so far; None where nothing is paged. See ``state.pages.PageStatistics``."""
@@ -341,6 +359,6 @@ def _name_entries(_: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def _replace(entries: dict[str, Tensor], name: str, new: dict[str, Tensor]) -> None:
-    for old in (name, blocks.codes_name(name), blocks.scales_name(name)):
+    for old in (name, codes_name(name), scales_name(name)):
         entries.pop(old, None)
     entries.update(new)

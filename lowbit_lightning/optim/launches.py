@@ -15,17 +15,9 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import StepArguments, rules
-from lowbit_lightning.kernels.formats import BlockGrid
-from lowbit_lightning.state import blocks
+from lowbit_lightning.kernels.formats import FOLD, BlockGrid
+from lowbit_lightning.state.form import codes_name
 from lowbit_lightning.state.pages import Chunk, Entries, Pager, Piece
-
-FOLD = 256
-"""Blocks whose sums are folded at once."""
-
-
-def in_runs(grid: BlockGrid) -> bool:
-    """Whether the blocks are simply consecutive elements: the tensor may be cut in front of any of them."""
-    return grid.rows <= 1 or grid.row_length % grid.block_size == 0
 
 
 class Cut(NamedTuple):
@@ -36,12 +28,12 @@ class Cut(NamedTuple):
 
     def of(self, x: Tensor, grid: BlockGrid) -> Tensor:
         """This part of a tensor that has the parameter's shape: a view where it is contiguous."""
-        if in_runs(grid):
+        if grid.in_runs:
             return x.contiguous().view(-1)[self.start : self.stop]
         return x.contiguous()[self.start // grid.row_length : self.stop // grid.row_length]
 
     def of_scales(self, scales: Tensor, grid: BlockGrid) -> Tensor:
-        if in_runs(grid):
+        if grid.in_runs:
             return scales.view(1, -1)[:, self.start // grid.block_size : -(-self.stop // grid.block_size)]
         return scales[self.start // grid.row_length : self.stop // grid.row_length]
 
@@ -155,7 +147,7 @@ def _paged(part: int, whole: StepArguments, members: list[tuple[int, Piece]], pl
     for k, (_, piece) in enumerate(members):
         shape = a.params[k].shape
         for s, name in enumerate(names):
-            near = piece.states[blocks.codes_name(name) if a.states[s][k].dtype == torch.uint8 else name]
+            near = piece.states[codes_name(name) if a.states[s][k].dtype == torch.uint8 else name]
             a.states[s][k] = near.view(shape)
         if a.remainders:
             a.remainders[k] = next(x for x in piece.states.values() if x.dtype == torch.int8).view(shape)

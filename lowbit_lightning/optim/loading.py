@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit_lightning.optim.options import MASTER, OWN, wants_master
+from lowbit_lightning.optim.options import OWN, wants_master
 from lowbit_lightning.optim.paging import to_host, want_of
 from lowbit_lightning.state import bitsandbytes, blocks, shards
-from lowbit_lightning.state.blocks import StateFormat
+from lowbit_lightning.state.form import MASTER, StateFormat, codes_name, scales_name
 from lowbit_lightning.state.pages import Entries, in_a_slab
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def converted(
         result.update(blocks.convert(p, state, entries, saved, bits, group["block_size"]))
     if MASTER in entries and wants_master(p, group):
         result[MASTER] = shards.like(p, blocks.placed(p, entries[MASTER], torch.int8), p.shape)
-    names = [n for s in rule.states for n in (s.name, blocks.codes_name(s.name), blocks.scales_name(s.name))]
+    names = [n for s in rule.states for n in (s.name, codes_name(s.name), scales_name(s.name))]
     known = {*result, MASTER, *names}
     want = want_of(optimizer, p, group)
     if want is not None:  # the states of one parameter at a time are near; what stays so is no checkpoint's memory

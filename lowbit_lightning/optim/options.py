@@ -13,8 +13,6 @@ from lowbit_lightning.kernels.arguments import FLOATS
 from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, check_block_size
 from lowbit_lightning.kernels.rules import Rule
 
-MASTER = "master_remainder"
-"""The state that holds the lower eight bits of a 24-bit master copy."""
 OWN = ("bits", "min_size", "block_size", "state_format", "paged", "resident", "page_dir")
 """Group keys that say how *this* optimizer keeps its states: a checkpoint does not overrule them."""
 

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.optim import partitions
-from lowbit_lightning.optim.launches import FOLD, in_runs
-from lowbit_lightning.optim.options import MASTER, parse_bytes, wants_master
-from lowbit_lightning.state import blocks, pages, shards
+from lowbit_lightning.optim.options import parse_bytes
+from lowbit_lightning.state import pages, shards
 from lowbit_lightning.state.pages import Entries, Pager, PageStatistics, Want, raw
 from lowbit_lightning.state.pages.file import FileTransport
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from lowbit_lightning.optim.base import LowBitOptimizer
 
 
-class Paging:
+class Pagers:
     """The pagers of an optimizer: one for each device that paged parameters lie on."""
 
     def __init__(self) -> None:
@@ -33,9 +31,9 @@ class Paging:
         self._order: dict[Tensor, int] | None = None
         self._before: dict[torch.device, PageStatistics] = {}
 
-    def renewed(self) -> Paging:
+    def renewed(self) -> Pagers:
         """One without pagers, for states that are loaded: the old ones' slab stays as it is."""
-        new = Paging()
+        new = Pagers()
         new._order, new._unpageable = self._order, self._unpageable
         new._before = self._before | {device: pager.statistics for device, pager in self.pagers.items()}
         return new
@@ -194,24 +192,8 @@ def check_pages(optimizer: LowBitOptimizer, groups: list[dict[str, Any]], share:
 def want_of(optimizer: LowBitOptimizer, p: Tensor, group: dict[str, Any]) -> Want | None:
     """What p, of a group, keeps in a slab; None where nothing of it is paged."""
     local = shards.local(p)
-    if not group["paged"] or not local.numel():
-        return None
-    rule = optimizer._rule_of(group)
-    dtypes = []
-    for state in rule.states:
-        coded = optimizer._bits(p, group, state) == 8
-        dtypes.append((blocks.codes_name(state.name), torch.uint8) if coded else (state.name, torch.float32))
-    if wants_master(p, group):
-        dtypes.append((MASTER, torch.int8))
-    if not dtypes:
-        return None
-    grid, unit = BlockGrid.of(local.shape, group["block_size"]), local.numel()
-    if local.is_contiguous():
-        if in_runs(grid):
-            unit = group["block_size"] * (FOLD if rule.norms else 1)
-        elif not rule.norms:  # whose sums go on from row to row
-            unit = grid.row_length
-    return Want(tuple(local.shape), tuple(dtypes), unit)
+    form = optimizer.form(group, p.shape, p.dtype, keeps_grid=shards.keeps_grid(p))
+    return form.want(tuple(local.shape), local.is_contiguous())
 
 
 def to_host(p: Tensor, value: Tensor) -> Tensor:

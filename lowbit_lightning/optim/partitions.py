@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowbit_lightning.kernels.rules import Rule
-from lowbit_lightning.state import blocks, shards
+from lowbit_lightning.state import shards
+from lowbit_lightning.state.form import codes_name, scales_name
 
 if TYPE_CHECKING:
     from lowbit_lightning.optim.base import LowBitOptimizer
@@ -74,8 +75,8 @@ def adopt_states(p: Tensor, entries: dict[str, Tensor], rule: Rule, groups: Sequ
         )
     for state in rule.states:
         if state.name in entries:  # newer than any codes
-            entries.pop(blocks.codes_name(state.name), None)
-            entries.pop(blocks.scales_name(state.name), None)
+            entries.pop(codes_name(state.name), None)
+            entries.pop(scales_name(state.name), None)
     if "step" in entries:
         step = torch.as_tensor(entries["step"]).detach()
         entries["step"] = step.to(p.device, torch.float32, copy=True).reshape(())

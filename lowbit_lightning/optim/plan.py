@@ -11,8 +11,9 @@ from torch import Tensor
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.optim.launches import Launch, Part, make_launches
-from lowbit_lightning.optim.options import MASTER, wants_master
+from lowbit_lightning.optim.options import wants_master
 from lowbit_lightning.state import blocks, shards
+from lowbit_lightning.state.form import MASTER, codes_name, scales_name
 
 FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
 """Group keys that decide what a group's launches are."""
@@ -66,10 +67,10 @@ def _arguments(
     states, scales = [], []
     for state in rule.states:
         coded = [blocks.is_coded(e, state.name) for e in entries]
-        names = [blocks.codes_name(state.name) if c else state.name for c in coded]
+        names = [codes_name(state.name) if c else state.name for c in coded]
         states.append([shards.local(e[name]) for e, name in zip(entries, names, strict=True)])
         pairs = zip(entries, coded, strict=True)
-        scales.append([shards.local(e[blocks.scales_name(state.name)]) if c else e["step"] for e, c in pairs])
+        scales.append([shards.local(e[scales_name(state.name)]) if c else e["step"] for e, c in pairs])
     return kernels.StepArguments(
         rule=rule.name,
         params=[shards.local(p) for p in params],

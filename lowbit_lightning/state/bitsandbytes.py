@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels.formats import BlockGrid, codebook
 from lowbit_lightning.kernels.rules import Rule, State
-from lowbit_lightning.state import blocks
-from lowbit_lightning.state.blocks import StateFormat
+from lowbit_lightning.state.form import StateFormat, codes_name, scales_name
 
 MARKER = "__bnb_optimizer_quant_state__"
 BLOCK_SIZE = 256
@@ -101,8 +100,7 @@ def _layer(value: Any, place: int, p: Tensor) -> Any:
 def _decoded(state: State, codes: Tensor, absmax: Tensor, table: Tensor) -> dict[str, Tensor]:
     """Codes and scales where blocks and map are ours, values elsewhere."""
     grid = BlockGrid.of(codes.shape, BLOCK_SIZE)
-    same_blocks = grid.rows <= 1 or grid.row_length % BLOCK_SIZE == 0
-    if same_blocks and not state.slow and torch.allclose(table, codebook(state.codebook), rtol=1e-5, atol=1e-10):
-        return {blocks.codes_name(state.name): codes, blocks.scales_name(state.name): absmax.reshape(grid.scales_shape)}
+    if grid.in_runs and not state.slow and torch.allclose(table, codebook(state.codebook), rtol=1e-5, atol=1e-10):
+        return {codes_name(state.name): codes, scales_name(state.name): absmax.reshape(grid.scales_shape)}
     scales = absmax.cpu().flatten().repeat_interleave(BLOCK_SIZE)[: codes.numel()]
     return {state.name: (table[codes.cpu().int()].flatten() * scales).reshape(codes.shape)}

@@ -1,84 +1,22 @@
 """The two forms of an optimizer state in ``optimizer.state[p]``, and the ways between them.
 
-In 32 bits a state is one float32 tensor under its own name: ``exp_avg``. In 8 bits it is two tensors under names
-that cannot be mistaken for it: ``exp_avg_codes`` (uint8, the parameter's shape) and ``exp_avg_scales`` (float32, one
-per block). The map follows from whether the state can be negative. ``StateFormat`` is what a checkpoint says about
-this; with it a state of another form, or of another block size, is converted when it is loaded.
+The map follows from whether the state can be negative. A state of another form, or of another block size, is converted
+when it is loaded; ``StateFormat`` is what a checkpoint says about its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels.formats import (
-    MAPS,
-    MAX_BLOCK_SIZE,
-    MIN_BLOCK_SIZE,
-    BlockGrid,
-    check_block_size,
-    dynamic_map,
-)
-from lowbit_lightning.kernels.rules import Rule, State
+from lowbit_lightning.kernels.formats import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, BlockGrid, dynamic_map
+from lowbit_lightning.kernels.rules import State
 from lowbit_lightning.state import shards
-
-VERSION = 1
-SHORTEST_ROW = 64
-"""Rows shorter than this would pay more for their scales than their codes save: they stay in 32 bits."""
-
-
-def fits_grid(shape: torch.Size | tuple[int, ...], min_size: int) -> bool:
-    """Whether a parameter of this *global* shape is kept in 8 bits: the same answer on every rank and world size."""
-    return prod(shape) >= min_size and BlockGrid.of(shape).row_length >= SHORTEST_ROW
-
-
-@dataclass(frozen=True)
-class StateFormat:
-    """What a checkpoint says of its 8-bit states: version, block size, and each state's map (which tells its
-    sign)."""
-
-    maps: Mapping[str, str]
-    block_size: int
-    version: int = VERSION
-
-    @classmethod
-    def of(cls, rule: Rule, block_size: int) -> StateFormat:
-        return cls({state.name: state.codebook for state in rule.states}, block_size)
-
-    @classmethod
-    def parse(cls, saved: Mapping[str, Any]) -> StateFormat:
-        """Raise ValueError for a version that this library does not know, or where something is missing."""
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"state_format must be a dict as state_dict() gives it, got {saved!r}")
-        if saved.get("version") != VERSION:
-            raise ValueError(
-                f"the checkpoint's optimizer state has format version {saved.get('version')!r}; this library reads "
-                f"version {VERSION}: update lowbit_lightning, or save again with a version that reads it"
-            )
-        maps, block_size = saved.get("maps"), saved.get("block_size")
-        if not isinstance(maps, Mapping) or not set(maps.values()) <= set(MAPS):
-            raise ValueError(f"state_format's maps must give one of {MAPS} by state, got {maps!r}")
-        if not isinstance(block_size, int):
-            raise ValueError(f"state_format's block_size must be a number of elements, got {block_size!r}")
-        check_block_size(block_size)
-        return cls(dict(maps), block_size)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def codes_name(name: str) -> str:
-    return f"{name}_codes"
-
-
-def scales_name(name: str) -> str:
-    return f"{name}_scales"
+from lowbit_lightning.state.form import StateFormat, codes_name, scales_name
 
 
 def create(

@@ -13,7 +13,7 @@ from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.kernels.rules import State
 from lowbit_lightning.state import blocks
-from lowbit_lightning.state.blocks import StateFormat
+from lowbit_lightning.state.form import StateFormat, fits_grid
 
 SIGNED, UNSIGNED = State("exp_avg"), State("exp_avg_sq", non_negative=True)
 shapes = st.lists(st.integers(1, 40), min_size=0, max_size=3).map(tuple)
@@ -101,7 +101,7 @@ def test_states_of_another_map_are_translated() -> None:
     ],
 )
 def test_what_fits_the_grid(shape: tuple[int, ...], min_size: int, fits: bool) -> None:
-    assert blocks.fits_grid(shape, min_size) == fits
+    assert fits_grid(shape, min_size) == fits
 
 
 def test_the_format_survives_a_checkpoint() -> None:

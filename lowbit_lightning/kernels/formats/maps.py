@@ -32,6 +32,8 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE, DEFAULT_BLOCK_SIZE = 32, 4096, 256
 SMALLEST_SCALE = 2.0**-126
 """A block that is not all zero has a scale of at least this magnitude: its reciprocal is finite."""
 DECADES = 7
+FOLD = 256
+"""Blocks whose sums are folded at once, for norms over a whole parameter."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class BlockGrid:
     @property
     def scales_shape(self) -> tuple[int, int]:
         return self.rows, self.blocks_per_row
+
+    @property
+    def in_runs(self) -> bool:
+        """Whether the blocks are simply consecutive elements: the tensor may be cut in front of any of them."""
+        return self.rows <= 1 or self.row_length % self.block_size == 0
 
 
 def check_block_size(block_size: int) -> None:

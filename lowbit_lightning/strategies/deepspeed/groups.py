@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowbit_lightning.optim import LowBitOptimizer
-from lowbit_lightning.state import blocks
+from lowbit_lightning.state.form import fits_grid
 
 OWN = ("params", "param_names", "bits", "state_format")
 """What a new group doesn't take from the one that it was split off."""
@@ -86,7 +86,7 @@ def _picked(group: dict[str, Any], indices: list[int]) -> dict[str, Any]:
 
 def _fits(p: Tensor, min_size: int) -> bool:
     shape = getattr(p, "ds_shape", p.shape)  # what stage 3 has cut already
-    return len(shape) > 1 and blocks.fits_grid(shape, min_size)
+    return len(shape) > 1 and fits_grid(shape, min_size)
 
 
 class _View:

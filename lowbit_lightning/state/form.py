@@ -1,0 +1,164 @@
+"""How one parameter's state is kept: a value that is decided once and then travels.
+
+In 32 bits a state is one float32 tensor under its own name: ``exp_avg``. In 8 bits it is two tensors under names
+that cannot be mistaken for it: ``exp_avg_codes`` (uint8, the parameter's shape) and ``exp_avg_scales`` (float32, one
+per block). ``Form`` says which, and all else that decides what tensors there are. ``StateFormat`` is what a checkpoint
+says about its 8-bit states.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from lowbit_lightning.kernels.formats import FOLD, MAPS, BlockGrid, check_block_size, dynamic_map
+from lowbit_lightning.kernels.rules import Rule
+from lowbit_lightning.state.pages.layout import Want
+
+Shape = tuple[int, ...]
+
+VERSION = 1
+SHORTEST_ROW = 64
+"""Rows shorter than this would pay more for their scales than their codes save: they stay in 32 bits."""
+STEP = "step"
+"""The entry that counts a parameter's steps."""
+MASTER = "master_remainder"
+"""The entry that holds the lower eight bits of a 24-bit master copy."""
+
+
+def codes_name(name: str) -> str:
+    return f"{name}_codes"
+
+
+def scales_name(name: str) -> str:
+    return f"{name}_scales"
+
+
+def fits_grid(shape: Shape, min_size: int) -> bool:
+    """Whether a parameter of this *global* shape is kept in 8 bits: the same answer on every rank and world size."""
+    return prod(shape) >= min_size and BlockGrid.of(shape).row_length >= SHORTEST_ROW
+
+
+class Paging(NamedTuple):
+    """Where paged states lie: ``kind`` is True (host memory) or "disk"; ``resident`` bytes stay near; ``directory``
+    of the file, None for a temporary one."""
+
+    kind: bool | str
+    resident: int
+    directory: str | None
+
+
+class Entry(NamedTuple):
+    """One tensor of ``optimizer.state[p]``, or of this rank's part of it.
+
+    ``kind``: "steps", "32-bit", "codes", "scales" or "master remainders". ``value``: that of all its elements before
+    the first step. ``paged``: whether it lies in a slab.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+    dtype: torch.dtype
+    value: float
+    paged: bool
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one parameter's state is kept.
+
+    ``bits``: 8 or 32, of each of the rule's states; ``initial``: their values before the first step. ``master``:
+    whether a 24-bit master copy's lower bits are kept. ``paging``: None for states that lie where the parameter does.
+    ``partition``: whether the parameter is one of DeepSpeed's flat partitions.
+    """
+
+    rule: Rule
+    bits: tuple[int, ...]
+    initial: tuple[float, ...]
+    block_size: int
+    master: bool = False
+    paging: Paging | None = None
+    partition: bool = False
+
+    def entries(self, shape: Shape) -> list[Entry]:
+        """All that ``optimizer.state[p]`` holds for a parameter, or a part of one, of this shape."""
+        paged = self.paging is not None and prod(shape) > 0
+        scales_shape = BlockGrid.of(shape, self.block_size).scales_shape
+        found = [Entry(STEP, "steps", (), torch.float32, 0.0, False)]
+        for state, bits, value in zip(self.rule.states, self.bits, self.initial, strict=True):
+            if bits == 32:
+                found.append(Entry(state.name, "32-bit", shape, torch.float32, value, paged))
+                continue
+            code = 255 if value else dynamic_map(state.codebook).zero_code  # the code of 1.0
+            found.append(Entry(codes_name(state.name), "codes", shape, torch.uint8, code, paged))
+            found.append(Entry(scales_name(state.name), "scales", scales_shape, torch.float32, value, False))
+        if self.master:
+            found.append(Entry(MASTER, "master remainders", shape, torch.int8, 0, paged))
+        return found
+
+    def nbytes(self, shape: Shape) -> Counter[str]:
+        """Bytes by kind, of what is not paged; ``shape``: of this rank's part of the parameter."""
+        found: Counter[str] = Counter()
+        for entry in self.entries(shape):
+            if not entry.paged:
+                found[entry.kind] += entry.nbytes
+        return found
+
+    def want(self, shape: Shape, contiguous: bool = True) -> Want | None:
+        """What a slab is to hold of a parameter, or a part of one, of this shape; None where nothing of it is paged.
+
+        ``contiguous``: whether the parameter is; another one cannot be cut.
+        """
+        dtypes = tuple((entry.name, entry.dtype) for entry in self.entries(shape) if entry.paged)
+        if not dtypes:
+            return None
+        grid, unit = BlockGrid.of(shape, self.block_size), prod(shape)
+        if contiguous and grid.in_runs:
+            unit = self.block_size * (FOLD if self.rule.norms else 1)
+        elif contiguous and not self.rule.norms:  # whose sums go on from row to row
+            unit = grid.row_length
+        return Want(tuple(shape), dtypes, unit)
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """What a checkpoint says of its 8-bit states: version, block size, and each state's map (which tells its
+    sign)."""
+
+    maps: Mapping[str, str]
+    block_size: int
+    version: int = VERSION
+
+    @classmethod
+    def of(cls, rule: Rule, block_size: int) -> StateFormat:
+        return cls({state.name: state.codebook for state in rule.states}, block_size)
+
+    @classmethod
+    def parse(cls, saved: Mapping[str, Any]) -> StateFormat:
+        """Raise ValueError for a version that this library does not know, or where something is missing."""
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"state_format must be a dict as state_dict() gives it, got {saved!r}")
+        if saved.get("version") != VERSION:
+            raise ValueError(
+                f"the checkpoint's optimizer state has format version {saved.get('version')!r}; this library reads "
+                f"version {VERSION}: update lowbit_lightning, or save again with a version that reads it"
+            )
+        maps, block_size = saved.get("maps"), saved.get("block_size")
+        if not isinstance(maps, Mapping) or not set(maps.values()) <= set(MAPS):
+            raise ValueError(f"state_format's maps must give one of {MAPS} by state, got {maps!r}")
+        if not isinstance(block_size, int):
+            raise ValueError(f"state_format's block_size must be a number of elements, got {block_size!r}")
+        check_block_size(block_size)
+        return cls(dict(maps), block_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
