@@ -102,7 +102,7 @@ PUBLIC = {
         "use_backend",
     ],
     "layers": ["Int8Linear", "Products", "invalidate"],
-    "memory": ["Advice", "Plan", "plan"],
+    "memory": ["Advice", "Plan", "Run", "plan"],
     "optim": [
         "LAMB",
         "LARS",

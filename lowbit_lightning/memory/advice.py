@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lowbit_lightning.memory.result import Advice
-from lowbit_lightning.memory.settings import Settings
+from lowbit_lightning.memory.run import Run
 from lowbit_lightning.sharding import repeated_blocks
 
 
@@ -18,10 +18,10 @@ class _Change:
     text: str
     cost: str
     weight: float
-    settings: dict[str, Any]
+    options: dict[str, Any]
 
 
-def _changes(model: nn.Module, now: Settings) -> list[_Change]:
+def _changes(model: nn.Module, now: Run) -> list[_Change]:
     """What could be changed; ``weight`` is the cost that the bytes saved are divided by."""
     many, changes = now.world_size > 1, []
     if isinstance(now.optimizer, (str, type)) and now.bits != 8:
@@ -44,8 +44,7 @@ def _changes(model: nn.Module, now: Settings) -> list[_Change]:
     if now.precision == "32-true":
         changes.append(_Change('precision="bf16-mixed"', "activations in bfloat16", 1.2, {"precision": "bf16-mixed"}))
     if now.precision != "bf16-true" and isinstance(now.optimizer, str) and now.bits is not None:
-        master = {"precision": "bf16-true", "options": {**now.options, "master": "bf16+8"}}
-        master["int8"] = {}
+        master = {"precision": "bf16-true", "master": "bf16+8", "int8": {}}
         changes.append(_Change('precision="bf16-true", master="bf16+8"', "weights of 24 bits", 2, master))
     if not now.activation_checkpointing and now.batch is not None and repeated_blocks(model):
         checkpointing = {"activation_checkpointing": True}
@@ -53,14 +52,12 @@ def _changes(model: nn.Module, now: Settings) -> list[_Change]:
     return changes
 
 
-def advise(model: nn.Module, now: Settings, total: Callable[[Settings], int], memory: int) -> list[Advice]:
-    """The changes that save something, by bytes saved over cost. ``total``: bytes under other settings."""
+def advise(model: nn.Module, now: Run, total: Callable[[Run], int], memory: int) -> list[Advice]:
+    """The changes that save something, by bytes saved over cost. ``total``: bytes under other run."""
     before, found = total(now), []
     for change in _changes(model, now):
         try:
-            changed = replace(now, **change.settings)
-            changed.check()
-            after = total(changed)
+            after = total(replace(now, **change.options))
         except (ValueError, TypeError):  # a change that this model or optimizer does not allow
             continue
         if after < before:

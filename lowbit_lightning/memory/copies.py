@@ -12,7 +12,7 @@ from math import prod
 
 from torch import nn
 
-from lowbit_lightning.memory.settings import Settings
+from lowbit_lightning.memory.run import Run
 from lowbit_lightning.memory.step import Reduction
 from lowbit_lightning.sharding import (
     chosen_blocks,
@@ -36,24 +36,24 @@ class Copies:
     reductions: tuple[Reduction, ...] = ()
 
 
-def copies_of(twin: nn.Module, settings: Settings) -> Copies:
+def copies_of(twin: nn.Module, run: Run) -> Copies:
     """For the run's model on the meta device."""
-    if settings.strategy == "ddp":
+    if run.strategy == "ddp":
         buckets = sum(p.nbytes for p in twin.parameters() if p.requires_grad)
         buffers = sum(b.nbytes for b in twin.buffers())  # of rank 0, before the first forward of a step
         return Copies(reduction=buckets, communication={"all_reduce": buckets, "broadcast": buffers})
-    return _sharded(twin, settings) if settings.sharded else Copies()
+    return _sharded(twin, run) if run.sharded else Copies()
 
 
-def _sharded(twin: nn.Module, settings: Settings) -> Copies:
-    blocks, root = grouped(twin, chosen_blocks(twin, settings.policy))
-    names, ranks, cast = {p: name for name, p in twin.named_parameters()}, settings.ranks, settings.autocast
+def _sharded(twin: nn.Module, run: Run) -> Copies:
+    blocks, root = grouped(twin, chosen_blocks(twin, run.policy))
+    names, ranks, cast = {p: name for name, p in twin.named_parameters()}, run.ranks, run.autocast
 
     def whole(p: nn.Parameter) -> int:
         return padded(tuple(p.shape), ranks) * (cast or p.dtype).itemsize
 
     def packed(p: nn.Parameter) -> int:  # stays beside the whole parameter, as long as that does
-        if settings.all_gather != "int8" or not travels_in_int8(tuple(p.shape)):
+        if run.all_gather != "int8" or not travels_in_int8(tuple(p.shape)):
             return 0
         return ranks * int8_share(first_share(tuple(p.shape), ranks)[0], prod(p.shape[1:]))[1]
 
@@ -69,16 +69,16 @@ def _sharded(twin: nn.Module, settings: Settings) -> Copies:
         return Reduction(shards, sum(padded(tuple(p.shape), ranks) * 4 for p in trained))
 
     sizes, reductions = [kept(group) for group in blocks], [reduction(group) for group in (*blocks, root)]
-    in_float32, again = sum(r.bytes for r in reductions), 2 if settings.reshard_after_forward else 1
+    in_float32, again = sum(r.bytes for r in reductions), 2 if run.reshard_after_forward else 1
     travels = {
-        "all_gather": settings.accumulate * (gather(root) + again * sum(gather(group) for group in blocks)),
+        "all_gather": run.accumulate * (gather(root) + again * sum(gather(group) for group in blocks)),
         "reduce_scatter": in_float32,
     }
-    if settings.replicas > 1:
+    if run.replicas > 1:
         travels["all_reduce"] = in_float32 // ranks
     return Copies(
-        gathered=kept(root) + sum(sorted(sizes)[-2:] if settings.reshard_after_forward else sizes),
-        reduction=max(r.bytes for r in reductions) + (in_float32 if settings.accumulate > 1 else 0),
+        gathered=kept(root) + sum(sorted(sizes)[-2:] if run.reshard_after_forward else sizes),
+        reduction=max(r.bytes for r in reductions) + (in_float32 if run.accumulate > 1 else 0),
         communication=travels,
         reductions=tuple(r for r in reductions if r.shards),
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,60 +15,25 @@ from lowbit_lightning.memory import states
 from lowbit_lightning.memory.advice import advise
 from lowbit_lightning.memory.copies import Copies, copies_of
 from lowbit_lightning.memory.result import Plan
-from lowbit_lightning.memory.settings import Precision, Settings, Strategy
-from lowbit_lightning.memory.step import Step, measure
-from lowbit_lightning.sharding import Policy, first_share, repeated_blocks
+from lowbit_lightning.memory.run import Run
+from lowbit_lightning.memory.step import measure
+from lowbit_lightning.sharding import first_share, repeated_blocks
 
 
-def plan(
-    model: nn.Module,
-    *,
-    world_size: int = 1,
-    strategy: Strategy = "single",
-    precision: Precision = "32-true",
-    optimizer: states.Kind = "AdamW",
-    bits: int | None = 8,
-    batch: Any = None,
-    step: Step | None = None,
-    accumulate: int = 1,
-    reshard_after_forward: bool = True,
-    replicas: int = 1,
-    policy: Policy | None = None,
-    activation_checkpointing: bool = False,
-    int8: Mapping[str, Any] | None = None,
-    all_gather: Literal["high", "int8"] = "high",
-    paged: bool | Literal["disk"] = False,
-    resident: int | str = 0,
-    **options: Any,
-) -> Plan:
+def plan(model: nn.Module, run: Run | None = None, **options: Any) -> Plan:
     """Bytes per device, before anything is allocated.
 
     Args:
         model: on any device, the meta device too; only shapes and dtypes are looked at, and nothing is changed.
-        world_size: the ranks. strategy: "single", "ddp", or "sharded" (``strategy="lowbit_sharded"``: FSDP2).
-        precision: Lightning's string. "32-true" leaves the parameters in their own dtypes, as Lightning does.
-        optimizer: the name of one of ``lowbit_lightning.optim``, with ``bits``; a class; or an instance over the
-            model's parameters, which has its own settings. Under "sharded" one of torch.optim becomes its twin, with
-            states of ``bits``, as the strategy does it. ``bits=None``: names are torch.optim's, nothing is converted.
-        options: of the optimizer: ``min_size``, ``block_size``, ``master``, ``momentum``, ...
-        batch: for activations: a tensor, a tuple or a dict of arguments; only shapes and dtypes matter.
-        step: ``step(model, batch) -> loss``. None: the model is called, and the loss is the sum of what it returns.
-        accumulate: micro-batches in an optimizer step; ``batch`` is one of them.
-        reshard_after_forward, replicas, policy, all_gather: as for ``strategies.ShardedStrategy``.
-        activation_checkpointing: the repeated blocks are recomputed in the backward.
-        int8: arguments of ``convert.swap_linears``, for "int8-mixed".
-        paged, resident: of the optimizer's states, as for the optimizers here (an instance has its own).
+        run: what is planned for. options: those of ``Run`` by name, instead of it or to change it, and any other
+            argument of the optimizer: ``plan(model, world_size=8, precision="int8-mixed", momentum=0.9)``.
 
     Raises:
-        ValueError, TypeError: an argument that is out of range, naming it.
+        ValueError, TypeError: for an option that is out of range, naming it.
     """
-    settings = Settings(
-        *(world_size, strategy, precision, optimizer, bits, batch, step, accumulate, reshard_after_forward),
-        *(replicas, policy, activation_checkpointing, int8 or {}, all_gather, paged, resident, options),
-    )
-    settings.check()
+    run = Run.of(**options) if run is None else run.but(**options)
     _check_shapes(model)
-    return _plan(model, settings)
+    return _plan(model, run)
 
 
 def _check_shapes(model: nn.Module) -> None:
@@ -80,17 +44,17 @@ def _check_shapes(model: nn.Module) -> None:
             raise ValueError(f"parameter {name!r} of the model has no shape yet: call the model with a batch first")
 
 
-def _plan(model: nn.Module, settings: Settings) -> Plan:
-    twin = _twin(model, settings)
+def _plan(model: nn.Module, run: Run) -> Plan:
+    twin = _twin(model, run)
     params = list(twin.parameters())
-    local = [_meta(first_share(tuple(p.shape), settings.ranks), p.dtype) for p in params]
+    local = [_meta(first_share(tuple(p.shape), run.ranks), p.dtype) for p in params]
     trained = [(whole, own, part) for whole, own, part in zip(params, model.parameters(), local, strict=True)]
     parts = {own: part for whole, own, part in trained if whole.requires_grad}
-    paging = {"paged": settings.paged, "resident": settings.resident} if settings.paged else {}
-    optimizer = states.make(settings.optimizer, settings.bits, parts, settings.sharded, dict(settings.options), paging)
-    state_parts, paged_out = states.count(optimizer, parts, settings.ranks)
-    copies = copies_of(twin, settings)
+    optimizer = states.make(run.optimizer, run.bits, parts, run.sharded, run.optimizer_options, run.paging)
+    state_parts, paged_out = states.count(optimizer, parts, run.ranks)
+    copies = copies_of(twin, run)
     gradients = sum(part.nbytes for part in parts.values())
+    activations, loss = _activations(twin, run, copies, gradients)
     return Plan(
         parameters=sum(part.nbytes for part in local),
         gradients=gradients,
@@ -98,26 +62,26 @@ def _plan(model: nn.Module, settings: Settings) -> Plan:
         buffers=sum(buffer.nbytes for buffer in twin.buffers()),
         gathered=copies.gathered,
         reduction=copies.reduction,
-        int8_weights=0 if settings.sharded else _int8_weights(twin),
-        activations=_activations(twin, settings, copies, gradients),
+        int8_weights=0 if run.sharded else _int8_weights(twin),
+        activations=activations,
         paged_out=paged_out,
         state_parts=state_parts,
         communication=copies.communication,
-        settings=settings.shown(),
-        _advise=lambda memory: advise(model, settings, lambda changed: _plan(model, changed).total, memory),
+        settings={**run.shown(), **loss},
+        _advise=lambda memory: advise(model, run, lambda changed: _plan(model, changed).total, memory),
     )
 
 
-def _twin(model: nn.Module, settings: Settings) -> nn.Module:
+def _twin(model: nn.Module, run: Run) -> nn.Module:
     """The model of the run on the meta device: in the precision's dtype, with its int8 layers."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        memo[id(p)] = _meta(tuple(p.shape), settings.dtype_of(p), p.requires_grad)
+        memo[id(p)] = _meta(tuple(p.shape), run.dtype_of(p), p.requires_grad)
     for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=settings.dtype_of(buffer), device="meta")
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=run.dtype_of(buffer), device="meta")
     twin = copy.deepcopy(model, memo)
-    if settings.precision == "int8-mixed":
-        convert.swap_linears(twin, **settings.int8)
+    if run.precision == "int8-mixed":
+        convert.swap_linears(twin, **run.int8)
     return twin
 
 
@@ -140,20 +104,21 @@ def _int8_weights(twin: nn.Module) -> int:
     return sum(forms.values())
 
 
-def _activations(twin: nn.Module, settings: Settings, copies: Copies, gradients: int) -> int | None:
-    if settings.batch is None:
-        return None
-    once = settings.accumulate == 1
-    peak = measure(
+def _activations(twin: nn.Module, run: Run, copies: Copies, gradients: int) -> tuple[int | None, dict[str, str]]:
+    """Bytes, None without a batch; and for the table what gave the loss."""
+    if run.batch is None:
+        return None, {}
+    once = run.accumulate == 1
+    peak, loss = measure(
         twin,
-        settings.batch,
-        settings.step,
-        parameter_dtype=settings.autocast if settings.sharded else None,
-        input_dtype=settings.true_dtype,
-        autocast=settings.autocast,
-        checkpointed=repeated_blocks(twin) if settings.activation_checkpointing else [],
+        run.batch,
+        run.step,
+        parameter_dtype=run.autocast if run.sharded else None,
+        input_dtype=run.true_dtype,
+        autocast=run.autocast,
+        checkpointed=repeated_blocks(twin) if run.activation_checkpointing else [],
         keep_gradients=once,
         reductions=copies.reductions if once else (),
     )
-    counted = gradients + (copies.reduction if settings.sharded else 0)  # the step run here had them too
-    return max(0, peak - counted) if once else peak
+    counted = gradients + (copies.reduction if run.sharded else 0)  # the step run here had them too
+    return max(0, peak - counted) if once else peak, {"loss": loss}

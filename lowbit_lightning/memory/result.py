@@ -41,7 +41,7 @@ class Plan:
         state_parts: ``states`` by kind; "pages" is near memory of paged states: of resident ones, and the ring.
         communication: bytes by collective in an optimizer step, as each rank hands them over or gets them: whichever is
             whole.
-        settings: what was planned for.
+        settings: what was planned for, and what gave the ``loss``.
     """
 
     parameters: int

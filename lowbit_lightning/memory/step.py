@@ -9,11 +9,12 @@ weights, and what activation checkpointing frees. What an op allocates inside of
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-Step = Callable[[nn.Module, Any], Tensor]
-"""``step(model, batch) -> loss``, a scalar."""
+from lowbit_lightning.memory.batch import Batch, described
+from lowbit_lightning.memory.loss import Step, own_step, scalar_in, sum_of
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,20 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes + size)
 
 
+class Measured(NamedTuple):
+    """Bytes at the peak of a step, and what gave the loss: "step", or a name of ``loss.own_step``; "sum of outputs"."""
+
+    peak: int
+    loss: str
+
+
+class NoLossError(ValueError):
+    """There is nothing to go backward from."""
+
+
 def measure(
     model: nn.Module,
-    batch: Any,
+    batch: Batch,
     step: Step | None,
     *,
     parameter_dtype: torch.dtype | None,
@@ -82,18 +94,19 @@ def measure(
     checkpointed: list[str],
     keep_gradients: bool,
     reductions: Iterable[Reduction],
-) -> int:
+) -> Measured:
     """Bytes beside parameters and buffers at the peak of a step, gradients included where they are kept.
 
     Args:
-        batch: a tensor, a tuple of positional or a dict of keyword arguments; only shapes and dtypes matter.
-        step: None: the model is called with the batch, and the loss is the sum of all it returns.
+        batch: a tensor, a tuple of positional or a dict of keyword arguments; only shapes and dtypes matter. A
+            LightningModule's ``training_step`` gets it as it is.
+        step: None: the model's own loss (``loss.own_step``).
         parameter_dtype, input_dtype: what floating ones are cast to before, or None. autocast: its dtype, or None.
         checkpointed: names of modules that are recomputed in the backward.
         keep_gradients: False: each gradient goes as soon as it is there. reductions: which gradients become shards.
 
     Raises:
-        ValueError: for a step that needs values, or gives no loss to go backward from.
+        ValueError: for a step that needs values, or gives no loss to go backward from, naming the batch.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _twin(model, fakes, parameter_dtype)
@@ -110,24 +123,37 @@ def measure(
         _reduce(dict(twin.named_parameters()), reduction, live)
     cast = torch.autocast("cpu", autocast) if autocast else nullcontext()
     try:
-        with torch.random.fork_rng(devices=[]), fakes, live:
-            _run(twin, fake_batch, step, live, cast)
-        return live.peak
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), fakes:
+            warnings.simplefilter("ignore")  # LightningModule.log misses its trainer
+            with cast:
+                name, own = ("step", step) if step else own_step(twin, fake_batch)
+            with live:
+                name = _run(twin, fake_batch, name, own, live, cast)
+        return Measured(live.peak, name)
+    except NoLossError:
+        raise
+    except Exception as error:  # whatever the model's own code raises, where tensors have no values
+        said = str(error).partition("\n")[0]
         raise ValueError(
-            f"the step could not be run without values: {type(error).__name__}: {str(error).splitlines()[0]}; give "
-            "a batch and a step(model, batch) that returns the loss and reads no values (.item()), or no batch: "
-            "activations are then left out"
+            f"batch={described(batch)} could not be run without values: {type(error).__name__}: {said}; give "
+            "shapes and dtypes as in training (of token numbers int64), a step(model, batch) that returns the loss and "
+            "reads no values (.item()) where the model's own does, or no batch: activations are then left out"
         ) from error
 
 
-def _run(twin: nn.Module, batch: Any, step: Step | None, live: _Live, cast: AbstractContextManager) -> None:
+def _run(twin: nn.Module, batch: Batch, name: str, step: Step, live: _Live, cast: AbstractContextManager) -> str:
     live.note(x for x in tree_leaves(batch) if isinstance(x, Tensor))
     with cast:
-        loss = step(twin, batch) if step else _loss_of(_called(twin, batch))
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise ValueError(f"step must return a loss that requires a gradient, got {loss!r}")
+        out = step(twin, batch)
+        loss = scalar_in(out)
+        if loss is None and name != "step":
+            name, loss = "sum of outputs", sum_of(out)
+    if loss is None:
+        raise NoLossError(f"step must return a scalar loss that requires a gradient, got {out!r}")
+    if name != "training_step":  # Lightning keeps what it returns beside the loss until the backward is over
+        del out
     loss.backward()
+    return name
 
 
 def _after_each(params: Iterable[nn.Parameter], do: Callable[[nn.Parameter], None]) -> None:
@@ -150,19 +176,6 @@ def _reduce(named: dict[str, nn.Parameter], reduction: Reduction, live: _Live) -
                 other.grad = None
 
     _after_each(group, arrived)
-
-
-def _called(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def _loss_of(out: Any) -> Tensor:
-    parts = [x.float().sum() for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
-    if not parts:
-        raise ValueError("the model returns nothing that requires a gradient; give a step(model, batch)")
-    return torch.stack(parts).sum()
 
 
 def _fake(x: Tensor, dtype: torch.dtype | None, fakes: FakeTensorMode) -> Tensor:

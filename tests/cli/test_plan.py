@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from lowbit_lightning import cli, memory
+from lowbit_lightning.memory.batch import parse_batch
+from lowbit_lightning.optim.options import parse_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
     import torch
     from torch import nn
@@ -122,7 +124,12 @@ def test_each_option_arrives(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["planned_net:Net", "--memory", "80 Gig"], "memory must be a number of bytes, or one with a unit .*'80 Gig'"),
         (["planned_net:Net", "--batch", "8by4"], "batch must be shapes with dtypes.*'8by4'"),
         (["planned_net:Net", "--batch", "8x4:double4"], "batch must be shapes with dtypes.*'8x4:double4'"),
-        (["planned_net:Net", "--batch", "8x4"], "could not be run without values"),
+        (
+            ["planned_net:Net", "--batch", "8,4:int64"],
+            "batch='8,4:int64' has '8', one dimension without a dtype: commas",
+        ),
+        (["planned_net:Net", "--batch", "8x4"], r"batch=float32 \[8, 4\] could not be run without values"),
+        (["planned_net:Net", "--zero2"], "reshard_after_forward=False needs strategy='sharded', got 'single'"),
         (["planned_net:Net", "--optimizer", "Adammm"], "optimizer must be one of"),
         (["planned_net:Net", "--world-size", "0"], "world_size must be a whole number"),
     ],
@@ -148,13 +155,19 @@ def test_a_mistake_inside_the_factory_is_shown_whole(folder: Path, capsys: pytes
     [("80GiB", 80 * 2**30), ("80GB", 80 * 10**9), ("1.5 tib", 3 * 2**39), ("80e9", 80 * 10**9), ("512B", 512)],
 )
 def test_bytes(text: str, size: int) -> None:
-    assert cli.parse_bytes(text) == size
+    assert parse_bytes(text) == size
 
 
 def test_batches() -> None:
-    tokens, features = cli.parse_batch("8x1024:int64, 3:bfloat16")
+    tokens, features = parse_batch("8x1024:int64, 3:bfloat16")
     assert (tokens.shape, tokens.dtype, tokens.is_meta) == ((8, 1024), torch.int64, True)
     assert (features.shape, features.dtype) == ((3,), torch.bfloat16)
+    alone, named = parse_batch("8x4"), parse_batch("input_ids=8x16:int64, mask=8x16:bool")
+    assert (alone.shape, alone.dtype) == ((8, 4), torch.float32)
+    assert {name: (x.shape, x.dtype) for name, x in named.items()} == {
+        "input_ids": ((8, 16), torch.int64),
+        "mask": ((8, 16), torch.bool),
+    }
 
 
 def test_the_command_is_declared() -> None:
