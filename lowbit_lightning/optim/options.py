@@ -70,10 +70,6 @@ _DEFAULTS: dict[str, Any] = {
     "resident": 0,
     "page_dir": None,
 }
-_NOT_NEGATIVE = (
-    *("lr", "eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value", "trust_coefficient"),
-    *("alpha", "t_alpha", "t_beta3"),
-)
 _TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -104,16 +100,15 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
     if group["master"] and group["stochastic_rounding"]:
         raise ValueError('master="bf16+8" rounds its 24-bit copy to nearest; leave stochastic_rounding out')
     check_paging(group)
-    for name in _NOT_NEGATIVE:
-        if group.get(name) is not None and not float(group[name]) >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {group[name]}")
     betas = group.get("betas", ())
     wanted = sum(name.startswith("beta") for name in rule.hyper)
     if len(betas) != wanted:
         raise ValueError(f"betas must be {wanted} numbers, got {betas}")
-    for i, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+    values = {**group, **{f"beta{i + 1}": beta for i, beta in enumerate(betas)}}
+    for name, bound in rule.bounds.items():
+        if values.get(name) is not None and not bound.allows(float(values[name])):
+            shown = f"betas[{int(name[4:]) - 1}]" if name.startswith("beta") else name
+            raise ValueError(f"{shown} must be {bound.words}, got {values[name]}")
 
 
 def warn_of_inert(group: dict[str, Any], stacklevel: int) -> None:

@@ -394,20 +394,3 @@ def test_dtypes_may_differ_within_a_call() -> None:
     expected = run(together, "reference", 2, torch.float32, seed=8)
     assert_same_bits(result, expected)
     assert [t.dtype for t in result[:3]] == dtypes
-
-
-# -- what a rule's text may not be ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("direction", "message"),
-    [
-        ("m = m + g", "multiplied by m_scale"),
-        ("update = m * m_scale", "must assign m"),
-        ("m = m * m_scale + 2 * g", "make it a scalar"),
-    ],
-)
-def test_rules_that_forget_a_scale_or_hold_a_number_are_refused(direction: str, message: str) -> None:
-    rules.Rule("good", ("lr",), (rules.State("m"),), finish="p = p - lr * m", direction="m = m * m_scale + g")
-    with pytest.raises(ValueError, match=message):
-        rules.Rule("bad", ("lr",), (rules.State("m"),), finish="p = p - lr * m", direction=direction)

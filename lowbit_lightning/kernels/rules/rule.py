@@ -1,35 +1,38 @@
 """What an update rule is: one text that every backend runs.
 
-A rule's text is legal Python *and* legal C++: assignments of ``+ - * /`` expressions and the functions named below.
-Python runs it on torch tensors (the reference), the host compiler on SIMD vectors, NVRTC on single floats. A rule
-has up to three parts, in this order:
+A rule's text has up to four sections, in this order, of assignments that are legal Python *and* legal C++: ``+ - * /``
+expressions and the functions named below. Python runs them on torch tensors (the reference), the host compiler on SIMD
+vectors, NVRTC on single floats. Operations are rounded one by one (no fused multiply-add but ``fused``), in the order
+written, so that backends agree to the bit.
 
-* ``scalars``, in double, once per parameter and step: everything that does not depend on the element, such as bias
+* ``scalars:`` in double, once per parameter and step: everything that does not depend on the element, such as bias
   corrections. It sees the hyperparameters and ``step`` (1 on the first step). Functions: ``power(x, step)``,
-  ``sqrt``, ``where(condition, a, b)``. Every name that it defines, and every hyperparameter, is a float32 in the
-  parts below.
-* ``direction``, in float32, on every element: sees ``p`` (the parameter), ``g`` (the gradient) and the states, and
+  ``exponential``, ``minimum``, ``sqrt``, ``where(condition, a, b)``. Every name that it defines, and every
+  hyperparameter, is a float32 in the sections below.
+* ``direction:`` in float32, on every element: sees ``p`` (the parameter), ``g`` (the gradient) and the states, and
   changes the states. A state enters as its code's value, which is still to be multiplied by the scale of its block,
   named after it: ``exp_avg * exp_avg_scale``; in 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
   one multiplication, since the scale is shared by a block (with a factor above 1 it could overflow for all of them).
   Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``, and ``fused(a, b, c)``, which is a * b + c with
   one rounding. No number stands in it: numbers are scalars.
-* ``finish``, in float32: changes ``p``. Rules that need norms (LAMB, LARS) name the values of ``direction`` whose
-  2-norms over the whole parameter they want in ``norms``, and compute ``norm_scalars`` from them (as ``p_norm``,
-  ``update_norm``, ...; ``ratio(a, b)`` is a / b, or 1 where either is not positive).
+* ``norms of p, update:`` for rules with a trust ratio, in double, once per parameter and step: sees the 2-norms over
+  the whole parameter of the values that it names, as ``p_norm`` and ``update_norm``, and defines further scalars.
+  ``ratio(a, b)`` is a / b, or 1 where either is not positive.
+* ``finish:`` in float32: changes ``p``.
 
-Operations are rounded one by one (no fused multiply-add but ``fused``), in the order written, so that backends agree
-to the bit.
+Rules that share most of their text are its *variants*: ``if NAME:`` and ``else:`` choose lines, and are gone before
+any backend sees the text. A variant has the hyperparameters and states that its lines use.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from textwrap import indent
+from textwrap import dedent, indent
 from types import CodeType
 from typing import Any
 
@@ -56,8 +59,83 @@ class State:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What a hyperparameter may be: in words, for errors, and as a test."""
+
+    words: str
+    allows: Callable[[float], bool]
+
+
+FREE = Bound("a number", lambda x: x == x)
+NOT_NEGATIVE = Bound("0 or more", lambda x: x >= 0)
+FRACTION = Bound("in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def define(
+    names: str | Mapping[str, str], text: str, *, hyper: Mapping[str, Bound], states: Sequence[State] = ()
+) -> list[Rule]:
+    """The rules of a text; the module's docstring says what may stand in it.
+
+    Args:
+        names: the rule's name; of a text with variants, each rule's name with the words that are true of it, as in
+            ``{"sgd": "", "sgd_momentum": "momentum"}``.
+        text: see above.
+        hyper: hyperparameters with their bounds, ``lr`` first, in the order of ``StepArguments.hyper``. A name that no
+            line uses is only a key of the optimizer's groups, to be checked.
+        states: in the order of ``StepArguments.states``.
+
+    Raises:
+        ValueError: for a text that says something else than its names, hyperparameters and states do.
+    """
+    words_of = {names: ""} if isinstance(names, str) else names
+    before, *pieces = re.split(r"^(scalars|direction|norms of [\w, ]+|finish):$", dedent(text), flags=re.MULTILINE)
+    sections = {title: ast.parse(dedent(body)) for title, body in zip(pieces[::2], pieces[1::2], strict=True)}
+    conditions = {n.test.id for tree in sections.values() for n in ast.walk(tree) if _is_choice(n)}
+    rules = [_variant(name, sections, set(words.split()), hyper, states) for name, words in words_of.items()]
+    if before.strip() or conditions != set(" ".join(words_of.values()).split()):
+        raise ValueError(f"rules {list(words_of)}: text before the sections, or other conditions than {words_of}")
+    if {state for rule in rules for state in rule.states} != set(states):
+        raise ValueError(f"rules {list(words_of)}: a state that no line uses, among {states}")
+    return rules
+
+
+def _variant(
+    name: str, sections: dict[str, ast.Module], words: set[str], hyper: Mapping[str, Bound], states: Sequence[State]
+) -> Rule:
+    parts, norms = {}, ""
+    for title, tree in sections.items():
+        part, _, of = title.partition(" of ")
+        norms = norms or of
+        parts[part] = "\n".join(ast.unparse(line) for line in _chosen(tree.body, words))
+    used = set(re.findall(r"\w+", "\n".join(parts.values())))
+    return Rule(
+        name,
+        tuple(key for key in hyper if key in used),
+        tuple(state for state in states if state.name in used),
+        parts["finish"],
+        parts["direction"],
+        parts.get("scalars", ""),
+        tuple(re.findall(r"\w+", norms)),
+        parts.get("norms", ""),
+        bounds=hyper,
+    )
+
+
+def _is_choice(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name)
+
+
+def _chosen(lines: list[ast.stmt], words: set[str]) -> Iterator[ast.stmt]:
+    for line in lines:
+        if _is_choice(line):
+            yield from _chosen(line.body if line.test.id in words else line.orelse, words)
+        else:
+            yield line
+
+
+@dataclass(frozen=True)
 class Rule:
-    """An update rule; the module's docstring says what its texts may contain."""
+    """An update rule in its parts, as ``define`` makes it of a text. ``bounds``: of hyperparameters and group keys."""
 
     name: str
     hyper: tuple[str, ...]
@@ -67,6 +145,7 @@ class Rule:
     scalars: str = ""
     norms: tuple[str, ...] = ()
     norm_scalars: str = ""
+    bounds: Mapping[str, Bound] = field(default_factory=dict, repr=False, compare=False)
     _code: dict[str, CodeType] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -132,7 +211,7 @@ class Rule:
             "template <class V> LB_FN void rule_{part}(const Scalars& c, V& p, V& g, V* s{more}, V* t) {{\n{text}\n}}"
         )
         lines = [
-            f"// generated from rules.py: {self.name}",
+            f"// generated from the rule {self.name}",
             f"constexpr int RULE_STATES = {len(self.states)}, RULE_HYPER = {len(self.hyper)};",
             f"constexpr int RULE_TEMPORARIES = {len(temporaries)};",
             f"#define RULE_NORMS {len(self.norms)}",

@@ -1,0 +1,43 @@
+"""Adam (Kingma & Ba, 2015), AdamW (Loshchilov & Hutter, 2019), and amsgrad (Reddi et al., 2018), which divides by the
+largest second moment so far. In torch's order: AdamW decays first."""
+
+from lowbit_lightning.kernels.rules.rule import FRACTION, NOT_NEGATIVE, State, define
+
+RULES = define(
+    {"adam": "", "adam_amsgrad": "amsgrad", "adamw": "decoupled", "adamw_amsgrad": "decoupled amsgrad"},
+    hyper={
+        "lr": NOT_NEGATIVE,
+        "beta1": FRACTION,
+        "beta2": FRACTION,
+        "eps": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+    },
+    states=(
+        State("exp_avg"),
+        State("exp_avg_sq", non_negative=True),
+        State("max_exp_avg_sq", non_negative=True),
+    ),
+    text="""
+scalars:
+    if decoupled:
+        decay = 1 - lr * weight_decay
+    rest1 = 1 - beta1
+    rest2 = 1 - beta2
+    step_size = lr / (1 - power(beta1, step))
+    root_correction = 1 / sqrt(1 - power(beta2, step))
+direction:
+    if decoupled:
+        p = p * decay
+    else:
+        g = fused(weight_decay, p, g)
+    exp_avg = fused(rest1, g, exp_avg * (beta1 * exp_avg_scale))
+    exp_avg_sq = fused(rest2 * g, g, exp_avg_sq * (beta2 * exp_avg_sq_scale))
+    if amsgrad:
+        max_exp_avg_sq = maximum(max_exp_avg_sq * max_exp_avg_sq_scale, exp_avg_sq)
+finish:
+    if amsgrad:
+        p = p - step_size * exp_avg / (sqrt(max_exp_avg_sq) * root_correction + eps)
+    else:
+        p = p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_correction + eps)
+""",
+)
