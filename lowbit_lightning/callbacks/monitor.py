@@ -64,6 +64,7 @@ class LowBitMonitor(Callback):
         fallback: True runs such a product in high precision from the next step on, for good; checkpoints keep that.
         per_layer: log the ratio of every layer too.
         picture: write ``int8_snr.png`` to the logger's folder (``default_root_dir`` without one) when training ends.
+            None: where matplotlib is installed.
 
     ``metrics``: the last sample, by the names it was logged under. ``fallen_back``: layer -> its products that run in
     high precision now. ``str(monitor)``: a few lines about the last sample.
@@ -80,15 +81,19 @@ class LowBitMonitor(Callback):
         patience: int = 2,
         fallback: bool = False,
         per_layer: bool = False,
-        picture: bool = True,
+        picture: bool | None = None,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if fallback and minimum_snr is None:
             raise ValueError("fallback=True needs minimum_snr, the ratio in dB below which a product falls back")
-        if picture:
-            pictures.check_matplotlib()
+        if picture is None:
+            picture = pictures.is_possible()
+            if not picture:
+                rank_zero_info(f"LowBitMonitor draws no picture: {pictures.MISSING}, or say picture=False")
+        elif picture and not pictures.is_possible():
+            raise ModuleNotFoundError(f"LowBitMonitor(picture=True): {pictures.MISSING}, or say picture=False")
         self.every_n_steps, self.minimum_snr, self.patience = every_n_steps, minimum_snr, patience
         self.fallback, self.per_layer, self.picture = fallback, per_layer, picture
         self.metrics: dict[str, Tensor] = {}

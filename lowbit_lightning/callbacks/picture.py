@@ -9,15 +9,13 @@ import numpy as np
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 FILE = "int8_snr.png"
+MISSING = "matplotlib is not installed: `pip install matplotlib`"
 MOST_LABELS = 64
 
 
-def check_matplotlib() -> None:
-    """Raise ModuleNotFoundError if there is no matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "LowBitMonitor(picture=True) needs matplotlib: `pip install matplotlib`, or say picture=False"
-        )
+def is_possible() -> bool:
+    """Whether there is matplotlib to draw with; does not import it."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(

@@ -18,15 +18,16 @@ Interactions
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, plugins
+from lightning.fabric.plugins.precision import amp as fabric_amp
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision.precision import Precision as _Precision
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.precision import amp, fsdp
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.amp.grad_scaler import OptState
@@ -39,7 +40,7 @@ from lowbit_lightning.optim import LowBitOptimizer
 _NORM, _VALUE = GradClipAlgorithmType.NORM, GradClipAlgorithmType.VALUE
 
 
-class InStep(_Precision):
+class InStep(Precision):
     """Mixed into a precision plugin of the Trainer."""
 
     _clips_in_step = False  # while an optimizer's step has begun, and nothing will look at its gradients before it
@@ -124,32 +125,6 @@ class InStep(_Precision):
             clip_grads_with_norm_(params, clip_val, norm / scale)
 
 
-class Precision(InStep, plugins.Precision):
-    __doc__ = plugins.Precision.__doc__
-
-
-class HalfPrecision(InStep, plugins.HalfPrecision):
-    __doc__ = plugins.HalfPrecision.__doc__
-
-
-class MixedPrecision(InStep, plugins.MixedPrecision):
-    __doc__ = plugins.MixedPrecision.__doc__
-
-
-# By the same names: checkpoints hold a plugin's state under that of its class.
-_TWINS = {
-    plugins.Precision: Precision,
-    plugins.HalfPrecision: HalfPrecision,
-    plugins.MixedPrecision: MixedPrecision,
-}
-
-
-def fuse_scaling_and_clipping(plugin: Any) -> None:
-    """Make a plugin that is exactly one of Lightning's the subclass above; the same object, whoever made it."""
-    if type(plugin) in _TWINS:
-        plugin.__class__ = _TWINS[type(plugin)]
-
-
 def _are_seen(model: Any, optimizer: LowBitOptimizer) -> bool:
     """Whether anything of the user's looks at the gradients between backward and step."""
     if not isinstance(model, LightningModule):
@@ -173,20 +148,19 @@ def _overrides_hook(callback: Any) -> bool:
 
 # -- other plugins ---------------------------------------------------------------------------------------------------
 
-_ROOTS = ("lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
-
 
 def allow_clipping() -> None:
-    """Let Lightning unscale and clip for our optimizers, in plugins and packages that know nothing of ``InStep``.
+    """Let Lightning unscale and clip for our optimizers in plugins that know nothing of ``InStep``: Fabric's, FSDP1's
+    and subclasses of users.
 
-    It takes an optimizer whose step *can* unscale for one whose step *must*, and refuses clipping. Its question is
-    answered for ours as for any other optimizer; idempotent.
+    Both ``GradScaler`` and Lightning read ``_step_supports_amp_scaling``. To the one it says that the step *can*
+    unscale; the other takes it for *must*, and refuses clipping. Lightning's question is answered for ours as for any
+    other optimizer; idempotent.
     """
-    for name in (f"{root}.plugins.precision.{module}" for root in _ROOTS for module in ("amp", "fsdp")):
-        module = sys.modules.get(name)
-        original = getattr(module, "_optimizer_handles_unscaling", None)
-        if original is not None and not hasattr(original, "_lowbit_lightning"):
-            module._optimizer_handles_unscaling = _except_ours(original)  # type: ignore[union-attr]
+    for module in (fabric_amp, amp, fsdp):  # two of them have imported the function from the first
+        original = module._optimizer_handles_unscaling
+        if not hasattr(original, "_lowbit_lightning"):
+            module._optimizer_handles_unscaling = _except_ours(original)  # type: ignore[attr-defined]
 
 
 def _except_ours(original: Callable[[Any], bool]) -> Callable[[Any], bool]:

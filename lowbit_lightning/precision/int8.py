@@ -119,6 +119,10 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         Trainer(plugins=[Int8MixedPrecision(exclude="encoder.*", overrides={"*.down": {"grad_weight": "high"}})])
     """
 
+    def __repr__(self) -> str:
+        """What pytorch_lightning shows when it refuses the plugin as one of an invalid type."""
+        return f"<{type(self).__name__} for lightning.Trainer (not pytorch_lightning.Trainer)>"
+
 
 class DeepSpeedInt8MixedPrecision(Int8MixedPrecision, DeepSpeedPrecision):
     """What an ``Int8MixedPrecision`` becomes under a strategy whose engine runs backward and step (``fit_to``)."""

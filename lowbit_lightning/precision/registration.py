@@ -1,29 +1,26 @@
 """The string ``precision="int8-mixed"``: Lightning has no registry for it, so its connectors are wrapped.
 
-The wrapped connector of the Trainer also puts unscaling and clipping into the step (``in_step.py``).
+The wrapped connector of the Trainer also puts unscaling and clipping into the step (``in_step.py``). The annotations of
+the Trainer and Fabric get the string too: LightningCLI reads from them which values ``--trainer.precision`` takes.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
 import inspect
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any, get_args
+from typing import Any, Literal, Union, get_args
 
 import lightning
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lowbit_lightning.precision._twins import fuse_scaling_and_clipping
 from lowbit_lightning.precision.accounting import patch_accounting
-from lowbit_lightning.precision.in_step import allow_clipping, fuse_scaling_and_clipping
+from lowbit_lightning.precision.in_step import allow_clipping
 from lowbit_lightning.precision.int8 import (
     NAME,
     DeepSpeedInt8MixedPrecision,
@@ -48,9 +45,10 @@ def register() -> None:
     if NAME not in get_args(_PRECISION_INPUT_STR):
         _wrap(_AcceleratorConnector, Int8MixedPrecision, "precision_plugin")
         _wrap(_Connector, FabricInt8MixedPrecision, "precision")
+        for reader in (lightning.Trainer, lightning.Fabric):
+            _annotate(reader)
     allow_clipping()
     patch_accounting()
-    _watch_pytorch_lightning()
 
 
 def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
@@ -86,6 +84,14 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
 
     __init__._lowbit_lightning = True  # type: ignore[attr-defined]
     connector.__init__ = __init__  # type: ignore[misc]
+
+
+def _annotate(reader: type) -> None:
+    """Add the string to those that the annotation of ``precision`` allows."""
+    annotations = inspect.unwrap(reader.__init__).__annotations__  # type: ignore[misc]
+    allowed = annotations.get("precision")
+    if allowed is not None and Literal[NAME] not in get_args(allowed):
+        annotations["precision"] = Union[allowed, Literal[NAME]]  # noqa: UP007 (of values, not of written types)
 
 
 def _precision(connector: Any, argument: Any) -> Any:
@@ -139,56 +145,3 @@ def _check_result(strategy: Any, in_use: Any, plugin: type[Any], wanted: bool) -
             f"precision={NAME!r} was asked for but Lightning {lightning.__version__} chose {type(in_use).__name__}; "
             f"pass plugins=[{plugin.__name__}()], and please report this"
         )
-
-
-# -- pytorch_lightning -----------------------------------------------------------------------------------------------
-
-_THEIR_CONNECTOR = "pytorch_lightning.trainer.connectors.accelerator_connector"
-
-
-def _watch_pytorch_lightning() -> None:
-    """Refuse the string there with a reason, now or when it is imported; importing it here would cost seconds."""
-    module = sys.modules.get(_THEIR_CONNECTOR)
-    if module is not None:
-        _refuse(module)
-    elif not any(isinstance(finder, _PytorchLightningFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PytorchLightningFinder())
-
-
-class _PytorchLightningFinder(importlib.abc.MetaPathFinder):
-    """Runs ``_refuse`` on one module of pytorch_lightning after its import, and changes nothing else."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _THEIR_CONNECTOR:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _refuse(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _refuse(module: ModuleType) -> None:
-    allow_clipping()  # our optimizers serve there too
-    original = module._AcceleratorConnector.__init__
-    if hasattr(original, "_lowbit_lightning"):
-        return
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        plugins = _listed(kwargs.get("plugins"))
-        if kwargs.get("precision") == NAME or any(isinstance(p, Int8Mixed) for p in plugins):
-            raise PrecisionNotApplied(
-                f"precision={NAME!r} needs `import lightning as L` and L.Trainer, L.LightningModule: "
-                "pytorch_lightning is a separate copy of Lightning's classes, which lowbit_lightning doesn't extend"
-            )
-        original(self, *args, **kwargs)
-
-    __init__._lowbit_lightning = True  # type: ignore[attr-defined]
-    module._AcceleratorConnector.__init__ = __init__

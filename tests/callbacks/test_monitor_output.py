@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,18 @@ def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         fit(Model(), blocked, LowBitMonitor(1))
 
 
-def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One line says so, and the run goes on; who asked for a picture gets an error."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        monitor = LowBitMonitor(1)
+    said = [record.message for record in caplog.records if "LowBitMonitor" in record.message]
+    assert len(said) == 1
+    assert re.fullmatch(r"LowBitMonitor draws no picture: .*`pip install matplotlib`.*picture=False", said[0])
     with pytest.raises(ModuleNotFoundError, match=r"pip install matplotlib.*picture=False"):
-        LowBitMonitor()
-    LowBitMonitor(picture=False)
+        LowBitMonitor(picture=True)
+    assert LowBitMonitor(picture=False).picture is False
+    monkeypatch.undo()
+    fit(Model(), tmp_path, monitor)
+    assert monitor.metrics
+    assert not (tmp_path / "int8_snr.png").exists()

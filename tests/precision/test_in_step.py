@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import optim, precision
-from lowbit_lightning.precision import Int8MixedPrecision, in_step
+from lowbit_lightning.precision import Int8MixedPrecision, _twins, in_step
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -341,7 +341,7 @@ def test_the_trainers_plugins_are_lightnings_by_class_and_name(options: dict[str
 def test_16_mixed_on_a_cpu_is_bf16_mixed_in_the_step() -> None:
     with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU"):
         plugin = L.Trainer(accelerator="cpu", logger=False, precision="16-mixed").precision_plugin
-    assert type(plugin) is in_step.MixedPrecision
+    assert type(plugin) is _twins.MixedPrecision
     assert plugin.precision == "bf16-mixed"
     assert isinstance(Int8MixedPrecision(), in_step.InStep)
 

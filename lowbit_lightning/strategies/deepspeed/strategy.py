@@ -60,7 +60,16 @@ GIVEN = {"config", "stage", "zero_allow_untested_optimizer", "zero_optimization"
 """Arguments of Lightning's strategy that we have given a meaning or a value of our own."""
 
 
-class DeepSpeedStrategy(strategies.DeepSpeedStrategy):
+class _LightningsStrategy(strategies.DeepSpeedStrategy):
+    """It hides its namesake from LightningCLI, which looks for a bare ``--trainer.strategy=DeepSpeedStrategy`` among
+    subclasses: that remains Lightning's."""
+
+    @classmethod
+    def __subclasses__(cls) -> list[type]:  # type: ignore[override]
+        return []
+
+
+class DeepSpeedStrategy(_LightningsStrategy):
     """DeepSpeed's ZeRO with optimizer states in 8 bits, under an unchanged LightningModule.
 
     Args:
