@@ -1,7 +1,7 @@
 """What a run should show and keep: exact resumption, and the error of low-bit arithmetic.
 
-``resume``: ``DeterministicResume``. ``monitor``: ``LowBitMonitor``, with ``sample`` (its hooks), ``quantization`` (what
-it measures), ``paging`` and ``picture``.
+``resume``: ``DeterministicResume``, with ``loaders`` (which it can resume) and ``random_states``. ``monitor``:
+``LowBitMonitor``, with ``sample`` (its hooks), ``quantization`` (what it measures), ``paging`` and ``picture``.
 """
 
 from lowbit_lightning.callbacks.monitor import LowBitMonitor

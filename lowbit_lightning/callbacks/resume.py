@@ -25,7 +25,10 @@ Limitations
       ``replay_workers=True`` the batches already used are loaded again and dropped, which puts them where they were.
     - ``persistent_workers=True`` is refused: such workers keep their generators over epochs.
     - A checkpoint inside a window of accumulated gradients has lost those, and one saved after ``max_steps`` ended an
-      epoch early is, for Lightning, past that epoch; the callback warns when it is saved.
+      epoch early is, for Lightning, past that epoch, unless ``max_steps`` also limits the run that resumes it; the
+      callback warns when it is saved.
+    - Resumed at an epoch's end by a run that ``max_steps`` limits, Lightning's ``current_epoch`` is one too high. The
+      callback sees to it that ``DistributedSampler`` shuffles by the right number.
     - What a hook draws between the last batch and the next fetch is drawn again after a resume, or never.
     - Generators that a dataset or a model keeps for itself are theirs to save.
 """
@@ -33,24 +36,24 @@ Limitations
 from __future__ import annotations
 
 import functools
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import Callback
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
+
+from lowbit_lightning.callbacks import loaders, random_states
+from lowbit_lightning.callbacks.random_states import State
 
 __all__ = ["DeterministicResume"]
 
 KEY = "lowbit_lightning.DeterministicResume"
 VERSION = 1
-State = dict[str, Any]
 
 
 class DeterministicResume(Callback):
@@ -71,6 +74,9 @@ class DeterministicResume(Callback):
         self._between: State | None = None  # the generators after the last batch, until the next one is fetched
         self._at_fetch: State | None = None
         self._loaded: State | None = None
+        self._epoch: int | None = None  # of the last pass over the data
+        self._resumed: int | None = None  # the same, of a checkpoint, until the first pass
+        self._ahead = 0  # how many epochs more than there were Lightning counts, since a resume
         self._device = torch.device("cpu")
 
     # -- saving and loading ------------------------------------------------------------------------------------------
@@ -82,8 +88,9 @@ class DeterministicResume(Callback):
         _warn_of_inexact_places(trainer, progress.processed)
         between = self._at_fetch if unfinished else self._between
         mine = {
-            "rng": _rng_state(self._device) if between is None else between,
+            "rng": random_states.get(self._device) if between is None else between,
             "loaders": [reader.state(unfinished) for reader in readers],
+            "epoch": self._epoch,
         }
         ranks = [mine]
         if trainer.world_size > 1:
@@ -99,17 +106,18 @@ class DeterministicResume(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._loaded = self._between = self._at_fetch = None
+        self._loaded = self._between = self._at_fetch = self._epoch = self._resumed = None
+        self._ahead = 0
         self._device = trainer.strategy.root_device
         original = trainer.strategy.process_dataloader
 
         def process_dataloader(dataloader: Any) -> Any:
             dataloader = original(dataloader)
-            if trainer.training and not _is_stateful(dataloader):
-                _check(dataloader)
+            if trainer.training and not loaders.is_stateful(dataloader):
+                loaders.check(dataloader)
                 if self.replay_workers and dataloader.num_workers == 0:
                     rank_zero_warn("DeterministicResume(replay_workers=True) does nothing where num_workers=0")
-                _Reader(self, dataloader, functools.partial(_position, trainer)).install()
+                _Reader(self, dataloader, functools.partial(_progress, trainer)).install()
             return dataloader
 
         # The one place between Lightning's own changes to a loader and its first iter().
@@ -135,6 +143,7 @@ class DeterministicResume(Callback):
         if len(readers) != len(mine["loaders"]):
             raise ValueError(f"the checkpoint has {len(mine['loaders'])} training loaders, this run {len(readers)}")
         self._between = mine["rng"]
+        self._resumed = mine.get("epoch")  # there is none in checkpoints of before
         for reader, state in zip(readers, mine["loaders"], strict=True):
             reader.load(state)
         # Lightning warns that the loaders can't be resumed, having looked for state_dict on them.
@@ -146,16 +155,26 @@ class DeterministicResume(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._between = _rng_state(self._device)
+        self._between = random_states.get(self._device)
 
     def before_fetch(self) -> None:
         """Called by the loaders: randomness continues where the last batch left it."""
-        self._at_fetch = self._between or _rng_state(self._device)
+        self._at_fetch = self._between or random_states.get(self._device)
         self._continue()
+
+    def begin_pass(self, position: int, epoch: int) -> int:
+        """Called by the loaders: the epoch's number, by which ``DistributedSampler`` shuffles, as it would be without
+        an interruption. ``position``: how many batches of the epoch have been read; ``epoch``: Lightning's number,
+        which is one more after a resume at an epoch's end where ``max_steps`` is set."""
+        if self._resumed is not None:
+            self._ahead = epoch - self._resumed - (position == 0)
+            self._resumed = None
+        self._epoch = epoch - self._ahead
+        return self._epoch
 
     def _continue(self) -> None:
         if self._between is not None:
-            _set_rng_state(self._between, self._device)
+            random_states.put_back(self._between, self._device)
             self._between = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -178,11 +197,11 @@ class DeterministicResume(Callback):
 class _Reader:
     """How far one loader has been read, and the states of the generators from which its order can be drawn again."""
 
-    def __init__(self, owner: DeterministicResume, loader: DataLoader, position: Callable[[], int]) -> None:
-        self._owner, self._loader, self._position = owner, loader, position
+    def __init__(self, owner: DeterministicResume, loader: DataLoader, progress: Callable[[], tuple[int, int]]) -> None:
+        self._owner, self._loader, self._progress = owner, loader, progress
         self._class: Any = type(loader)
         self._batches = len(loader)
-        self._generators = _generators(loader)
+        self._generators = loaders.generators(loader)
         self._read = 0
         self._started: State | None = None  # when the iterator was created: decides the workers' seed
         self._drawn: State | None = None  # when the sampler drew its first batch: decides the permutation
@@ -216,9 +235,13 @@ class _Reader:
         """One pass. A generator, so that nothing is drawn before the first batch is asked for."""
         self._owner.before_fetch()
         saved, self._saved = self._saved, None
+        position, epoch = self._progress()
+        right = self._owner.begin_pass(position, epoch)
+        if right != epoch:
+            loaders.set_epoch(self._loader, right)
         if saved is not None:
             self._set_generators(saved["generators"])
-        if saved is None or self._position() == 0:
+        if saved is None or position == 0:
             self._read, self._started = 0, self._random_state()
             iterator = create()
         else:
@@ -232,13 +255,13 @@ class _Reader:
         """The iterator of a pass that began before the checkpoint, behind the batches it has read."""
         self._read, self._started, self._drawn = saved["read"], saved["started"], saved["drawn"]
         replay = self._owner.replay_workers and self._loader.num_workers > 0
-        now = _rng_state(self._owner._device)
+        now = random_states.get(self._owner._device)
         self._set_random_state(saved["started"])
         self._skip = 0 if replay else self._read
         iterator = create()
         for _ in range(self._read if replay else 0):
             next(iterator)
-        _set_rng_state(now, self._owner._device)
+        random_states.put_back(now, self._owner._device)
         return iterator
 
     def indices(self, sampler: Any) -> Iterator[Any]:
@@ -248,23 +271,23 @@ class _Reader:
             self._drawn = self._random_state()
             yield from sampler
             return
-        now = _rng_state(self._owner._device)
+        now = random_states.get(self._owner._device)
         self._set_random_state(self._drawn)
         rest = iter(sampler)
         for _ in range(skip):
             next(rest)
         first = next(rest, None)
-        _set_rng_state(now, self._owner._device)
+        random_states.put_back(now, self._owner._device)
         if first is not None:
             yield first
             yield from rest
 
     def _random_state(self) -> State:
-        return {**_rng_state(self._owner._device), "generators": [g.get_state() for g in self._generators]}
+        return {**random_states.get(self._owner._device), "generators": [g.get_state() for g in self._generators]}
 
     def _set_random_state(self, state: State | None) -> None:
         assert state is not None
-        _set_rng_state(state, self._owner._device)
+        random_states.put_back(state, self._owner._device)
         self._set_generators(state["generators"])
 
     def _set_generators(self, states: list[torch.Tensor]) -> None:
@@ -305,50 +328,13 @@ def _readers(trainer: L.Trainer) -> list[_Reader]:
     return [leaf._reader for leaf in tree_leaves(trainer.train_dataloader) if hasattr(leaf, "_reader")]
 
 
-def _position(trainer: L.Trainer) -> int:
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+def _progress(trainer: L.Trainer) -> tuple[int, int]:
+    """How many batches of the epoch have been read, and the epoch's number as samplers are told."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop.batch_progress.current.ready, loop.epoch_progress.current.processed
 
 
-# -- what can be resumed ---------------------------------------------------------------------------------------------
-
-
-def _is_stateful(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-
-
-def _check(loader: Any) -> None:
-    remedy = "give the loader state_dict and load_state_dict (Lightning then saves it), or leave the callback out"
-    name = f"DeterministicResume can't resume {type(loader).__name__}"
-    if not isinstance(loader, DataLoader):
-        raise TypeError(f"{name}: it is no torch.utils.data.DataLoader; {remedy}")
-    if isinstance(loader.dataset, IterableDataset):
-        raise TypeError(f"{name}: {type(loader.dataset).__name__} is an IterableDataset, which has no index; {remedy}")
-    try:
-        len(loader)
-    except TypeError as error:
-        raise TypeError(f"{name}: its length is unknown ({error}); give its sampler a __len__") from error
-    if loader.num_workers > 0 and loader.persistent_workers:
-        raise ValueError(f"{name}: workers keep random states over epochs; set persistent_workers=False")
-    if not getattr(loader, "in_order", True):
-        raise ValueError(f"{name}: its batches come in any order; set in_order=True")
-    for sampler in _samplers(loader):
-        for attribute, value in vars(sampler).items():
-            if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
-                raise TypeError(
-                    f"{name}: {type(sampler).__name__}.{attribute} is a {type(value).__name__}; let the sampler draw "
-                    f"from a torch.Generator in its attribute 'generator', or {remedy}"
-                )
-
-
-def _samplers(loader: DataLoader) -> list[Any]:
-    chain = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-    return [s for s in chain if s is not None and hasattr(s, "__dict__")]
-
-
-def _generators(loader: DataLoader) -> list[torch.Generator]:
-    found = [loader.generator, *(value for s in _samplers(loader) for value in vars(s).values())]
-    unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
-    return list(unique.values())
+# -- what can't be resumed exactly -----------------------------------------------------------------------------------
 
 
 def _warn_of_inexact_places(trainer: L.Trainer, processed: int) -> None:
@@ -358,37 +344,12 @@ def _warn_of_inexact_places(trainer: L.Trainer, processed: int) -> None:
         return
     if 0 < trainer.max_steps <= trainer.global_step and epochs.ready == epochs.processed:
         rank_zero_warn(
-            f"max_steps ended the epoch after batch {processed} of {batches}, and Lightning will resume with the next "
-            "epoch; to resume inside this one, save at the step itself (ModelCheckpoint(every_n_train_steps=...))"
+            f"max_steps ended the epoch after batch {processed} of {batches}, and a run that max_epochs limits will "
+            "resume with the next epoch; to resume inside this one, save at the step itself "
+            "(ModelCheckpoint(every_n_train_steps=...))"
         )
     elif trainer.training and processed % window:
         rank_zero_warn(
             f"checkpoint after batch {processed} of the epoch, inside a window of {window} accumulated batches: their "
             "gradients are not saved, so a resumed run differs; save after an optimizer step"
         )
-
-
-# -- random states ---------------------------------------------------------------------------------------------------
-
-
-def _rng_state(device: torch.device) -> State:
-    """The global generators, as tensors and tuples: what ``torch.load(weights_only=True)`` reads."""
-    numpy_state: Any = np.random.get_state(legacy=False)
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": (key, numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]),
-        "python": random.getstate(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng_state(state: State, device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    key, pos, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), pos, has_gauss, gauss))
-    random.setstate(state["python"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

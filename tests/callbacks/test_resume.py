@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from lowbit_lightning import optim
 from lowbit_lightning.callbacks import DeterministicResume
@@ -283,6 +283,36 @@ def test_stopped_by_max_steps(tmp_path: Path) -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     trainer(tmp_path, DeterministicResume(), max_epochs=2).fit(resumed, ckpt_path=checkpoint.best_model_path)
     assert resumed.losses == through.losses[5:]
+
+
+def distributed() -> DataLoader:
+    """Shuffled by the epoch's number, as under DDP."""
+    data = Noisy()
+    return DataLoader(data, BATCH, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+
+
+@pytest.mark.parametrize("make", [loader, distributed])
+@pytest.mark.parametrize("steps", [14, 18], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize("late", [False, True], ids=["saved at the end of the epoch", "saved after fit"])
+@pytest.mark.filterwarnings("ignore:max_steps ended the epoch after batch 5 of 9")
+def test_more_steps_than_max_steps_was_at_first(tmp_path: Path, make: Any, steps: int, late: bool) -> None:
+    """Lightning resumes such a run with the number of the epoch after the next."""
+    limit = {"max_epochs": -1, "max_steps": 27}
+    seeded(0)
+    through = Model(make)
+    trainer(tmp_path, DeterministicResume(), **limit).fit(through)
+    seeded(0)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_on_train_epoch_end=True)
+    first = trainer(tmp_path, DeterministicResume(), checkpoint, **{**limit, "max_steps": steps})
+    first.fit(Model(make))
+    last = tmp_path / "late.ckpt" if late else checkpoint.best_model_path
+    if late:
+        first.save_checkpoint(last)
+    seeded(1)
+    resumed = Model(make)
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+    trainer(tmp_path, DeterministicResume(), **limit).fit(resumed, ckpt_path=last)
+    assert [loss for *_, loss in resumed.losses] == [loss for *_, loss in through.losses[steps:]]
 
 
 def test_saved_inside_a_step(tmp_path: Path) -> None:
