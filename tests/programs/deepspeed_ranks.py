@@ -24,6 +24,7 @@ import deepspeed_small as small
 import lightning as L
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 from deepspeed_small import convert, off, raised
 from deepspeed_states import Compare, equal, nbytes, picture
 from ranks import fork, join, write_outcomes
@@ -133,6 +134,8 @@ def stages_train_like_torch(folder: Path) -> str | None:
             problem = problem or (None if mode == "32" else misplaced(states))
             if mode != "32" and not nbytes(states) <= BYTES * whole:
                 problem = problem or f"{nbytes(states)} bytes of states, and {whole} in 32 bits"
+            if not is_zero_supported_optimizer(trainer.optimizers[0].optimizer):  # type: ignore[attr-defined]
+                problem = problem or "DeepSpeed says that the optimizer is untested"
             if {float(entries["step"]) for entries in states} != {STEPS}:
                 problem = problem or f"steps are {[entries['step'] for entries in states]}"
             matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")

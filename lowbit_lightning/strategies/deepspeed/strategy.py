@@ -195,7 +195,9 @@ class DeepSpeedStrategy(_LightningsStrategy):
         check_deepspeed({}, optimizer)
         adapt(optimizer, self.optimizer_bits, self._paging, NAME)
         self._groups = SplitGroups(optimizer, self.lightning_module)
-        if isinstance(optimizer, optim.LowBitOptimizer):  # again, now that this machine's share is known
+        if isinstance(optimizer, optim.LowBitOptimizer):
+            _vouch_for(type(optimizer))
+            # Again, now that this machine's share is known.
             check_pages(optimizer, optimizer.param_groups, share=self.num_processes / self.world_size)
         self._groups.extend(((self.config or {}).get("scheduler") or {}).get("params") or {})
         if scheduler is not None:
@@ -353,6 +355,14 @@ class DeepSpeedStrategy(_LightningsStrategy):
             quantise_loaded(zero.optimizer)
         if self.zero_stage_3:
             zero._clear_fp32_optimizer_param_groups()
+
+
+def _vouch_for(optimizer: type[Optimizer]) -> None:
+    """Add a class to those that DeepSpeed knows to work with ZeRO; of others it warns that they are untested."""
+    from deepspeed.runtime.zero import utils
+
+    if optimizer not in utils.ZERO_SUPPORTED_OPTIMIZERS:
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
 
 
 def _import_deepspeed() -> None:
