@@ -231,18 +231,27 @@ def test_importing_starts_nothing() -> None:
     """No compiler, no subprocess, no GPU, and none of the heavy optional packages before they are used."""
     script = """
         import sys
-        import lightning, torch, torchmetrics
+        from time import process_time
+        import torch
+        start = process_time()
+        import lightning, torchmetrics
+        theirs = process_time() - start
         before = set(sys.modules)
         started = []
         processes = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
         sys.addaudithook(lambda event, args: started.append((event, args[:1])) if event in processes else None)
+        start = process_time()
         import lowbit_lightning
         from lowbit_lightning import kernels, optim
+        ours = process_time() - start
         new = set(sys.modules) - before
         heavy = ("deepspeed", "cuda.core", "cuda.bindings", "jsonargparse", "bitsandbytes", "torchao", "triton")
+        heavy += ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.testing", "torch.utils.tensorboard", "sympy")
+        heavy += ("matplotlib", "tensorboard", "omegaconf", "transformers", "peft", "pandas", "sklearn", "hypothesis")
         found = sorted(m for m in new if m in heavy or m.startswith(tuple(h + "." for h in heavy)))
         assert not found, f"imported: {found}"
         assert not started, f"started: {started}"
+        assert ours < theirs / 4, f"{ours:.2f} s of CPU; Lightning takes {theirs:.2f}"
         assert not torch.cuda.is_initialized()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
