@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import platform
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from lowbit_lightning.convert import MIN_FEATURES, swap_linears
 from lowbit_lightning.layers.int8 import Product, Products, Rounding
 from lowbit_lightning.layers.select import Overrides, Report, check_overrides
+from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
 from lowbit_lightning.precision.in_step import InStep
 
 NAME = "int8-mixed"
+KEPT = "lowbit_lightning.autocast"  # what a checkpoint says that "auto" has chosen
 
 
 class Int8Mixed:
     """What the Trainer's and Fabric's plugin have in common."""
 
     precision: Any = NAME
+    device_type: str | None = None  # of the run's accelerator; None: the module's when it is converted
 
     def __init__(
         self,
@@ -68,29 +71,37 @@ class Int8Mixed:
             **vars(products),
         )
         self._module: weakref.ref[nn.Module] | None = None
+        self._swapped: Report | None = None  # the report without the note on autocast
+        self._choice: Choice | None = None
+        self._resumed = False  # the choice is a checkpoint's
         self._warned = False
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Swap the layers in place (again: Lightning calls this for every fit, validate, test and predict)."""
         report = self._swap(module)
-        if report != self.report:
-            rank_zero_info(str(report))
-        self.report, self._module = report, weakref.ref(module)
+        if self.autocast == "auto" and not self._resumed:
+            self._choice = choose(module, self.device_type or _device(module))
+        self._say(report)
+        self._module = weakref.ref(module)
         return module
 
     def forward_context(self) -> AbstractContextManager:
-        """bf16 autocast for all other ops, or nothing where bf16 isn't wanted or the hardware hasn't got it."""
-        module = None if self._module is None else self._module()
-        parameter = None if module is None else next(module.parameters(), None)
-        device = "cpu" if parameter is None else parameter.device.type
-        fast = computes_in_bf16(device)
-        if self.autocast == "bf16" and not fast and not self._warned:
+        """bf16 autocast for all other ops, or nothing where bf16 isn't wanted or isn't faster."""
+        device = _device(None if self._module is None else self._module())
+        if self.autocast == "bf16" and not self._warned and not computes_in_bf16(device):
             self._warned = True
             rank_zero_warn(f"autocast='bf16' on {device}, whose hardware emulates bf16: 'auto' or 'off' is faster")
-        if self.autocast == "bf16" or (self.autocast == "auto" and fast):
+        if self.autocast == "bf16" or (self.autocast == "auto" and self._choice is not None and self._choice.bf16):
             # No cache of casts: a step of manual optimization may update weights and use them again.
             return torch.autocast(device, torch.bfloat16, cache_enabled=False)
         return nullcontext()
+
+    def _say(self, swapped: Report) -> None:
+        notes = [] if self._choice is None else [str(self._choice)]
+        report = replace(swapped, notes=(*swapped.notes, *notes))
+        if report != self.report:
+            rank_zero_info(str(report))
+        self._swapped, self.report = swapped, report
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None}  # a weak reference can't be pickled
@@ -106,7 +117,8 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
         cache_weights: quantise a weight once in an optimizer step, where that is safe; see ``layers.invalidate``.
         overrides: pattern -> settings that differ for the layers it matches, or None to leave them alone.
-        autocast: what other ops run in: "auto" (bf16 autocast where the hardware computes in bf16), "bf16", "off".
+        autocast: what other ops run in: "auto" (bf16 autocast where bf16 is faster: known on a GPU, measured on a CPU,
+            see ``precision.autocast``), "bf16" or "off" (float32). A resumed run keeps what "auto" chose at first.
 
     ``report`` says what was swapped, what was skipped and why, once a run has begun; it is logged too.
 
@@ -122,6 +134,23 @@ class Int8MixedPrecision(Int8Mixed, InStep):
     def __repr__(self) -> str:
         """What pytorch_lightning shows when it refuses the plugin as one of an invalid type."""
         return f"<{type(self).__name__} for lightning.Trainer (not pytorch_lightning.Trainer)>"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See Lightning's. On another machine the resumed run computes as this one does."""
+        super().on_save_checkpoint(checkpoint)
+        if self._choice is not None:
+            checkpoint[KEPT] = {"bf16": self._choice.bf16}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See Lightning's; it comes after ``convert_module``."""
+        super().on_load_checkpoint(checkpoint)
+        if self.autocast != "auto" or KEPT not in checkpoint:
+            return
+        self._resumed, bf16 = True, checkpoint[KEPT]["bf16"]
+        if self._choice is None or self._choice.bf16 != bf16:
+            self._choice = Choice(bf16, "so it was in the run that this one resumes")
+            if self._swapped is not None:
+                self._say(self._swapped)
 
 
 class DeepSpeedInt8MixedPrecision(Int8MixedPrecision, DeepSpeedPrecision):
@@ -150,14 +179,6 @@ def _to_default_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
-@functools.cache
-def computes_in_bf16(device_type: str) -> bool:
-    """Whether the hardware multiplies bf16 itself: on others autocast would convert back and forth for nothing."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu":
-        return False
-    if platform.machine() in ("x86_64", "AMD64"):
-        tests = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return any(test() for test in tests)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _device(module: nn.Module | None) -> str:
+    parameter = None if module is None else next(module.parameters(), None)
+    return "cpu" if parameter is None else parameter.device.type

@@ -81,6 +81,8 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
         in_use = getattr(self, attribute, None)
         _check_result(self.strategy, in_use, plugin, wanted)
         fuse_scaling_and_clipping(in_use)
+        if isinstance(in_use, Int8Mixed):
+            in_use.device_type = type(self.accelerator).__name__.removesuffix("Accelerator").lower()
 
     __init__._lowbit_lightning = True  # type: ignore[attr-defined]
     connector.__init__ = __init__  # type: ignore[misc]

@@ -172,33 +172,12 @@ def test_it_learns_like_float32() -> None:
 # -- what the other ops run in ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("autocast", "hardware", "expected"),
-    [
-        ("auto", True, torch.bfloat16),
-        ("auto", False, torch.float32),
-        ("bf16", True, torch.bfloat16),
-        ("off", True, torch.float32),
-    ],
-)
-def test_autocast(monkeypatch: pytest.MonkeyPatch, autocast: Any, hardware: bool, expected: torch.dtype) -> None:
-    monkeypatch.setattr(int8, "computes_in_bf16", lambda device: hardware)
-    model = Model()
-    trainer(plugins=Int8MixedPrecision(autocast=autocast)).fit(model, data())
-    assert model.dtypes == {expected}
-
-
 def test_slow_autocast_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "computes_in_bf16", lambda device: False)
     plugin = Int8MixedPrecision(autocast="bf16")
     with pytest.warns(UserWarning, match="hardware emulates bf16"):
         assert isinstance(plugin.forward_context(), torch.autocast)
     plugin.forward_context()
-
-
-def test_hardware_with_bf16_is_recognised() -> None:
-    assert int8.computes_in_bf16("cpu") in (True, False)
-    assert int8.computes_in_bf16("meta") is False
 
 
 def test_plugins_can_be_copied() -> None:

@@ -1,0 +1,132 @@
+"""A training step by default, "int8-mixed", beside "32-true" and "bf16-mixed": the GPT of examples/ and a ViT.
+
+    python benchmarks/default_precision.py [--device cuda] [--models gpt,gpt-full,vit] [--output docs/benchmarks]
+
+A step is forward, backward and ``torch.optim.AdamW(fused=True)``, by the precision plugin that a Trainer makes of the
+string. All models learn from the same random batch. The default is right where "int8-mixed" is at least as fast as the
+faster of the other two; the two rows behind it force what ``autocast="auto"`` chooses from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from _common import HOW_TO_READ, Candidate, Report, measure, parser, skipped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowbit_lightning import Int8MixedPrecision
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from gpt import GPT
+from gpt_settings import parse
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "32-true": {"precision": "32-true"},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "int8-mixed": {"precision": "int8-mixed"},
+    "- autocast=off": {"plugins": Int8MixedPrecision(autocast="off")},
+    "- autocast=bf16": {"plugins": Int8MixedPrecision(autocast="bf16")},
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, patches, width]
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """A vision transformer (Dosovitskiy et al., 2021), of the width of ViT-S; images are [batch, 3, 224, 224]."""
+
+    def __init__(
+        self, width: int = 384, layers: int = 12, heads: int = 6, patch: int = 16, classes: int = 1000
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((224 // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def gpt(device: str, *settings: str) -> tuple[nn.Module, Tensor, Tensor]:
+    chosen = parse(list(settings))
+    windows = torch.randint(256, (chosen.batch, chosen.context + 1), device=device)
+    return GPT(chosen, torch.optim.AdamW).to(device), windows[:, :-1], windows[:, 1:].flatten()
+
+
+def vit(device: str, batch: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    return ViT().to(device), images, torch.randint(1000, (batch,), device=device)
+
+
+MODELS: dict[str, Callable[[str], tuple[nn.Module, Tensor, Tensor]]] = {
+    "gpt": gpt,
+    "gpt-full": lambda device: gpt(device, "--full"),
+    "vit": vit,
+}
+
+
+def step(name: str, options: dict[str, Any], device: str, chosen: dict[str, str]) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model, inputs, targets = MODELS[name](device)
+    trainer = L.Trainer(accelerator="gpu" if device == "cuda" else device, devices=1, logger=False, **options)
+    plugin: Any = trainer.precision_plugin
+    plugin.convert_module(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def run() -> None:
+        with plugin.train_step_context():
+            loss = F.cross_entropy(model(inputs).flatten(0, -2), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if hasattr(plugin, "report"):
+        run()
+        chosen[next(iter(options.values()))] = str(plugin.report)
+    return run
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--models", default="gpt,vit", help=f"comma-separated, of {', '.join(MODELS)}")
+    arguments = options.parse_args()
+    report = Report("default precision", arguments)
+    report.add(HOW_TO_READ, "")
+    for name in arguments.models.split(","):
+        reports: dict[str, str] = {}
+        everyone = [
+            Candidate(label, partial(step, name, given, arguments.device, reports))
+            for label, given in PRECISIONS.items()
+        ]
+        running = measure(everyone, arguments)
+        medians = {c.name: c.median for c in running}
+        rival = min(medians.get("32-true", torch.inf), medians.get("bf16-mixed", torch.inf))
+        rows = [[c.name, f"{1e3 * c.median:.1f}", c.spread, f"{rival / c.median:.2f}x"] for c in running]
+        report.add(f"## {name}", "")
+        report.table(["a training step", "ms", "spread", "faster of fp32, bf16 / it"], rows)
+        report.add(*skipped(everyone), *reports.get("int8-mixed", "").splitlines(), "")
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
