@@ -84,7 +84,7 @@ def fit(model: Model, plugin: Int8MixedPrecision, checkpoint: Path | None = None
             BF16_FASTER,
             True,
             torch.bfloat16,
-            "matmuls of 64 to 4, 32 to 64 features take 2 ms in float32, 1 in bfloat16",
+            "matmuls of 32 to 64, 64 to 4 features take 2 ms in float32, 1 in bfloat16",
         ),
         (FP32_FASTER, True, torch.float32, "take 1 ms in float32, 2 in bfloat16 on this processor"),
         (EVEN, True, torch.float32, "1.05 ms in float32, 1 in bfloat16"),
