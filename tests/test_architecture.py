@@ -101,7 +101,7 @@ PUBLIC = {
         "reset_calls",
         "use_backend",
     ],
-    "layers": ["Int8Linear", "Products", "invalidate"],
+    "layers": ["Int8Linear", "Products"],
     "memory": ["Advice", "Plan", "Run", "plan"],
     "optim": [
         "LAMB",

@@ -24,13 +24,13 @@ When the forms are made
 -----------------------
 Both forms of a matrix come from one op that reads it less often than two would: those of x in the forward, where the
 second is kept for the backward instead of x itself (a byte per element, and the same numbers); those of dy in the
-backward; those of w once in an optimizer step, where that is safe (``weights`` says when).
+backward. A weight's rows are made in each forward and its columns in each backward: nothing of it is kept in between,
+so that nothing can be stale and FSDP2 frees what it wants to free.
 
 The bias is added, and its gradient summed, in float32. What the optimizer sees is unchanged: weights and gradients in
 the weight's own dtype.
 """
 
 from lowbit_lightning.layers.int8 import Int8Linear, Products
-from lowbit_lightning.layers.weights import invalidate
 
-__all__ = ["Int8Linear", "Products", "invalidate"]
+__all__ = ["Int8Linear", "Products"]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit_lightning.layers import weights
 from lowbit_lightning.layers.ops import int8_linear
+from lowbit_lightning.layers.product import is_transformed, product
 
 Product = Literal["int8", "high"]
 Rounding = Literal["nearest", "stochastic"]
@@ -18,7 +18,6 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CHOICES = {
     **dict.fromkeys(("forward", "grad_input", "grad_weight", "save_inputs"), ("int8", "high")),
     "gradient_rounding": ("nearest", "stochastic"),
-    "cache_weights": (True, False),
 }
 
 
@@ -33,7 +32,6 @@ class Products:
             or "high", the input itself. The numbers are the same.
         gradient_rounding: "nearest", or "stochastic": the incoming gradient is rounded to int8 at random and without
             bias, by seeds from torch's default CPU generator.
-        cache_weights: keep a weight's int8 forms until the optimizer steps, where that is safe (``invalidate``).
 
     Raises:
         ValueError: for any other value.
@@ -44,7 +42,6 @@ class Products:
     grad_weight: Product = "int8"
     save_inputs: Product = "int8"
     gradient_rounding: Rounding = "nearest"
-    cache_weights: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -73,11 +70,12 @@ class Int8Linear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``; float32, float16 or bfloat16.
         settings: the fields of ``Products``: ``forward``, ``grad_input``, ``grad_weight``, ``save_inputs``,
-            ``gradient_rounding``, ``cache_weights``.
+            ``gradient_rounding``.
 
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's where that is on.
     Evaluation runs the forward in int8 too. A training step costs three int8 products; one less where the input
-    needs no gradient, one less where the weight is frozen. There is no second derivative.
+    needs no gradient, one less where the weight is frozen. Higher derivatives and the transforms of ``torch.func``
+    work too (``product``), with incoming gradients rounded to nearest.
 
     Raises:
         ValueError: for a bad setting; and in ``forward``, TypeError too, for a dtype, device or shape of the input
@@ -118,29 +116,16 @@ class Int8Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x = self._checked(input)
         rows = x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
-        p, weight = self.products, self.weight
-        trains = weight.requires_grad and torch.is_grad_enabled()
-        grad_input, grad_weight = p.grad_input == "int8" and x.requires_grad, p.grad_weight == "int8" and trains
-        save_int8, reuse = grad_weight and p.save_inputs == "int8", p.cache_weights and trains and self.training
-        stochastic = p.gradient_rounding == "stochastic"
-        flags = p.forward == "int8", grad_input, grad_weight, save_int8, stochastic, reuse
-        y, *_ = int8_linear(rows, weight, self.bias, *flags)
+        p, weight, bias = self.products, self.weight, self.bias
+        kinds = p.forward == "int8", p.grad_input == "int8", p.grad_weight == "int8"
+        if is_transformed():
+            y = product(rows, weight, kinds)
+            y = y if bias is None else y + bias.to(y.dtype)
+        else:
+            trains = weight.requires_grad and torch.is_grad_enabled()
+            save_int8 = trains and p.grad_weight == "int8" and p.save_inputs == "int8"
+            y, *_ = int8_linear(rows, weight, bias, *kinds, save_int8, p.gradient_rounding == "stochastic")
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    # Whatever may change the weight without an optimizer's step.
-
-    def train(self, mode: bool = True) -> Int8Linear:
-        weights.invalidate()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Int8Linear:
-        result = super()._apply(*args, **kwargs)
-        weights.invalidate()
-        return result
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        weights.invalidate()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.products}"

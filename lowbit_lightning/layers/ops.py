@@ -1,6 +1,7 @@
-"""The two ops behind ``Int8Linear``: its forward with autograd, and its int8 gradients.
+"""The two ops behind ``Int8Linear``: its forward, and the int8 gradients of its backward.
 
-Opaque to torch.compile and to autograd, which sees one op in each direction.
+Opaque to torch.compile and to autograd, which sees one op in each direction. ``product`` serves what these two don't:
+higher derivatives and ``torch.func``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare
-from lowbit_lightning.layers import weights
+from lowbit_lightning.layers.product import product
 
 
 def _int8_linear(
@@ -24,7 +25,6 @@ def _int8_linear(
     grad_weight: bool,
     save_int8: bool,
     stochastic: bool,
-    reuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x @ weight.T + bias`` of ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, in x's dtype.
 
@@ -33,10 +33,9 @@ def _int8_linear(
         save_int8: give the backward x's int8 columns instead of x. An op can save only what it takes or returns, so
             they are its other two results: int8 ``[K, M]`` and scales ``[K]``, or else empty.
         stochastic: round the incoming gradient at random.
-        reuse: the weight's int8 forms may be kept (``weights``).
     """
     saved = x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
-    if _nothing_to_sum(x, weight):
+    if x.numel() == 0 or weight.numel() == 0:
         if save_int8:
             saved = x.new_zeros(x.shape[::-1], dtype=torch.int8), x.new_zeros(x.shape[1], dtype=torch.float32)
         return _high(x, weight, bias), *saved
@@ -47,7 +46,7 @@ def _int8_linear(
         saved = columns[0], columns[1]
     else:
         xq, x_scales = kernels.quantize_rowwise(x)
-    wq, w_scales = weights.rows(weight, reuse, columns_too=grad_input)
+    wq, w_scales = kernels.quantize_rowwise(weight)
     return kernels.int8_matmul(xq, wq, x_scales, w_scales, bias, x.dtype), *saved
 
 
@@ -60,7 +59,6 @@ def _int8_linear_fake(
     grad_weight: bool,
     save_int8: bool,
     stochastic: bool,
-    reuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, length = (x.shape[::-1], x.shape[1]) if save_int8 else (0, 0)
     saved = x.new_empty(shape, dtype=torch.int8), x.new_empty(length, dtype=torch.float32)
@@ -69,10 +67,6 @@ def _int8_linear_fake(
 
 def _high(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _nothing_to_sum(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == 0 or b.numel() == 0
 
 
 # -- the gradients ---------------------------------------------------------------------------------------------------
@@ -87,7 +81,6 @@ def _int8_linear_backward(
     x_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     stochastic: bool,
-    reuse: bool,
 ) -> tuple[Tensor, Tensor]:
     """``dy @ weight [M, K]`` and ``dy.T @ x [N, K]`` in int8, of ``dy [M, N]``; dy's two forms come from one op.
 
@@ -107,7 +100,7 @@ def _int8_linear_backward(
     else:
         columns, column_scales = kernels.quantize_colwise(dy, seed)
     if weight is not None:
-        wq, w_scales = weights.columns(weight, reuse)
+        wq, w_scales = kernels.quantize_colwise(weight)
         dx = kernels.int8_matmul(rows, wq, row_scales, w_scales, None, x_dtype)
     if other is not None:
         if xq is None or x_scales is None:
@@ -130,24 +123,19 @@ def _zeros(
     return dy.new_zeros(dx, dtype=x_dtype), dy.new_zeros(dw, dtype=weight_dtype)
 
 
-def _no_second_derivatives(*_: Any) -> None:
-    raise RuntimeError(
-        "int8 layers have no second derivatives (create_graph=True and a backward through it); "
-        "keep the layers that need them in high precision"
-    )
-
-
 int8_linear_backward = declare(
     "int8_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, ScalarType x_dtype, "
-    "ScalarType weight_dtype, bool stochastic, bool reuse) -> (Tensor, Tensor)",
+    "ScalarType weight_dtype, bool stochastic) -> (Tensor, Tensor)",
     fake=lambda dy, weight, x, xq, _, *settings: _zeros(dy, weight, x, xq, *settings[:2]),
     implementation=_int8_linear_backward,
-    backward=_no_second_derivatives,
 )
 
 
+# -- autograd --------------------------------------------------------------------------------------------------------
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, ctx.grad_input, ctx.grad_weight, save_int8, ctx.stochastic, ctx.reuse = inputs
+    x, weight, bias, *ctx.kinds, save_int8, ctx.stochastic = inputs
     _, xq, x_scales = output
     ctx.mark_non_differentiable(xq, x_scales)
     ctx.set_materialize_grads(False)
@@ -160,23 +148,52 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     weight, x, xq, x_scales = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    forward, grad_input, grad_weight = ctx.kinds
     dx = dw = db = None
-    int8_x, int8_weight = needs_x and ctx.grad_input, needs_weight and ctx.grad_weight
-    if int8_x or int8_weight:
-        operands = weight if int8_x else None, *((x, xq, x_scales) if int8_weight else (None, None, None))
-        dx, dw = int8_linear_backward(dy, *operands, ctx.x_dtype, ctx.weight_dtype, ctx.stochastic, ctx.reuse)
-    if not int8_x:
-        dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype) if needs_x else None
-    if not int8_weight:
-        dw = (dy.T @ x.to(dy.dtype)).to(ctx.weight_dtype) if needs_weight else None
+    if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated in turn
+        if needs_x:
+            dx = product(dy, weight.T, (grad_input, forward, grad_weight)).to(ctx.x_dtype)
+        if needs_weight:
+            x = _Unsaved.of(xq, x_scales) if x is None else x
+            dw = product(dy.T, x.T, (grad_weight, forward, grad_input)).to(ctx.weight_dtype)
+    else:
+        int8_x, int8_weight = needs_x and grad_input, needs_weight and grad_weight
+        if int8_x or int8_weight:
+            operands = weight if int8_x else None, *((x, xq, x_scales) if int8_weight else (None, None, None))
+            dx, dw = int8_linear_backward(dy, *operands, ctx.x_dtype, ctx.weight_dtype, ctx.stochastic)
+        if not int8_x:
+            dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype) if needs_x else None
+        if not int8_weight:
+            dw = (dy.T @ x.to(dy.dtype)).to(ctx.weight_dtype) if needs_weight else None
     if needs_bias:
         db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return dx, dw, db, *(None,) * 6
+    return dx, dw, db, *(None,) * 5
+
+
+class _Unsaved(torch.autograd.Function):
+    """An input of which only the int8 columns were kept: its values are known, the way back to it is not."""
+
+    @staticmethod
+    def of(xq: Tensor, x_scales: Tensor) -> Tensor:
+        """``x [M, K]`` of its int8 columns; a derivative that would flow on into x raises."""
+        values = (xq.float() * x_scales[:, None]).T
+        return _Unsaved.apply(values.requires_grad_())  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # type: ignore[override]
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "a second derivative runs through the gradient of an Int8Linear's weight into the layer's input, which "
+            "save_inputs='int8' keeps only in int8: use save_inputs='high' to differentiate gradients of weights"
+        )
 
 
 int8_linear = declare(
     "int8_linear(Tensor x, Tensor weight, Tensor? bias, bool forward, bool grad_input, bool grad_weight, "
-    "bool save_int8, bool stochastic, bool reuse) -> (Tensor, Tensor, Tensor)",
+    "bool save_int8, bool stochastic) -> (Tensor, Tensor, Tensor)",
     fake=_int8_linear_fake,
     implementation=_int8_linear,
     setup_context=_setup_context,

@@ -6,11 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowbit_lightning import convert
-from lowbit_lightning.layers import Int8Linear
 from lowbit_lightning.memory import states
 from lowbit_lightning.memory.advice import advise
 from lowbit_lightning.memory.copies import Copies, copies_of
@@ -62,7 +61,6 @@ def _plan(model: nn.Module, run: Run) -> Plan:
         buffers=sum(buffer.nbytes for buffer in twin.buffers()),
         gathered=copies.gathered,
         reduction=copies.reduction,
-        int8_weights=0 if run.sharded else _int8_weights(twin),
         activations=activations,
         paged_out=paged_out,
         state_parts=state_parts,
@@ -88,20 +86,6 @@ def _twin(model: nn.Module, run: Run) -> nn.Module:
 def _meta(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = True) -> nn.Parameter:
     trains = requires_grad and dtype.is_floating_point
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=trains)
-
-
-def _int8_weights(twin: nn.Module) -> int:
-    """Forms by rows for the forward, by columns for the gradient of the input, each with a scale per row of its own.
-
-    (FSDP2's unsharded weights are no optimizer's: nothing is kept of them.)
-    """
-    forms: dict[Tensor, int] = {}
-    for layer in twin.modules():
-        if isinstance(layer, Int8Linear) and layer.products.cache_weights and layer.weight.requires_grad:
-            rows, columns = layer.weight.shape
-            kept = [n for n, name in ((rows, "forward"), (columns, "grad_input")) if name in layer.products.int8]
-            forms[layer.weight] = sum(rows * columns + 4 * scales for scales in kept)
-    return sum(forms.values())
 
 
 def _activations(twin: nn.Module, run: Run, copies: Copies, gradients: int) -> tuple[int | None, dict[str, str]]:

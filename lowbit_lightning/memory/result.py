@@ -13,7 +13,6 @@ CATEGORIES = {
     "buffers": "buffers",
     "gathered": "gathered parameters (FSDP2)",
     "reduction": "gradients under way",
-    "int8_weights": "int8 forms of weights",
     "activations": "activations",
 }
 
@@ -35,7 +34,6 @@ class Plan:
     Attributes:
         parameters, gradients, states, buffers: exact.
         gathered: FSDP2's copies of parameters that are whole. reduction: copies of gradients for communication.
-        int8_weights: forms that ``Int8Linear`` keeps from one forward to the optimizer's step.
         activations: what forward and backward hold at their peak, beyond the gradients; None without a batch.
         paged_out: what lies elsewhere, and in no total: bytes of optimizer states in "host memory" or on "disk".
         state_parts: ``states`` by kind; "pages" is near memory of paged states: of resident ones, and the ring.
@@ -50,7 +48,6 @@ class Plan:
     buffers: int
     gathered: int
     reduction: int
-    int8_weights: int
     activations: int | None
     paged_out: dict[str, int]
     state_parts: dict[str, int]

@@ -45,13 +45,12 @@ class Int8Mixed:
         grad_weight: Product = "int8",
         save_inputs: Product = "int8",
         gradient_rounding: Rounding = "nearest",
-        cache_weights: bool = True,
         overrides: Overrides | None = None,
         autocast: Literal["auto", "bf16", "off"] = "auto",
     ) -> None:
         if autocast not in ("auto", "bf16", "off"):
             raise ValueError(f"autocast must be 'auto', 'bf16' or 'off', got {autocast!r}")
-        products = Products(forward, grad_input, grad_weight, save_inputs, gradient_rounding, cache_weights)
+        products = Products(forward, grad_input, grad_weight, save_inputs, gradient_rounding)
         overrides = dict(overrides or {})
         check_overrides(products, overrides, Products.changed)
         if not products.int8:
@@ -115,7 +114,6 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         forward, grad_input, grad_weight: "int8" or "high" (the input's dtype), for each of a layer's three products.
         save_inputs: what the backward is given of a layer's input: "int8" (a byte per element) or "high".
         gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
-        cache_weights: quantise a weight once in an optimizer step, where that is safe; see ``layers.invalidate``.
         overrides: pattern -> settings that differ for the layers it matches, or None to leave them alone.
         autocast: what other ops run in: "auto" (bf16 autocast where bf16 is faster: known on a GPU, measured on a CPU,
             see ``precision.autocast``), "bf16" or "off" (float32). A resumed run keeps what "auto" chose at first.

@@ -210,14 +210,6 @@ def test_bad_input() -> None:
         layer(grad_input="int4")
 
 
-def test_second_derivatives_are_refused() -> None:
-    linear = layer()
-    x = torch.randn(4, K, requires_grad=True)
-    (grad,) = torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        grad.sum().backward()
-
-
 def test_the_meta_device() -> None:
     with torch.device("meta"):
         layer, x = Int8Linear(64, 96), torch.randn(8, 64, requires_grad=True)

@@ -159,7 +159,7 @@ def test_backends_agree_to_the_bit(rounding: str) -> None:
 
 
 def test_options_are_validated() -> None:
-    for name, value in (("save_inputs", "int4"), ("gradient_rounding", "up"), ("cache_weights", "yes")):
+    for name, value in (("save_inputs", "int4"), ("gradient_rounding", "up")):
         with pytest.raises(ValueError, match=rf"{name} must be .* or .*, got '{value}'"):
             Products(**{name: value})  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="gradient_rounding='stochastic' does nothing where"):

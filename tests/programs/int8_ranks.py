@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lowbit_lightning import convert, kernels
-from lowbit_lightning.layers import weights
 
 RANKS, STEPS, MICRO_BATCHES, BLOCKS, WIDTH = 2, 3, 2, 2, 64
 LINEARS = 2 * BLOCKS
@@ -54,18 +53,14 @@ def loss(trained: nn.Module, x: Tensor) -> Tensor:
     return trained(x).square().mean()
 
 
-def ranks(trained: Any, sync: Callable[[bool], Any], kept: int) -> dict[str, int]:
-    """Train on this rank's micro-batches; gradients are averaged over the ranks after the last of a step.
-
-    ``kept``: of how many weights int8 forms should be there before a step, but for the first.
-    """
+def ranks(trained: Any, sync: Callable[[bool], Any]) -> dict[str, int]:
+    """Train on this rank's micro-batches; gradients are averaged over the ranks after the last of a step."""
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     kernels.reset_calls()
     for step in range(STEPS):
         for micro in range(MICRO_BATCHES):
             sync(micro == MICRO_BATCHES - 1)
             loss(trained, batch(step, micro, dist.get_rank())).backward()
-        assert len(weights._store) == (kept if step else 0)
         optimizer.step()
         optimizer.zero_grad()
     return {op: count for (op, _), count in kernels.calls().items()}
@@ -91,7 +86,7 @@ def alone() -> nn.Module:
 def replicated() -> tuple[nn.Module, dict[str, int]]:
     trained = model()
     wrapped = DistributedDataParallel(trained)
-    return trained, ranks(wrapped, lambda last: setattr(wrapped, "require_backward_grad_sync", last), LINEARS)
+    return trained, ranks(wrapped, lambda last: setattr(wrapped, "require_backward_grad_sync", last))
 
 
 def sharded(reshard: bool, checkpointed: bool = False) -> tuple[nn.Module, dict[str, int]]:
@@ -99,7 +94,7 @@ def sharded(reshard: bool, checkpointed: bool = False) -> tuple[nn.Module, dict[
     mesh = init_device_mesh("cpu", (RANKS,))
     for block in (*trained, trained):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    return trained, ranks(trained, trained.set_requires_gradient_sync, kept=0)
+    return trained, ranks(trained, trained.set_requires_gradient_sync)
 
 
 def full(trained: nn.Module) -> Iterator[Tensor]:
@@ -121,16 +116,8 @@ def rank(number: int, folder: Path) -> None:
     expected = alone()
     passes = STEPS * MICRO_BATCHES * LINEARS
     both = {"int8_matmul": 3 * passes, "quantize_both": 2 * passes}  # x in the forward, dy in the backward
-    # DDP: a weight's two forms are made in each pass of the first step, once in each of the others.
-    first = MICRO_BATCHES * LINEARS
-    reused = {
-        "int8_matmul": 3 * passes,
-        "quantize_both": 2 * passes + (STEPS - 1) * LINEARS,
-        "quantize_rowwise": first,
-        "quantize_colwise": first,
-    }
-    check("DDP", replicated(), expected, reused)
-    each_time = {**both, "quantize_rowwise": passes, "quantize_colwise": passes}
+    each_time = {**both, "quantize_rowwise": passes, "quantize_colwise": passes}  # w in the forward, in the backward
+    check("DDP", replicated(), expected, each_time)
     check("FSDP2", sharded(reshard=True), expected, each_time)
     check("FSDP2 without resharding", sharded(reshard=False), expected, each_time)
     again = {"int8_matmul": 4 * passes, "quantize_both": 3 * passes, "quantize_rowwise": 2 * passes}
