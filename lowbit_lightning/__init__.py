@@ -5,17 +5,21 @@ GPU and starts no compiler.
 """
 
 from lowbit_lightning import callbacks, convert, kernels, layers, memory, optim, precision, strategies
+from lowbit_lightning.convert import dequantize, load_quantized, quantize
 from lowbit_lightning.precision import Int8MixedPrecision
 
 __all__ = [
     "Int8MixedPrecision",
     "callbacks",
     "convert",
+    "dequantize",
     "kernels",
     "layers",
+    "load_quantized",
     "memory",
     "optim",
     "precision",
+    "quantize",
     "strategies",
 ]
 __version__ = "0.1.0"

@@ -133,7 +133,7 @@ def int8_outlier_matmul(
 
 
 def _check(packed: Tensor, scales: Tensor, form: str | Format, row_length: int) -> Format:
-    f = weight_format(form)
+    f = form if isinstance(form, Format) else weight_format(form)  # torch.compile warns of cached functions
     if packed.dtype != torch.uint8 or scales.dtype != f.scales_dtype:
         raise TypeError(
             f"packed and scales of {f} must be torch.uint8 and {f.scales_dtype}, got {packed.dtype} and {scales.dtype}"

@@ -136,8 +136,9 @@ def _output_layers(module: nn.Module, rule: str | None, candidates: Mapping[str,
         pattern = _patterns("output_layer", rule, candidates)[0]
         return {name for name in candidates if fnmatchcase(name, pattern)}
     embeddings = [m.weight for m in module.modules() if isinstance(m, nn.Embedding)]
-    tied = {name for name, m in candidates.items() if any(m.weight is w for w in embeddings)}
-    return tied or {list(candidates)[-1]}
+    layers = {name: m for name, m in candidates.items() if not isinstance(m, nn.Embedding)}
+    tied = {name for name, m in layers.items() if any(m.weight is w for w in embeddings)}
+    return tied or set(list(layers)[-1:])
 
 
 # -- the report ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from support.planned_memory import EXACT, Odd, on_meta, within
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowbit_lightning import convert, memory, optim
+from lowbit_lightning import convert, layers, memory, optim
 
 GIB = 2**30
 
@@ -116,7 +116,7 @@ def test_planning_changes_nothing() -> None:
     assert not optimizer.state
     assert all(p.grad is None for p in [*model.parameters(), *small.parameters()])
     assert type(small.head) is nn.Linear
-    assert not any(isinstance(x, convert.Int8Linear) for x in small.modules())
+    assert not any(isinstance(x, layers.Int8Linear) for x in small.modules())
 
 
 def test_a_model_that_fits_nowhere_is_planned() -> None:

@@ -1,4 +1,4 @@
-"""Change a model's layers in place, and back. Which ones, and the report, is the matter of ``layers.select``.
+"""Linear layers that compute in int8, in place, and back.
 
 ``swap_linears`` turns ``nn.Linear`` into ``Int8Linear`` by changing the object's class: parameters, names, hooks,
 tying and ``state_dict`` stay, so optimizers, DDP and checkpoints notice nothing. ``restore`` turns them back.
@@ -14,8 +14,6 @@ from torch import nn
 
 from lowbit_lightning.layers.int8 import FLOATS, Int8Linear, Products
 from lowbit_lightning.layers.select import Overrides, Patterns, Report, select, stacked
-
-__all__ = ["Report", "restore", "swap_linears"]
 
 MIN_FEATURES = 32
 """Below one tile of an int8 matrix instruction a product is cheaper than quantising its operands."""

@@ -1,0 +1,178 @@
+"""bitsandbytes' low-bit weights as files have them, read and written without bitsandbytes (its version 0.50).
+
+4-bit (``NAME`` ends in ``weight``): ``NAME``, the codes, two in a byte, the first in the higher half, of the whole
+tensor in blocks that don't stop at rows; ``NAME.absmax``, float32 scales, or uint8 if they are quantised themselves;
+``NAME.quant_map``, the 16 values; ``NAME.nested_absmax`` and ``NAME.nested_quant_map`` then; and the JSON
+``NAME.quant_state.bitsandbytes__nf4`` (or ``fp4``) as bytes. The codes may be stored as another dtype of equal bytes
+(``quant_storage``). 8-bit: ``NAME``, int8 ``[N, K]``; ``SCB`` beside it, float32 ``[N]``, the rows' largest magnitudes.
+
+Codes are taken as they are where rows are multiples of a block, so that blocks lie inside rows. Elsewhere the weight is
+decoded and quantised again, which a warning says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels.formats import Format, weight_format
+from lowbit_lightning.kernels.reference.lowbit import decode_scales
+from lowbit_lightning.layers.lowbit import LowBitLinear, Weights
+
+Read = Callable[[], Tensor]
+
+STATE = "quant_state.bitsandbytes__"
+KINDS = ("nf4", "fp4")
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+NESTED_BLOCK = 256
+
+
+def is_weight(name: str, found: Mapping[str, Any]) -> bool:
+    """Whether ``name`` is a weight of bitsandbytes, by what stands beside it."""
+    prefix = name.removesuffix("weight")
+    return f"{prefix}SCB" in found or any(f"{name}.{STATE}{kind}" in found for kind in KINDS)
+
+
+def weights_of(found: Iterable[str]) -> list[str]:
+    names = set(found)
+    return [name for name in names if name.endswith("weight") and is_weight(name, dict.fromkeys(names))]
+
+
+def parts_of(name: str, found: Iterable[str]) -> list[str]:
+    """All entries that belong to a weight, without itself."""
+    prefix = name.removesuffix("weight")
+    return [key for key in found if key.startswith(f"{name}.") or key in (f"{prefix}SCB", f"{prefix}weight_format")]
+
+
+def read(
+    name: str, found: Mapping[str, Read], shape: torch.Size, weights: Weights, device: torch.device
+) -> tuple[Tensor, Tensor, Weights]:
+    """Codes, scales and settings of a weight ``[N, K]``, in the format that the file has.
+
+    Raises:
+        ValueError: for a part that is missing or damaged, or another shape.
+    """
+    prefix = name.removesuffix("weight")
+    if f"{prefix}SCB" in found:
+        codes, rows = found[name](), found[f"{prefix}SCB"]()
+        if codes.dtype != torch.int8 or codes.shape != shape or rows.shape != shape[:1]:
+            raise ValueError(
+                f"{name} must be int8 of shape {tuple(shape)} with an SCB for each row, got {codes.dtype} "
+                f"{tuple(codes.shape)} and {tuple(rows.shape)}; only bitsandbytes' row layout can be read"
+            )
+        scales = (rows.float() / 127).unsqueeze(1)
+        form = weight_format("int8")
+        kept = weights if weights.format == form else weights.changed("int8")
+        return codes.view(torch.uint8).clone().to(device), scales.to(device), kept
+    return _read_4bit(name, found, shape, weights, device)
+
+
+def _read_4bit(
+    name: str, found: Mapping[str, Read], shape: torch.Size, weights: Weights, device: torch.device
+) -> tuple[Tensor, Tensor, Weights]:
+    kind = next(kind for kind in KINDS if f"{name}.{STATE}{kind}" in found)
+    state = _state(name, found[f"{name}.{STATE}{kind}"]())
+    missing = [part for part in PARTS[:2] if f"{name}.{part}" not in found]
+    if missing:
+        raise ValueError(f"{name} of bitsandbytes lacks {missing}: the file was saved without its scales")
+    block, numel = state["blocksize"], math.prod(shape)
+    if tuple(state["shape"]) != tuple(shape):
+        raise ValueError(f"{name} must be of shape {tuple(shape)}, bitsandbytes saved {tuple(state['shape'])}")
+    absmax = _absmax(name, found, state)
+    packed = found[name]().contiguous().view(torch.uint8).reshape(-1)
+    if packed.numel() != -(-numel // 2) or absmax.numel() != -(-numel // block):
+        raise ValueError(
+            f"{name} must have {-(-numel // 2)} bytes of codes and {-(-numel // block)} scales, got {packed.numel()} "
+            f"and {absmax.numel()}: damaged, or repacked for a CPU by bitsandbytes, which can't be read"
+        )
+    form = weight_format(kind, block_size=block)
+    if shape[-1] % block == 0:
+        rows = packed.reshape(*shape[:-1], -1).clone().to(device)
+        return rows, absmax.reshape(*shape[:-1], -1).to(device), _same(weights, form)
+    warnings.warn(
+        f"{name}: rows of {shape[-1]} are no multiple of bitsandbytes' block of {block}; its weight is decoded and "
+        f"quantised again to {weights.format}, which adds a second rounding",
+        stacklevel=4,
+    )
+    decoded = kernels.lowbit_dequantize(packed[None], absmax[None], form, numel + numel % 2)[0, :numel]
+    return *kernels.lowbit_quantize(decoded.reshape(shape).to(device), weights.format, weights.fit), weights
+
+
+def _same(weights: Weights, form: Format) -> Weights:
+    return weights if weights.format == form else weights.changed({"weights": form})
+
+
+def _state(name: str, raw: Tensor) -> dict[str, Any]:
+    try:
+        state = json.loads(bytes(raw.tolist()).decode())
+        state["blocksize"] = int(state["blocksize"])
+        state["shape"] = [int(n) for n in state["shape"]]
+        return state
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: its quant_state is damaged: {error!r}") from None
+
+
+def _absmax(name: str, found: Mapping[str, Read], state: Mapping[str, Any]) -> Tensor:
+    """The scales in float32, of quantised ones the decoded values."""
+    absmax = found[f"{name}.absmax"]().reshape(-1)
+    if absmax.dtype != torch.uint8:
+        return absmax.float()
+    parts = [f"{name}.{part}" for part in PARTS[2:]]
+    if missing := [part for part in parts if part not in found]:
+        raise ValueError(f"{name} of bitsandbytes has quantised scales but lacks {missing}")
+    nested, values = (found[part]().float() for part in parts)
+    blocks = torch.arange(absmax.numel()) // int(state.get("nested_blocksize", NESTED_BLOCK))
+    if len(blocks) and int(blocks[-1]) >= nested.numel():
+        raise ValueError(f"{name} has {absmax.numel()} quantised scales but only {nested.numel()} nested ones")
+    return values[absmax.long()] * nested[blocks] + float(state["nested_offset"])
+
+
+def to_bitsandbytes(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A state_dict of the module as bitsandbytes' layers and Transformers' readers of its files want it.
+
+    4-bit weights are written with float32 scales, int8 ones as rows. What is not in low bits is written as it is.
+
+    Args:
+        dtype: what readers are to decode to, of 4-bit weights; None: what each weight had.
+
+    Raises:
+        ValueError: for a format that bitsandbytes lacks (int4, int3, int2), and where blocks do not divide a row.
+    """
+    state = dict(module.state_dict())
+    for name, layer in module.named_modules():
+        if not isinstance(layer, LowBitLinear):
+            continue
+        prefix = f"{name}." if name else ""
+        form, (rows, length) = layer.format, layer.weight_shape
+        if form.kind not in (*KINDS, "int8") or (form.bits == 4 and length % form.block_size):
+            raise ValueError(
+                f"{prefix}weight is {form} of rows of {length}: bitsandbytes knows int8, nf4 and fp4, with blocks that "
+                "divide a row; dequantize() the layer, or quantize it so"
+            )
+        for part in ("weight", "weight_scales", "weight_format"):
+            state.pop(f"{prefix}{part}")
+        scales = decode_scales(layer.weight_scales, form)[0]
+        if form.kind == "int8":
+            state[f"{prefix}weight"] = layer.weight.detach().view(torch.int8)
+            state[f"{prefix}SCB"] = scales.flatten() * 127
+            state[f"{prefix}weight_format"] = torch.zeros((), dtype=torch.uint8)
+            continue
+        about = {
+            "quant_type": form.kind,
+            "blocksize": form.block_size,
+            "dtype": str(dtype or layer.dtype).removeprefix("torch."),
+            "shape": [rows, length],
+        }
+        key = f"{prefix}weight"
+        state[key] = layer.weight.detach().reshape(-1, 1)
+        state[f"{key}.absmax"] = scales.flatten()
+        state[f"{key}.quant_map"] = form.table()
+        state[f"{key}.{STATE}{form.kind}"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    return state

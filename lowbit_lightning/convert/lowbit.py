@@ -1,0 +1,192 @@
+"""Weights in low bits, in place, and back. Which ones is the matter of ``layers.select``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_lightning.layers.embedding import LowBitEmbedding
+from lowbit_lightning.layers.lowbit import FLOATS, LowBitLinear, LowBitWeight, Weights
+from lowbit_lightning.layers.select import Overrides, Patterns, Selection, select, stacked
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def quantize(
+    module: Module,
+    weights: str = "nf4",
+    *,
+    include: Patterns = "*",
+    exclude: Patterns = (),
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    output_layer: str | None = "auto",
+    overrides: Overrides | None = None,
+    embeddings: bool = False,
+    device: torch.device | str | None = None,
+    **settings: Any,
+) -> Module:
+    """Turn the weights of a model's linear layers into low bits, in place; returns the module.
+
+    Layers are converted one at a time, each on its device. Only the quantised weights are frozen; what else trains is
+    up to the caller. ``weight_report(module)`` says what became what, in how many bytes, and with what error.
+    ``dequantize`` is the way back.
+
+    Args:
+        weights: the format: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"int4"``, ``"int3"``, ``"int2"``, with ``-dq`` and
+            ``-g128`` as ``kernels.formats.weight_format`` says.
+        include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some layer.
+        filter: ``filter(name, layer)``, asked last; False leaves the layer as it is.
+        output_layer: "auto" (the rule in ``layers.select``) leaves it as it is, None takes it too; or a name.
+        overrides: pattern -> another format, other fields of ``layers.Weights``, or None to leave the layers alone:
+            ``{"*.down_proj": "int8", "*.v_proj": {"weights": "int4", "fit": "absmax"}, "*.0.*": None}``.
+        embeddings: take ``nn.Embedding`` too.
+        device: layers move here, one by one, before they are quantised; the rest of the model follows.
+        settings: the fields of ``layers.Weights``: ``fit``, ``compute_dtype``, ``threshold``.
+
+    Raises:
+        TypeError, ValueError: for a bad setting, a pattern that matches nothing, or nothing left to quantise. Nothing
+            is changed then.
+    """
+    selection = select_weights(
+        module,
+        Weights.of(weights, **settings),
+        include=include,
+        exclude=exclude,
+        filter=filter,
+        output_layer=output_layer,
+        overrides=overrides,
+        embeddings=embeddings,
+    )
+    seen: dict[int, LowBitWeight] = {}
+    for name, own in selection.chosen.items():
+        layer = module.get_submodule(name)
+        tied = seen.get(id(layer.weight))
+        if device is not None:
+            layer.to(device)
+        original = layer.weight
+        _adopt(layer, own)
+        assert isinstance(layer, LowBitWeight)
+        if tied is not None and tied.format == layer.format:
+            layer.share(tied)
+        seen[id(original)] = layer
+    return module if device is None else module.to(device)
+
+
+def dequantize(module: Module, dtype: torch.dtype | None = None) -> Module:
+    """Turn every low-bit layer back into the plain one, with its decoded weight, in place; returns the module.
+
+    Args:
+        dtype: float32, float16 or bfloat16; None: what each weight had before.
+
+    The weights are frozen; ``requires_grad_`` makes them train.
+    """
+    if dtype not in (None, *FLOATS):
+        raise TypeError(f"dtype must be None, torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+    for _, layer in low_bit_layers(module):
+        if isinstance(layer, LowBitLinear):
+            LowBitLinear.release(layer, dtype)
+        elif isinstance(layer, LowBitEmbedding):
+            LowBitEmbedding.release(layer, dtype)
+    return module
+
+
+def low_bit_layers(module: nn.Module) -> Iterator[tuple[str, LowBitWeight]]:
+    """Every low-bit layer with its name."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LowBitWeight))
+
+
+def select_weights(module: nn.Module, weights: Weights, *, embeddings: bool, **choice: Any) -> Selection[Weights]:
+    """What ``quantize`` is to change, by the same arguments; nothing is changed."""
+    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    candidates = {name: m for name, m in module.named_modules() if isinstance(m, kinds)}
+    selection = select(module, candidates, weights, unfit=_unfit, change=Weights.changed, **choice)
+    if not selection.chosen:
+        reasons = [f"  {name}: {reason}" for name, reason in selection.skipped.items()]
+        raise ValueError("\n".join([f"nothing to quantize in {type(module).__name__}; its layers:", *reasons]))
+    return selection
+
+
+def _adopt(layer: nn.Module, weights: Weights) -> None:
+    if isinstance(layer, nn.Linear):
+        LowBitLinear.adopt(layer, weights)
+    else:
+        assert isinstance(layer, nn.Embedding)
+        LowBitEmbedding.adopt(layer, weights)
+
+
+def _unfit(layer: nn.Module) -> str | None:
+    if isinstance(layer, LowBitWeight):
+        return f"is {layer.weights} already"
+    if type(layer) not in (nn.Linear, nn.Embedding):
+        return f"{type(layer).__name__} is a class of its own"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the object"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return f"max_norm={layer.max_norm} changes its table"
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return None if weight.dtype in FLOATS else f"weight is {weight.dtype}; float32, float16 and bfloat16 are taken"
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What low-bit weights a model has; ``str(report)`` is a few lines, with the layers of a stack taken together.
+
+    ``layers``: name -> (settings, bytes in high precision, bytes now, SNR in dB or None where it was loaded);
+    ``rest``: bytes of all other parameters and buffers.
+    """
+
+    layers: Mapping[str, tuple[Weights, int, int, float | None]]
+    rest: int
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the quantised weights in the dtype that they had."""
+        return sum(before for _, before, _, _ in self.layers.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(after for _, _, after, _ in self.layers.values())
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no low-bit weights"
+        before, after = self.bytes_before, self.bytes_after
+        lines = [
+            f"{len(self.layers)} weights in low bits: {_size(before)} became {_size(after)} "
+            f"({before / max(after, 1):.1f}x less); all else takes {_size(self.rest)}"
+        ]
+        for own in dict.fromkeys(own for own, *_ in self.layers.values()):
+            named = {name: snr for name, (weights, _, _, snr) in self.layers.items() if weights == own}
+            known = sorted((snr, name) for name, snr in named.items() if snr is not None and math.isfinite(snr))
+            error = f"; SNR {known[0][0]:.1f} dB ({known[0][1]}) to {known[-1][0]:.1f} dB" if known else ""
+            lines.append(f"  {own}: {stacked(named)}{error}")
+        return "\n".join(lines)
+
+
+def weight_report(module: nn.Module) -> WeightReport:
+    """What low-bit weights the module has, with their bytes and errors."""
+    layers: dict[str, tuple[Weights, int, int, float | None]] = {}
+    counted: set[int] = set()
+    for name, layer in low_bit_layers(module):
+        own = (layer.weight, layer.weight_scales)
+        counted.update(id(part) for part in (*own, layer.weight_format))
+        before = layer.weight_shape.numel() * layer.dtype.itemsize
+        layers[name] = (layer.weights, before, sum(part.nbytes for part in own), layer.snr_db)
+    rest = {id(x): x.nbytes for x in (*module.parameters(), *module.buffers()) if id(x) not in counted}
+    return WeightReport(layers, sum(rest.values()))
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"

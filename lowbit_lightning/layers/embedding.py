@@ -1,0 +1,108 @@
+"""Embeddings: tables in low bits, and ``StableEmbedding``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_lightning import kernels
+from lowbit_lightning.kernels.formats import Format
+from lowbit_lightning.layers.lowbit import LowBitWeight, Weights
+
+
+class LowBitEmbedding(LowBitWeight, nn.Embedding):  # type: ignore[misc]  # both say what weight is
+    """``nn.Embedding`` with its table in low bits, for inference and for training what comes after it.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as for ``nn.Embedding``; the output has ``dtype``,
+            or what the module was cast to.
+        weights: a format or its name, as for ``LowBitLinear``.
+        fit: how blocks are fitted, as ``Weights`` says.
+
+    Input: int32 or int64 indices ``[...]``; output ``[..., embedding_dim]``. The table cannot be trained.
+    """
+
+    default: str = "nf4"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weights: str | Format | None = None,
+        fit: str | None = None,
+    ) -> None:
+        chosen = Weights.of(weights or self.default, fit=fit)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.keep(self.weight, chosen)
+
+    @classmethod
+    def adopt(cls, embedding: nn.Embedding, weights: Weights) -> None:
+        """Turn a plain ``nn.Embedding`` into this class in place.
+
+        Raises:
+            ValueError: for one with ``max_norm``, which rescales the table while it looks rows up.
+        """
+        if embedding.max_norm is not None:
+            raise ValueError(f"an embedding with max_norm={embedding.max_norm} changes its table: it stays as it is")
+        embedding.__class__ = cls
+        embedding.keep(embedding.weight, weights)  # type: ignore[operator]
+
+    @classmethod
+    def release(cls, layer: LowBitEmbedding, dtype: torch.dtype | None = None) -> None:
+        """Turn the layer into a plain ``nn.Embedding`` in place, with the decoded table in ``dtype``."""
+        layer.drop(dtype)
+        layer.__class__ = nn.Embedding  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Embedding``, then quantised; on the meta device there is nothing to do."""
+        if not hasattr(self, "weights"):  # still being built as an ``nn.Embedding``
+            super().reset_parameters()
+        elif not self.weight.is_meta:
+            fresh = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device=self.weight.device)
+            self.keep(fresh.weight.to(self.dtype), self.weights)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return kernels.lowbit_embedding(
+            input, self.weight, self.weight_scales, self.format, self.embedding_dim, self.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.weights}"
+
+
+class Embedding8bit(LowBitEmbedding):
+    """``LowBitEmbedding`` with ``weights="int8"``: a row has one scale."""
+
+    default = "int8"
+
+
+class Embedding4bit(LowBitEmbedding):
+    """``LowBitEmbedding`` with ``weights="nf4"``, or the 4-bit format that is named: ``"fp4"``, ``"int4"``."""
+
+    default = "nf4"
+
+
+class StableEmbedding(nn.Embedding):
+    """``nn.Embedding`` that trains stably with 8-bit optimizers: Xavier-uniform initialisation, and a layer norm after
+    the look-up, in float32 (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861).
+
+    Arguments and shapes are those of ``nn.Embedding``. The optimizers here keep 32-bit state for its table.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = nn.LayerNorm(self.embedding_dim, device=self.weight.device)
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        self._fill_padding_idx_with_zero()
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = super().forward(input)
+        return self.norm(found.to(self.norm.weight.dtype)).to(found.dtype)
