@@ -330,8 +330,8 @@ def _readers(trainer: L.Trainer) -> list[_Reader]:
 
 def _progress(trainer: L.Trainer) -> tuple[int, int]:
     """How many batches of the epoch have been read, and the epoch's number as samplers are told."""
-    loop = trainer.fit_loop
-    return loop.epoch_loop.batch_progress.current.ready, loop.epoch_progress.current.processed
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready, epochs.processed
 
 
 # -- what can't be resumed exactly -----------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 On a GPU that is known: bf16 where the hardware multiplies it. On a CPU it is not. Instructions for bf16 are no sign:
 without AMX, some processors take twice as long over a bf16 matmul as over a float32 one. So both are measured, on the
-largest matrices of the model's own linear layers, in a fraction of a second.
+largest matrices of the model itself, in a fraction of a second. One thread measures: where threads wait
+for each other, another program on the machine decides how long a matmul takes.
 
 The answer must not change where numbers are compared:
 
-- between runs: measurements are kept beside the compiled kernels, for this processor, torch, number of threads and
-  these shapes. Removing the cache (docs/kernels.md) lets the next run measure again.
+- between runs: measurements are kept beside the compiled kernels, for this processor, version of torch and these
+  shapes. Removing the cache (docs/kernels.md) lets the next run measure again.
 - between ranks: rank 0 measures, and the others take its answer.
 - across a resume: a checkpoint holds it (``Int8MixedPrecision``).
 """
@@ -19,20 +20,21 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from lowbit_lightning.kernels.compile import cache
 
 Shape = tuple[int, int]
-"""(out_features, in_features) of a linear layer."""
+"""(out_features, in_features) of a matmul by a weight."""
 
-ROWS, LARGEST, SHAPES, SECONDS = 512, 2048, 3, 0.3
+ROWS, LARGEST, SHAPES, SECONDS = 256, 2048, 3, 0.3
 """A measurement: rows of x, most features either way, how many shapes, and seconds after which no round begins."""
 
 GAIN = 1.1
@@ -67,13 +69,21 @@ def choose(module: nn.Module, device_type: str) -> Choice:
 def _choose_on_cpu(module: nn.Module) -> Choice:
     if not computes_in_bf16("cpu"):
         return Choice(False, "the processor has no instructions for bfloat16")
-    shapes = _largest((m.out_features, m.in_features) for m in module.modules() if isinstance(m, nn.Linear))
+    shapes = _largest(_matrices(module))
     if not shapes:
-        return Choice(False, "there is no linear layer to measure")
-    float32, bfloat16 = seconds(shapes, torch.get_num_threads())
+        return Choice(False, "the model has no matrix to measure")
+    float32, bfloat16 = seconds(shapes)
     measured = ", ".join(f"{inputs} to {outputs}" for outputs, inputs in shapes)
     took = f"matmuls of {measured} features take {1e3 * float32:.3g} ms in float32, {1e3 * bfloat16:.3g} in bfloat16"
     return Choice(float32 > GAIN * bfloat16, f"{took} on this processor")
+
+
+def _matrices(module: nn.Module) -> Iterator[Shape]:
+    """Of linear layers, and of convolutions as matrices; what an embedding looks up is not multiplied."""
+    for owner in module.modules():
+        for p in owner.parameters(recurse=False):
+            if not isinstance(owner, nn.Embedding) and not is_lazy(p) and p.dim() > 1:
+                yield p.shape[0], p.shape[1:].numel()
 
 
 def _largest(shapes: Iterable[Shape]) -> tuple[Shape, ...]:
@@ -82,15 +92,17 @@ def _largest(shapes: Iterable[Shape]) -> tuple[Shape, ...]:
 
 
 @functools.cache
-def seconds(shapes: tuple[Shape, ...], threads: int) -> tuple[float, float]:
+def seconds(shapes: tuple[Shape, ...]) -> tuple[float, float]:
     """How long one matmul of each shape takes in float32 and in bfloat16: kept from an earlier run, or measured."""
-    described = json.dumps([1, torch.__version__, _processor(), threads, ROWS, shapes])
+    described = json.dumps([1, torch.__version__, _processor(), ROWS, shapes])
     name = f"autocast-{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
     entry = cache.find(name)
-    if entry is None:
-        entry = cache.store(name, json.dumps(measure(shapes)).encode())
-    float32, bfloat16 = json.loads(cache.body(entry))
-    return float32, bfloat16
+    if entry is not None:
+        float32, bfloat16 = json.loads(cache.body(entry))
+        return float32, bfloat16
+    measured = measure(shapes)
+    cache.store(name, json.dumps(measured).encode())
+    return measured
 
 
 def measure(shapes: tuple[Shape, ...]) -> tuple[float, float]:
@@ -99,18 +111,25 @@ def measure(shapes: tuple[Shape, ...]) -> tuple[float, float]:
     for dtype in (torch.float32, torch.bfloat16):
         # Not random: the run's generators are not ours to draw from.
         pairs[dtype] = [(torch.ones(ROWS, k, dtype=dtype), torch.ones(n, k, dtype=dtype)) for n, k in shapes]
-    best = dict.fromkeys(pairs, float("inf"))
+    best = {dtype: [float("inf")] * len(shapes) for dtype in pairs}
+    threads, start = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            for rounds in range(8):
+                if rounds >= 2 and time.perf_counter() - start > SECONDS:
+                    break
+                for dtype, operands in pairs.items():
+                    best[dtype] = [min(b, _once(*pair)) for b, pair in zip(best[dtype], operands, strict=True)]
+    finally:
+        torch.set_num_threads(threads)
+    return sum(best[torch.float32]), sum(best[torch.bfloat16])
+
+
+def _once(x: torch.Tensor, weight: torch.Tensor) -> float:
     start = time.perf_counter()
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        for rounds in range(8):
-            if rounds >= 2 and time.perf_counter() - start > SECONDS:
-                break
-            for dtype, operands in pairs.items():
-                begun = time.perf_counter()
-                for x, weight in operands:
-                    F.linear(x, weight)
-                best[dtype] = min(best[dtype], time.perf_counter() - begun)
-    return best[torch.float32], best[torch.bfloat16]
+    F.linear(x, weight)
+    return time.perf_counter() - start
 
 
 def _processor() -> str:

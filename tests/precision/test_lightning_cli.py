@@ -105,7 +105,8 @@ def test_our_options_of_an_optimizer() -> None:
 
 
 def subclasses(base: type) -> Iterator[type]:
-    for cls in type.__subclasses__(base):
+    found: list[type] = type.__subclasses__(base)
+    for cls in found:
         yield cls
         yield from subclasses(cls)
 
