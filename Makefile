@@ -37,6 +37,7 @@ gpu:
 	PYTHONPATH=. python benchmarks/paging.py
 	PYTHONPATH=. python benchmarks/int8_quantize.py
 	PYTHONPATH=. python benchmarks/int8_linear.py
+	PYTHONPATH=. python benchmarks/default_precision.py --models vit
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
@@ -44,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/paging.py
 	$(BIN)/python benchmarks/int8_quantize.py
 	$(BIN)/python benchmarks/int8_linear.py
+	$(BIN)/python benchmarks/default_precision.py
 
 # What 8 bits cost: int8 products beside bf16 ones, then every optimizer at 32 and 8 bits on two small models, into
 # docs/benchmarks. It takes an hour.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import Int8MixedPrecision, optim
+from lowbit_lightning.callbacks import DeterministicResume, LowBitMonitor
 from lowbit_lightning.layers import Int8Linear
 
 # Lightning's CLI calls jsonargparse by older names.
@@ -102,6 +104,18 @@ def test_an_optimizer_by_name(tmp_path: Path, name: str, kind: type, in_file: bo
 def test_our_options_of_an_optimizer() -> None:
     made = cli("--optimizer=lowbit_lightning.optim.AdamW", "--optimizer.min_size=64", "--optimizer.bits=32")
     assert made.config["optimizer"]["init_args"]["bits"] == 32
+
+
+def test_callbacks_in_a_file_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    (tmp_path / "config.yaml").write_text(
+        "trainer:\n  callbacks:\n    - class_path: LowBitMonitor\n      init_args: {every_n_steps: 10}\n"
+        "    - class_path: DeterministicResume\n"
+    )
+    callbacks = cli(f"--config={tmp_path / 'config.yaml'}").trainer.callbacks  # type: ignore[attr-defined]
+    assert [c.picture for c in callbacks if isinstance(c, LowBitMonitor)] == [False]
+    assert any(isinstance(c, DeterministicResume) for c in callbacks)
 
 
 def subclasses(base: type) -> Iterator[type]:
