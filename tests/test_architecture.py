@@ -29,6 +29,7 @@ LAYERS = {
     "kernels.compile": 0,
     "kernels.reference": 0,
     "kernels.sources": 0,
+    "kernels.structs": 0,
     "kernels.cpu": 0,
     "kernels.cuda": 0,
     "kernels": 0,
@@ -50,11 +51,14 @@ LAYERS = {
     "": 5,
 }
 # What every backend may use; they share nothing else, so that any of them can be read, or left out, alone.
-BACKEND_BASE = {"kernels.arguments", "kernels.compile", "kernels.formats", "kernels.rules", "kernels.sources"}
+BACKEND_BASE = {
+    *("kernels.arguments", "kernels.compile", "kernels.formats", "kernels.rules", "kernels.sources", "kernels.structs"),
+}
 SAME_LAYER = {
     "kernels.arguments": {"kernels.formats", "kernels.rules"},
-    "kernels.reference": BACKEND_BASE - {"kernels.compile", "kernels.sources"},
+    "kernels.reference": BACKEND_BASE - {"kernels.compile", "kernels.sources", "kernels.structs"},
     "kernels.sources": BACKEND_BASE - {"kernels.sources"},
+    "kernels.structs": {"kernels.arguments", "kernels.formats"},
     "kernels.cpu": BACKEND_BASE | {"kernels.reference"},
     "kernels.cuda": BACKEND_BASE | {"kernels.reference"},
     "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed

@@ -13,6 +13,7 @@ import torch
 from lowbit_lightning.kernels import formats, rules
 from lowbit_lightning.kernels.arguments import StepArguments
 from lowbit_lightning.kernels.compile import source_text
+from lowbit_lightning.kernels.structs import cpp_settings
 
 CPP_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 """A dtype's name in ``src/vec.h`` and ``src/gpu.h``."""
@@ -26,7 +27,9 @@ MAP_NUMBERS = {"dynamic_signed": 0, "dynamic_unsigned": 1, "custom": 2}
 def specialised(source: str, rule: str = "", **macros: torch.dtype | int) -> str:
     """``src/SOURCE`` with ``#define NAME VALUE`` before it: dtypes by their names there, flags as 0 or 1."""
     defines = [f"#define {k} {CPP_TYPES[v] if isinstance(v, torch.dtype) else int(v)}" for k, v in macros.items()]
-    generated = {"dynamic_tables.h": formats.cpp_tables(), **({"rule.h": rules.get(rule).cpp()} if rule else {})}
+    generated = {"dynamic_tables.h": formats.cpp_tables(), "step_settings_struct.h": cpp_settings()}
+    if rule:
+        generated["rule.h"] = rules.get(rule).cpp()
     return source_text(source, prelude="\n".join(defines), generated=generated)
 
 

@@ -13,6 +13,7 @@ from lowbit_lightning.kernels.cuda import launch
 from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry
 from lowbit_lightning.kernels.cuda.table import parameter_table
 from lowbit_lightning.kernels.sources import StepVariant, specialised
+from lowbit_lightning.kernels.structs import StepSettings, hyper_values, settings_values
 
 _FILL = 2048  # CUDA blocks that keep a large GPU busy; with more work than that, each takes several turns
 _TURNS = 8
@@ -35,16 +36,16 @@ class _Step:
         self.arguments = arguments
         self.rule = rules.get(arguments.rule)
         self.variant = StepVariant.of(arguments)
+        self.settings = StepSettings(*settings_values(arguments))
         self.count = len(arguments.params)
         self.table, self.blocks = parameter_table(arguments)
         self.scalars = self._empty(self.count * max(1, len(self.rule.elementwise_scalars)), torch.float32)
         self.factor = self._empty(1, torch.float32)
 
     def step(self, norms: Tensor | None) -> None:
-        a = self.arguments
         text = self.variant.text("optimizer_step.cu")
-        self._prepare(a.skip, norms, advance=True)
-        self._run_blocks(text, "step", self.scalars, self.factor, a.skip, ctypes.c_uint64(a.seed & (2**64 - 1)))
+        self._prepare(norms, advance=True)
+        self._run_blocks(text, "step", self.scalars, self.factor, self.settings)
 
     def norms(self) -> Tensor:
         kinds = len(self.rule.norms)
@@ -53,19 +54,17 @@ class _Step:
             return out
         text = self.variant._replace(stochastic=False).text("optimizer_norms.cu")
         sums, other = (self._empty(kinds * self.blocks, torch.float64) for _ in range(2))
-        self._prepare(None, None, advance=False)
+        self._prepare(None, advance=False)
         self._run_blocks(text, "norm_blocks", self.scalars, self.factor, sums)
         fold = self.table, ctypes.c_int64(self.blocks), sums, other, out
         launch.run(Launch(text, "norm_fold", (self.count, kinds, 1), 256, fold))
         return out
 
-    def _prepare(self, skip: Tensor | None, norms: Tensor | None, advance: bool) -> None:
-        a = self.arguments
-        hyper = (ctypes.c_double * max(1, len(a.hyper)))(*a.hyper)
-        flags = ctypes.c_int(a.maximize), ctypes.c_int(advance)
-        head = self.table, ctypes.c_int64(self.count), hyper
-        arguments = *head, a.lr, a.unscale, a.clip, skip, norms, *flags, self.scalars, self.factor
-        self._run(specialised("optimizer_prepare.cu", a.rule), "prepare", ceil_div(self.count, 128), 128, arguments)
+    def _prepare(self, norms: Tensor | None, advance: bool) -> None:
+        told = hyper_values(self.arguments), self.settings, norms, ctypes.c_int(advance)
+        arguments = self.table, ctypes.c_int64(self.count), *told, self.scalars, self.factor
+        text = specialised("optimizer_prepare.cu", self.rule.name)
+        self._run(text, "prepare", ceil_div(self.count, 128), 128, arguments)
 
     def _run_blocks(self, text: str, kernel: str, *arguments: object) -> None:
         threads, at_a_time = geometry(self.arguments.block_size)
@@ -81,7 +80,8 @@ class _Step:
 
     def _memory(self) -> list[Tensor]:
         a = self.arguments
-        return [*a.params, *a.grads, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s)]
+        told = [t for t in (a.lr, a.unscale, a.clip, a.skip) if t is not None]
+        return [*told, *a.params, *a.grads, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s)]
 
     def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device=self.arguments.device)

@@ -16,42 +16,17 @@ from torch import Tensor
 from lowbit_lightning.kernels.arguments import StepArguments
 from lowbit_lightning.kernels.cuda import launch
 from lowbit_lightning.kernels.sources import specialised
+from lowbit_lightning.kernels.structs import parameter_rows
 
 _WORDS = 480  # of 8 bytes per launch; all arguments of a kernel may take 4 KiB
-_SHAPE_WORDS = 5  # row_length to first_block
 _KEPT = 2**21  # words of all tables: 16 MiB. Paged states have one for each chunk
 _tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
 
 
 def parameter_table(arguments: StepArguments) -> tuple[Tensor, int]:
-    """The rows of ``struct Parameter`` in src/optimizer_step.cu, on the device, and the number of all blocks.
-
-    Addresses are looked up in every step, shapes once.
-    """
-    nothing: list[list[Tensor]] = [] if arguments.states else [[]]
-    columns = [arguments.params, arguments.grads, arguments.steps]
-    columns += [*arguments.states, *nothing, *arguments.scales, *nothing, arguments.remainders]
-    if "cuda" not in arguments.cache:
-        arguments.cache["cuda"] = _shapes(arguments, len(columns))
-    words: array = arguments.cache["cuda"]
-    width = len(columns) + _SHAPE_WORDS
-    for number, tensors in enumerate(columns):
-        if tensors:
-            words[number : len(tensors) * width : width] = array("q", map(Tensor.data_ptr, tensors))
+    """``structs.parameter_rows`` on the device, and the number of all blocks."""
+    words = parameter_rows(arguments)
     return _on_device(words, arguments.device), words[-1]
-
-
-def _shapes(arguments: StepArguments, addresses: int) -> array:
-    """The table with zeros for addresses."""
-    words = array("q")
-    first_block = 0
-    for i in range(len(arguments.params)):
-        grid = arguments.grid(i)
-        words.extend([0] * addresses)
-        words.extend((grid.row_length, grid.blocks_per_row, arguments.ordinals[i], arguments.offsets[i], first_block))
-        first_block += grid.rows * grid.blocks_per_row
-    words.extend([0] * (addresses + _SHAPE_WORDS - 1) + [first_block])
-    return words
 
 
 def forget() -> None:

@@ -8,38 +8,28 @@
 #include "blocks.h"
 #include "random_words.h"
 #include "rule_scalars.h"
-#include "rule.h"  // generated from rules.py
+#include "rule.h"  // generated from the rule
+#include "parameter.h"
+#include "step_settings.h"
 #include <algorithm>
 #include <vector>
 
 constexpr int RUN_BLOCKS = BLOCK < 512 ? 512 / BLOCK : 1;  // that are updated, then encoded: none waits for its scales
-constexpr int STATES = RULE_STATES ? RULE_STATES : 1;
 constexpr int TEMPORARIES = RULE_TEMPORARIES ? RULE_TEMPORARIES : 1;
 constexpr bool coded(int s) { return CODED >> s & 1; }
 
-// One parameter; the layout is that of the rows of int64 that cpu.py builds.
-struct Parameter {
-    PARAM* p;
-    const GRAD* g;
-    float* step;
-    void* state[3];
-    float* scales[3];
-    int8_t* remainder;
-    int64_t rows, row_length, ordinal, offset;
-
-    int64_t blocks_per_row() const { return (row_length + BLOCK - 1) / BLOCK; }
-    int64_t blocks() const { return rows * blocks_per_row(); }
-};
-
-// What the whole call shares; the layout is that of cpu.py's ctypes structure.
-struct Call {
-    const Parameter* parameters;
+// What the whole call shares; cpu/step.py fills it.
+struct Call : StepSettings {
+    const Parameter* parameters;  // and one more, which ends them
     int64_t count;
     const double* hyper;
-    const float *lr, *unscale, *clip, *skip;
     const double* square_sums;  // [count][RULE_NORMS], or null
-    uint64_t seed;
-    int32_t maximize, threads;
+    int32_t threads;
+
+    int64_t blocks(int64_t i) const { return parameters[i + 1].first_block - parameters[i].first_block; }
+    Scalars scalars(int64_t i, double step) const {
+        return scalars_of(*this, hyper, step, square_sums ? square_sums + i * RULE_NORMS : nullptr);
+    }
 };
 
 // One block of a parameter.
@@ -57,21 +47,6 @@ struct Run {
     Block block[RUN_BLOCKS];
 };
 
-// The gradients' factor: unscale * clip, negated to maximize.
-static float factor_of(const Call& call) {
-    float factor = 1.0f;
-    if (call.unscale) factor *= *call.unscale;
-    if (call.clip) factor *= *call.clip;
-    return call.maximize ? -factor : factor;
-}
-
-static Scalars scalars_of(const Call& call, int64_t i, double step, const double* square_sums) {
-    double hyper[RULE_HYPER];
-    std::copy(call.hyper, call.hyper + RULE_HYPER, hyper);
-    if (call.lr) hyper[0] = *call.lr;
-    return rule_scalars(hyper, step, square_sums ? square_sums + i * RULE_NORMS : nullptr);
-}
-
 // How many blocks a thread takes at a time: few enough that threads end together, and so many that it pays to begin
 // elsewhere in memory.
 static int64_t chunk_of(int64_t blocks, int threads) {
@@ -81,19 +56,19 @@ static int64_t chunk_of(int64_t blocks, int threads) {
 
 // Calls body(run) for all blocks of all parameters, shared among threads.
 template <class F> static void for_runs(const Call& call, const F& body) {
-    std::vector<int64_t> first(call.count + 1, 0);
-    for (int64_t i = 0; i < call.count; ++i) first[i + 1] = first[i] + call.parameters[i].blocks();
-    const int64_t total = first[call.count];
+    const Parameter *const all = call.parameters, *const end_of_all = all + call.count;
+    const auto begins_after = [](int64_t block, const Parameter& q) { return block < q.first_block; };
+    const int64_t total = end_of_all->first_block;
     const int64_t chunk = chunk_of(total, call.threads);
     parallel_for((total + chunk - 1) / chunk, call.threads, [&](int64_t which) {
         const int64_t end = std::min(total, (which + 1) * chunk);
-        int64_t b = which * chunk, i = std::upper_bound(first.begin(), first.end(), b) - first.begin() - 1;
+        int64_t b = which * chunk, i = std::upper_bound(all, end_of_all, b, begins_after) - all - 1;
         while (b < end) {
-            while (b >= first[i + 1]) ++i;
-            Run run{call.parameters[i], i, (int)std::min<int64_t>({RUN_BLOCKS, end - b, first[i + 1] - b}), {}};
-            const int64_t per_row = run.q.blocks_per_row();
+            while (b >= all[i + 1].first_block) ++i;
+            Run run{all[i], i, (int)std::min<int64_t>({RUN_BLOCKS, end - b, all[i + 1].first_block - b}), {}};
+            const int64_t per_row = run.q.blocks_per_row;
             for (int k = 0; k < run.count; ++k, ++b) {
-                const int64_t number = b - first[i], column = number % per_row * BLOCK;
+                const int64_t number = b - all[i].first_block, column = number % per_row * BLOCK;
                 const int64_t start = number / per_row * run.q.row_length + column;
                 run.block[k] = {start, number, (int)std::min<int64_t>(BLOCK, run.q.row_length - column)};
             }
@@ -189,7 +164,7 @@ template <int S = 0> LB_FN void encode_states(const Run& run, const Pending* pen
 }
 
 LB_FN V load_parameter(const Parameter& q, int64_t at, int count) {
-    const PARAM* from = q.p + at;
+    const PARAM* from = (const PARAM*)q.p + at;
 #if REMAINDER
     const I upper = widen(load_raw<Halves>(from, count));
     const I lower = widen_signed(load_raw<Bytes>(q.remainder + at, count));
@@ -201,7 +176,7 @@ LB_FN V load_parameter(const Parameter& q, int64_t at, int count) {
 
 // `words`: the random words of the block's elements, where they are asked for.
 LB_FN void store_parameter(const Parameter& q, const Block& block, int i, int count, V p, const uint16_t* words) {
-    PARAM* to = q.p + block.start + i;
+    PARAM* to = (PARAM*)q.p + block.start + i;
 #if REMAINDER
     const I bits = to_bits(p);
     const I finite = (I)((bits & 0x7fffffff) < (int32_t)INFINITE);
@@ -234,7 +209,7 @@ LB_FN void update_vectors(
     const uint16_t* words, Pending& pending, Extremes* seen) {
     V s[N][STATES], t[N][TEMPORARIES], p[N], g[N];
     for (int j = 0, i = first; j < N; ++j, i += W) {
-        g[j] = load(q.g + block.start + i, count) * shared.factor;
+        g[j] = load((const GRAD*)q.g + block.start + i, count) * shared.factor;
         load_states(q, block.start + i, count, s[j]);
     }
     for (int j = 0, i = first; j < N; ++j, i += W) {
@@ -287,12 +262,12 @@ static void update_run(const Shared& of_all, const Run& run) {
 }
 
 extern "C" void optimizer_step(const Call* call) {
-    if (call->skip && *call->skip != 0.0f) return;
+    if (skipped(*call)) return;
     std::vector<Scalars> scalars(call->count);
     for (int64_t i = 0; i < call->count; ++i) {
         float& step = *call->parameters[i].step;
         step += 1.0f;
-        scalars[i] = scalars_of(*call, i, step, call->square_sums);
+        scalars[i] = call->scalars(i, step);
     }
     const float factor = factor_of(*call);
     for_runs(*call, [&](const Run& run) { update_run({scalars[run.parameter], factor, call->seed}, run); });
@@ -320,8 +295,8 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
     std::vector<Scalars> scalars(call->count);
     std::vector<std::vector<double>> sums(call->count * RULE_NORMS);
     for (int64_t i = 0; i < call->count; ++i) {
-        scalars[i] = scalars_of(*call, i, *call->parameters[i].step + 1.0, nullptr);
-        for (int k = 0; k < RULE_NORMS; ++k) sums[i * RULE_NORMS + k].resize(call->parameters[i].blocks());
+        scalars[i] = call->scalars(i, *call->parameters[i].step + 1.0);
+        for (int k = 0; k < RULE_NORMS; ++k) sums[i * RULE_NORMS + k].resize(call->blocks(i));
     }
     const float factor = factor_of(*call);
     for_runs(*call, [&](const Run& run) {
@@ -333,7 +308,7 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
                 const int count = std::min(W, block.n - i);
                 const int64_t at = block.start + i;
                 V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
-                V p = load_parameter(run.q, at, count), g = load(run.q.g + at, count) * factor;
+                V p = load_parameter(run.q, at, count), g = load((const GRAD*)run.q.g + at, count) * factor;
                 load_states(run.q, at, count, s);
                 rule_direction(scalars[run.parameter], p, g, s, scales.of, t);
                 rule_norm_values(p, t, n);

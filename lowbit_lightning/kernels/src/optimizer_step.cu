@@ -5,6 +5,7 @@
 // Specialised by the macros of optimizer_block.h and STOCHASTIC (1: parameters are rounded at random).
 #include "optimizer_block.h"
 #include "philox.h"
+#include "step_settings.h"
 
 LB_FN uint32_t random_bits(const Philox& words, int i) {  // by selections: an array in registers has no index
     const uint32_t low = i & 2 ? words.word[1] : words.word[0], high = i & 2 ? words.word[3] : words.word[2];
@@ -107,8 +108,8 @@ template <bool PACKETS, int S = 0> LB_FN void store_states(const Block& b, const
 
 extern "C" __global__ void __launch_bounds__(THREADS) step(
     const Parameter* parameters, int64_t count, int64_t blocks, int blocks_per_group, const Scalars* scalars,
-    const float* factor, const float* skip, uint64_t seed) {
-    if (skip && *skip != 0.0f) return;
+    const float* factor, const StepSettings told) {
+    if (skipped(told)) return;
     prepare_lines(uses_map(true), uses_map(false));
     int64_t i = -1, number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
     // Every thread takes every turn, also without a block of its own: group_max needs all of them.
@@ -135,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) step(
             if (!b.packets || !all_below(key)) keep_what_counts(b, e, key);
             const Parameter& q = parameters[i];
             const uint32_t steps = STOCHASTIC ? (uint32_t)*q.step : 0;
-            if (b.packets) store_parameter<true>(b, e.p, seed, (uint32_t)q.ordinal, steps, q.offset);
-            else store_parameter<false>(b, e.p, seed, (uint32_t)q.ordinal, steps, q.offset);
+            if (b.packets) store_parameter<true>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
+            else store_parameter<false>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
         }
         if (CODED) group_max<GROUP>(key);
         if (active) {

@@ -1,7 +1,8 @@
-// The table of parameters that the optimizer kernels read; cuda/table.py builds it.
+// The table of parameters that the optimizer kernels read; structs.py builds it.
 #pragma once
 
 constexpr int STATES = RULE_STATES ? RULE_STATES : 1;
+constexpr int HYPER = RULE_HYPER ? RULE_HYPER : 1;
 
 // One parameter. One more row ends the table; only its first_block counts.
 struct Parameter {

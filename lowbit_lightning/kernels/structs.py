@@ -1,0 +1,70 @@
+"""The structs that Python fills and the step's kernels read, the same ones on the CPU and on the GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+
+from torch import Tensor
+
+from lowbit_lightning.kernels.arguments import StepArguments
+
+_C_TYPES = {ctypes.c_void_p: "const float*", ctypes.c_uint64: "uint64_t", ctypes.c_int32: "int32_t"}
+_SHAPE_WORDS = 5  # row_length to first_block
+
+
+class StepSettings(ctypes.Structure):
+    """What a step is told as a whole; pointers are null or those of one float. ``src/step_settings.h`` uses it."""
+
+    _fields_ = [
+        ("lr", ctypes.c_void_p),
+        ("unscale", ctypes.c_void_p),
+        ("clip", ctypes.c_void_p),
+        ("skip", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("maximize", ctypes.c_int32),
+    ]
+
+
+def settings_values(arguments: StepArguments) -> list[int | None]:
+    """The fields of ``StepSettings``."""
+    found = [getattr(arguments, name) for name, _ in StepSettings._fields_]
+    return [value.data_ptr() if isinstance(value, Tensor) else value for value in found]
+
+
+def cpp_settings() -> str:
+    """C++ text: ``struct StepSettings``."""
+    return f"struct StepSettings {{ {' '.join(f'{_C_TYPES[kind]} {name};' for name, kind in StepSettings._fields_)} }};"
+
+
+def hyper_values(arguments: StepArguments) -> ctypes.Array:
+    """The rule's hyperparameters as doubles, at least one."""
+    return (ctypes.c_double * max(1, len(arguments.hyper)))(*arguments.hyper)
+
+
+def parameter_rows(arguments: StepArguments) -> array:
+    """Rows of ``struct Parameter`` (src/parameter.h) as int64, and one that ends them; its last word is the number of
+    all blocks. Addresses are looked up in every call, shapes once."""
+    a, nothing = arguments, [] if arguments.states else [[]]
+    columns: list[list[Tensor]] = [a.params, a.grads, a.steps, *a.states, *nothing, *a.scales, *nothing, a.remainders]
+    if "rows" not in a.cache:
+        a.cache["rows"] = _shapes(a, len(columns))
+    words: array = a.cache["rows"]
+    width = len(columns) + _SHAPE_WORDS
+    for number, tensors in enumerate(columns):
+        if tensors:
+            words[number : len(tensors) * width : width] = array("q", map(Tensor.data_ptr, tensors))
+    return words
+
+
+def _shapes(arguments: StepArguments, addresses: int) -> array:
+    """The rows with zeros for addresses."""
+    words = array("q")
+    first_block = 0
+    for i in range(len(arguments.params)):
+        grid = arguments.grid(i)
+        words.extend([0] * addresses)
+        words.extend((grid.row_length, grid.blocks_per_row, arguments.ordinals[i], arguments.offsets[i], first_block))
+        first_block += grid.rows * grid.blocks_per_row
+    words.extend([0] * (addresses + _SHAPE_WORDS - 1) + [first_block])
+    return words
