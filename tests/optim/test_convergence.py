@@ -125,7 +125,7 @@ def test_8_bits_train_as_32_do(seed: int) -> None:
 def test_finds_a_signed_map_for_the_second_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     adamw = rules.get("adamw")
     signed = replace(
-        adamw, name="adamw_signed", states=(adamw.states[0], rules.State("exp_avg_sq", non_negative=False)), _code={}
+        adamw, name="adamw_signed", states=(adamw.states[0], rules.State("exp_avg_sq", non_negative=False))
     )
     monkeypatch.setitem(rules.RULES, "adamw_signed", signed)
     monkeypatch.setattr(optim.AdamW, "_rule", lambda *_: "adamw_signed")

@@ -1,18 +1,12 @@
 """Adagrad (Duchi et al., 2011)."""
 
-from lowbit_lightning.kernels.rules.rule import NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     "adagrad",
-    hyper={
-        "lr": NOT_NEGATIVE,
-        "lr_decay": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-        "eps": NOT_NEGATIVE,
-        "initial_accumulator_value": NOT_NEGATIVE,
-    },
-    states=(State("sum", non_negative=True),),
-    text="""
+    """
+hyper: lr >= 0, lr_decay >= 0, weight_decay >= 0, eps >= 0, initial_accumulator_value >= 0
+states: sum >= 0
 scalars:
     step_size = lr / (1 + (step - 1) * lr_decay)
 direction:

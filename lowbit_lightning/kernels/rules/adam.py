@@ -1,23 +1,13 @@
 """Adam (Kingma & Ba, 2015), AdamW (Loshchilov & Hutter, 2019), and amsgrad (Reddi et al., 2018), which divides by the
 largest second moment so far. In torch's order: AdamW decays first."""
 
-from lowbit_lightning.kernels.rules.rule import FRACTION, NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     {"adam": "", "adam_amsgrad": "amsgrad", "adamw": "decoupled", "adamw_amsgrad": "decoupled amsgrad"},
-    hyper={
-        "lr": NOT_NEGATIVE,
-        "beta1": FRACTION,
-        "beta2": FRACTION,
-        "eps": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-    },
-    states=(
-        State("exp_avg"),
-        State("exp_avg_sq", non_negative=True),
-        State("max_exp_avg_sq", non_negative=True),
-    ),
-    text="""
+    """
+hyper: lr >= 0, 0 <= beta1 < 1, 0 <= beta2 < 1, eps >= 0, weight_decay >= 0
+states: exp_avg, exp_avg_sq >= 0, max_exp_avg_sq >= 0
 scalars:
     if decoupled:
         decay = 1 - lr * weight_decay

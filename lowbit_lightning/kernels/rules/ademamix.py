@@ -1,24 +1,13 @@
 """AdEMAMix (Pagliardini et al., 2024, algorithm 1 with the schedulers of its appendix A.1); decay as in AdamW."""
 
-from lowbit_lightning.kernels.rules.rule import FRACTION, FREE, NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     "ademamix",
-    hyper={
-        "lr": NOT_NEGATIVE,
-        "beta1": FRACTION,
-        "beta2": FRACTION,
-        "eps": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-        "beta3": FRACTION,
-        "alpha": NOT_NEGATIVE,
-        "log_beta1": FREE,
-        "log_beta3": FREE,
-        "t_alpha": NOT_NEGATIVE,
-        "t_beta3": NOT_NEGATIVE,
-    },
-    states=(State("exp_avg"), State("exp_avg_slow", slow=True), State("exp_avg_sq", non_negative=True)),
-    text="""
+    """
+hyper: lr >= 0, 0 <= beta1 < 1, 0 <= beta2 < 1, eps >= 0, weight_decay >= 0, 0 <= beta3 < 1, alpha >= 0,
+    log_beta1, log_beta3, t_alpha >= 0, t_beta3 >= 0
+states: exp_avg, exp_avg_slow slow, exp_avg_sq >= 0
 scalars:
     shrink = lr * weight_decay  # 1 - shrink would be rounded to float32, which adds up over steps
     rest1 = 1 - beta1

@@ -1,18 +1,12 @@
 """LAMB (You et al., 2020, "Large Batch Optimization for Deep Learning", algorithm 2), phi the identity."""
 
-from lowbit_lightning.kernels.rules.rule import FRACTION, NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     "lamb",
-    hyper={
-        "lr": NOT_NEGATIVE,
-        "beta1": FRACTION,
-        "beta2": FRACTION,
-        "eps": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-    },
-    states=(State("exp_avg"), State("exp_avg_sq", non_negative=True)),
-    text="""
+    """
+hyper: lr >= 0, 0 <= beta1 < 1, 0 <= beta2 < 1, eps >= 0, weight_decay >= 0
+states: exp_avg, exp_avg_sq >= 0
 scalars:
     rest1 = 1 - beta1
     rest2 = 1 - beta2

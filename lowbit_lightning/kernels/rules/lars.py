@@ -1,18 +1,12 @@
 """LARS (You et al., 2017, "Large Batch Training of Convolutional Networks", algorithm 1)."""
 
-from lowbit_lightning.kernels.rules.rule import NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     "lars",
-    hyper={
-        "lr": NOT_NEGATIVE,
-        "momentum": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-        "trust_coefficient": NOT_NEGATIVE,
-        "eps": NOT_NEGATIVE,
-    },
-    states=(State("momentum_buffer"),),
-    text="""
+    """
+hyper: lr >= 0, momentum >= 0, weight_decay >= 0, trust_coefficient >= 0, eps >= 0
+states: momentum_buffer
 direction:
     gradient = g
     momentum_buffer = (momentum * momentum_buffer_scale) * momentum_buffer

@@ -1,12 +1,12 @@
 """Lion (Chen et al., 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2)."""
 
-from lowbit_lightning.kernels.rules.rule import FRACTION, NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     "lion",
-    hyper={"lr": NOT_NEGATIVE, "beta1": FRACTION, "beta2": FRACTION, "weight_decay": NOT_NEGATIVE},
-    states=(State("exp_avg"),),
-    text="""
+    """
+hyper: lr >= 0, 0 <= beta1 < 1, 0 <= beta2 < 1, weight_decay >= 0
+states: exp_avg
 scalars:
     shrink = lr * weight_decay  # 1 - shrink would be rounded to float32, which adds up over steps
     rest1 = 1 - beta1

@@ -3,7 +3,7 @@
 Centered, the variance is a difference of two states; ``variance_floor`` keeps it above the error of their 8-bit forms.
 """
 
-from lowbit_lightning.kernels.rules.rule import FREE, NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     {
@@ -12,16 +12,9 @@ RULES = define(
         "rmsprop_centered": "centered",
         "rmsprop_centered_momentum": "centered momentum",
     },
-    hyper={
-        "lr": NOT_NEGATIVE,
-        "alpha": NOT_NEGATIVE,
-        "eps": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-        "variance_floor": FREE,
-        "momentum": NOT_NEGATIVE,
-    },
-    states=(State("square_avg", non_negative=True), State("grad_avg"), State("momentum_buffer")),
-    text="""
+    """
+hyper: lr >= 0, alpha >= 0, eps >= 0, weight_decay >= 0, variance_floor, momentum >= 0
+states: square_avg >= 0, grad_avg, momentum_buffer
 scalars:
     rest = 1 - alpha
 direction:

@@ -1,6 +1,13 @@
 """What an update rule is: one text that every backend runs.
 
-A rule's text has up to four sections, in this order, of assignments that are legal Python *and* legal C++: ``+ - * /``
+It begins with two lines, of names separated by commas:
+
+* ``hyper:`` the hyperparameters in the order of ``StepArguments.hyper``, ``lr`` first, with their bounds: ``lr >= 0``,
+  ``0 <= beta1 < 1``, or the name alone. One that no line uses is only a key of the optimizer's groups, to be checked.
+* ``states:`` in the order of ``StepArguments.states``: ``exp_avg``, or ``exp_avg_sq >= 0`` if it is never negative, or
+  ``exp_avg_slow slow`` (see ``State``). A rule without states has no such line.
+
+Then come up to four sections, in this order, of assignments that are legal Python *and* legal C++: ``+ - * /``
 expressions and the functions named below. Python runs them on torch tensors (the reference), the host compiler on SIMD
 vectors, NVRTC on single floats. Operations are rounded one by one (no fused multiply-add but ``fused``), in the order
 written, so that backends agree to the bit.
@@ -29,10 +36,10 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from textwrap import dedent, indent
+from textwrap import dedent
 from types import CodeType
 from typing import Any
 
@@ -66,109 +73,107 @@ class Bound:
     allows: Callable[[float], bool]
 
 
-FREE = Bound("a number", lambda x: x == x)
-NOT_NEGATIVE = Bound("0 or more", lambda x: x >= 0)
-FRACTION = Bound("in [0, 1)", lambda x: 0 <= x < 1)
+_BOUNDS = {
+    "{}": Bound("a number", lambda x: x == x),
+    "{} >= 0": Bound("0 or more", lambda x: x >= 0),
+    "0 <= {} < 1": Bound("in [0, 1)", lambda x: 0 <= x < 1),
+}
+_STATES = {"{}": (False, False), "{} >= 0": (True, False), "{} slow": (False, True)}
+_SECTIONS = ("scalars", "direction", "norms", "finish")
 
 
-def define(
-    names: str | Mapping[str, str], text: str, *, hyper: Mapping[str, Bound], states: Sequence[State] = ()
-) -> list[Rule]:
+def define(names: str | Mapping[str, str], text: str) -> list[Rule]:
     """The rules of a text; the module's docstring says what may stand in it.
 
-    Args:
-        names: the rule's name; of a text with variants, each rule's name with the words that are true of it, as in
-            ``{"sgd": "", "sgd_momentum": "momentum"}``.
-        text: see above.
-        hyper: hyperparameters with their bounds, ``lr`` first, in the order of ``StepArguments.hyper``. A name that no
-            line uses is only a key of the optimizer's groups, to be checked.
-        states: in the order of ``StepArguments.states``.
+    ``names``: the rule's name; of a text with variants, each rule's name with the words that are true of it, as in
+    ``{"sgd": "", "sgd_momentum": "momentum"}``.
 
     Raises:
-        ValueError: for a text that says something else than its names, hyperparameters and states do.
+        ValueError: for what may not stand in a text, or what it leaves out.
     """
     words_of = {names: ""} if isinstance(names, str) else names
-    before, *pieces = re.split(r"^(scalars|direction|norms of [\w, ]+|finish):$", dedent(text), flags=re.MULTILINE)
-    sections = {title: ast.parse(dedent(body)) for title, body in zip(pieces[::2], pieces[1::2], strict=True)}
-    conditions = {n.test.id for tree in sections.values() for n in ast.walk(tree) if _is_choice(n)}
-    rules = [_variant(name, sections, set(words.split()), hyper, states) for name, words in words_of.items()]
-    if before.strip() or conditions != set(" ".join(words_of.values()).split()):
-        raise ValueError(f"rules {list(words_of)}: text before the sections, or other conditions than {words_of}")
-    if {state for rule in rules for state in rule.states} != set(states):
-        raise ValueError(f"rules {list(words_of)}: a state that no line uses, among {states}")
+    before, *pieces = re.split(r"^(\w.*?):", text, flags=re.MULTILINE)
+    heads = dict(zip(pieces[::2], pieces[1::2], strict=True))
+    bounds = dict(_items(heads.pop("hyper"), _BOUNDS))
+    states = [State(name, *flags) for name, flags in _items(heads.pop("states", ""), _STATES)]
+    of = next((head for head in heads if head.startswith("norms of ")), "")
+    trees = {head.partition(" ")[0]: ast.parse(dedent(body)) for head, body in heads.items()}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    choices = {ast.unparse(node.test) for node in nodes if isinstance(node, ast.If)}
+    if before.strip() or not trees.keys() <= {*_SECTIONS} or choices != {*" ".join(words_of.values()).split()}:
+        raise ValueError(f"rules {[*words_of]}: sections {[*heads]}, conditions {choices}; see rules/rule.py")
+    rules = []
+    for name, words in words_of.items():
+        chosen = {part: _chosen(trees[part].body, words.split()) if part in trees else [] for part in _SECTIONS}
+        lines = {part: "".join(f"{ast.unparse(line)}\n" for line in chosen[part]) for part in _SECTIONS}
+        used = _names("".join(lines.values()))
+        hyper = tuple(key for key in bounds if key in used)
+        kept = tuple(state for state in states if state.name in used)
+        rules.append(Rule(name, hyper, kept, tuple(re.findall(r"\w+", of)[2:]), lines, bounds))
+    if {state for rule in rules for state in rule.states} != {*states}:
+        raise ValueError(f"rules {[*words_of]}: a state that no line uses, among {states}")
     return rules
 
 
-def _variant(
-    name: str, sections: dict[str, ast.Module], words: set[str], hyper: Mapping[str, Bound], states: Sequence[State]
-) -> Rule:
-    parts, norms = {}, ""
-    for title, tree in sections.items():
-        part, _, of = title.partition(" of ")
-        norms = norms or of
-        parts[part] = "\n".join(ast.unparse(line) for line in _chosen(tree.body, words))
-    used = set(re.findall(r"\w+", "\n".join(parts.values())))
-    return Rule(
-        name,
-        tuple(key for key in hyper if key in used),
-        tuple(state for state in states if state.name in used),
-        parts["finish"],
-        parts["direction"],
-        parts.get("scalars", ""),
-        tuple(re.findall(r"\w+", norms)),
-        parts.get("norms", ""),
-        bounds=hyper,
-    )
+def _items(text: str, forms: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The names that are separated by commas, each with what its form, as in ``"{} >= 0"``, stands for."""
+    for item in filter(None, map(str.strip, text.split(","))):
+        (name,) = set(re.findall(r"[a-z]\w*", item)) - {"slow"}
+        form = item.replace(name, "{}")
+        if form not in forms:
+            raise ValueError(f"{item!r} must have one of the forms {[*forms]}")
+        yield name, forms[form]
 
 
-def _is_choice(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name)
-
-
-def _chosen(lines: list[ast.stmt], words: set[str]) -> Iterator[ast.stmt]:
+def _chosen(lines: list[ast.stmt], words: list[str]) -> Iterator[ast.stmt]:
     for line in lines:
-        if _is_choice(line):
-            yield from _chosen(line.body if line.test.id in words else line.orelse, words)
+        if isinstance(line, ast.If):
+            yield from _chosen(line.body if ast.unparse(line.test) in words else line.orelse, words)
         else:
             yield line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
-    """An update rule in its parts, as ``define`` makes it of a text. ``bounds``: of hyperparameters and group keys."""
+    """An update rule, as ``define`` makes it. ``sections``: the lines of each; ``bounds``: of hyperparameters and keys
+    of groups."""
 
     name: str
     hyper: tuple[str, ...]
     states: tuple[State, ...]
-    finish: str
-    direction: str = ""
-    scalars: str = ""
-    norms: tuple[str, ...] = ()
-    norm_scalars: str = ""
-    bounds: Mapping[str, Bound] = field(default_factory=dict, repr=False, compare=False)
-    _code: dict[str, CodeType] = field(default_factory=dict, repr=False, compare=False)
+    norms: tuple[str, ...]
+    sections: Mapping[str, str]
+    bounds: Mapping[str, Bound]
 
     def __post_init__(self) -> None:
-        for part in ("scalars", "direction", "finish", "norm_scalars"):
-            text = "\n".join(line.strip() for line in getattr(self, part).splitlines() if line.strip())
-            object.__setattr__(self, part, text and text + "\n")
-            self._code[part] = compile(text, f"<rule {self.name}.{part}>", "exec")
-        if any(isinstance(node, ast.Constant) for node in ast.walk(ast.parse(self.direction + self.finish))):
+        if any(isinstance(node, ast.Constant) for node in ast.walk(ast.parse(self._elementwise))):
             raise ValueError(f"rule {self.name!r}: a number in a float32 part; make it a scalar")
-        used = {node.id for node in ast.walk(ast.parse(self.direction)) if isinstance(node, ast.Name)}
+        direction = self.sections["direction"]
         for state in self.state_names:
-            if f"{state}_scale" not in used or state not in _targets(self.direction):
+            if f"{state}_scale" not in _names(direction) or state not in _targets(direction):
                 raise ValueError(f"rule {self.name!r}: direction must assign {state}, multiplied by {state}_scale")
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return tuple(state.name for state in self.states)
+
+    @property
+    def _elementwise(self) -> str:
+        return self.sections["direction"] + self.sections["finish"]
 
     @cached_property
     def elementwise_scalars(self) -> tuple[str, ...]:
         """Names of the scalars that ``direction`` and ``finish`` use: the float32 scalars of a kernel, in this
         order."""
-        known = (*self.hyper, *_targets(self.scalars), *_targets(self.norm_scalars))
-        used = {n.id for n in ast.walk(ast.parse(self.direction + self.finish)) if isinstance(n, ast.Name)}
+        known = (*self.hyper, *_targets(self.sections["scalars"]), *_targets(self.sections["norms"]))
+        used = _names(self._elementwise)
         return tuple(name for name in known if name in used)
 
     # -- Python ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _code(self) -> dict[str, CodeType]:
+        return {part: compile(text, f"<rule {self.name}: {part}>", "exec") for part, text in self.sections.items()}
 
     def compute_scalars(self, hyper: list[float], step: float, norms: tuple[float, ...] | None) -> dict[str, float]:
         """The scalars in double; ``norms`` are the 2-norms named by ``self.norms``, or None before they are known."""
@@ -176,7 +181,7 @@ class Rule:
         exec(self._code["scalars"], names)
         if norms is not None:
             names |= {f"{name}_norm": value for name, value in zip(self.norms, norms, strict=True)}
-            exec(self._code["norm_scalars"], names)
+            exec(self._code["norms"], names)
         return {name: names[name] for name in self.elementwise_scalars if name in names}
 
     def run(
@@ -198,54 +203,41 @@ class Rule:
         It expects ``LB_FN`` (function qualifiers), ``power`` and ``ratio`` for doubles, and for the value type ``V``
         the functions named in the module's docstring.
         """
-        names = self.elementwise_scalars
-        temporaries = [t for t in _targets(self.direction + self.finish) if t not in ("p", "g", *self.state_names)]
-        load = [f"V& {name} = s[{i}];" for i, name in enumerate(self.state_names)]
-        load += [f"V& {name} = t[{i}];" for i, name in enumerate(temporaries)]
-        load += [f"const float {name} = c.{name};" for name in names]
-        scales = [f"const float {name}_scale = scale[{i}];" for i, name in enumerate(self.state_names)]
-        hyper = [f"const double {name} = hyper[{i}];" for i, name in enumerate(self.hyper)]
-        norms = [f"    const double {name}_norm = sqrt(square_sums[{i}]);" for i, name in enumerate(self.norms)]
-        late = _targets(self.norm_scalars)
-        body = (
-            "template <class V> LB_FN void rule_{part}(const Scalars& c, V& p, V& g, V* s{more}, V* t) {{\n{text}\n}}"
-        )
-        lines = [
-            f"// generated from the rule {self.name}",
-            f"constexpr int RULE_STATES = {len(self.states)}, RULE_HYPER = {len(self.hyper)};",
-            f"constexpr int RULE_TEMPORARIES = {len(temporaries)};",
-            f"#define RULE_NORMS {len(self.norms)}",
-            "constexpr bool RULE_NON_NEGATIVE[4] = {"
-            + ", ".join([str(s.non_negative).lower() for s in self.states] + ["false"] * (4 - len(self.states)))
-            + "};",
-            "struct Scalars { " + " ".join(f"float {name};" for name in names) + " };",
-            "LB_FN Scalars rule_scalars(const double* hyper, double step, const double* square_sums) {",
-            *[f"    {line}" for line in hyper],
-            _cpp_statements(self.scalars, "double "),
-            *[f"    double {name} = 0;" for name in late],
-            *(["    if (square_sums) {", *norms, _cpp_statements(self.norm_scalars, ""), "    }"] if norms else []),
-            "    Scalars c;",
-            *[f"    c.{name} = (float){name};" for name in names],
-            "    return c;\n}",
-            body.format(
-                part="direction",
-                more=", const float* scale",
-                text=indent("\n".join([*load, *scales]), "    ") + "\n" + _cpp_statements(self.direction, ""),
-            ),
-            body.format(
-                part="finish",
-                more="",
-                text=indent("\n".join(load), "    ") + "\n" + _cpp_statements(self.finish, ""),
-            ),
-            "template <class V> LB_FN void rule_norm_values(V& p, V* t, V* n) {",
-            *[f"    n[{i}] = {'p' if n == 'p' else f't[{temporaries.index(n)}]'};" for i, n in enumerate(self.norms)],
-            "}",
+        scalars, sections = self.elementwise_scalars, self.sections
+        temporaries = [t for t in _targets(self._elementwise) if t not in ("p", "g", *self.state_names)]
+        signs = [str(state.non_negative).lower() for state in self.states] + ["false"] * (4 - len(self.states))
+        values = [f"V& {name} = s[{i}]" for i, name in enumerate(self.state_names)]
+        values += [f"V& {name} = t[{i}]" for i, name in enumerate(temporaries)]
+        values += [f"const float {name} = c.{name}" for name in scalars]
+        scales = [f"const float {name}_scale = scale[{i}]" for i, name in enumerate(self.state_names)]
+        hyper = [f"const double {name} = hyper[{i}]" for i, name in enumerate(self.hyper)]
+        hyper += [f"double {line}" for line in sections["scalars"].splitlines()]
+        late = [f"double {name} = 0" for name in _targets(sections["norms"])]
+        norms = [f"const double {name}_norm = sqrt(square_sums[{i}])" for i, name in enumerate(self.norms)]
+        norms += sections["norms"].splitlines()
+        results = [f"c.{name} = (float){name}" for name in scalars]
+        named = [
+            f"n[{i}] = {'p' if name == 'p' else f't[{temporaries.index(name)}]'}" for i, name in enumerate(self.norms)
         ]
-        return "\n".join(line for line in lines if line) + "\n"
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        return tuple(state.name for state in self.states)
+        return f"""// generated from the rule {self.name}
+constexpr int RULE_STATES = {len(self.states)}, RULE_HYPER = {len(self.hyper)}, RULE_TEMPORARIES = {len(temporaries)};
+#define RULE_NORMS {len(self.norms)}
+constexpr bool RULE_NON_NEGATIVE[4] = {{{", ".join(signs)}}};
+struct Scalars {{ {" ".join(f"float {name};" for name in scalars)} }};
+LB_FN Scalars rule_scalars(const double* hyper, double step, const double* square_sums) {{
+{_statements([*hyper, *late])}    if (square_sums) {{
+{_statements(norms)}    }}
+    Scalars c;
+{_statements(results)}    return c;
+}}
+template <class V>
+LB_FN void rule_direction(const Scalars& c, V& p, V& g, V* s, const float* scale, V* t) {{
+{_statements([*values, *scales, *sections["direction"].splitlines()])}}}
+template <class V> LB_FN void rule_finish(const Scalars& c, V& p, V& g, V* s, V* t) {{
+{_statements([*values, *sections["finish"].splitlines()])}}}
+template <class V> LB_FN void rule_norm_values(V& p, V* t, V* n) {{
+{_statements(named)}}}
+"""
 
 
 def _targets(text: str) -> list[str]:
@@ -254,8 +246,12 @@ def _targets(text: str) -> list[str]:
     return list(dict.fromkeys(t.id for t in targets if isinstance(t, ast.Name)))
 
 
-def _cpp_statements(text: str, declare: str) -> str:
-    return "\n".join(f"    {declare}{line};" for line in text.splitlines())
+def _names(text: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+
+
+def _statements(lines: Iterable[str]) -> str:
+    return "".join(f"    {line};\n" for line in lines)
 
 
 def power(x: float, n: float) -> float:

@@ -1,12 +1,12 @@
 """Stochastic gradient descent, with momentum and Nesterov's variant (Sutskever et al., 2013), in torch's order."""
 
-from lowbit_lightning.kernels.rules.rule import FREE, NOT_NEGATIVE, State, define
+from lowbit_lightning.kernels.rules.rule import define
 
 RULES = define(
     {"sgd": "", "sgd_momentum": "momentum", "sgd_nesterov": "momentum nesterov"},
-    hyper={"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE, "dampening": FREE, "weight_decay": NOT_NEGATIVE},
-    states=(State("momentum_buffer"),),
-    text="""
+    """
+hyper: lr >= 0, momentum >= 0, dampening, weight_decay >= 0
+states: momentum_buffer
 scalars:
     if momentum:
         gain = where(step == 1, 1.0, 1 - dampening)  # torch's first step copies the gradient into the buffer
