@@ -47,7 +47,7 @@ class StepVariant(NamedTuple):
     @classmethod
     def of(cls, arguments: StepArguments) -> StepVariant:
         a, param = arguments, arguments.params[0].dtype
-        coded = sum(1 << s for s, state in enumerate(a.states) if state[0].dtype == torch.uint8)
+        coded = sum([1 << s for s, state in enumerate(a.states) if state[0].dtype == torch.uint8])
         stochastic = a.stochastic_rounding and param == torch.bfloat16
         return cls(a.rule, param, a.grads[0].dtype, coded, a.block_size, stochastic, bool(a.remainders))
 

@@ -16,8 +16,7 @@ from lowbit_lightning.kernels.dispatch import declare, run
 
 
 def optimizer_step(arguments: StepArguments, norms: Tensor | None = None) -> None:
-    """One optimizer step for all parameters of a group, in place; see ``StepArguments`` and
-    ``reference.optimizer_step``.
+    """One optimizer step for all parameters of a group, in place; see ``StepArguments`` and ``reference/step.py``.
 
     ``norms``: what ``optimizer_norms`` returned, summed over the ranks that share a parameter; only for rules with
     norms.

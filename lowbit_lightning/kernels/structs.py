@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ _SHAPE_WORDS = 5  # row_length to first_block
 
 
 class StepSettings(ctypes.Structure):
-    """What a step is told as a whole; pointers are null or those of one float. ``src/step_settings.h`` uses it."""
+    """What a step is told as a whole: pointers to one float, or null, then values. ``src/step_settings.h`` uses it."""
 
     _fields_ = [
         ("lr", ctypes.c_void_p),
@@ -26,10 +27,14 @@ class StepSettings(ctypes.Structure):
     ]
 
 
+_pointers_of = attrgetter(*(name for name, kind in StepSettings._fields_ if kind is ctypes.c_void_p))
+_values_of = attrgetter(*(name for name, kind in StepSettings._fields_ if kind is not ctypes.c_void_p))
+
+
 def settings_values(arguments: StepArguments) -> list[int | None]:
     """The fields of ``StepSettings``."""
-    found = [getattr(arguments, name) for name, _ in StepSettings._fields_]
-    return [value.data_ptr() if isinstance(value, Tensor) else value for value in found]
+    pointers = [None if value is None else value.data_ptr() for value in _pointers_of(arguments)]
+    return [*pointers, *_values_of(arguments)]
 
 
 def cpp_settings() -> str:

@@ -14,6 +14,8 @@ from lowbit_lightning.kernels.rules import State
 from lowbit_lightning.optim.base import LowBitOptimizer
 from lowbit_lightning.optim.options import Options
 
+__all__ = ["LAMB", "LARS", "SGD", "AdEMAMix", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop"]
+
 Betas = tuple[float, float]
 
 

@@ -11,7 +11,7 @@ codes by ``f``, with ``f = |code - 127|`` (signed) and ``f = code + 1`` (unsigne
 < 2 P``. So the number of bits of ``f`` tells the decade, and inside it the value is linear in ``f``. Decoding needs no
 table of 256 entries: one look-up among ten pairs (slope, offset), one fused multiply-add. Encoding needs one among
 nine pairs (slope, shift): a fused multiply-add makes of a decade the interval from 4 to 8, where the bits of a float
-begin with those of ``f``. The constants stand here once; ``reference.py`` and ``src/dynamic_map.h`` use them.
+begin with those of ``f``. The constants stand here once; ``reference/blockwise.py`` and ``src/dynamic_map.h`` use them.
 
 **The scale carries a sign** where the codebook has no -1: a signed block is divided by its element of largest
 magnitude *with its sign*, so that this element is 1.0 exactly and re-quantising changes nothing.

@@ -1,0 +1,57 @@
+"""CONTRIBUTING.md's worked examples, carried out in a copy of the package: they work, and touch as few files as said.
+
+A fence with a file name writes that file, or adds to it; ``{a,b}`` in the name stands for several. ``diff``
+replaces the lines that begin with ``-`` or a space by those that begin with ``+`` or a space. A fence without a name
+is run.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FENCE = re.compile(r"^```(python|diff) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def examples() -> dict[str, str]:
+    """Heading -> text."""
+    _, text = (ROOT / "CONTRIBUTING.md").read_text().split("\n## Worked examples\n")
+    _, *pieces = re.split(r"^### (.*)$", text.partition("\n## ")[0], flags=re.MULTILINE)
+    return dict(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+def apply(kind: str, path: Path, text: str) -> None:
+    before = path.read_text() if path.exists() else ""
+    if kind == "python":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{before}\n\n{text}" if before else text)
+        return
+    lines = text.splitlines()
+    old, new = ("\n".join(line[1:] for line in lines if line[:1] != left_out) for left_out in "+-")
+    assert before.count(old) == 1, f"{path}: the example is not up to date:\n{old}"
+    path.write_text(before.replace(old, new))
+
+
+@pytest.mark.parametrize("heading", examples())
+def test_worked_example(heading: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "lowbit_lightning", tmp_path / "lowbit_lightning", ignore=shutil.ignore_patterns("*.pyc"))
+    touched, checks = set(), ""
+    for kind, name, text in FENCE.findall(examples()[heading]):
+        stem, _, choice = name.partition("{")
+        many, _, end = choice.partition("}")
+        for file in many.split(",") if many else [""]:
+            if name:
+                touched.add(f"{stem}{file}{end}")
+                apply(kind, tmp_path / f"{stem}{file}{end}", text.replace("FILE", file))
+        checks += "" if name else text
+    count, what = re.search(r": (\d+) (file|folder)s?$", heading).groups()
+    places = touched if what == "file" else {Path(path).parent for path in touched}
+    assert len(places) == int(count), f"{heading}, but it touches {sorted(touched)}"
+    done = subprocess.run([sys.executable, "-c", checks], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
