@@ -31,6 +31,11 @@ _pointers_of = attrgetter(*(name for name, kind in StepSettings._fields_ if kind
 _values_of = attrgetter(*(name for name, kind in StepSettings._fields_ if kind is not ctypes.c_void_p))
 
 
+def settings_tensors(arguments: StepArguments) -> list[Tensor]:
+    """What ``StepSettings`` points at."""
+    return [value for value in _pointers_of(arguments) if value is not None]
+
+
 def settings_values(arguments: StepArguments) -> list[int | None]:
     """The fields of ``StepSettings``."""
     pointers = [None if value is None else value.data_ptr() for value in _pointers_of(arguments)]

@@ -13,7 +13,7 @@ from lowbit_lightning.kernels.cuda import launch
 from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry
 from lowbit_lightning.kernels.cuda.table import parameter_table
 from lowbit_lightning.kernels.sources import StepVariant, specialised
-from lowbit_lightning.kernels.structs import StepSettings, hyper_values, settings_values
+from lowbit_lightning.kernels.structs import StepSettings, hyper_values, settings_tensors, settings_values
 
 _FILL = 2048  # CUDA blocks that keep a large GPU busy; with more work than that, each takes several turns
 _TURNS = 8
@@ -80,8 +80,8 @@ class _Step:
 
     def _memory(self) -> list[Tensor]:
         a = self.arguments
-        told = [t for t in (a.lr, a.unscale, a.clip, a.skip) if t is not None]
-        return [*told, *a.params, *a.grads, *a.steps, *a.remainders, *(t for s in (*a.states, *a.scales) for t in s)]
+        tensors = [*settings_tensors(a), *a.params, *a.grads, *a.steps, *a.remainders]
+        return [*tensors, *(t for s in (*a.states, *a.scales) for t in s)]
 
     def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device=self.arguments.device)
