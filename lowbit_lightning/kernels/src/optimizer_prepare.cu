@@ -10,7 +10,7 @@
 
 struct Hyper { double value[HYPER]; };
 
-// scalars: [count]. factor: of the gradients. `advance`: for a step; its norms, which change nothing, are never skipped.
+// scalars: [count]. factor: of the gradients. `advance` is for the step: norms change nothing and are never skipped.
 extern "C" __global__ void prepare(
     const Parameter* parameters, int64_t count, const Hyper hyper, const StepSettings told, const double* square_sums,
     int advance, Scalars* scalars, float* factor) {
