@@ -158,7 +158,7 @@ def to_bitsandbytes(module: nn.Module, dtype: torch.dtype | None = None) -> dict
             )
         for part in ("weight", "weight_scales", "weight_format"):
             state.pop(f"{prefix}{part}")
-        scales = decode_scales(layer.weight_scales, form)[0]
+        scales = decode_scales(layer.scales, form)[0]
         if form.kind == "int8":
             state[f"{prefix}weight"] = layer.weight.detach().view(torch.int8)
             state[f"{prefix}SCB"] = scales.flatten() * 127

@@ -68,9 +68,7 @@ class LowBitEmbedding(LowBitWeight, nn.Embedding):  # type: ignore[misc]  # both
             self.keep(fresh.weight.to(self.dtype), self.weights)
 
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.lowbit_embedding(
-            input, self.weight, self.weight_scales, self.format, self.embedding_dim, self.dtype
-        )
+        return kernels.lowbit_embedding(input, self.weight, self.scales, self.format, self.row_length, self.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.weights}"

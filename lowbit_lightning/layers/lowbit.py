@@ -2,10 +2,11 @@
 
 What a module holds
 -------------------
-``weight``: uint8 ``[out_features, bytes per row]``, the packed codes; ``weight_scales``: ``[out_features, scales per
-row]``; ``weight_format``: the format's name as bytes. The first two are parameters that need no gradient, so FSDP2
-shards and gathers them packed, by rows. All three are ordinary entries of ``state_dict``, so saving, loading with
-``strict=True``, safetensors, pickle and deepcopy need nothing special.
+``weight``: uint8 ``[out_features, bytes per row]``, the packed codes; ``weight_scales``: uint8 ``[out_features, bytes
+per row]``, the bytes of the scales, so that no cast by a module, FSDP2's mixed precision or DeepSpeed rounds them;
+``weight_format``: the format's name as bytes. The first two are parameters that need no gradient, so FSDP2 shards and
+gathers them packed, by rows. All three are ordinary entries of ``state_dict``, so saving, loading with ``strict=True``,
+safetensors, pickle and deepcopy need nothing special.
 
 - Loading a state of another format raises, naming both. Loading a high-precision ``weight`` quantises it.
 - ``.to(device)`` moves codes and scales. ``.to(dtype)`` changes the bias and so what callers see, but no code or scale.
@@ -116,7 +117,7 @@ class LowBitWeight(nn.Module):
             self._parameters.pop(part, None)
             self._buffers.pop(part, None)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.weight_scales = nn.Parameter(scales, requires_grad=False)
+        self.weight_scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
         self.register_buffer("weight_format", _tag(self.format).to(packed.device))
 
     def share(self, other: LowBitWeight) -> None:
@@ -134,13 +135,13 @@ class LowBitWeight(nn.Module):
             raise ValueError(f"{name} was saved in low bits, but the file lacks its {missing}")
         weights = self.weights.changed(saved) if (saved := _untag(parts["weight_format"])) != str(self.format) else None
         form, (*rows, length) = (weights or self.weights).format, self.weight_shape
-        for part, dtype, width in (
-            ("weight", torch.uint8, form.packed_width(length)),
-            ("weight_scales", form.scales_dtype, form.scales_width(length)),
+        for part, width in (
+            ("weight", form.packed_width(length)),
+            ("weight_scales", form.scales_width(length) * form.scales_dtype.itemsize),
         ):
-            if parts[part].dtype != dtype or list(parts[part].shape) != [*rows, width]:
+            if parts[part].dtype != torch.uint8 or list(parts[part].shape) != [*rows, width]:
                 raise ValueError(
-                    f"{name}: {part} of {form} must be {dtype} of shape {(*rows, width)}, the file has "
+                    f"{name}: {part} of {form} must be torch.uint8 of shape {(*rows, width)}, the file has "
                     f"{parts[part].dtype} of {tuple(parts[part].shape)}"
                 )
         self.snr_db = None
@@ -162,24 +163,24 @@ class LowBitWeight(nn.Module):
             vars(self).pop(name, None)
 
     @property
+    def scales(self) -> Tensor:
+        """``weight_scales`` as the kernels take them: ``[..., format.scales_width(row_length)]``."""
+        return self.weight_scales.view(self.format.scales_dtype)
+
+    @property
     def weight_shape(self) -> torch.Size:
         """The shape of the weight in high precision."""
         return torch.Size((*self.weight.shape[:-1], self.row_length))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight, ``weight_shape`` in ``dtype`` (float32, float16 or bfloat16; None: ``self.dtype``)."""
-        return kernels.lowbit_dequantize(
-            self.weight, self.weight_scales, self.format, self.row_length, dtype or self.dtype
-        )
+        return kernels.lowbit_dequantize(self.weight, self.scales, self.format, self.row_length, dtype or self.dtype)
 
     # -- moved, cast, saved, loaded ----------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scales = self.weight_scales.data
         result = super()._apply(fn, recurse)
-        if self.weight_scales.dtype != scales.dtype:  # a cast is for what is computed, not for what is stored
-            self.weight_scales.data = scales.to(self.weight_scales.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         if not self.weight.is_meta:  # ``to_empty`` leaves arbitrary bytes
             self.weight_format = _tag(self.format).to(self.weight.device)
         return result
@@ -210,7 +211,7 @@ class LowBitWeight(nn.Module):
             state_dict = {
                 **state_dict,
                 f"{prefix}weight": packed,
-                f"{prefix}weight_scales": scales,
+                f"{prefix}weight_scales": scales.view(torch.uint8),
                 f"{prefix}weight_format": _tag(self.format),
             }
         super()._load_from_state_dict(
@@ -277,9 +278,9 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
         dtype = own.compute_dtype or _autocast_dtype(input)
         x = input if dtype is None else input.to(dtype)
         if own.threshold:
-            y = kernels.int8_outlier_matmul(x, self.weight, self.weight_scales, self.bias, own.threshold)
+            y = kernels.int8_outlier_matmul(x, self.weight, self.scales, self.bias, own.threshold)
         else:
-            y = kernels.lowbit_matmul(x, self.weight, self.weight_scales, self.bias, own.format)
+            y = kernels.lowbit_matmul(x, self.weight, self.scales, self.bias, own.format)
         return y if own.compute_dtype is None else y.to(input.dtype)
 
     def extra_repr(self) -> str:

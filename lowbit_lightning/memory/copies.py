@@ -50,7 +50,8 @@ def _sharded(twin: nn.Module, run: Run) -> Copies:
     names, ranks, cast = {p: name for name, p in twin.named_parameters()}, run.ranks, run.autocast
 
     def whole(p: nn.Parameter) -> int:
-        return padded(tuple(p.shape), ranks) * (cast or p.dtype).itemsize
+        dtype = cast if cast and p.is_floating_point() else p.dtype
+        return padded(tuple(p.shape), ranks) * dtype.itemsize
 
     def packed(p: nn.Parameter) -> int:  # stays beside the whole parameter, as long as that does
         if run.all_gather != "int8" or not travels_in_int8(tuple(p.shape)):

@@ -129,6 +129,8 @@ def wants_master(p: Tensor, group: dict[str, Any]) -> bool:
 
 def check_dtypes(group: dict[str, Any]) -> None:
     for i, p in enumerate(group["params"]):
+        if not p.requires_grad and not p.is_floating_point():
+            continue  # a weight in low bits, which never gets a gradient
         if p.dtype not in FLOATS:
             raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
         if group["stochastic_rounding"] and p.dtype == torch.float16:

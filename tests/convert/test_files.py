@@ -188,7 +188,7 @@ def test_low_bit_parts_that_are_missing_or_damaged(tmp_path: Path) -> None:
     state = {name: value for name, value in source.state_dict().items() if name != "head.weight"}
     for change, message in (
         ({"layers.0.weight_scales": None}, r"layers.0.weight_scales|lacks its \['weight_scales'\]"),
-        ({"layers.0.weight_scales": torch.ones(128, 3)}, "weight_scales of nf4 must be torch.float32 of shape"),
+        ({"layers.0.weight_scales": torch.ones(128, 3)}, "weight_scales of nf4 must be torch.uint8 of shape"),
         ({"layers.0.weight_format": torch.tensor([255, 0], dtype=torch.uint8)}, "the format of weights must be one of"),
     ):
         damaged = {name: value for name, value in {**state, **change}.items() if value is not None}
