@@ -83,11 +83,15 @@ class LowBit(Protocol):
     ) -> Tensor:
         """The weight ``[..., K]`` in ``dtype``."""
 
+    def lowbit_gemv(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+        """``lowbit_matmul`` for 1 to ``lowbit.FEW_ROWS`` rows of x: the weight is read once."""
+
     def lowbit_matmul(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-        """``x @ weight.T (+ bias)``: ``[..., N]``, of x ``[..., K]`` and in its dtype, and a weight ``[N, K]``."""
+        """``x @ weight.T (+ bias)``: ``[M, N]``, of x ``[M, K]`` and in its dtype, and a weight ``[N, K]``; none of
+        them is empty."""
 
     def lowbit_matmul_backward(self, dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
-        """``dy @ weight``: ``[..., K]``, of dy ``[..., N]`` and in its dtype."""
+        """``dy @ weight``: ``[M, K]``, of dy ``[M, N]`` and in its dtype, and a weight ``[N, K]``; none is empty."""
 
     def lowbit_embedding(
         self, packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype

@@ -17,7 +17,7 @@ from lowbit_lightning.kernels.dispatch import declare, run
 from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
 
 FEW_ROWS = 8
-"""Up to so many rows of x, ``int8_outlier_matmul`` leaves x as it is: reading the weight takes the time."""
+"""Products of up to so many rows of x run as ``lowbit_gemv``, which reads the weight once."""
 
 
 def lowbit_quantize(weight: Tensor, form: str | Format, fit: str | None = None) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,7 @@ def lowbit_quantize(weight: Tensor, form: str | Format, fit: str | None = None) 
         TypeError: if the weight has another dtype.
         ValueError: if it is 0-dimensional, or the format or fit is unknown.
     """
-    f = weight_format(form)
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}; convert it by .float()")
-    if weight.ndim == 0:
-        raise ValueError("weight must have at least one dimension, got a 0-dimensional tensor")
-    return _quantize(weight, str(f), check_fit(f, fit))
+    return _quantize(weight, str(form), fit)
 
 
 def lowbit_dequantize(
@@ -51,8 +46,7 @@ def lowbit_dequantize(
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
-    f = _check(packed, scales, form, row_length)
-    return _dequantize(packed, scales, str(f), row_length, _check_dtype("dtype", dtype))
+    return _dequantize(packed, scales, str(form), row_length, dtype)
 
 
 def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str | Format) -> Tensor:
@@ -71,8 +65,7 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
-    f = _check_product(x, packed, scales, bias, form)
-    return _matmul(x, packed, scales, bias, str(f))
+    return _matmul(x, packed, scales, bias, str(form))
 
 
 def lowbit_embedding(
@@ -92,13 +85,7 @@ def lowbit_embedding(
         TypeError, ValueError: naming the argument and what is allowed.
         IndexError: for an index out of range.
     """
-    f = _check(packed, scales, form, row_length)
-    if packed.ndim != 2:
-        raise ValueError(f"packed must be [rows, bytes], got shape {tuple(packed.shape)}")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
-    _check_devices(packed, scales=scales, indices=indices)
-    return _embedding(packed, scales, indices, str(f), row_length, _check_dtype("dtype", dtype))
+    return _embedding(packed, scales, indices, str(form), row_length, dtype)
 
 
 def int8_outlier_matmul(
@@ -123,17 +110,23 @@ def int8_outlier_matmul(
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
-    _check_product(x, packed, scales, bias, "int8")
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be 0 (no outliers) or positive, got {threshold}")
     return _outliers(x, packed, scales, bias, float(threshold))
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------
+# -- checks: in the ops and their fakes, so that torch.compile meets only the ops -------------------------------------
 
 
-def _check(packed: Tensor, scales: Tensor, form: str | Format, row_length: int) -> Format:
-    f = form if isinstance(form, Format) else weight_format(form)  # torch.compile warns of cached functions
+def _check_weight(weight: Tensor, form: str, fit: str | None) -> tuple[Format, str]:
+    f = weight_format(form)
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}; convert it by .float()")
+    if weight.ndim == 0:
+        raise ValueError("weight must have at least one dimension, got a 0-dimensional tensor")
+    return f, check_fit(f, fit)
+
+
+def _check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> None:
+    f = weight_format(form)
     if packed.dtype != torch.uint8 or scales.dtype != f.scales_dtype:
         raise TypeError(
             f"packed and scales of {f} must be torch.uint8 and {f.scales_dtype}, got {packed.dtype} and {scales.dtype}"
@@ -144,20 +137,30 @@ def _check(packed: Tensor, scales: Tensor, form: str | Format, row_length: int) 
             f"packed and scales of {f} with rows of {row_length} must be [..., {wanted[0]}] and [..., {wanted[1]}],"
             f" got {tuple(packed.shape)} and {tuple(scales.shape)}"
         )
-    return f
 
 
-def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str | Format) -> Format:
+def _check_rows(
+    packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
+) -> None:
+    _check_form(packed, scales, form, row_length)
+    _check_dtype("dtype", dtype)
+    if packed.ndim != 2:
+        raise ValueError(f"packed must be [rows, bytes], got shape {tuple(packed.shape)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+    _check_devices(packed, scales=scales, indices=indices)
+
+
+def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> None:
     _check_dtype("x's dtype", x.dtype)
     if x.ndim == 0 or packed.ndim != 2:
         raise ValueError(f"x must be [..., K] and packed [N, bytes], got {tuple(x.shape)} and {tuple(packed.shape)}")
-    f = _check(packed, scales, form, x.shape[-1])
+    _check_form(packed, scales, form, x.shape[-1])
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != packed.shape[:1]):
         raise ValueError(
             f"bias must be a float vector of shape ({packed.shape[0]},), got {bias.dtype} of {tuple(bias.shape)}"
         )
     _check_devices(x, packed=packed, scales=scales, bias=bias)
-    return f
 
 
 def _check_devices(first: Tensor, **others: Tensor | None) -> None:
@@ -166,40 +169,93 @@ def _check_devices(first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {other.device}, not on {first.device} as the first; move one of them")
 
 
-def _check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
         raise TypeError(f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-    return dtype
 
 
-# -- the ops ---------------------------------------------------------------------------------------------------------
+# -- what the ops do, and what their results look like ---------------------------------------------------------------
 
 
-def _quantize_fake(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
-    f, (*leading, length) = weight_format(form), weight.shape
+def _run_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, Tensor]:
+    f, chosen = _check_weight(weight, form, fit)
+    return run("lowbit_quantize", weight.device, weight.contiguous(), str(f), chosen)
+
+
+def _like_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, Tensor]:
+    f, _ = _check_weight(weight, form, fit)
+    *leading, length = weight.shape
     packed = weight.new_empty(*leading, f.packed_width(length), dtype=torch.uint8)
     return packed, weight.new_empty(*leading, f.scales_width(length), dtype=f.scales_dtype)
 
 
-def _dequantize_fake(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
+def _run_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
+    _check_form(packed, scales, form, row_length)
+    _check_dtype("dtype", dtype)
+    return run("lowbit_dequantize", packed.device, packed.contiguous(), scales.contiguous(), form, row_length, dtype)
+
+
+def _like_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
+    _check_form(packed, scales, form, row_length)
+    _check_dtype("dtype", dtype)
     return packed.new_empty(*packed.shape[:-1], row_length, dtype=dtype)
 
 
-def _embedding_fake(
+def _run_embedding(
     packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
 ) -> Tensor:
+    _check_rows(packed, scales, indices, form, row_length, dtype)
+    operands = packed.contiguous(), scales.contiguous(), indices.contiguous()
+    return run("lowbit_embedding", packed.device, *operands, form, row_length, dtype)
+
+
+def _like_embedding(
+    packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
+) -> Tensor:
+    _check_rows(packed, scales, indices, form, row_length, dtype)
     return packed.new_empty(*indices.shape, row_length, dtype=dtype)
 
 
-def _matmul_fake(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
+def _run_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    _check_product(x, packed, scales, bias, form)
+    (*leading, length), outputs = x.shape, packed.shape[0]
+    rows = prod(leading)
+    if not (rows and outputs and length):
+        return x.new_zeros(*leading, outputs) if bias is None else bias.to(x.dtype).expand(*leading, outputs).clone()
+    op = "lowbit_gemv" if rows <= FEW_ROWS else "lowbit_matmul"
+    operands = x.reshape(rows, length).contiguous(), packed.contiguous(), scales.contiguous()
+    return run(op, x.device, *operands, bias, form).view(*leading, outputs)
+
+
+def _like_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    _check_product(x, packed, scales, bias, form)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-def _outlier_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+def _run_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
+    (*leading, outputs), rows = dy.shape, prod(dy.shape[:-1])
+    if not (rows and outputs and row_length):
+        return dy.new_zeros(*leading, row_length)
+    operands = dy.reshape(rows, outputs).contiguous(), packed.contiguous(), scales.contiguous()
+    return run("lowbit_matmul_backward", dy.device, *operands, form, row_length).view(*leading, row_length)
+
+
+def _like_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], row_length)
+
+
+def _check_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> None:
+    _check_product(x, packed, scales, bias, "int8")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be 0 (no outliers) or positive, got {threshold}")
+
+
+def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    _check_outliers(x, packed, scales, bias, threshold)
     (*leading, length), outputs = x.shape, packed.shape[0]
+    if prod(leading) <= FEW_ROWS or not (outputs and length):
+        return _run_product(x, packed, scales, bias, "int8")
     rows = x.reshape(prod(leading), length)
-    if len(rows) <= FEW_ROWS or length == 0:
-        return run("lowbit_matmul", x.device, x.contiguous(), packed.contiguous(), scales.contiguous(), bias, "int8")
     packed, scales = packed.contiguous(), scales.contiguous()
     columns = (rows.abs() >= threshold).any(0).nonzero().flatten() if threshold else None
     outliers = None
@@ -213,7 +269,12 @@ def _outlier_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | N
         y = run("int8_matmul", x.device, *operands, bias, x.dtype)
     else:
         y = (run("int8_matmul", x.device, *operands, bias, torch.float32) + outliers).to(x.dtype)
-    return y.reshape(*leading, outputs)
+    return y.view(*leading, outputs)
+
+
+def _like_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    _check_outliers(x, packed, scales, bias, threshold)
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -230,30 +291,41 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, db, None
 
 
-_quantize = declare("lowbit_quantize(Tensor weight, str form, str fit) -> (Tensor, Tensor)", fake=_quantize_fake)
+_quantize = declare(
+    "lowbit_quantize(Tensor weight, str form, str? fit) -> (Tensor, Tensor)",
+    fake=_like_quantize,
+    implementation=_run_quantize,
+)
 _dequantize = declare(
     "lowbit_dequantize(Tensor packed, Tensor scales, str form, SymInt row_length, ScalarType dtype) -> Tensor",
-    fake=_dequantize_fake,
+    fake=_like_dequantize,
+    implementation=_run_dequantize,
 )
 _embedding = declare(
     "lowbit_embedding(Tensor packed, Tensor scales, Tensor indices, str form, SymInt row_length, ScalarType dtype)"
     " -> Tensor",
-    fake=_embedding_fake,
+    fake=_like_embedding,
+    implementation=_run_embedding,
 )
 _matmul_backward = declare(
     "lowbit_matmul_backward(Tensor dy, Tensor packed, Tensor scales, str form, SymInt row_length) -> Tensor",
-    fake=lambda dy, packed, scales, form, row_length: dy.new_empty(*dy.shape[:-1], row_length),
+    fake=_like_backward,
+    implementation=_run_backward,
+)
+_gemv = declare(  # the way that lowbit_matmul takes for few rows, by itself
+    "lowbit_gemv(Tensor x, Tensor packed, Tensor scales, Tensor? bias, str form) -> Tensor", fake=_like_product
 )
 _matmul = declare(
     "lowbit_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? bias, str form) -> Tensor",
-    fake=_matmul_fake,
+    fake=_like_product,
+    implementation=_run_product,
     setup_context=_save,
     backward=_gradients,
 )
 _outliers = declare(
     "int8_outlier_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? bias, float threshold) -> Tensor",
-    fake=_matmul_fake,
-    implementation=_outlier_product,
+    fake=_like_outliers,
+    implementation=_run_outliers,
     setup_context=_save,
     backward=_gradients,
 )

@@ -104,26 +104,29 @@ def test_every_subset_of_the_macros_gives_pieces_that_fit() -> None:
             assert not MACROS[piece] <= defined or width not in (bits, None), (defined, taken, bits, piece)
 
 
-def everything() -> str:
-    """The CPU texts that need no specialisation, and with them every header that looks at the pieces."""
-    tables = {"dynamic_tables.h": formats.cpp_tables()}
-    text = source_text("int8.cpp", "int8_quantize.cpp", "quantize.cpp", generated=tables)
+def everything(bits: tuple[int, ...]) -> list[str]:
+    """The CPU texts that need no specialisation, and those for weights of so many bits; with them every header that
+    looks at the pieces."""
+    names = ("int8.cpp", "int8_quantize.cpp", "quantize.cpp", "lowbit_quantize.cpp")
+    texts = [source_text(*names, generated={"dynamic_tables.h": formats.cpp_tables()})]
+    texts += [source_text("lowbit.cpp", prelude=f"#define BITS {n}") for n in bits]
     looking = {path.name for path in SOURCES.glob("*.h") if re.search(r"#e?l?if !?LB_", path.read_text())}
-    assert looking - {HEADER} <= set(re.findall(r'#line 1 "(.+?)"', text)), "a header that no text here includes"
-    return text
+    seen = set(re.findall(r'#line 1 "(.+?)"', "".join(texts)))
+    assert looking - {HEADER} <= seen, "a header that no text here includes"
+    return texts
 
 
-def compile_all(compiler: str, builds: list[str], *how: str) -> None:
-    text = everything()
+def compile_all(compiler: str, builds: list[str], *how: str, bits: tuple[int, ...]) -> None:
     common = ("-std=c++17", "-ffp-contract=off", "-Wundef", "-Werror=undef", *how, "-o", os.devnull)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda flags: run(compiler, *common, *flags.split(), text=text), builds))
+        work = [(flags, text) for flags in builds for text in everything(bits)]
+        list(pool.map(lambda job: run(compiler, *common, *job[0].split(), text=job[1]), work))
 
 
 @needs_x86
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_the_texts_fit_together_under_any_flags(compiler: str) -> None:
-    compile_all(compiler, list(FLAGS.values()), "-fsyntax-only")
+    compile_all(compiler, list(FLAGS.values()), "-fsyntax-only", bits=(3,))
 
 
 @needs_x86
@@ -142,4 +145,4 @@ def test_the_texts_compile_under_every_combination_of_flags(compiler: str) -> No
         for flags in [["fma", "f16c", "avxvnni"]]
         for values in product([False, True], repeat=3)
     ]
-    compile_all(compiler, [*builds, *FLAGS.values()], "-S", "-O0")
+    compile_all(compiler, [*builds, *FLAGS.values()], "-S", "-O0", bits=(8, 4, 3))

@@ -3,6 +3,7 @@
 from lowbit_lightning.kernels.reference.lowbit import (
     lowbit_dequantize,
     lowbit_embedding,
+    lowbit_gemv,
     lowbit_matmul,
     lowbit_matmul_backward,
     lowbit_quantize,
@@ -11,6 +12,7 @@ from lowbit_lightning.kernels.reference.lowbit import (
 __all__ = [
     "lowbit_dequantize",
     "lowbit_embedding",
+    "lowbit_gemv",
     "lowbit_matmul",
     "lowbit_matmul_backward",
     "lowbit_quantize",

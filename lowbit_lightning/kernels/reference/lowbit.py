@@ -49,15 +49,20 @@ def lowbit_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int
     return values.to(dtype).reshape(*leading, row_length)
 
 
+def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """``lowbit_matmul`` of a few rows."""
+    return lowbit_matmul(x, packed, scales, bias, form)
+
+
 def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """``x @ weight.T (+ bias)``: x ``[..., K]``, result ``[..., N]`` in x's dtype."""
+    """``x @ weight.T (+ bias)``: x ``[M, K]``, result ``[M, N]`` in x's dtype."""
     weight = lowbit_dequantize(packed, scales, form, x.shape[-1], torch.float32)
     y = x.float() @ weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def lowbit_matmul_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
-    """``dy @ weight``: dy ``[..., N]``, result ``[..., K]`` in dy's dtype."""
+    """``dy @ weight``: dy ``[M, N]``, result ``[M, K]`` in dy's dtype."""
     return (dy.float() @ lowbit_dequantize(packed, scales, form, row_length, torch.float32)).to(dy.dtype)
 
 
@@ -210,8 +215,9 @@ def _quantize_affine(rows: Tensor, f: Format, fit: str) -> tuple[Tensor, Tensor]
     exists = position < rows.shape[1]
     scale, offset = (_extremes if fit == "absmax" else _fit_affine)(y, exists, f)
     scale_exponent, scale_codes, scale = encode_squares(scale * absmax, constants.SCALE_SQUARE)
-    t = _levels(x, scale, offset * absmax, f)
-    offset = _mean(x, exists) - scale * _mean(t, exists)  # the best one for these codes and the scale that is kept
+    offset = offset * absmax
+    if fit == "lsq":  # the best one for the scale that is kept
+        offset = _mean(x, exists) - scale * _mean(_levels(x, scale, offset, f), exists)
     offset_exponent, offset_codes, offset = encode_squares(offset, constants.OFFSET_SQUARE)
     codes = (_levels(x, scale, offset, f) + _half(f)).to(torch.uint8)
     scales = torch.cat([scale_exponent, offset_exponent, scale_codes, offset_codes], 1)
@@ -236,7 +242,7 @@ def _extremes(y: Tensor, exists: Tensor, f: Format) -> tuple[Tensor, Tensor]:
     """Scale and offset ``[R, G]`` that span minimum to maximum."""
     low = torch.where(exists, y, torch.inf).amin(-1)
     high = torch.where(exists, y, -torch.inf).amax(-1)
-    return (high - low) / (2 * _half(f)), (high + low) * 0.5
+    return (high - low) * (1 / (2 * _half(f))), (high + low) * 0.5
 
 
 def _fit_affine(y: Tensor, exists: Tensor, f: Format) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@
 #include "vec.h"
 
 LB_FN int64_t up_to_multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-LB_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- packing
 

@@ -83,6 +83,17 @@ LB_FN V first_lanes(V x, int count) {
     return x;
 }
 
+LB_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+LB_FN float sum_of(V x) {
+#if LB_AVX512
+    return _mm512_reduce_add_ps(x);
+#else
+    for (int half = W / 2; half; half /= 2)
+        for (int l = 0; l < half; ++l) x[l] += x[l + half];
+    return x[0];
+#endif
+}
+
 #if LB_AVX512
 LB_FN I unsigned_maximum(I a, I b) { return (I)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 LB_FN uint32_t highest_unsigned(I x) { return _mm512_reduce_max_epu32((__m512i)x); }
