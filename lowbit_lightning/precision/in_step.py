@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision import amp as fabric_amp
+from lightning.fabric.plugins.precision import fsdp as fabric_fsdp
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import Precision
@@ -157,7 +158,7 @@ def allow_clipping() -> None:
     unscale; the other takes it for *must*, and refuses clipping. Lightning's question is answered for ours as for any
     other optimizer; idempotent.
     """
-    for module in (fabric_amp, amp, fsdp):  # two of them have imported the function from the first
+    for module in (fabric_amp, fabric_fsdp, amp, fsdp):  # three of them have imported the function from the first
         original = module._optimizer_handles_unscaling
         if not hasattr(original, "_lowbit_lightning"):
             module._optimizer_handles_unscaling = _except_ours(original)  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lowbit_lightning import Int8MixedPrecision, optim
 from lowbit_lightning.callbacks import DeterministicResume, LowBitMonitor
 from lowbit_lightning.layers import Int8Linear
+from lowbit_lightning.precision import FabricInt8MixedPrecision
 
 # Lightning's CLI calls jsonargparse by older names.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -76,6 +77,15 @@ def test_other_values(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli("--trainer.precision=int8-mixe")
     assert "int8-mixed" in capsys.readouterr().err  # among the values that are allowed
+
+
+def test_fabric_as_a_class_in_a_config() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(L.Fabric, "fabric")
+    made = parser.instantiate_classes(parser.parse_args(["--fabric.precision=int8-mixed", "--fabric.accelerator=cpu"]))
+    assert isinstance(made.fabric._precision, FabricInt8MixedPrecision)
+    with pytest.raises(ArgumentError, match="int8-mixed"):
+        parser.parse_args(["--fabric.precision=int8-mixe"])
 
 
 @pytest.mark.parametrize(
