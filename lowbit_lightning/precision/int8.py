@@ -15,6 +15,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lowbit_lightning.convert import MIN_FEATURES, swap_linears
 from lowbit_lightning.layers.int8 import Product, Products, Rounding
@@ -144,11 +145,23 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         super().on_load_checkpoint(checkpoint)
         if self.autocast != "auto" or KEPT not in checkpoint:
             return
-        self._resumed, bf16 = True, checkpoint[KEPT]["bf16"]
-        if self._choice is None or self._choice.bf16 != bf16:
-            self._choice = Choice(bf16, "so it was in the run that this one resumes")
+        bf16 = checkpoint[KEPT]["bf16"]
+        if self._choice is None or self._choice.bf16 == bf16:
+            self._resumed = True
+        elif self._is_sharded():
+            was, now, asked = ("bfloat16", "float32", "bf16") if bf16 else ("float32", "bfloat16", "off")
+            rank_zero_warn(
+                f"the run that this one resumes ran other ops in {was}; here {now} is faster, and parameters have been "
+                f"sharded for it, so losses will differ. Int8MixedPrecision(autocast={asked!r}) goes on in {was}"
+            )
+        else:
+            self._resumed, self._choice = True, Choice(bf16, "so it was in the run that this one resumes")
             if self._swapped is not None:
                 self._say(self._swapped)
+
+    def _is_sharded(self) -> bool:
+        module = None if self._module is None else self._module()
+        return module is not None and any(isinstance(m, FSDPModule) for m in module.modules())
 
 
 class DeepSpeedInt8MixedPrecision(Int8MixedPrecision, DeepSpeedPrecision):

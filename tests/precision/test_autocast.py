@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.run_program import run
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import Int8MixedPrecision
@@ -147,6 +148,23 @@ def test_a_resumed_run_keeps_it(machine: Any, tmp_path: Path, first: Any, then: 
     wanted = Model()
     fit(wanted, Int8MixedPrecision(autocast="off"), tmp_path / "a.ckpt", epochs=2)
     assert wanted.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize(("here", "there"), [(BF16_FASTER, False), (FP32_FASTER, True)])
+def test_a_sharded_run_cannot_follow_and_says_so(machine: Any, here: Any, there: bool) -> None:
+    """FSDP2 gathers parameters in the dtype that was chosen when it sharded them: before the checkpoint is read."""
+
+    class Sharded(Model, FSDPModule):  # as fully_shard derives it
+        def __new__(cls) -> Any:
+            return object.__new__(cls)
+
+    machine(here)
+    plugin, model = Int8MixedPrecision(), Sharded()
+    plugin.convert_module(model)
+    with pytest.warns(UserWarning, match=rf"Int8MixedPrecision\(autocast='{'bf16' if there else 'off'}'\) goes on in"):
+        plugin.on_load_checkpoint({int8.KEPT: {"bf16": there}})
+    assert isinstance(plugin.forward_context(), torch.autocast) != there
+    plugin.on_load_checkpoint({int8.KEPT: {"bf16": not there}})
 
 
 def test_a_checkpoint_of_before_is_resumed(machine: Any, tmp_path: Path) -> None:
