@@ -2,7 +2,7 @@
 
 A parameter that is cut into several chunks becomes several, cut at the borders of rows or blocks: its scales, its
 gradient and its random words are cut with it. Each piece needs a step count of its own to advance. A norm over all of
-it is the fold of its pieces' sums (``join_norms``), in the order that ``kernels.reference.optimizer_norms`` defines.
+it is the fold of its pieces' sums (``join_norms``), in the order of ``kernels.reference`` (``fold_sums``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import StepArguments, rules
 from lowbit_lightning.kernels.formats import FOLD, BlockGrid
+from lowbit_lightning.kernels.reference.step import fold_sums
 from lowbit_lightning.state.form import codes_name
 from lowbit_lightning.state.pages import Chunk, Entries, Pager, Piece
 
@@ -188,15 +189,4 @@ def join_norms(launches: Sequence[tuple[Launch, list[Tensor]]], members: int) ->
     for launch, values in launches:
         for (member, _), value in zip(launch.rows, values, strict=True):
             sums[member].append(value)
-    return torch.cat([_fold(parts[0] if len(parts) == 1 else torch.cat(parts)) for parts in sums])
-
-
-def _fold(sums: Tensor) -> Tensor:
-    """``[n, kinds]`` folded in halves, ``FOLD`` at a time, to ``[1, kinds]``."""
-    while len(sums) > 1:
-        sums = torch.nn.functional.pad(sums, (0, 0, 0, -len(sums) % FOLD)).view(-1, FOLD, sums.shape[1])
-        while sums.shape[1] > 1:
-            half = sums.shape[1] // 2
-            sums = sums[:, :half] + sums[:, half:]
-        sums = sums.squeeze(1)
-    return sums
+    return torch.stack([fold_sums(torch.cat(parts)) for parts in sums])

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import formats, rules
 from lowbit_lightning.kernels.arguments import StepArguments
-from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.kernels.reference.blockwise import of_elements, quantize_blockwise, to_blocks
 from lowbit_lightning.kernels.reference.words import random_words, round_stochastically
 
@@ -48,8 +47,7 @@ def optimizer_norms(arguments: StepArguments) -> Tensor:
     """Sums of squares of the values that the rule names in ``norms``: float64 ``[n, len(rule.norms)]``.
 
     The order of summation is fixed: the float32 squares of a block (padded with zeros) are folded in halves (element
-    j and j + half) in float32; the blocks' sums, in order, are folded the same way in float64 in groups of 256 until
-    one is left.
+    j and j + half) in float32; the blocks' sums in float64 by ``fold_sums``.
     """
     rule = rules.get(arguments.rule)
     result = torch.zeros(len(arguments.params), len(rule.norms), dtype=torch.float64, device=arguments.device)
@@ -57,8 +55,22 @@ def optimizer_norms(arguments: StepArguments) -> Tensor:
         scalars = rule.compute_scalars(_hyper(arguments), float(arguments.steps[i]) + 1, None)
         values = rule.run("direction", _operands(arguments, rule, i), scalars, p.device)
         for k, name in enumerate(rule.norms):
-            result[i, k] = _square_sum(values[name], arguments.grid(i))
+            squares = to_blocks(values[name] * values[name], arguments.grid(i))
+            result[i, k] = fold_sums(_fold_halves(squares).flatten().double())
     return result
+
+
+def fold_sums(sums: Tensor) -> Tensor:
+    """The sums of a tensor's blocks, in order, ``[n, ...]`` -> ``[...]``: folded in halves (element j and j + half) in
+    groups of ``formats.FOLD``, padded with zeros, until one is left; zero of none.
+
+    So the sum of a tensor in pieces of whole folds is ``fold_sums`` of the pieces' sums.
+    """
+    while len(sums) > 1:
+        padding = sums.new_zeros(-len(sums) % formats.FOLD, *sums.shape[1:])
+        groups = torch.cat([sums, padding]).view(-1, formats.FOLD, *sums.shape[1:])
+        sums = _fold_halves(groups.movedim(1, -1))
+    return sums[0] if len(sums) else sums.sum(0)
 
 
 def _hyper(arguments: StepArguments) -> list[float]:
@@ -104,14 +116,6 @@ def _store_states(arguments: StepArguments, rule: rules.Rule, i: int, values: di
         arguments.scales[s][i].copy_(scales)
 
 
-def _square_sum(x: Tensor, grid: BlockGrid) -> Tensor:
-    blocks = to_blocks(x * x, grid)
-    sums = _fold_halves(blocks).flatten().double()
-    while sums.numel() > 1:
-        sums = _fold_halves(torch.nn.functional.pad(sums, (0, -sums.numel() % 256)).view(-1, 256))
-    return sums.sum()
-
-
 def _fold_halves(x: Tensor) -> Tensor:
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
@@ -119,8 +123,7 @@ def _fold_halves(x: Tensor) -> Tensor:
     return x.squeeze(-1)
 
 
-# -- the 24-bit master copy of a bfloat16 parameter
-# --------------------------------------------------------------------
+# -- the 24-bit master copy of a bfloat16 parameter -------------------------------------------------------------------
 
 
 def join_master(p: Tensor, remainder: Tensor) -> Tensor:

@@ -11,6 +11,7 @@
 #include "dynamic_map.h"
 #include "rule_scalars.h"
 #include "rule.h"  // generated from rules.py
+#include "master.h"
 #include "parameter.h"
 
 typedef Share<16 / sizeof(PARAM)> Mine;  // 16 bytes per access to the parameter
@@ -93,7 +94,10 @@ template <bool PACKETS> LB_FN void load(const Block& b, Elements& e) {
     int32_t remainder[PER_THREAD];
     Mine::load<PACKETS>((const uint8_t*)b.remainder, b.at.n, remainder);
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) e.p[i] = from_bits(to_bits(e.p[i]) + (int8_t)remainder[i] * 256);
+    for (int i = 0; i < PER_THREAD; ++i) {
+        const uint32_t upper = (uint32_t)to_bits(e.p[i]) >> 16;
+        e.p[i] = from_bits((int32_t)join_master(upper, (uint32_t)(int8_t)remainder[i]));
+    }
 #endif
     Mine::load<PACKETS>(b.g, b.at.n, e.g);
     load_states<PACKETS>(b, e);

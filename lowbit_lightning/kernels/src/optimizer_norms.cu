@@ -1,15 +1,21 @@
 // Sums of squares for rules with a trust ratio, on the GPU. The order of summation is part of what they mean, as said
-// in reference.py: a block is folded in halves in float, then the blocks' sums in halves in double, 256 at a time.
+// in the reference: a block is folded in halves in float, then the blocks' sums in halves in double, FOLD at a time.
 //
 // Specialised by the macros of optimizer_block.h.
 #include "optimizer_block.h"
+#include "fold.h"
+
+// The values of N lanes, each with its like, VALUES of them.
+template <int N, int VALUES, class T> LB_FN void fold_lanes(T* v) {
+#pragma unroll
+    for (int half = N / 2; half; half /= 2)
+#pragma unroll
+        for (int k = 0; k < VALUES; ++k) v[k] += __shfl_xor_sync(ALL_LANES, v[k], half);
+}
 
 // The sum of the group's values, in its first thread. Element j meets element j + half, half = BLOCK / 2 down to 1.
 template <int RUN> LB_FN float fold_group(float (&v)[PER_THREAD]) {
-#pragma unroll
-    for (int half = PER_THREAD / 2; half >= RUN; half /= 2)  // runs: they lie BLOCK / 2 apart
-#pragma unroll
-        for (int k = 0; k < half; ++k) v[k] += v[k + half];
+    fold_halves<PER_THREAD, RUN>(v);  // runs: they lie BLOCK / 2 apart
     if constexpr (GROUP > 32) {
         __shared__ float exchange[THREADS * RUN];
         const int mine = threadIdx.x * RUN;
@@ -23,14 +29,8 @@ template <int RUN> LB_FN float fold_group(float (&v)[PER_THREAD]) {
                 for (int k = 0; k < RUN; ++k) v[k] += exchange[mine + half * RUN + k];
         }
     }
-#pragma unroll
-    for (int half = (GROUP < 32 ? GROUP : 32) / 2; half; half /= 2)
-#pragma unroll
-        for (int k = 0; k < RUN; ++k) v[k] += __shfl_xor_sync(ALL_LANES, v[k], half);
-#pragma unroll
-    for (int half = RUN / 2; half; half /= 2)
-#pragma unroll
-        for (int k = 0; k < half; ++k) v[k] += v[k + half];
+    fold_lanes<(GROUP < 32 ? GROUP : 32), RUN>(v);
+    fold_halves<RUN>(v);
     return v[0];
 }
 
@@ -81,20 +81,16 @@ extern "C" __global__ void __launch_bounds__(256) norm_fold(
     double *from = sums + blockIdx.y * blocks + first, *to = other + blockIdx.y * blocks + first;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     while (n > 1) {
-        const int64_t folds = (n + 255) / 256;
+        const int64_t folds = (n + FOLD - 1) / FOLD;
         for (int64_t fold = warp; fold < folds; fold += 8) {
-            double v[8];
+            double v[FOLD / 32];
 #pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                const int64_t index = fold * 256 + 32 * k + lane;
+            for (int k = 0; k < FOLD / 32; ++k) {
+                const int64_t index = fold * FOLD + 32 * k + lane;
                 v[k] = index < n ? from[index] : 0.0;
             }
-#pragma unroll
-            for (int half = 4; half; half /= 2)
-#pragma unroll
-                for (int k = 0; k < half; ++k) v[k] += v[k + half];
-#pragma unroll
-            for (int half = 16; half; half /= 2) v[0] += __shfl_xor_sync(ALL_LANES, v[0], half);
+            fold_halves<FOLD / 32>(v);
+            fold_lanes<32, 1>(v);
             if (lane == 0) to[fold] = v[0];
         }
         __syncthreads();

@@ -6,6 +6,8 @@
 #include "vec.h"
 #include "parallel.h"
 #include "blocks.h"
+#include "fold.h"
+#include "master.h"
 #include "random_words.h"
 #include "rule_scalars.h"
 #include "rule.h"  // generated from the rule
@@ -168,7 +170,7 @@ LB_FN V load_parameter(const Parameter& q, int64_t at, int count) {
 #if REMAINDER
     const I upper = widen(load_raw<Halves>(from, count));
     const I lower = widen_signed(load_raw<Bytes>(q.remainder + at, count));
-    return from_bits((upper << 16) + (lower << 8));
+    return from_bits((I)join_master((U)upper, (U)lower));
 #else
     return load(from, count);
 #endif
@@ -180,11 +182,11 @@ LB_FN void store_parameter(const Parameter& q, const Block& block, int i, int co
 #if REMAINDER
     const I bits = to_bits(p);
     const I finite = (I)((bits & 0x7fffffff) < (int32_t)INFINITE);
-    const I master = logical_shift(bits + 0x7f + ((bits >> 8) & 1), 8), upper = logical_shift(master + 0x80, 8);
-    const Halves nearest = narrow_to_halves(upper & 0xffff), special = narrow_bfloat16(p);
+    const Master<U> master = split_master((U)bits);
+    const Halves nearest = narrow_to_halves((I)master.upper), special = narrow_bfloat16(p);
     const Halves kept = narrow_to_halves(finite & 0xffff);
     store_raw(to, (Halves)((nearest & kept) | (special & ~kept)), count);
-    store_raw(q.remainder + block.start + i, narrow_to_bytes((master - (upper << 8)) & finite & 0xff), count);
+    store_raw(q.remainder + block.start + i, narrow_to_bytes((I)master.remainder & finite), count);
 #elif STOCHASTIC
     const I bits = to_bits(p);
     const Halves rounded = upper_halves(bits + widen(load_raw<Halves>(words + i, count))), nearest = narrow_bfloat16(p);
@@ -274,18 +276,15 @@ extern "C" void optimizer_step(const Call* call) {
 }
 
 #if RULE_NORMS
-template <class T> static T fold_halves(T* x, int n) {
-    for (int half = n / 2; half; half /= 2)
-        for (int j = 0; j < half; ++j) x[j] += x[j + half];
-    return x[0];
-}
-
-// Folds the sums of a parameter's blocks in groups of 256 until one is left.
+// The sums of a parameter's blocks, until one is left.
 static double fold_blocks(std::vector<double>& sums) {
     while (sums.size() > 1) {
-        sums.resize((sums.size() + 255) / 256 * 256, 0.0);
-        for (size_t group = 0; group < sums.size() / 256; ++group) sums[group] = fold_halves(&sums[group * 256], 256);
-        sums.resize(sums.size() / 256);
+        sums.resize((sums.size() + FOLD - 1) / FOLD * FOLD, 0.0);
+        for (size_t group = 0; group < sums.size() / FOLD; ++group) {
+            fold_halves<FOLD>(&sums[group * FOLD]);
+            sums[group] = sums[group * FOLD];
+        }
+        sums.resize(sums.size() / FOLD);
     }
     return sums.empty() ? 0.0 : sums[0];
 }
@@ -314,8 +313,10 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
                 rule_norm_values(p, t, n);
                 for (int j = 0; j < RULE_NORMS; ++j) store(squares[j] + i, n[j] * n[j], count);
             }
-            for (int j = 0; j < RULE_NORMS; ++j)
-                sums[run.parameter * RULE_NORMS + j][block.number] = fold_halves(squares[j], BLOCK);
+            for (int j = 0; j < RULE_NORMS; ++j) {
+                fold_halves<BLOCK>(squares[j]);
+                sums[run.parameter * RULE_NORMS + j][block.number] = squares[j][0];
+            }
         }
     });
     for (size_t k = 0; k < sums.size(); ++k) out[k] = fold_blocks(sums[k]);

@@ -4,6 +4,7 @@
 //
 // Specialised by the macros of optimizer_block.h and STOCHASTIC (1: parameters are rounded at random).
 #include "optimizer_block.h"
+#include "master.h"
 #include "philox.h"
 #include "step_settings.h"
 
@@ -32,12 +33,11 @@ template <bool PACKETS> LB_FN void store_parameter(const Block& b, const float (
 #if REMAINDER
     int32_t remainder[PER_THREAD];
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {  // 24 bits, to nearest, ties to even: the upper 16 to nearest, and the rest
-        const uint32_t bits = (uint32_t)to_bits(v[i]);
-        const uint32_t master = (bits + 0x7f + ((bits >> 8) & 1)) >> 8, upper = (master + 0x80) >> 8;
+    for (int i = 0; i < PER_THREAD; ++i) {
+        const Master<uint32_t> master = split_master((uint32_t)to_bits(v[i]));
         const bool finite = magnitude_bits(v[i]) < INFINITE;
-        if (finite) rounded[i].bits = (uint16_t)upper;
-        remainder[i] = finite ? (int32_t)(master - (upper << 8)) & 255 : 0;
+        if (finite) rounded[i].bits = (uint16_t)master.upper;
+        remainder[i] = finite ? (int32_t)master.remainder : 0;
     }
     Mine::store<PACKETS>(b.remainder, b.at.n, remainder);
 #endif

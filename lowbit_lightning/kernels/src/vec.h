@@ -13,6 +13,7 @@ constexpr int W = LB_VECTOR_BITS / 32;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint8_t Bytes __attribute__((vector_size(W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 
@@ -98,7 +99,6 @@ LB_FN float sum_of(V x) {
 LB_FN I unsigned_maximum(I a, I b) { return (I)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 LB_FN uint32_t highest_unsigned(I x) { return _mm512_reduce_max_epu32((__m512i)x); }
 #else
-typedef uint32_t U __attribute__((vector_size(4 * W)));
 LB_FN I unsigned_maximum(I a, I b) { return where((U)a > (U)b, a, b); }
 LB_FN uint32_t highest_unsigned(I x) {
     uint32_t top = (uint32_t)x[0];
