@@ -90,6 +90,7 @@ PUBLIC = {
     "callbacks": ["DeterministicResume", "LowBitMonitor"],
     "convert": [
         "MIN_FEATURES",
+        "NothingToSwap",
         "Report",
         "WeightReport",
         "dequantize",
@@ -123,6 +124,7 @@ PUBLIC = {
     "layers": [
         "Embedding4bit",
         "Embedding8bit",
+        "Int8Layer",
         "Int8Linear",
         "Linear2bit",
         "Linear3bit",

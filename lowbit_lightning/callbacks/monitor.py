@@ -46,7 +46,7 @@ from lowbit_lightning.callbacks import paging
 from lowbit_lightning.callbacks import picture as pictures
 from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
 from lowbit_lightning.callbacks.sample import Sample
-from lowbit_lightning.layers import Int8Linear
+from lowbit_lightning.layers import Int8Layer
 from lowbit_lightning.state import blocks, shards
 from lowbit_lightning.state.form import codes_name
 
@@ -100,7 +100,7 @@ class LowBitMonitor(Callback):
         self.fallen_back: dict[str, list[str]] = {}
         self._below: dict[str, dict[str, int]] = {}  # layer -> product -> samples in a row
         self._history: list[tuple[int, np.ndarray]] = []
-        self._layers: dict[str, Int8Linear] = {}
+        self._layers: dict[str, Int8Layer] = {}
         self._sample: Sample | None = None
         self._next = self._sampled_step = 0
         self._unseen_reported = False
@@ -109,7 +109,7 @@ class LowBitMonitor(Callback):
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Linear)}
+        self._layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Layer)}
         if not self._layers:
             rank_zero_warn("LowBitMonitor finds no Int8Linear in the model (is precision='int8-mixed' set?)")
         self._history, self._unseen_reported = [], False
@@ -260,7 +260,7 @@ class LowBitMonitor(Callback):
         modules = dict(pl_module.named_modules())
         for name, products in self.fallen_back.items():
             layer = modules.get(name)
-            if isinstance(layer, Int8Linear):
+            if isinstance(layer, Int8Layer):
                 _to_high(layer, products)
 
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _apply
@@ -284,7 +284,7 @@ class LowBitMonitor(Callback):
 # -- what the callback needs of layers and optimizers -----------------------------------------------------------------
 
 
-def _to_high(layer: Int8Linear, products: Iterable[str]) -> None:
+def _to_high(layer: Int8Layer, products: Iterable[str]) -> None:
     high: dict[str, Any] = dict.fromkeys(products, "high")
     layer.products = replace(layer.products, **high)
 

@@ -1,4 +1,4 @@
-"""``Sample``: hooks on ``Int8Linear`` layers that measure the operands of their int8 products, for one step.
+"""``Sample``: hooks on int8 layers that measure the operands of their int8 products, for one step.
 
 Which operand is quantised how (``layers`` says why), and along what its features lie::
 
@@ -17,13 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit_lightning import kernels
 from lowbit_lightning.callbacks.quantization import SHARES, Slot, measure
-from lowbit_lightning.layers import Int8Linear
+from lowbit_lightning.layers import Int8Layer
 
 
 class Sample:
     """Hooks on the layers, and what they have measured, for the time of one optimizer step."""
 
-    def __init__(self, layers: dict[str, Int8Linear]) -> None:
+    def __init__(self, layers: dict[str, Int8Layer]) -> None:
         self._measured: list[tuple[Slot, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         for i, layer in enumerate(layers.values()):
@@ -48,8 +48,8 @@ class Sample:
     def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._off():
             return
-        assert isinstance(layer, Int8Linear)
-        x, weight, products = _input(args, kwargs), layer.weight, layer.products
+        assert isinstance(layer, Int8Layer)
+        x, weight, products = _input(args, kwargs), layer.matrix, layer.products
         with torch.no_grad():
             rows = _rows(_as_computed(x))
             if products.forward == "int8":
@@ -63,7 +63,7 @@ class Sample:
     def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if self._off() or not output.requires_grad:
             return
-        assert isinstance(layer, Int8Linear)
+        assert isinstance(layer, Int8Layer)
         grad_input = layer.products.grad_input == "int8" and _input(args, kwargs).requires_grad
         grad_weight = layer.products.grad_weight == "int8" and layer.weight.requires_grad
         seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
@@ -90,7 +90,7 @@ class Sample:
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:
-    return args[0] if args else kwargs["input"]
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ are kept in low bits. ``files``: checkpoints on disk that become low bits on the
 
 from lowbit_lightning.convert.bitsandbytes import to_bitsandbytes
 from lowbit_lightning.convert.files import empty_parameters, load_quantized
-from lowbit_lightning.convert.int8 import MIN_FEATURES, restore, swap_linears
+from lowbit_lightning.convert.int8 import MIN_FEATURES, NothingToSwap, restore, swap_linears
 from lowbit_lightning.convert.lowbit import WeightReport, dequantize, quantize, weight_report
 from lowbit_lightning.layers.select import Report
 
 __all__ = [
     "MIN_FEATURES",
+    "NothingToSwap",
     "Report",
     "WeightReport",
     "dequantize",

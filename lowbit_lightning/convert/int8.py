@@ -1,24 +1,28 @@
 """Linear layers that compute in int8, in place, and back.
 
-``swap_linears`` turns ``nn.Linear`` into ``Int8Linear`` by changing the object's class: parameters, names, hooks,
-tying and ``state_dict`` stay, so optimizers, DDP and checkpoints notice nothing. ``restore`` turns them back.
+``swap_linears`` turns ``nn.Linear``, and Transformers' ``Conv1D``, into their int8 forms by changing the object's
+class: parameters, names, hooks, tying and ``state_dict`` stay, so optimizers, DDP and checkpoints notice nothing.
+``restore`` turns them back.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from lowbit_lightning.layers.int8 import FLOATS, Int8Linear, Products
-from lowbit_lightning.layers.select import Overrides, Patterns, Report, select, stacked
+from lowbit_lightning.convert.others import INSTEAD, others
+from lowbit_lightning.layers.int8 import FLOATS, Int8Layer, Products, adopt, is_conv1d, release
+from lowbit_lightning.layers.select import Overrides, Patterns, Report, grouped, select, stacked
 
 MIN_FEATURES = 32
 """Below one tile of an int8 matrix instruction a product is cheaper than quantising its operands."""
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+class NothingToSwap(ValueError):
+    """No layer of the model would run in int8; the message says what there is and what to use instead."""
 
 
 def swap_linears(
@@ -26,21 +30,22 @@ def swap_linears(
     *,
     include: Patterns = "*",
     exclude: Patterns = (),
-    filter: Callable[[str, nn.Linear], bool] | None = None,
+    filter: Callable[[str, Any], bool] | None = None,
     output_layer: str | None = "auto",
     min_features: int = MIN_FEATURES,
     overrides: Overrides | None = None,
     **settings: Any,
 ) -> Report[Products]:
-    """Turn the module's ``nn.Linear`` layers into ``Int8Linear``, in place.
+    """Turn the module's linear layers into their int8 forms, in place.
 
-    Only objects whose type is exactly ``nn.Linear``: subclasses bring their own forward or are read by their owner.
-    Idempotent; and a later call with another filter or other settings also takes back what an earlier one swapped.
+    Only objects whose type is exactly ``nn.Linear`` or Transformers' ``Conv1D``: subclasses bring their own forward or
+    are read by their owner. Idempotent; and a later call with another filter or other settings also takes back what an
+    earlier one swapped.
 
     Args:
-        include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some Linear.
+        include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some layer.
         filter: ``filter(name, linear)``, asked last; False skips the layer.
-        output_layer: "auto" (the rule in ``layers.select``), a name or pattern, or None (no layer is special).
+        output_layer: "auto" (``layers.outputs`` finds it), a name or pattern, or None (no layer is special).
         min_features: layers with fewer input or output features are skipped.
         overrides: pattern -> settings that differ for the layers it matches, or None to skip them:
             ``{"*.down": {"grad_weight": "high"}, "blocks.0.*": None}``. Of several patterns that match a layer the
@@ -48,11 +53,13 @@ def swap_linears(
         settings: the fields of ``layers.Products``, for all other layers.
 
     Raises:
-        TypeError, ValueError: an unknown setting, a pattern that matches no Linear, or nothing left to swap; the
-            message lists what is there. Nothing is changed then.
+        TypeError, ValueError: an unknown setting, or a pattern that matches no layer. Nothing is changed then.
+        NothingToSwap: a ValueError too; the message lists what is there.
+
+    Warns where the output layer isn't sure (``output_layer="auto"``).
     """
     products = Products(**settings)
-    linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | Int8Layer) or is_conv1d(m)}
     selection = select(
         module,
         linears,
@@ -65,73 +72,75 @@ def swap_linears(
         output_layer=output_layer,
         overrides=overrides,
     )
-    _check_released(n for n in selection.skipped if _is_derived(linears[n]) and linears[n].adopted)  # type: ignore
+    _check_released({n: linears[n] for n in selection.skipped if _is_adopted(linears[n])})
+    rest = others(module, linears)
     if not selection.chosen:
-        raise ValueError(_nothing(module, selection.skipped))
+        raise NothingToSwap(_nothing(module, {**selection.skipped, **rest}))
     for name, linear in linears.items():
         if name in selection.chosen:
-            Int8Linear.adopt(linear, selection.chosen[name])
-        elif type(linear) is Int8Linear and linear.adopted:
-            Int8Linear.release(linear)
-    others = {n: "convolutions are not swapped" for n, m in module.named_modules() if isinstance(m, CONVOLUTIONS)}
-    return Report.of(selection, products, _notes(module), others)
+            adopt(linear, selection.chosen[name])
+        elif _is_adopted(linear):
+            release(linear)  # type: ignore[arg-type]
+    return Report.of(selection, products, _notes(module), rest)
 
 
 def restore(module: nn.Module) -> tuple[str, ...]:
-    """Turn every ``Int8Linear`` back into a plain ``nn.Linear``, in place; returns their names.
+    """Turn every int8 layer back into the plain one, in place; returns their names.
 
     Raises:
-        ValueError: for layers that ``fully_shard`` was applied to; it has made them a class of its own.
+        ValueError: for layers that have become a class of its own: by ``fully_shard``, or by a parametrization.
     """
-    _check_released(name for name, m in module.named_modules() if _is_derived(m))
-    layers = [(name, m) for name, m in module.named_modules() if type(m) is Int8Linear]
-    for _, layer in layers:
-        Int8Linear.release(layer)
-    return tuple(name for name, _ in layers)
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, Int8Layer)}
+    _check_released(layers)
+    for layer in layers.values():
+        release(layer)
+    return tuple(layers)
 
 
-def _is_derived(layer: nn.Module) -> bool:
-    return isinstance(layer, Int8Linear) and type(layer) is not Int8Linear
+def _is_adopted(layer: nn.Module) -> bool:
+    return isinstance(layer, Int8Layer) and layer.adopted
 
 
-def _check_released(names: Iterable[str]) -> None:
-    if held := list(names):
+def _check_released(layers: Mapping[str, nn.Module]) -> None:
+    """Raise for layers whose class is no longer the one that ``adopt`` gave them."""
+    derived = {name: m for name, m in layers.items() if "plain" not in vars(type(m))}
+    if parametrized := [name for name, m in derived.items() if is_parametrized(m)]:
         raise ValueError(
-            f"fully_shard was applied to {stacked(held)} itself, whose class can't be changed back from Int8Linear: "
-            "choose layers before sharding, or make a new model and load the weights"
+            f"{stacked(parametrized)}: parametrized after it became an int8 layer, and can't be turned back so; call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
+        )
+    if derived:
+        raise ValueError(
+            f"fully_shard was applied to {stacked(derived)} itself, whose class can't be changed back from "
+            "Int8Linear: choose layers before sharding, or make a new model and load the weights"
         )
 
 
-def _unfit(linear: nn.Module, min_features: int) -> str | None:
-    assert isinstance(linear, nn.Linear)
-    if isinstance(linear, Int8Linear):  # also under the class that fully_shard derives
-        if not linear.adopted:
+def _unfit(layer: nn.Module, min_features: int) -> str | None:
+    if isinstance(layer, Int8Layer):  # also under the class that fully_shard derives
+        if not layer.adopted:
             return "was built as Int8Linear; left as it is"
-    elif type(linear) is not nn.Linear:
-        return f"{type(linear).__name__} is a subclass of nn.Linear"
-    elif "forward" in vars(linear):
+    elif type(layer) is not nn.Linear and not is_conv1d(layer):
+        return f"{type(layer).__name__} is a subclass of nn.Linear"
+    elif "forward" in vars(layer):
         return "its forward was replaced on the object"
-    if min(linear.in_features, linear.out_features) < min_features:
+    weight = layer.weight
+    if min(weight.shape) < min_features:  # type: ignore[arg-type]
         return f"fewer than min_features={min_features} features"
-    dtype = linear.weight.dtype
-    return None if dtype in FLOATS else f"weight is {dtype}; int8 takes float32, float16 and bfloat16"
+    return None if weight.dtype in FLOATS else f"weight is {weight.dtype}; int8 takes float32, float16 and bfloat16"
 
 
-def _nothing(module: nn.Module, skipped: dict[str, str]) -> str:
-    name = type(module).__name__
-    if not skipped:
-        kinds = Counter(
-            type(m).__name__ for m in module.modules() if next(m.parameters(recurse=False), None) is not None
-        )
-        return f"nothing to swap: {name} has no nn.Linear; modules with parameters: {dict(kinds) or 'none'}"
-    return "\n".join([f"nothing to swap in {name}; its linear layers:", *(f"  {n}: {r}" for n, r in skipped.items())])
+def _nothing(module: nn.Module, there: dict[str, str]) -> str:
+    """What the model has instead, by reasons."""
+    found = "\n".join(f"  {names}: {reason}" for reason, names in grouped(there)) or "  no layer with a matrix"
+    return f"nothing to swap in {type(module).__name__}: no linear layer would run in int8. It has\n{found}\n{INSTEAD}."
 
 
 def _notes(module: nn.Module) -> tuple[str, ...]:
     fused = [
         name
         for name, m in module.named_modules()
-        if isinstance(m, nn.TransformerEncoderLayer) and isinstance(m.linear1, Int8Linear)
+        if isinstance(m, nn.TransformerEncoderLayer) and isinstance(m.linear1, Int8Layer)
     ]
     if not fused:
         return ()

@@ -32,12 +32,13 @@ the weight's own dtype.
 """
 
 from lowbit_lightning.layers.embedding import Embedding4bit, Embedding8bit, LowBitEmbedding, StableEmbedding
-from lowbit_lightning.layers.int8 import Int8Linear, Products
+from lowbit_lightning.layers.int8 import Int8Layer, Int8Linear, Products
 from lowbit_lightning.layers.lowbit import Linear2bit, Linear3bit, Linear4bit, Linear8bit, LowBitLinear, Weights
 
 __all__ = [
     "Embedding4bit",
     "Embedding8bit",
+    "Int8Layer",
     "Int8Linear",
     "Linear2bit",
     "Linear3bit",

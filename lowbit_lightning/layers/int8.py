@@ -1,10 +1,12 @@
-"""``Int8Linear`` and its settings."""
+"""``Int8Linear``, its settings, and how a plain layer becomes one in place."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from lowbit_lightning.layers.product import is_transformed, product
 Product = Literal["int8", "high"]
 Rounding = Literal["nearest", "stochastic"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FEWEST_ROWS = {"cpu": 64, "cuda": 1024}
+"""Device type -> rows of the input from which on int8 pays in evaluation, where each pass quantises the weight."""
+
 _CHOICES = {
     **dict.fromkeys(("forward", "grad_input", "grad_weight", "save_inputs"), ("int8", "high")),
     "gradient_rounding": ("nearest", "stochastic"),
@@ -64,7 +69,68 @@ class Products:
         return f"int8 ({', '.join(self.int8) or 'nothing'}{', gradients rounded at random' if random else ''})"
 
 
-class Int8Linear(nn.Linear):
+class Int8Layer(nn.Module):
+    """What ``Int8Linear`` and the int8 form of Transformers' ``Conv1D`` have in common: a weight, and ``products``.
+
+    Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's where that is on;
+    nested tensors as for ``nn.Linear``. A training step costs three int8 products; one less where the input needs no
+    gradient, one less where the weight is frozen. Higher derivatives and the transforms of ``torch.func`` work too
+    (``product``), with incoming gradients rounded to nearest.
+
+    Evaluation (``eval()``, and no gradients) runs the forward in int8 from ``FEWEST_ROWS`` rows on. Below, quantising
+    the weight would cost more than the product saves, and high precision is used.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for a dtype, device or shape of the input that doesn't fit the weight.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    """The class that it was, or would be, in high precision."""
+
+    products: Products
+    adopted: bool = False
+    """True where a plain layer was turned into this one, and may be turned back."""
+
+    weight: Tensor
+    bias: Any  # a Tensor or None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[out_features, in_features]``."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return self._each(input)
+        matrix = self.matrix
+        x = _checked(input, matrix)
+        rows = x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+        p, bias = self.products, self.bias
+        kinds = p.forward == "int8", p.grad_input == "int8", p.grad_weight == "int8"
+        if is_transformed():
+            y = product(rows, matrix, kinds)
+            y = y if bias is None else y + bias.to(y.dtype)
+        else:
+            trains = matrix.requires_grad and torch.is_grad_enabled()
+            save_int8 = trains and p.grad_weight == "int8" and p.save_inputs == "int8"
+            fewest = 0 if self.training or torch.is_grad_enabled() else FEWEST_ROWS.get(x.device.type, 0)
+            y, *_ = int8_linear(rows, matrix, bias, *kinds, save_int8, p.gradient_rounding == "stochastic", fewest)
+        return y.reshape(*x.shape[:-1], matrix.shape[0])
+
+    def _each(self, input: Tensor) -> Tensor:
+        """A nested tensor: all rows of a jagged one at once, the parts of a strided one one by one."""
+        if input.layout is not torch.jagged:
+            return torch.nested.as_nested_tensor([self(part) for part in input.unbind()])
+        if not input.is_contiguous():
+            raise ValueError("a jagged input must be contiguous, as for nn.Linear: call .contiguous() on it")
+        offsets = input.offsets()  # type: ignore[attr-defined]
+        return torch.nested.nested_tensor_from_jagged(self(input.values()), offsets)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), str(self.products))))
+
+
+class Int8Linear(Int8Layer, nn.Linear):
     """``nn.Linear`` with its matmuls in int8: same parameters, same ``state_dict``, same gradients up to rounding.
 
     Args:
@@ -72,19 +138,12 @@ class Int8Linear(nn.Linear):
         settings: the fields of ``Products``: ``forward``, ``grad_input``, ``grad_weight``, ``save_inputs``,
             ``gradient_rounding``.
 
-    Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's where that is on.
-    Evaluation runs the forward in int8 too. A training step costs three int8 products; one less where the input
-    needs no gradient, one less where the weight is frozen. Higher derivatives and the transforms of ``torch.func``
-    work too (``product``), with incoming gradients rounded to nearest.
-
     Raises:
         ValueError: for a bad setting; and in ``forward``, TypeError too, for a dtype, device or shape of the input
-            that doesn't fit the weight.
+            that doesn't fit the weight. ``Int8Layer`` says more of the forward.
     """
 
-    products: Products
-    adopted: bool = False
-    """True where a plain ``nn.Linear`` was turned into this layer, and may be turned back."""
+    plain = nn.Linear
 
     def __init__(
         self,
@@ -95,53 +154,64 @@ class Int8Linear(nn.Linear):
         dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.products = Products(**settings)
 
-    @classmethod
-    def adopt(cls, linear: nn.Linear, products: Products) -> None:
-        """Turn a plain ``nn.Linear`` into this class in place: the object, its parameters and hooks stay."""
-        if not isinstance(linear, cls):
-            linear.__class__ = cls
-        linear.products = products  # type: ignore[assignment]
-        linear.adopted = True  # type: ignore[assignment]
 
-    @classmethod
-    def release(cls, layer: Int8Linear) -> None:
-        """Turn the layer into a plain ``nn.Linear`` in place; the inverse of ``adopt``."""
-        del layer.products
-        vars(layer).pop("adopted", None)
-        layer.__class__ = nn.Linear  # type: ignore[assignment]
+def _checked(x: Tensor, matrix: Tensor) -> Tensor:
+    """The input in the dtype to compute in (autocast's where it is on); raises if it doesn't fit the weight."""
+    if x.ndim == 0 or x.shape[-1] != matrix.shape[1]:
+        raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(x.shape)}")
+    if x.device != matrix.device:
+        raise ValueError(f"input is on {x.device} but the weight on {matrix.device}; move one of them")
+    if matrix.dtype not in FLOATS:
+        raise TypeError(f"Int8Linear's weight must be float32, float16 or bfloat16, got {matrix.dtype}")
+    kind = x.device.type
+    if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype != matrix.dtype:
+        raise TypeError(f"input must have the weight's dtype, {matrix.dtype}, outside autocast, got {x.dtype}")
+    return x
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = self._checked(input)
-        rows = x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
-        p, weight, bias = self.products, self.weight, self.bias
-        kinds = p.forward == "int8", p.grad_input == "int8", p.grad_weight == "int8"
-        if is_transformed():
-            y = product(rows, weight, kinds)
-            y = y if bias is None else y + bias.to(y.dtype)
-        else:
-            trains = weight.requires_grad and torch.is_grad_enabled()
-            save_int8 = trains and p.grad_weight == "int8" and p.save_inputs == "int8"
-            y, *_ = int8_linear(rows, weight, bias, *kinds, save_int8, p.gradient_rounding == "stochastic")
-        return y.reshape(*x.shape[:-1], self.out_features)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.products}"
+# -- in place, and back ----------------------------------------------------------------------------------------------
 
-    def _checked(self, x: Tensor) -> Tensor:
-        """The input in the dtype to compute in (autocast's where it is on); raises if it doesn't fit the weight."""
-        weight = self.weight
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"input must be of shape [..., {self.in_features}], got {tuple(x.shape)}")
-        if x.device != weight.device:
-            raise ValueError(f"input is on {x.device} but the weight on {weight.device}; move one of them")
-        if weight.dtype not in FLOATS:
-            raise TypeError(f"Int8Linear's weight must be float32, float16 or bfloat16, got {weight.dtype}")
-        kind = x.device.type
-        if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return x.to(torch.get_autocast_dtype(kind))
-        if x.dtype != weight.dtype:
-            raise TypeError(f"input must have the weight's dtype, {weight.dtype}, outside autocast, got {x.dtype}")
-        return x
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is Transformers' ``Conv1D``: a linear layer whose weight is ``[in_features, out_features]``."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def adopt(layer: nn.Module, products: Products) -> None:
+    """Turn an ``nn.Linear`` or ``Conv1D`` into its int8 form in place: the object, its parameters and hooks stay."""
+    if not isinstance(layer, Int8Layer):
+        kind: Any = type(layer)
+        layer.__class__ = Int8Linear if kind is nn.Linear else _int8_conv1d(kind)
+    layer.products, layer.adopted = products, True  # type: ignore[assignment]
+
+
+def release(layer: Int8Layer) -> None:
+    """Turn the layer into a plain one in place; the inverse of ``adopt``."""
+    del layer.products
+    vars(layer).pop("adopted", None)
+    layer.__class__ = layer.plain  # type: ignore[assignment]
+
+
+@cache
+def _int8_conv1d(plain: type[nn.Module]) -> type[Int8Layer]:
+    """A subclass of Transformers' own class, which is not ours to import, so that ``isinstance`` stays true."""
+    matrix = property(lambda layer: layer.weight.T, doc=Int8Layer.matrix.__doc__)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return Int8Layer.forward(self, x)
+
+    members = {"plain": plain, "matrix": matrix, "forward": forward, "__module__": __name__}
+    return type("Int8Conv1D", (Int8Layer, plain), {**members, "__doc__": "Transformers' ``Conv1D`` in int8."})
+
+
+def __getattr__(name: str) -> Any:
+    """Where pickle finds ``Int8Conv1D``."""
+    if name == "Int8Conv1D":
+        return _int8_conv1d(importlib.import_module("transformers.pytorch_utils").Conv1D)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

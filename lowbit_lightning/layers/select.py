@@ -9,19 +9,13 @@ or a reason why it is left alone. The first of these that applies decides:
 4. ``filter`` refuses it;
 5. ``overrides`` has None for it. Any other value changes the setting.
 
-The output layer
-----------------
-Rounding the layer that produces logits costs more quality than it saves time, so it is left alone by default. Which
-one it is, a module cannot tell without being run; the rule (``output_layer="auto"``) is:
-
-1. every candidate whose weight is also the weight of an ``nn.Embedding`` (tied) is an output layer;
-2. if there is none, it is the last candidate in the order in which the model defines its modules.
-
-A model in which that is wrong names it (``output_layer="decoder.head"``), or says ``output_layer=None``.
+Output layers (``output_layer="auto"``) are the matter of ``outputs``. A model in which its answer is wrong names them
+(``output_layer="decoder.head"``, or a pattern), or says ``output_layer=None``: no layer is special.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -29,7 +23,10 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from lowbit_lightning.layers.outputs import output_layers
+
 Setting = TypeVar("Setting")
+OUTPUT = "output layer (output_layer=None takes it too)"
 Patterns = str | Iterable[str]
 """Shell patterns of qualified names: ``"blocks.*.mlp.*"``."""
 
@@ -67,7 +64,7 @@ def select(
             ValueError where it doesn't know the value.
         include, exclude: patterns; each must match some candidate.
         filter: ``filter(name, candidate)``; False skips it.
-        output_layer: "auto" (the rule above), a name or pattern, or None (no layer is special).
+        output_layer: "auto" (``outputs``; warns where it is not sure), a name or pattern, or None.
         overrides: pattern -> value for ``change``, or None to skip. Of several patterns that match a candidate the
             later goes over the earlier.
 
@@ -111,12 +108,12 @@ def _patterns(argument: str, patterns: Patterns, names: Iterable[str]) -> list[s
     return result
 
 
-def _by_name(name: str, include: list[str], exclude: list[str], outputs: set[str]) -> str | None:
+def _by_name(name: str, include: list[str], exclude: list[str], outputs: Mapping[str, str]) -> str | None:
     if not any(fnmatchcase(name, pattern) for pattern in include):
         return f"not in include={include!r}"
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return f"in exclude={exclude!r}"
-    return "output layer (output_layer=None takes it too)" if name in outputs else None
+    return outputs.get(name)
 
 
 def _overridden(
@@ -129,16 +126,26 @@ def _overridden(
     return own
 
 
-def _output_layers(module: nn.Module, rule: str | None, candidates: Mapping[str, nn.Module]) -> set[str]:
-    if rule is None or not candidates:
-        return set()
+def _output_layers(module: nn.Module, rule: str | None, candidates: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name -> reason to leave it alone; warns where that is doubtful."""
+    if rule is None:
+        return {}
     if rule != "auto":
         pattern = _patterns("output_layer", rule, candidates)[0]
-        return {name for name in candidates if fnmatchcase(name, pattern)}
-    embeddings = [m.weight for m in module.modules() if isinstance(m, nn.Embedding)]
-    layers = {name: m for name, m in candidates.items() if not isinstance(m, nn.Embedding)}
-    tied = {name for name, m in layers.items() if any(m.weight is w for w in embeddings)}
-    return tied or set(list(layers)[-1:])
+        return dict.fromkeys((name for name in candidates if fnmatchcase(name, pattern)), OUTPUT)
+    found = output_layers(module, candidates)
+    if found.doubtful:
+        warnings.warn(
+            f"not sure which layers of {type(module).__name__} are output layers; left alone because they may be: "
+            f"{_reasons(found.doubtful)}. Name them (output_layer='NAME' or a pattern), or say output_layer=None",
+            stacklevel=3,
+        )
+    doubtful = {name: f"perhaps an output layer: {why} (output_layer= decides)" for name, why in found.doubtful.items()}
+    return {**dict.fromkeys(found.known, OUTPUT), **doubtful}
+
+
+def _reasons(named: Mapping[str, str]) -> str:
+    return "; ".join(f"{names} ({reason})" for reason, names in grouped(named))
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
@@ -175,12 +182,12 @@ class Report(Generic[Setting]):
     def __str__(self) -> str:
         total = len(self.swapped) + len(self.skipped)
         lines = [f"{self.setting} in {len(self.swapped)} of {total} linear layers: {stacked(self.swapped)}"]
-        lines += [f"  but {names}: {own}, by overrides" for own, names in _grouped(self.overridden)]
-        lines += [f"  not {names}: {reason}" for reason, names in _grouped({**self.skipped, **self.others})]
+        lines += [f"  but {names}: {own}, by overrides" for own, names in grouped(self.overridden)]
+        lines += [f"  not {names}: {reason}" for reason, names in grouped({**self.skipped, **self.others})]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-def _grouped(named: Mapping[str, Any]) -> list[tuple[Any, str]]:
+def grouped(named: Mapping[str, Any]) -> list[tuple[Any, str]]:
     """Each value with the names that have it, in the order of their first."""
     return [(value, stacked(n for n, v in named.items() if v == value)) for value in dict.fromkeys(named.values())]
 

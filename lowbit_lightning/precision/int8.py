@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import DeepSpeedPrecision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lowbit_lightning.convert import MIN_FEATURES, swap_linears
+from lowbit_lightning.convert import MIN_FEATURES, NothingToSwap, swap_linears
 from lowbit_lightning.layers.int8 import Product, Products, Rounding
 from lowbit_lightning.layers.select import Overrides, Report, check_overrides
 from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
@@ -31,6 +31,9 @@ class Int8Mixed:
     """What the Trainer's and Fabric's plugin have in common."""
 
     precision: Any = NAME
+    by_name = False
+    """True where the bare string asked for it: a model with nothing to swap is then a warning, no error."""
+
     device_type: str | None = None  # of the run's accelerator; None: the module's when it is converted
 
     def __init__(
@@ -74,14 +77,23 @@ class Int8Mixed:
         self._swapped: Report | None = None  # the report without the note on autocast
         self._choice: Choice | None = None
         self._resumed = False  # the choice is a checkpoint's
-        self._warned = False
+        self._warned = self._found_nothing = False
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Swap the layers in place (again: Lightning calls this for every fit, validate, test and predict)."""
-        report = self._swap(module)
+        try:
+            report: Report | None = self._swap(module)
+        except NothingToSwap as error:
+            if not self.by_name:
+                raise
+            report = None
+            if not self._found_nothing:
+                rank_zero_warn(f"precision={NAME!r} runs nothing of this model in int8: {error}")
+            self._found_nothing = True
         if self.autocast == "auto" and not self._resumed:
             self._choice = choose(module, self.device_type or _device(module))
-        self._say(report)
+        if report is not None:
+            self._say(report)
         self._module = weakref.ref(module)
         return module
 

@@ -71,7 +71,9 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
         plugins = _listed(bound.arguments.get("plugins"))
         _check_plugins(plugins, plugin, wanted)
         if wanted:
-            plugins = [*plugins, plugin()]
+            named = plugin()
+            named.by_name = True
+            plugins = [*plugins, named]
             bound.arguments.update(precision=None, plugins=plugins)
         for given in plugins:
             if isinstance(given, Int8MixedPrecision):

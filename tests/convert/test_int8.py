@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
-from lowbit_lightning.convert import restore, swap_linears
+from lowbit_lightning.convert import NothingToSwap, restore, swap_linears
 from lowbit_lightning.layers import Int8Linear, Products
 
 
@@ -55,7 +55,7 @@ def test_swap_is_in_place_and_reversible() -> None:
     block(model, 0).qkv.register_forward_hook(lambda *_: seen.append("hook"))
 
     report = swap_linears(model)
-    assert report.swapped == int8_names(model) == ("head", *BODY)
+    assert report.swapped == int8_names(model) == (*BODY, "last")
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
     assert {name: id(m) for name, m in model.named_modules()} == objects
     assert list(model.state_dict()) == list(before)
@@ -70,13 +70,13 @@ def test_swap_is_in_place_and_reversible() -> None:
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
 
 
-def test_output_layer_is_the_tied_one_or_the_last() -> None:
-    assert swap_linears(Model()).skipped["last"].startswith("output layer")
-    tied = Model(tied=True)
-    report = swap_linears(tied)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_layer_is_left_alone(tied: bool) -> None:
+    model = Model(tied)
+    report = swap_linears(model)
     assert report.skipped["head"].startswith("output layer")
     assert "last" in report.swapped
-    assert tied.head.weight is tied.embedding.weight
+    assert (model.head.weight is model.embedding.weight) == tied
 
 
 def test_output_layer_can_be_named_or_none() -> None:
@@ -89,7 +89,7 @@ def test_output_layer_can_be_named_or_none() -> None:
 def test_names_by_pattern() -> None:
     model = Model()
     assert swap_linears(model, include="blocks.*", exclude=["*.out"]).swapped == ("blocks.0.qkv", "blocks.1.qkv")
-    assert swap_linears(model, filter=lambda name, m: m.out_features == 192).skipped["head"] == "refused by filter"
+    assert swap_linears(model, filter=lambda name, m: m.out_features == 192).skipped["last"] == "refused by filter"
     for argument in ("include", "exclude"):
         with pytest.raises(ValueError, match=rf"{argument}='layers\.\*' matches no linear layer; there are: head"):
             swap_linears(model, **{argument: ["layers.*"]})  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def test_names_by_pattern() -> None:
 
 def test_overrides_by_pattern() -> None:
     model = Model()
-    overrides = {"*.out": {"grad_weight": "high"}, "blocks.1.*": {"save_inputs": "high"}, "head": None}
+    overrides = {"*.out": {"grad_weight": "high"}, "blocks.1.*": {"save_inputs": "high"}, "last": None}
     report = swap_linears(model, gradient_rounding="stochastic", overrides=overrides)
     products = {name: m.products for name, m in model.named_modules() if isinstance(m, Int8Linear)}
     base = Products(gradient_rounding="stochastic")
@@ -107,7 +107,7 @@ def test_overrides_by_pattern() -> None:
         "blocks.1.qkv": replace(base, save_inputs="high"),
         "blocks.1.out": replace(base, grad_weight="high", save_inputs="high"),
     }
-    assert report.skipped["head"] == "None in overrides"
+    assert report.skipped["last"] == "None in overrides"
     assert report.overridden == {name: own for name, own in products.items() if own != base}
     assert "  but blocks.0.out: int8 (forward, grad_input, gradients rounded at random), by overrides" in str(report)
     assert swap_linears(model, overrides={"*": None, "*.qkv": {}}).swapped == ("blocks.0.qkv", "blocks.1.qkv")
@@ -133,11 +133,11 @@ def test_bad_overrides(overrides: Any, error: type[Exception], said: str) -> Non
 def test_convolutions_are_listed_and_not_counted() -> None:
     model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.Linear(64, 64), nn.Linear(64, 64))
     report = swap_linears(model)
-    assert [report.others[name] for name in "01"] == ["convolutions are not swapped"] * 2
+    assert [report.others[name] for name in "01"] == ["convolutions run in high precision"] * 2
     assert str(report).splitlines() == [
         "int8 (forward, grad_input, grad_weight) in 1 of 2 linear layers: 2",
         "  not 3: output layer (output_layer=None takes it too)",
-        "  not * (2): convolutions are not swapped",
+        "  not * (2): convolutions run in high precision",
     ]
 
 
@@ -161,9 +161,9 @@ def test_layers_that_int8_cannot_serve() -> None:
     model.own = Int8Linear(64, 64, forward="high")
     model.patched = nn.Linear(64, 64)
     model.patched.forward = lambda input: input  # type: ignore[method-assign]
-    model.small = nn.Linear(64, 31)
+    model.small = nn.Linear(31, 64)
     model.body = nn.Linear(64, 64)
-    model.end = nn.Linear(64, 64)
+    model.end = nn.Linear(64, 100)
     report = swap_linears(model)
     assert report.swapped == ("body",)
     for name, reason in {
@@ -181,9 +181,9 @@ def test_layers_that_int8_cannot_serve() -> None:
 
 
 def test_nothing_left_to_swap_raises_and_says_what_is_there() -> None:
-    with pytest.raises(ValueError, match=r"Sequential has no nn\.Linear; modules with parameters: \{'Conv2d': 1\}"):
+    with pytest.raises(NothingToSwap, match=r"nothing to swap in Sequential: .*\n  0: convolutions run in high.*\nFor"):
         swap_linears(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
-    with pytest.raises(ValueError, match="nothing to swap in Sequential; its linear layers:\n  0: output layer"):
+    with pytest.raises(NothingToSwap, match=r"It has\n  0: output layer \(output_layer=None .*\nFor models"):
         swap_linears(nn.Sequential(nn.Linear(64, 64)))
     with pytest.raises(ValueError, match="forward must be 'int8' or 'high', got 'fp8'"):
         swap_linears(Model(), forward="fp8")  # type: ignore[arg-type]
@@ -194,7 +194,22 @@ def test_a_call_that_raises_changes_nothing() -> None:
     swap_linears(model)
     with pytest.raises(ValueError, match="nothing to swap"):
         swap_linears(model, filter=lambda *_: False)
-    assert int8_names(model) == ("head", *BODY)
+    assert int8_names(model) == (*BODY, "last")
+
+
+def test_layers_that_were_parametrized_after_the_swap() -> None:
+    """They compute with what the parametrization gives; to turn them back it has to go first."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
+    swap_linears(model)
+    parametrizations.weight_norm(model[0])
+    assert model[0](torch.randn(3, 64)).shape == (3, 64)
+    assert swap_linears(model).swapped == ("0",)
+    for call in (restore, lambda m: swap_linears(m, output_layer=None, exclude="0", min_features=1)):
+        with pytest.raises(ValueError, match=r"0: parametrized after it became an int8 layer.*remove_parametrizations"):
+            call(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert restore(model) == ("0",)
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_shared_module_is_swapped_once() -> None:
@@ -207,9 +222,9 @@ def test_a_shared_module_is_swapped_once() -> None:
 def test_report_is_a_few_lines() -> None:
     lines = str(swap_linears(Model())).splitlines()
     assert lines == [
-        "int8 (forward, grad_input, grad_weight) in 5 of 8 linear layers: head, blocks.*.qkv (2), blocks.*.out (2)",
+        "int8 (forward, grad_input, grad_weight) in 5 of 8 linear layers: blocks.*.qkv (2), blocks.*.out (2), last",
+        "  not head: output layer (output_layer=None takes it too)",
         "  not blocks.*.gate (2): fewer than min_features=32 features",
-        "  not last: output layer (output_layer=None takes it too)",
     ]
 
 

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning import convert, kernels
 from lowbit_lightning.layers import Int8Linear
+from lowbit_lightning.layers.int8 import FEWEST_ROWS
 from lowbit_lightning.precision import FabricInt8MixedPrecision, Int8MixedPrecision
 
 # -- what wraps a layer ----------------------------------------------------------------------------------------------
@@ -129,8 +130,9 @@ def trainer(**settings: Any) -> L.Trainer:
     return L.Trainer(accelerator="cpu", enable_model_summary=False, **{**quiet, **settings})  # type: ignore[arg-type]
 
 
-def test_what_a_trainer_quantises() -> None:
+def test_what_a_trainer_quantises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a weight outlives a pass, whatever a step accumulates."""
+    monkeypatch.setitem(FEWEST_ROWS, "cpu", 1)
     batches, layers, module = 6, 2 * LINEARS, Module()
     run = trainer(precision="int8-mixed", accumulate_grad_batches=3)
     kernels.reset_calls()

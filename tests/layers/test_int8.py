@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.layers import Int8Linear
+from lowbit_lightning.layers.int8 import FEWEST_ROWS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -113,15 +114,21 @@ def test_count_of_products(needs_input: bool, needs_weight: bool, expected: int)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_evaluation_runs_in_int8(context: Any) -> None:
-    linear = layer().eval()
-    x = torch.randn(8, K)
-    trained = layer_output = linear(x)
-    kernels.reset_calls()
-    with context():
-        layer_output = linear(x)
-    assert matmuls() == 1
-    assert torch.equal(layer_output, trained.detach())
+@pytest.mark.parametrize("rows", [1, FEWEST_ROWS["cpu"] - 1, FEWEST_ROWS["cpu"]])
+def test_evaluation_runs_in_int8_where_that_pays(context: Any, rows: int) -> None:
+    """Few rows don't pay for quantising a weight. Passes that train run in int8, whatever their rows."""
+    linear, x = layer(), torch.randn(rows, K)
+    trained = linear(x).detach()
+    with context(), counted(1):
+        assert torch.equal(linear(x), trained)  # as the first pass of a reentrant checkpoint
+    linear.eval()
+    with counted(1):
+        assert torch.equal(linear(x.requires_grad_()), trained)
+    x = x.detach()
+    pays = rows >= FEWEST_ROWS["cpu"]
+    with context(), counted(pays):
+        y = linear(x)
+    assert torch.equal(y, trained if pays else nn.functional.linear(x, linear.weight, linear.bias))
 
 
 @pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K), (0, K), (2, 0, K), (1, 1, 1, K)])
@@ -141,6 +148,29 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     else:
         assert not linear.weight.grad.any()
         assert not linear.bias.grad.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+def test_nested_tensors() -> None:
+    """As nn.Linear takes them: jagged ones by all their rows at once, the older kind part by part."""
+    linear = layer()
+    parts = [torch.randn(n, K) for n in (3, 1, 5)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    with counted(1):
+        y = linear(jagged)
+    assert (y.layout, tuple(y.shape)[::2]) == (torch.jagged, (3, N))
+    for part, own in zip(parts, y.unbind(), strict=True):
+        assert torch.equal(linear(part), own)
+    y.values().square().sum().backward()
+    dense = torch.cat(parts).requires_grad_()
+    linear(dense).square().sum().backward()
+    assert torch.equal(jagged.grad.values(), dense.grad)  # type: ignore[union-attr, arg-type]
+    turned = torch.nested.nested_tensor([p.unflatten(-1, (4, -1)) for p in parts], layout=torch.jagged).transpose(1, 2)
+    for narrow in (Int8Linear(K // 4, N), nn.Linear(K // 4, N)):
+        with pytest.raises(ValueError, match="contiguous"):
+            narrow(turned)
+    strided = linear(torch.nested.nested_tensor(parts))
+    assert all(torch.equal(a, linear(b)) for a, b in zip(strided.unbind(), parts, strict=True))
 
 
 def test_no_bias_and_strided_operands() -> None:

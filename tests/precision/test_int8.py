@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning import convert, kernels, precision
 from lowbit_lightning.layers import Int8Linear
+from lowbit_lightning.layers.int8 import FEWEST_ROWS
 from lowbit_lightning.precision import (
     FabricInt8MixedPrecision,
     Int8MixedPrecision,
@@ -131,7 +132,10 @@ def test_a_plugin_inside_a_strategy() -> None:
     assert isinstance(trainer(strategy=strategy).precision_plugin, Int8MixedPrecision)
 
 
-def test_every_stage_runs_in_int8_and_converts_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_stage_runs_in_int8_and_converts_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FEWEST_ROWS, "cpu", 1)
     run, model = trainer(precision="int8-mixed", limit_val_batches=BATCHES), Model()
     with caplog.at_level(logging.INFO):
         for stage in ("fit", "validate", "test", "predict"):
@@ -242,6 +246,30 @@ def test_other_precisions_and_plugins_are_untouched() -> None:
     assert trainer(precision="bf16-mixed").precision == "bf16-mixed"
     assert trainer().precision == "32-true"
     assert isinstance(trainer(precision=64).precision_plugin, L.pytorch.plugins.DoublePrecision)
+
+
+class Recurrent(Model):
+    """A model of which int8 serves nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.net = nn.GRU(32, 64), nn.Sequential(nn.Linear(64, 4))  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.rnn(x)[0])
+
+
+def test_a_model_with_nothing_to_swap_is_a_warning_for_the_string_and_an_error_for_a_plugin() -> None:
+    run, said = (
+        trainer(precision="int8-mixed", limit_val_batches=1),
+        r"(?s)runs nothing of this model in int8.*rnn: recurrent",
+    )
+    with pytest.warns(UserWarning, match=said) as caught:
+        run.fit(Recurrent(), data())
+        run.validate(Recurrent(), data())
+    assert sum("runs nothing" in str(w.message) for w in caught) == 1
+    with pytest.raises(convert.NothingToSwap, match=r"(?s)rnn: recurrent weights.*precision='bf16-mixed'"):
+        trainer(plugins=Int8MixedPrecision()).fit(Recurrent(), data())
 
 
 def test_string_and_plugin_together() -> None:

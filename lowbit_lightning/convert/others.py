@@ -1,0 +1,48 @@
+"""Weights that int8 training leaves in high precision because they aren't linear layers: which, and why."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+CONVOLUTION = "convolutions run in high precision"
+RECURRENT = "recurrent weights run in high precision: one fused kernel reads them all"
+ATTENTION = "in_proj_weight runs in high precision: it belongs to nn.MultiheadAttention, and is no layer"
+BILINEAR = "bilinear forms run in high precision"
+OWN = "matrices that a module holds itself run in high precision: they are no layers"
+
+_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
+    (_ConvNd, CONVOLUTION),
+    (nn.RNNBase, RECURRENT),
+    (nn.RNNCellBase, RECURRENT),
+    (nn.Bilinear, BILINEAR),
+)
+_NO_PRODUCTS = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+"""Linear layers are candidates; the others look rows up, or scale."""
+
+INSTEAD = (
+    "For models like this, precision='bf16-mixed' is the fast choice; 8-bit optimizers (lowbit_lightning.optim), "
+    "strategy='lowbit_sharded' and paging serve any model"
+)
+
+
+def others(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """Name of a module -> why its weights stay in high precision, of all that hold matrices and aren't ``linears``."""
+    found = {}
+    for name, m in module.named_modules():
+        reason = next((why for kind, why in _KINDS if isinstance(m, kind)), None)
+        if reason is None and isinstance(m, nn.MultiheadAttention):
+            reason = ATTENTION
+        if reason is None and name not in linears and not isinstance(m, _NO_PRODUCTS) and _holds_matrices(m, linears):
+            reason = OWN
+        if reason is not None:
+            found[name] = reason
+    return found
+
+
+def _holds_matrices(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
+    """Of at least 32 by 32, and not tied to a layer; three dimensions are those of mixtures of experts."""
+    weights = {id(linear.weight) for linear in linears.values()}
+    return any(
+        p.ndim in (2, 3) and min(p.shape[-2:]) >= 32 and id(p) not in weights for p in module.parameters(recurse=False)
+    )
