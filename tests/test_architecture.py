@@ -248,6 +248,11 @@ def test_backends_keep_the_contract(name: str) -> None:
             assert found.return_annotation == wanted.return_annotation, f"{name}.{file}.{op}"
 
 
+def test_ops_are_declared_by_one_function() -> None:
+    doors = [path.name for module, path in modules() if "torch.library" in path.read_text()]
+    assert doors == ["dispatch.py"], "kernels.dispatch.declare gives an op its schema, fake, autograd and count"
+
+
 def test_every_op_of_a_backend_is_declared_and_has_a_reference() -> None:
     assert {"reference", "cpu", "cuda"} <= set(backend.BACKENDS)
     assert set(backend.OPS) <= set(dir(torch.ops.lowbit_lightning))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,52 +13,24 @@ from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, MAP_NUMBERS, specialised
 
-
-class _Grid(ctypes.Structure):
-    """``struct Grid`` of src/quantize.cpp."""
-
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("row_length", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("threads", ctypes.c_int),
-    ]
-
-
-class _Map(ctypes.Structure):
-    """``struct Map`` of src/quantize.cpp."""
-
-    _fields_ = [("map", ctypes.c_int), ("values", ctypes.c_void_p), ("count", ctypes.c_int)]
-
-
-def _grid(grid: BlockGrid) -> _Grid:
-    return _Grid(grid.rows, grid.row_length, grid.block_size, torch.get_num_threads())
-
-
-def _map(codebook: str, values: Tensor | None) -> _Map:
-    if values is None:
-        return _Map(MAP_NUMBERS[codebook], None, 0)
-    return _Map(MAP_NUMBERS[codebook], values.data_ptr(), values.numel())
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_ARGUMENTS: list[Any] = [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _INT]
 
 
 @cache
 def library() -> ctypes.CDLL:
     """The compiled quantiser."""
-    compiled, pointer = host_library(specialised("quantize.cpp")), ctypes.c_void_p
-    compiled.quantize_blockwise.argtypes = [pointer, ctypes.c_int, _Grid, _Map, pointer, pointer]
-    compiled.dequantize_blockwise.argtypes = [pointer, pointer, _Grid, _Map, pointer, ctypes.c_int]
-    compiled.quantize_blockwise.restype = compiled.dequantize_blockwise.restype = None
+    compiled = host_library(specialised("quantize.cpp"))
+    for function in (compiled.quantize_blockwise, compiled.dequantize_blockwise):
+        function.restype, function.argtypes = None, _ARGUMENTS
     return compiled
 
 
 def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
     """See the reference."""
-    grid = BlockGrid.of(x.shape, block_size)
     codes = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
-    scales = torch.empty(grid.scales_shape, dtype=torch.float32, device="cpu")
-    if x.numel():
-        form = _grid(grid), _map(codebook, values)
-        library().quantize_blockwise(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *form, codes.data_ptr(), scales.data_ptr())
+    scales = torch.empty(BlockGrid.of(x.shape, block_size).scales_shape, dtype=torch.float32, device="cpu")
+    _run(library().quantize_blockwise, x, codes, scales, codebook, values, block_size)
     return codes, scales
 
 
@@ -66,7 +39,16 @@ def dequantize_blockwise(
 ) -> Tensor:
     """See the reference."""
     out = torch.empty(codes.shape, dtype=dtype, device="cpu")
-    if codes.numel():
-        form = _grid(BlockGrid.of(codes.shape, block_size)), _map(codebook, values)
-        library().dequantize_blockwise(codes.data_ptr(), scales.data_ptr(), *form, out.data_ptr(), DTYPE_NUMBERS[dtype])
+    _run(library().dequantize_blockwise, out, codes, scales, codebook, values, block_size)
     return out
+
+
+def _run(
+    function: Any, x: Tensor, codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int
+) -> None:
+    grid = BlockGrid.of(x.shape, block_size)
+    book = (None, 0) if values is None else (values.data_ptr(), values.numel())
+    if x.numel():
+        tensors = x.data_ptr(), DTYPE_NUMBERS[x.dtype], codes.data_ptr(), scales.data_ptr()
+        form = grid.rows, grid.row_length, block_size, MAP_NUMBERS[codebook], *book
+        function(*tensors, *form, torch.get_num_threads())

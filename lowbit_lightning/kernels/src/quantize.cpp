@@ -142,16 +142,23 @@ static void dequantize(const uint8_t* codes, const float* scales, const Grid& gr
     else dequantize_custom(codes, scales, grid, codebook(map.values, map.count), out);
 }
 
-// dtype: 0 float32, 1 float16, 2 bfloat16.
-extern "C" void quantize_blockwise(const void* x, int dtype, Grid grid, Map map, uint8_t* codes, float* scales) {
-    if (dtype == 0) quantize((const float*)x, grid, map, codes, scales);
-    else if (dtype == 1) quantize((const Half*)x, grid, map, codes, scales);
-    else quantize((const BFloat16*)x, grid, map, codes, scales);
+// dtype: of x or out: 0 float32, 1 float16, 2 bfloat16.
+extern "C" void quantize_blockwise(
+    const void* x, int dtype, uint8_t* codes, float* scales, int64_t rows, int64_t row_length, int64_t block_size,
+    int map, const float* values, int count, int threads) {
+    const Grid grid{rows, row_length, block_size, threads};
+    const Map book{map, values, count};
+    if (dtype == 0) quantize((const float*)x, grid, book, codes, scales);
+    else if (dtype == 1) quantize((const Half*)x, grid, book, codes, scales);
+    else quantize((const BFloat16*)x, grid, book, codes, scales);
 }
 
 extern "C" void dequantize_blockwise(
-    const uint8_t* codes, const float* scales, Grid grid, Map map, void* out, int dtype) {
-    if (dtype == 0) dequantize(codes, scales, grid, map, (float*)out);
-    else if (dtype == 1) dequantize(codes, scales, grid, map, (Half*)out);
-    else dequantize(codes, scales, grid, map, (BFloat16*)out);
+    void* out, int dtype, const uint8_t* codes, const float* scales, int64_t rows, int64_t row_length,
+    int64_t block_size, int map, const float* values, int count, int threads) {
+    const Grid grid{rows, row_length, block_size, threads};
+    const Map book{map, values, count};
+    if (dtype == 0) dequantize(codes, scales, grid, book, (float*)out);
+    else if (dtype == 1) dequantize(codes, scales, grid, book, (Half*)out);
+    else dequantize(codes, scales, grid, book, (BFloat16*)out);
 }
