@@ -27,12 +27,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 
 from lowbit_lightning.kernels.backend import BACKENDS, OPS
@@ -63,17 +62,25 @@ def declare(
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation or partial(_on_backend, name), "CompositeExplicitAutograd")
+    op = getattr(torch.ops.lowbit_lightning, name).default
+    _library.impl(name, implementation or _on_backend(op), "CompositeExplicitAutograd")
     qualified = f"lowbit_lightning::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.lowbit_lightning, name).default
+    return op
 
 
-def _on_backend(op: str, *arguments: Any) -> Any:
-    contiguous = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    return run(op, arguments[0].device, *contiguous)
+def _on_backend(op: OpOverload) -> Callable[..., Any]:
+    places = [i for i, a in enumerate(op._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+
+    def implementation(*arguments: Any) -> Any:
+        for i in places:
+            if arguments[i] is not None and not arguments[i].is_contiguous():
+                arguments = *arguments[:i], arguments[i].contiguous(), *arguments[i + 1 :]
+        return run(op._opname, arguments[0].device, *arguments)
+
+    return implementation
 
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
