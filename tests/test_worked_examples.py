@@ -50,8 +50,9 @@ def test_worked_example(heading: str, tmp_path: Path) -> None:
                 touched.add(f"{stem}{file}{end}")
                 apply(kind, tmp_path / f"{stem}{file}{end}", text.replace("FILE", file))
         checks += "" if name else text
-    count, what = re.search(r": (\d+) (file|folder)s?$", heading).groups()
-    places = touched if what == "file" else {Path(path).parent for path in touched}
-    assert len(places) == int(count), f"{heading}, but it touches {sorted(touched)}"
+    said = re.search(r": (\d+) (file|folder)s?$", heading)
+    assert said, f"{heading!r} must end with a number of files or folders"
+    places = touched if said[2] == "file" else {str(Path(path).parent) for path in touched}
+    assert len(places) == int(said[1]), f"{heading}, but it touches {sorted(touched)}"
     done = subprocess.run([sys.executable, "-c", checks], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
