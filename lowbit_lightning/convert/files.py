@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_lightning.convert import bitsandbytes
-from lowbit_lightning.convert.lowbit import _adopt, select_weights
+from lowbit_lightning.convert.lowbit import adopt, layer_at, select_weights
 from lowbit_lightning.layers.lowbit import FLOATS, PARTS, LowBitWeight, Weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -62,6 +62,7 @@ def load_quantized(
     strict: bool = True,
     progress: bool = True,
     embeddings: bool = False,
+    experts: bool = True,
     fit: str | None = None,
     compute_dtype: torch.dtype | None = None,
     threshold: float = 0.0,
@@ -76,7 +77,7 @@ def load_quantized(
         model: built in ``empty_parameters()`` or ``torch.device("meta")``.
         files: a ``.safetensors`` file or one that ``torch.save`` wrote, several of them, or a folder with an index
             (``model.safetensors.index.json``), ``model.safetensors`` or ``pytorch_model.bin``.
-        weights, fit, compute_dtype, threshold, embeddings: as for ``quantize``.
+        weights, fit, compute_dtype, threshold, embeddings, experts: as for ``quantize``.
         choice: ``include``, ``exclude``, ``filter``, ``output_layer``, ``overrides``, as for ``quantize``.
         dtype: of what is not quantised; None keeps that of the files.
         device: where the model is to lie.
@@ -91,15 +92,16 @@ def load_quantized(
         raise TypeError(f"dtype must be None, torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
     found = tensors(files)
     settings = Weights.of(weights, fit=fit, compute_dtype=compute_dtype, threshold=threshold)
-    selection = select_weights(model, settings, embeddings=embeddings, **choice)
+    selection = select_weights(model, settings, embeddings=embeddings, experts=experts, **choice)
     aliases = _aliases(model)
-    _check_names(aliases, found, strict)
+    served = {name: _served(name, aliases, found) for name in found}
+    _check_names(aliases, served, strict)
     for name, own in selection.chosen.items():
-        _adopt(model.get_submodule(name), own)
+        adopt(layer_at(model, name), own)
     target = torch.device(device)
     with _bar(found, progress) as names:
         for name in names:
-            _load(model, aliases.get(name, []), name, found, dtype, target)
+            _load(model, aliases.get(served[name] or "", []), name, found, dtype, target)
     _check_loaded(model, strict)
     return model._apply(lambda x: x if x.is_meta else x.to(target))
 
@@ -198,12 +200,21 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return {name: shared for shared in names.values() for name in shared}
 
 
-def _check_names(aliases: Mapping[str, list[str]], found: Mapping[str, Read], strict: bool) -> None:
+def _served(name: str, aliases: Mapping[str, list[str]], found: Mapping[str, Read]) -> str | None:
+    """Which entry of the model a tensor of the files is for; None of what comes along with another."""
+    owner, _, part = name.rpartition(".")
+    if part in PARTS and owner in aliases:  # an expert, whose parameter has become a module
+        return owner if part == "weight" else None
+    if part in PARTS[1:] and f"{owner}.weight" in found:
+        return None
+    return None if any(name in bitsandbytes.parts_of(n, [name]) for n in bitsandbytes.weights_of(found)) else name
+
+
+def _check_names(aliases: Mapping[str, list[str]], served: Mapping[str, str | None], strict: bool) -> None:
     """Before anything is changed."""
-    extra = {part for name in bitsandbytes.weights_of(found) for part in bitsandbytes.parts_of(name, found)}
-    extra |= {f"{name.removesuffix('weight')}{part}" for name in found if name.endswith("weight") for part in PARTS}
-    missing = [name for name, shared in aliases.items() if name == shared[0] and not any(n in found for n in shared)]
-    unexpected = [name for name in found if name not in aliases and name not in extra]
+    have = set(served.values())
+    missing = [name for name, shared in aliases.items() if name == shared[0] and not have.intersection(shared)]
+    unexpected = [name for name, target in served.items() if target is not None and target not in aliases]
     if strict and (missing or unexpected):
         raise ValueError(
             f"the files and the model don't fit: the files lack {_some(missing)}, the model lacks {_some(unexpected)}; "
@@ -227,8 +238,8 @@ def _load(
     plain: list[str] = []
     low: list[LowBitWeight] = []
     for alias in names:
-        layer = model.get_submodule(alias.rpartition(".")[0])
-        if not isinstance(layer, LowBitWeight) or not alias.endswith("weight"):
+        layer = _low_bit_at(model, alias)
+        if layer is None:
             plain.append(alias)
         elif same := next((other for other in low if other.weights == layer.weights), None):
             layer.share(same)
@@ -251,6 +262,14 @@ def _load(
         setattr(holder, part, value)
 
 
+def _low_bit_at(model: nn.Module, name: str) -> LowBitWeight | None:
+    """The low-bit module whose weight had this name in high precision."""
+    owner, _, part = name.rpartition(".")
+    held = model.get_submodule(owner)
+    layer = held if part == "weight" else held._modules.get(part)
+    return layer if isinstance(layer, LowBitWeight) else None
+
+
 def _load_low_bit(layer: LowBitWeight, name: str, found: Mapping[str, Read], device: torch.device) -> None:
     prefix = name.removesuffix("weight")
     if bitsandbytes.is_weight(name, found):
@@ -259,7 +278,7 @@ def _load_low_bit(layer: LowBitWeight, name: str, found: Mapping[str, Read], dev
         parts = {part: found[f"{prefix}{part}"]() for part in PARTS if f"{prefix}{part}" in found}
         layer.hold_saved(parts, name, device)
     else:
-        value = found[name]()
+        value = layer.oriented(found[name]())
         if value.shape != layer.weight_shape or not value.is_floating_point():
             wanted = tuple(layer.weight_shape)
             raise ValueError(f"{name} must be a float tensor of shape {wanted}, got {value.dtype} {tuple(value.shape)}")

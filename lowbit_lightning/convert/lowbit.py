@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_lightning.layers.embedding import LowBitEmbedding
+from lowbit_lightning.layers.experts import LowBitTensor
+from lowbit_lightning.layers.int8 import is_conv1d
 from lowbit_lightning.layers.lowbit import FLOATS, LowBitLinear, LowBitWeight, Weights
 from lowbit_lightning.layers.select import Overrides, Patterns, Selection, select, stacked
 
 Module = TypeVar("Module", bound=nn.Module)
+
+MIN_EXPERT = 32
+"""A three-dimensional parameter with shorter rows, or fewer of them, is taken for something else than experts."""
 
 
 def quantize(
@@ -27,10 +32,14 @@ def quantize(
     output_layer: str | None = "auto",
     overrides: Overrides | None = None,
     embeddings: bool = False,
+    experts: bool = True,
     device: torch.device | str | None = None,
     **settings: Any,
 ) -> Module:
-    """Turn the weights of a model's linear layers into low bits, in place; returns the module.
+    """Turn the weights of a model's linear layers and experts into low bits, in place; returns the module.
+
+    Linear layers are ``nn.Linear`` and Transformers' ``Conv1D``; experts are three-dimensional parameters of modules
+    that are not torch's own (``layers.experts``).
 
     Layers are converted one at a time, each on its device. Only the quantised weights are frozen; what else trains is
     up to the caller. ``weight_report(module)`` says what became what, in how many bytes, and with what error.
@@ -44,7 +53,8 @@ def quantize(
         output_layer: "auto" (the rule in ``layers.select``) leaves it as it is, None takes it too; or a name.
         overrides: pattern -> another format, other fields of ``layers.Weights``, or None to leave the layers alone:
             ``{"*.down_proj": "int8", "*.v_proj": {"weights": "int4", "fit": "absmax"}, "*.0.*": None}``.
-        embeddings: take ``nn.Embedding`` too.
+        embeddings: take ``nn.Embedding`` too. One whose weight a layer shares that stays as it is stays too.
+        experts: take experts.
         device: layers move here, one by one, before they are quantised; the rest of the model follows.
         settings: the fields of ``layers.Weights``: ``fit``, ``compute_dtype``, ``threshold``.
 
@@ -61,19 +71,19 @@ def quantize(
         output_layer=output_layer,
         overrides=overrides,
         embeddings=embeddings,
+        experts=experts,
     )
     seen: dict[int, LowBitWeight] = {}
     for name, own in selection.chosen.items():
-        layer = module.get_submodule(name)
-        tied = seen.get(id(layer.weight))
+        layer = layer_at(module, name)
+        original = layer.weight
+        tied = seen.get(id(original))
         if device is not None:
             layer.to(device)
-        original = layer.weight
-        _adopt(layer, own)
-        assert isinstance(layer, LowBitWeight)
-        if tied is not None and tied.format == layer.format:
-            layer.share(tied)
-        seen[id(original)] = layer
+        low = adopt(layer, own)
+        if tied is not None and tied.format == low.format:
+            low.share(tied)
+        seen[id(original)] = low
     return module if device is None else module.to(device)
 
 
@@ -87,11 +97,14 @@ def dequantize(module: Module, dtype: torch.dtype | None = None) -> Module:
     """
     if dtype not in (None, *FLOATS):
         raise TypeError(f"dtype must be None, torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-    for _, layer in low_bit_layers(module):
+    for name, layer in list(low_bit_layers(module)):
         if isinstance(layer, LowBitLinear):
             LowBitLinear.release(layer, dtype)
         elif isinstance(layer, LowBitEmbedding):
             LowBitEmbedding.release(layer, dtype)
+        elif isinstance(layer, LowBitTensor):
+            owner, _, part = name.rpartition(".")
+            LowBitTensor.release(module.get_submodule(owner), part, dtype)
     return module
 
 
@@ -100,32 +113,72 @@ def low_bit_layers(module: nn.Module) -> Iterator[tuple[str, LowBitWeight]]:
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LowBitWeight))
 
 
-def select_weights(module: nn.Module, weights: Weights, *, embeddings: bool, **choice: Any) -> Selection[Weights]:
+@dataclass(frozen=True)
+class Expert:
+    """A three-dimensional parameter, as a layer that could be changed."""
+
+    owner: nn.Module
+    part: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.owner.get_parameter(self.part)
+
+    def to(self, device: torch.device | str) -> None:
+        self.weight.data = self.weight.data.to(device)
+
+
+def layer_at(module: nn.Module, name: str) -> Any:
+    """The module of that name, or the ``Expert``."""
+    owner, _, part = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    return Expert(holder, part) if part in holder._parameters else module.get_submodule(name)
+
+
+def adopt(layer: Any, weights: Weights) -> LowBitWeight:
+    """Put a layer of ``select_weights`` into low bits."""
+    if isinstance(layer, Expert):
+        return LowBitTensor.adopt(layer.owner, layer.part, weights)
+    (LowBitEmbedding if isinstance(layer, nn.Embedding) else LowBitLinear).adopt(layer, weights)
+    return layer
+
+
+def select_weights(
+    module: nn.Module, weights: Weights, *, embeddings: bool, experts: bool, **choice: Any
+) -> Selection[Weights]:
     """What ``quantize`` is to change, by the same arguments; nothing is changed."""
-    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
-    candidates = {name: m for name, m in module.named_modules() if isinstance(m, kinds)}
+    candidates: dict[str, Any] = {}
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Linear) or is_conv1d(m) or (embeddings and isinstance(m, nn.Embedding)):
+            candidates[name] = m
+        elif experts and not type(m).__module__.startswith("torch."):
+            held = {part: p for part, p in m._parameters.items() if p is not None and p.ndim == 3}
+            candidates |= {f"{name}.{part}" if name else part: Expert(m, part) for part in held}
     selection = select(module, candidates, weights, unfit=_unfit, change=Weights.changed, **choice)
+    _leave_tied(selection, candidates)
     if not selection.chosen:
         reasons = [f"  {name}: {reason}" for name, reason in selection.skipped.items()]
         raise ValueError("\n".join([f"nothing to quantize in {type(module).__name__}; its layers:", *reasons]))
     return selection
 
 
-def _adopt(layer: nn.Module, weights: Weights) -> None:
-    if isinstance(layer, nn.Linear):
-        LowBitLinear.adopt(layer, weights)
-    else:
-        assert isinstance(layer, nn.Embedding)
-        LowBitEmbedding.adopt(layer, weights)
+def _leave_tied(selection: Selection[Weights], candidates: Mapping[str, Any]) -> None:
+    """An embedding and the output layer that shares its weight stay one: both change, or none."""
+    for name in [n for n in selection.chosen if isinstance(candidates[n], nn.Embedding)]:
+        if tied := [n for n in selection.skipped if candidates[n].weight is candidates[name].weight]:
+            del selection.chosen[name]
+            selection.skipped[name] = f"shares its weight with {tied[0]}, which stays as it is"
 
 
-def _unfit(layer: nn.Module) -> str | None:
+def _unfit(layer: Any) -> str | None:
     if isinstance(layer, LowBitWeight):
         return f"is {layer.weights} already"
-    if type(layer) not in (nn.Linear, nn.Embedding):
+    if type(layer) not in (nn.Linear, nn.Embedding, Expert) and not is_conv1d(layer):
         return f"{type(layer).__name__} is a class of its own"
     if "forward" in vars(layer):
         return "its forward was replaced on the object"
+    if isinstance(layer, Expert) and min(layer.weight.shape[1:]) < MIN_EXPERT:
+        return f"a parameter of shape {tuple(layer.weight.shape)} is small"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return f"max_norm={layer.max_norm} changes its table"
     weight = layer.weight

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
+from lowbit_lightning.layers.int8 import FLOATS, is_conv1d
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("weight", "weight_scales", "weight_format")
 """The entries of a low-bit weight in a ``state_dict``."""
 ELEMENTS_AT_ONCE = 1 << 21
@@ -120,6 +120,10 @@ class LowBitWeight(nn.Module):
         self.weight_scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
         self.register_buffer("weight_format", _tag(self.format).to(packed.device))
 
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A weight in high precision, as others lay it out, with its rows first."""
+        return weight
+
     def share(self, other: LowBitWeight) -> None:
         """Have the codes and scales of another layer, whose weight is the same."""
         self.weight, self.weight_scales, self.weight_format = other.weight, other.weight_scales, other.weight_format
@@ -203,6 +207,7 @@ class LowBitWeight(nn.Module):
             )
             return
         if tag is None and weight is not None and weight.is_floating_point():
+            weight = self.oriented(weight)
             if weight.shape != self.weight_shape:
                 expected = tuple(self.weight_shape)
                 error_msgs.append(f"{prefix}weight must be of shape {expected}, got {tuple(weight.shape)}")
@@ -235,6 +240,8 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
     """
 
     default: str = "nf4"
+    plain: type[nn.Module] = nn.Linear
+    """What the layer was, and is again when it is released."""
 
     def __init__(
         self,
@@ -252,16 +259,25 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
         self.keep(self.weight, chosen)
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, weights: Weights) -> None:
-        """Turn a plain ``nn.Linear`` into this class in place: the object, its name and its hooks stay."""
+    def adopt(cls, linear: nn.Module, weights: Weights) -> None:
+        """Turn a plain ``nn.Linear``, or Transformers' ``Conv1D``, into this class in place: the object, its name and
+        its hooks stay."""
+        linear.plain = type(linear)  # type: ignore[assignment]
+        if is_conv1d(linear):
+            linear.in_features, linear.out_features = linear.weight.shape  # type: ignore
         linear.__class__ = cls
-        linear.keep(linear.weight, weights)  # type: ignore[operator]
+        linear.keep(linear.oriented(linear.weight), weights)  # type: ignore[operator]
 
     @classmethod
     def release(cls, layer: LowBitLinear, dtype: torch.dtype | None = None) -> None:
-        """Turn the layer into a plain ``nn.Linear`` in place, with the decoded weight in ``dtype``."""
+        """Turn the layer into a plain one in place, with the decoded weight in ``dtype``; the inverse of ``adopt``."""
         layer.drop(dtype)
-        layer.__class__ = nn.Linear  # type: ignore[assignment]
+        layer.weight = nn.Parameter(layer.oriented(layer.weight.data), requires_grad=False)
+        layer.__class__ = vars(layer).pop("plain", nn.Linear)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """``weight`` from the layout of the plain layer to ``[out_features, in_features]``, or back."""
+        return weight if issubclass(self.plain, nn.Linear) else weight.T.contiguous()
 
     def reset_parameters(self) -> None:
         """As ``nn.Linear``, then quantised; on the meta device there is nothing to do."""

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from lowbit_lightning.layers.outputs import output_layers
+from lowbit_lightning.layers.outputs import output_layers, sizes
 
 Setting = TypeVar("Setting")
 OUTPUT = "output layer (output_layer=None takes it too)"
@@ -133,7 +133,7 @@ def _output_layers(module: nn.Module, rule: str | None, candidates: Mapping[str,
     if rule != "auto":
         pattern = _patterns("output_layer", rule, candidates)[0]
         return dict.fromkeys((name for name in candidates if fnmatchcase(name, pattern)), OUTPUT)
-    found = output_layers(module, candidates)
+    found = output_layers(module, {name: m for name, m in candidates.items() if sizes(m) is not None})
     if found.doubtful:
         warnings.warn(
             f"not sure which layers of {type(module).__name__} are output layers; left alone because they may be: "

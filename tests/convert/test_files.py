@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.transformers_like import Conv1D
 from torch import Tensor, nn
 
 from lowbit_lightning import convert, layers
@@ -98,12 +99,45 @@ def test_dtypes_choices_and_files_by_list(tmp_path: Path) -> None:
     )
     assert type(loaded.layers[0]) is nn.Linear
     assert loaded.layers[0].weight.dtype == loaded.scale.dtype == torch.bfloat16
-    assert isinstance(loaded.embed, layers.LowBitEmbedding)
-    assert torch.equal(loaded.head.weight, net().embed.weight.bfloat16())  # a tied head that stays in high precision
+    assert type(loaded.embed) is nn.Embedding, "the head stays in high precision, and shares its weight"
+    assert loaded.head.weight is loaded.embed.weight
+    assert torch.equal(loaded.head.weight, net().embed.weight.bfloat16())
     everything = convert.load_quantized(empty(), files, embeddings=True, output_layer=None, progress=False)
     assert everything.head.weight is everything.embed.weight
     expected = convert.quantize(net(), embeddings=True, output_layer=None)
     assert torch.equal(everything(X), expected(X))
+
+
+class Mixed(nn.Module):
+    """Experts, and a GPT-2's kind of linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.experts = nn.Parameter(torch.randn(3, 64, 128))
+        self.fc = Conv1D(64, 128)
+        nn.init.normal_(self.fc.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.experts[1]) + self.fc(x)
+
+
+@pytest.mark.parametrize("saved_in", ["high", "low"])
+def test_experts_and_conv1d(saved_in: str, tmp_path: Path) -> None:
+    source = Mixed() if saved_in == "high" else convert.quantize(Mixed(), "int8", output_layer=None)
+    path = saved(source.state_dict(), tmp_path, "folder")
+    with convert.empty_parameters():
+        model = Mixed()
+    convert.load_quantized(model, path, "int8", output_layer=None, progress=False)
+    expected = convert.quantize(Mixed(), "int8", output_layer=None)
+    x = torch.randn(4, 128)
+    assert torch.equal(model(x), expected(x))
+    assert (model(x) - Mixed()(x)).norm() < 0.02 * Mixed()(x).norm()
+    plain = convert.dequantize(model)
+    assert type(plain.fc) is Conv1D
+    shapes = {name: p.shape for name, p in Mixed().named_parameters()}
+    assert {name: p.shape for name, p in plain.named_parameters()} == shapes
+    assert torch.allclose(plain(x), expected(x), atol=1e-4)
 
 
 def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Three-dimensional weights in low bits: the experts of mixture-of-experts models, which are parameters, not layers.
+
+``LowBitTensor`` takes the place of a parameter ``[experts, rows, row_length]``, under its name. Code that reads the
+parameter goes on as it is:
+
+- ``weight[i]`` is one expert. In ``torch.nn.functional.linear(x, weight[i])`` it is multiplied as it is kept, forward
+  and backward; anything else decodes that expert alone.
+- What takes the whole parameter (``torch.bmm``, ``torch._grouped_mm``) gets all of it decoded, until it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lowbit_lightning import kernels
+from lowbit_lightning.layers.lowbit import LowBitWeight, Weights
+
+TENSOR_ATTRIBUTES = frozenset(
+    {"T", "mT", "bmm", "contiguous", "detach", "matmul", "permute", "size", "transpose", "unbind"}
+)
+"""What code asks of the decoded tensor as an attribute."""
+
+
+class _ActsAsTensor:
+    """Stands where a tensor is expected: torch's functions get the decoded one."""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is nn.functional.linear and len(args) > 1 and isinstance(args[1], LowBitMatrix):
+            bias = args[2] if len(args) > 2 else given.get("bias")
+            return args[1].multiply(args[0], bias)
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, given))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.dequantize() @ other
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        return other @ self.dequantize()
+
+
+def _decoded(x: Any) -> Any:
+    return x.dequantize() if isinstance(x, _ActsAsTensor) else x
+
+
+class LowBitMatrix(_ActsAsTensor):
+    """One expert of a ``LowBitTensor``: ``[rows, row_length]``."""
+
+    def __init__(self, packed: Tensor, scales: Tensor, weights: Weights, row_length: int, dtype: torch.dtype) -> None:
+        self.packed, self.scales, self.weights = packed, scales, weights
+        self.row_length, self.dtype = row_length, dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.packed.shape[:-1], self.row_length))
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        form = self.weights.format
+        return kernels.lowbit_dequantize(self.packed, self.scales, form, self.row_length, dtype or self.dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``torch.nn.functional.linear(x, self, bias)``, without a decoded copy."""
+        return kernels.lowbit_matmul(x, self.packed, self.scales, bias, self.weights.format)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in TENSOR_ATTRIBUTES:
+            return getattr(self.dequantize(), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class LowBitTensor(LowBitWeight, _ActsAsTensor):
+    """A parameter ``[experts, rows, row_length]`` in low bits; a submodule under the parameter's name.
+
+    Blocks lie inside rows, along the last dimension.
+    """
+
+    def __init__(self, weight: Tensor, weights: Weights) -> None:
+        super().__init__()
+        self.keep(weight, weights)
+
+    @classmethod
+    def adopt(cls, module: nn.Module, name: str, weights: Weights) -> LowBitTensor:
+        """Put the module's parameter ``name`` into low bits."""
+        p = module._parameters.pop(name)
+        assert p is not None
+        module.add_module(name, held := cls(p, weights))
+        return held
+
+    @classmethod
+    def release(cls, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
+        """Make it the parameter again, with the decoded weight in ``dtype``; it is frozen."""
+        held = module._modules.pop(name)
+        assert isinstance(held, LowBitTensor)
+        module.register_parameter(name, nn.Parameter(held.dequantize(dtype), requires_grad=False))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight_shape
+
+    @property
+    def ndim(self) -> int:
+        return self.weight.ndim
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, index: Any) -> LowBitMatrix | Tensor:
+        packed = self.weight[index]
+        if packed.ndim != self.weight.ndim - 1 or packed.shape[-1] != self.weight.shape[-1]:
+            return self.dequantize()[index]
+        return LowBitMatrix(packed, self.scales[index], self.weights, self.row_length, self.dtype)
+
+    def __iter__(self) -> Iterator[LowBitMatrix | Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in TENSOR_ATTRIBUTES:
+            return getattr(self.dequantize(), name)
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight_shape)}, {self.weights}"
