@@ -48,6 +48,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"left out: {count} tests marked {marker}; `{ON_REQUEST[marker]}` runs them")
 
 
+@pytest.fixture
+def stays_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run leaves its int8 layers in the model, for the test to look at."""
+    from lowbit_lightning import Int8MixedPrecision
+
+    monkeypatch.setattr(Int8MixedPrecision, "release_layers", lambda plugin: None)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Fixes the seed and fills ``torch.empty`` with NaN (or the largest integer), so that an output element that a

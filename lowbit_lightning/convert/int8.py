@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowbit_lightning.convert.others import INSTEAD, others
-from lowbit_lightning.layers.int8 import FLOATS, Int8Layer, Products, adopt, is_conv1d, release
+from lowbit_lightning.layers.int8 import FLOATS, Int8Layer, Products, adopt, can_be_released, is_conv1d, release
 from lowbit_lightning.layers.select import Overrides, Patterns, Report, grouped, select, stacked
 
 MIN_FEATURES = 32
@@ -103,7 +103,7 @@ def _is_adopted(layer: nn.Module) -> bool:
 
 def _check_released(layers: Mapping[str, nn.Module]) -> None:
     """Raise for layers whose class is no longer the one that ``adopt`` gave them."""
-    derived = {name: m for name, m in layers.items() if "plain" not in vars(type(m))}
+    derived = {name: m for name, m in layers.items() if not can_be_released(m)}
     if parametrized := [name for name, m in derived.items() if is_parametrized(m)]:
         raise ValueError(
             f"{stacked(parametrized)}: parametrized after it became an int8 layer, and can't be turned back so; call "

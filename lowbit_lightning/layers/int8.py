@@ -191,6 +191,11 @@ def adopt(layer: nn.Module, products: Products) -> None:
     layer.products, layer.adopted = products, True  # type: ignore[assignment]
 
 
+def can_be_released(layer: nn.Module) -> bool:
+    """Whether the layer's class is still the one that ``adopt`` gives: ``fully_shard`` and parametrizations derive."""
+    return isinstance(layer, Int8Layer) and "plain" in vars(type(layer))
+
+
 def release(layer: Int8Layer) -> None:
     """Turn the layer into a plain one in place; the inverse of ``adopt``."""
     del layer.products

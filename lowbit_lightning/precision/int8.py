@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lowbit_lightning.convert import MIN_FEATURES, NothingToSwap, swap_linears
-from lowbit_lightning.layers.int8 import Product, Products, Rounding
+from lowbit_lightning.layers.int8 import Int8Layer, Product, Products, Rounding, can_be_released, release
 from lowbit_lightning.layers.select import Overrides, Report, check_overrides
 from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
 from lowbit_lightning.precision.in_step import InStep
@@ -78,9 +78,11 @@ class Int8Mixed:
         self._choice: Choice | None = None
         self._resumed = False  # the choice is a checkpoint's
         self._warned = self._found_nothing = False
+        self._lent: list[weakref.ref[nn.Module]] = []  # layers to turn back
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Swap the layers in place (again: Lightning calls this for every fit, validate, test and predict)."""
+        before = {m for m in module.modules() if isinstance(m, Int8Layer)}
         try:
             report: Report | None = self._swap(module)
         except NothingToSwap as error:
@@ -95,7 +97,19 @@ class Int8Mixed:
         if report is not None:
             self._say(report)
         self._module = weakref.ref(module)
+        new = (m for m in module.modules() if isinstance(m, Int8Layer) and m not in before)
+        self._lent += [weakref.ref(m) for m in new]
         return module
+
+    def release_layers(self) -> None:
+        """Turn the layers back that ``convert_module`` swapped: int8 is how a run computes, not what a model is.
+
+        Those whose class has been derived from since (by ``fully_shard`` on the layer itself) stay.
+        """
+        for layer in (reference() for reference in self._lent):
+            if isinstance(layer, Int8Layer) and can_be_released(layer):
+                release(layer)
+        self._lent.clear()
 
     def forward_context(self) -> AbstractContextManager:
         """bf16 autocast for all other ops, or nothing where bf16 isn't wanted or isn't faster."""
@@ -116,7 +130,7 @@ class Int8Mixed:
         self._swapped, self.report = swapped, report
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": None}  # a weak reference can't be pickled
+        return {**self.__dict__, "_module": None, "_lent": []}  # weak references can't be pickled
 
 
 class Int8MixedPrecision(Int8Mixed, InStep):
@@ -145,6 +159,11 @@ class Int8MixedPrecision(Int8Mixed, InStep):
     def __repr__(self) -> str:
         """What pytorch_lightning shows when it refuses the plugin as one of an invalid type."""
         return f"<{type(self).__name__} for lightning.Trainer (not pytorch_lightning.Trainer)>"
+
+    def teardown(self) -> None:
+        """See Lightning's; it comes at the end of every fit, validate, test and predict, of failed ones too."""
+        self.release_layers()
+        super().teardown()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See Lightning's. On another machine the resumed run computes as this one does."""

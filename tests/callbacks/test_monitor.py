@@ -192,6 +192,7 @@ def test_validation_inside_a_sample_is_not_measured(tmp_path: Path) -> None:
 # -- the guard -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("stays_in_int8")
 def test_a_planted_outlier_is_named(tmp_path: Path) -> None:
     model, monitor = Model(spike=100), LowBitMonitor(1, picture=False)
     advice = r"Int8MixedPrecision\(overrides={'down': {'forward': 'high'}}\)"
@@ -212,6 +213,7 @@ def test_nothing_is_reported_of_ordinary_data(tmp_path: Path) -> None:
     assert all(v > 30 for k, v in monitor.metrics.items() if k.endswith("snr_min"))
 
 
+@pytest.mark.usefixtures("stays_in_int8")
 def test_it_falls_back_from_the_next_step_on_and_stays(tmp_path: Path) -> None:
     found: list[int] = []
 

@@ -146,6 +146,7 @@ def test_what_a_trainer_quantises(monkeypatch: pytest.MonkeyPatch) -> None:
         assert called() == {"int8_matmul": passes, "quantize_rowwise": 2 * passes}
 
 
+@pytest.mark.usefixtures("stays_in_int8")
 def test_overrides_on_the_plugin() -> None:
     plugin = Int8MixedPrecision(overrides={"*.down": {"grad_weight": "high"}, "*.blocks.0.qkv": None})
     module = Module()
@@ -182,8 +183,8 @@ def test_plain_layers_come_back_after_training() -> None:
     module = Module()
     before = dict(module.named_parameters())
     trainer(precision="int8-mixed").fit(module, data(2))
-    assert len(convert.restore(module)) == 2 * LINEARS
     assert not any(isinstance(m, Int8Linear) for m in module.modules())
+    assert convert.restore(module) == ()
     assert all(p is before[name] for name, p in module.named_parameters())
     kernels.reset_calls()
     trainer().fit(module, data(2))

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,8 +146,23 @@ def test_every_stage_runs_in_int8_and_converts_once(
     said = [record.message for record in caplog.records if "in 2 of 3 linear layers" in record.message]
     assert len(said) == 1
     assert "not net.4: output layer" in said[0]
-    assert [type(m) for m in model.net if isinstance(m, nn.Linear)] == [Int8Linear, Int8Linear, nn.Linear]
-    assert convert.restore(model) == ("net.0", "net.2")
+    assert [type(m) for m in model.net if isinstance(m, nn.Linear)] == [nn.Linear] * 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_are_plain_again_after_a_run_but_for_those_that_were_int8_before(fails: bool) -> None:
+    class Broken(Model):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert [type(m) for m in self.net if isinstance(m, nn.Linear)] == [Int8Linear, Int8Linear, nn.Linear]
+            if fails:
+                raise InterruptedError
+
+    model = Broken()
+    convert.swap_linears(model, include="net.2")
+    run = trainer(precision="int8-mixed")
+    with pytest.raises(InterruptedError) if fails else nullcontext():
+        run.fit(model, data())
+    assert [type(m) for m in model.net if isinstance(m, nn.Linear)] == [nn.Linear, Int8Linear, nn.Linear]
 
 
 def test_checkpoints_go_both_ways(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from ranks import fork, join, write_outcomes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lowbit_lightning import kernels, layers, optim
+from lowbit_lightning import kernels, optim
 from lowbit_lightning.callbacks import LowBitMonitor
 from lowbit_lightning.strategies import DeepSpeedStrategy
 
@@ -139,7 +139,8 @@ def stages_train_like_torch(folder: Path) -> str | None:
             if {float(entries["step"]) for entries in states} != {STEPS}:
                 problem = problem or f"steps are {[entries['step'] for entries in states]}"
             matmuls = sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul")
-            swapped = sum(isinstance(m, layers.Int8Linear) for m in model.modules())
+            report = getattr(trainer.precision_plugin, "report", None)
+            swapped = len(report.swapped) if report else 0
             predicted = 3 * 4 * SETTINGS.layers * STEPS if mode == "int8" else 0
             if matmuls != predicted or swapped != (4 * SETTINGS.layers if predicted else 0):
                 problem = problem or f"{matmuls} int8 products in {swapped} layers, not {predicted}"
