@@ -18,7 +18,8 @@ How it works
 Interactions
     Under a Trainer, with whatever precision, the optimizers of ``lowbit_lightning.optim`` unscale, clip and skip in
     their step (``in_step.py``). The environment variables ``PL_TRAINER_PRECISION`` and ``LT_PRECISION`` work like the
-    argument. After ``fit`` the model stays converted; ``convert.restore(model)`` gives plain layers back.
+    argument. When a run of the Trainer ends, the layers are plain again; with Fabric, ``convert.restore(model)`` turns
+    them back.
 
 Limitations
     FSDP1, XLA and Lightning's own DeepSpeed strategies bring a precision plugin of their own and are refused. Under

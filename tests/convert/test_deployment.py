@@ -1,0 +1,123 @@
+"""A model that was trained in int8 leaves the product: it is saved, scripted, exported and quantised as any model.
+
+What is saved is loaded by a process that can't import ``lowbit_lightning``, and must compute the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lowbit_lightning
+from lowbit_lightning import convert
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning"),
+]
+
+
+class Model(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        self.example_input_array = torch.randn(3, 32)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return lowbit_lightning.optim.AdamW(self.parameters(), lr=1e-3, min_size=0)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Model:
+    model, plugin = Model(), lowbit_lightning.Int8MixedPrecision()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = L.Trainer(accelerator="cpu", plugins=plugin, max_epochs=1, enable_checkpointing=False, **quiet)
+    run.fit(model, DataLoader(TensorDataset(torch.randn(64, 32)), 8))
+    assert plugin.report is not None
+    assert plugin.report.swapped == ("net.0", "net.2")
+    return model.eval()
+
+
+def elsewhere(folder: Path, load: str) -> Tensor:
+    """What a process without this package computes, after ``load`` has made a ``model`` of ``file``."""
+    script = f"""
+        import sys
+        sys.modules["lowbit_lightning"] = None
+        import torch
+        file = {str(folder / "model")!r}
+        {load}
+        torch.save(model(torch.load({str(folder / "x")!r})).detach(), {str(folder / "y")!r})
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "y")
+
+
+WAYS = {
+    "torch.save": (lambda m, x, file: torch.save(m, file), "model = torch.load(file, weights_only=False)"),
+    "torch.jit.script": (lambda m, x, file: torch.jit.script(m).save(file), "model = torch.jit.load(file)"),
+    "torch.export": (
+        lambda m, x, file: torch.export.save(torch.export.export(m, (x,)), file),
+        "model = torch.export.load(open(file, 'rb')).module()",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_process_without_the_package_loads_it(tmp_path: Path, trained: Model, way: str) -> None:
+    x = torch.randn(3, 32)
+    torch.save(x, tmp_path / "x")
+    save, load = WAYS[way]
+    with open(tmp_path / "model", "wb") as file:
+        save(trained.net, x, file if way != "torch.jit.script" else str(tmp_path / "model"))
+    torch.testing.assert_close(elsewhere(tmp_path, load), trained(x))
+
+
+def test_what_onnx_gets_is_of_torchs_own_ops(trained: Model) -> None:
+    """Both exporters need packages of their own; up to there torch does the work."""
+    exported = torch.export.export(trained.net, (trained.example_input_array,)).run_decompositions()
+    calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert calls
+    assert all(name.startswith("aten.") for name in calls)
+    try:
+        torch.onnx.export(trained.net, (trained.example_input_array,), io.BytesIO(), dynamo=False)
+    except torch.onnx.OnnxExporterError as error:  # after the export, when the result would be checked
+        assert "onnx is not installed" in str(error)  # noqa: PT017
+
+
+def test_dynamic_quantization_finds_the_layers(trained: Model) -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(trained.net), {nn.Linear})
+    assert [type(m).__module__.startswith("torch.ao") for m in quantised if isinstance(m, nn.Module)].count(True) == 3
+
+
+def test_models_outside_of_a_trainer_are_one_call_away(trained: Model) -> None:
+    """``restore``, on a copy where training goes on."""
+    model = copy.deepcopy(trained.net)
+    convert.swap_linears(model)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (torch's own, and not to be relied on)
+        torch.jit.script(model)
+    plain = copy.deepcopy(model)
+    assert convert.restore(plain) == ("0", "2")
+    assert torch.equal(torch.jit.script(plain)(trained.example_input_array), trained(trained.example_input_array))
