@@ -1,7 +1,7 @@
 // One block of the CPU backend: its scale and its codes, from values in a buffer that is padded with zeros to a
 // multiple of W.
 #pragma once
-#include "dynamic_tables.h"  // generated from formats.py
+#include "dynamic_tables.h"  // generated from formats/maps.py
 #include "dynamic_map.h"
 #include "scale.h"
 

@@ -1,7 +1,7 @@
-// Encode and decode of the 8-bit dynamic maps: the maths of formats.py, once for every compiled backend.
+// Encode and decode of the 8-bit dynamic maps: the maths of formats/maps.py, once for every compiled backend.
 //
 // V is a float or a vector of floats, I the int32 of the same width. C is DynamicSignedConstants or
-// DynamicUnsignedConstants, generated from formats.py. The includer's shim defines LB_FN (function qualifiers) and, for
+// DynamicUnsignedConstants, generated from maps.py. The includer's shim defines LB_FN (function qualifiers) and, for
 // its V and I:
 //   fused(V a, V b, V c) (a * b + c, rounded once), splat<V>(float), splat<I>(int), to_bits(V), from_bits(I),
 //   minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b), magnitude_from(V x, float low) (the larger of |x|
@@ -9,7 +9,7 @@
 //   decode_line<C>(V n, V& slope, V& offset): the line of f = |n| / 4, with a quarter of its slope; its number is the
 //     low four bits of n's exponent field
 //   encode_line<C>(V magnitude, V& slope, I& shift): the line whose number is how many thresholds are below
-// Every operation, `fused` as one, is rounded by itself, in this order, as in reference.py.
+// Every operation, `fused` as one, is rounded by itself, in this order, as in the reference.
 #pragma once
 
 // The constants of the map of a state that can be negative, or cannot.
@@ -26,7 +26,7 @@ template <class C, class V, class I> LB_FN V decode(I counted) {
     return fused(n, slope, C::is_signed ? from_bits(to_bits(offset) ^ (to_bits(n) & SIGN_BIT)) : offset);
 }
 
-// The code's f (see formats.py) of y, a value divided by its block's scale: in the low byte, other bits above. It is 0
+// The code's f (see maps.py) of y, a value divided by its block's scale: in the low byte, other bits above. It is 0
 // for f = 256.
 template <class C, class V, class I> LB_FN I encode_bits(V y) {
     const V magnitude = C::is_signed ? magnitude_from(y, C::low) : maximum(y, splat<V>(C::low));

@@ -1,4 +1,4 @@
-// The scaled int8 product; what it means is said in reference.py. int8_gemm.h computes the sums, by an engine that is
+// The scaled int8 product; what it means is said in the reference. int8_gemm.h computes the sums, by an engine that is
 // chosen here, and hands them over a few rows at a time, to be scaled while they are in the caches.
 #include "int8_amx.h"
 #include "int8_dot.h"

@@ -1,4 +1,4 @@
-// Row-wise and column-wise int8 quantisation on the GPU. What the ops mean is said in reference.py.
+// Row-wise and column-wise int8 quantisation on the GPU. What the ops mean is said in the reference.
 //
 // Specialised by macros: ELEMENT (float, Half, BFloat16: of the matrix), ROW_THREADS (32 or 256: how many threads share
 // a row), STOCHASTIC (1: rounded at random).

@@ -1,4 +1,4 @@
-// Row-wise and column-wise int8 quantisation on the CPU: what the ops mean is said in reference.py.
+// Row-wise and column-wise int8 quantisation on the CPU: what the ops mean is said in the reference.
 //
 // Little is computed, so memory decides. A scale is known only after all of its row or column was seen, so x is read
 // twice, the second time from a cache where that can be. And a core reads at full speed only while some 50 lines are on

@@ -6,11 +6,11 @@
 #include "gpu.h"
 #include "scale.h"
 #include "group.h"
-#include "dynamic_tables.h"  // generated from formats.py
+#include "dynamic_tables.h"  // generated from formats/maps.py
 #include "dynamic_lines.h"
 #include "dynamic_map.h"
 #include "rule_scalars.h"
-#include "rule.h"  // generated from rules.py
+#include "rule.h"  // generated from the rule
 #include "master.h"
 #include "parameter.h"
 

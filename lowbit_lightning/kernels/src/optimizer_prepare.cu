@@ -4,7 +4,7 @@
 // Specialised by the rule's generated text.
 #include "gpu.h"
 #include "rule_scalars.h"
-#include "rule.h"  // generated from rules.py
+#include "rule.h"  // generated from the rule
 #include "parameter.h"
 #include "step_settings.h"
 

@@ -1,5 +1,5 @@
 // The fused optimizer step on the GPU: decode, update, re-encode and write in one pass over memory, all parameters of a
-// group in one launch. What it means is said in reference.py. The quantisation blocks of all parameters are numbered
+// group in one launch. What it means is said in the reference. The quantisation blocks of all parameters are numbered
 // through and shared out to CUDA blocks.
 //
 // Specialised by the macros of optimizer_block.h and STOCHASTIC (1: parameters are rounded at random).

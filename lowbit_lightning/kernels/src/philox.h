@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., 2011): 16 random bits for an element, keyed by seed, parameter, step and global
-// index, as in reference.py.
+// index, as in the reference.
 #pragma once
 
 template <class Word> struct PhiloxOf { Word word[4]; };  // of one block, or of as many as a vector has lanes

@@ -1,11 +1,11 @@
-// Block-wise quantisation on the GPU. What the ops mean is said in reference.py.
+// Block-wise quantisation on the GPU. What the ops mean is said in the reference.
 //
 // Specialised by macros: BLOCK (elements), ELEMENT (float, Half, BFloat16), MAP (0 dynamic signed, 1 dynamic unsigned,
 // 2 custom: a codebook of up to 256 sorted values).
 #include "gpu.h"
 #include "scale.h"
 #include "group.h"
-#include "dynamic_tables.h"  // generated from formats.py
+#include "dynamic_tables.h"  // generated from formats/maps.py
 #include "dynamic_lines.h"
 #include "dynamic_map.h"
 

@@ -1,4 +1,4 @@
-// The functions of double that the rules' scalar parts may use, as in rules.py.
+// The functions of double that the rules' scalar parts may use, as in rules/rule.py.
 #pragma once
 
 // x ** n for an integer n >= 0, by squaring: the same roundings everywhere, unlike pow.

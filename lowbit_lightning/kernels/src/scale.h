@@ -1,4 +1,4 @@
-// The scale of a block, of a row in int8, and their reciprocals, as in reference.py, once for every compiled backend.
+// The scale of a block, of a row in int8, and their reciprocals, as in the reference, once for every compiled backend.
 #pragma once
 
 constexpr float SMALLEST_SCALE = 0x1p-126f;  // a smaller one would have no finite reciprocal
