@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 
@@ -14,21 +15,24 @@ _C_TYPES = {ctypes.c_void_p: "const float*", ctypes.c_uint64: "uint64_t", ctypes
 _SHAPE_WORDS = 5  # row_length to first_block
 
 
+SETTINGS: list[tuple[str, Any]] = [
+    ("lr", ctypes.c_void_p),
+    ("unscale", ctypes.c_void_p),
+    ("clip", ctypes.c_void_p),
+    ("skip", ctypes.c_void_p),
+    ("seed", ctypes.c_uint64),
+    ("maximize", ctypes.c_int32),
+]
+
+
 class StepSettings(ctypes.Structure):
     """What a step is told as a whole: pointers to one float, or null, then values. ``src/step_settings.h`` uses it."""
 
-    _fields_ = [
-        ("lr", ctypes.c_void_p),
-        ("unscale", ctypes.c_void_p),
-        ("clip", ctypes.c_void_p),
-        ("skip", ctypes.c_void_p),
-        ("seed", ctypes.c_uint64),
-        ("maximize", ctypes.c_int32),
-    ]
+    _fields_ = SETTINGS
 
 
-_pointers_of = attrgetter(*(name for name, kind in StepSettings._fields_ if kind is ctypes.c_void_p))
-_values_of = attrgetter(*(name for name, kind in StepSettings._fields_ if kind is not ctypes.c_void_p))
+_pointers_of = attrgetter(*(name for name, kind in SETTINGS if kind is ctypes.c_void_p))
+_values_of = attrgetter(*(name for name, kind in SETTINGS if kind is not ctypes.c_void_p))
 
 
 def settings_tensors(arguments: StepArguments) -> list[Tensor]:
@@ -44,7 +48,7 @@ def settings_values(arguments: StepArguments) -> list[int | None]:
 
 def cpp_settings() -> str:
     """C++ text: ``struct StepSettings``."""
-    return f"struct StepSettings {{ {' '.join(f'{_C_TYPES[kind]} {name};' for name, kind in StepSettings._fields_)} }};"
+    return f"struct StepSettings {{ {' '.join(f'{_C_TYPES[kind]} {name};' for name, kind in SETTINGS)} }};"
 
 
 def hyper_values(arguments: StepArguments) -> ctypes.Array:
@@ -55,8 +59,9 @@ def hyper_values(arguments: StepArguments) -> ctypes.Array:
 def parameter_rows(arguments: StepArguments) -> array:
     """Rows of ``struct Parameter`` (src/parameter.h) as int64, and one that ends them; its last word is the number of
     all blocks. Addresses are looked up in every call, shapes once."""
-    a, nothing = arguments, [] if arguments.states else [[]]
-    columns: list[list[Tensor]] = [a.params, a.grads, a.steps, *a.states, *nothing, *a.scales, *nothing, a.remainders]
+    a = arguments
+    nothing: list[list[Tensor]] = [] if a.states else [[]]
+    columns = [a.params, a.grads, a.steps, *a.states, *nothing, *a.scales, *nothing, a.remainders]
     if "rows" not in a.cache:
         a.cache["rows"] = _shapes(a, len(columns))
     words: array = a.cache["rows"]
