@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.page_files import MARKS, MIB, PAGE, files_of_at_most, moved
+from support.page_files import MARKS, MIB, PAGE, files_of_at_most, mapped, moved, random_bytes
 from torch import Tensor
 
 from lowbit_lightning.state.pages import Pager, Want, file
@@ -268,3 +268,21 @@ def test_neither_memory_nor_page_cache_grows_with_the_slab(transport: FileTransp
     transport.trim()
     assert resident() - before < chunk
     assert cached(slab) <= chunk
+
+
+def test_a_slab_that_is_read_into_another_takes_no_memory(page_dir: Path) -> None:
+    """As when states get a new layout: each trim gives back both."""
+    old, new = FileTransport(page_dir), FileTransport(page_dir)
+    source, target = old.allocate(8 * MIB), new.allocate(8 * MIB)
+    source.copy_(random_bytes(8 * MIB))
+    old.trim()
+    before, most = mapped(), 0
+    for start in range(0, 8 * MIB, MIB):
+        target[start : start + MIB].copy_(source[start : start + MIB])
+        most = max(most, mapped())
+        new.trim()
+    assert MIB <= most - before <= 4 * MIB  # the kernel maps more than was asked for
+    assert mapped() <= before
+    old.close()
+    assert torch.equal(target, random_bytes(8 * MIB))
+    new.close()

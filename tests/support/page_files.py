@@ -31,6 +31,19 @@ def moved(transport: FileTransport, way: str, *parts: tuple[Tensor, int]) -> Non
     transport.settle(getattr(transport, way)(Moves(parts), None))
 
 
+def mapped() -> int:
+    """Bytes of page files, which have no name, that are in this process's memory."""
+    found, ours = 0, False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            first = line.split()[0]
+            if "-" in first:  # a mapping, by its addresses; the rest says what is known of it
+                ours = line.rstrip().endswith("(deleted)") and "rw-s" in line
+            elif first == "Rss:" and ours:
+                found += 1024 * int(line.split()[1])
+    return found
+
+
 @contextmanager
 def files_of_at_most(nbytes: int) -> Iterator[None]:
     """The kernel's own refusal to write behind a place."""

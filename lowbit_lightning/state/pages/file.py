@@ -115,8 +115,11 @@ class FileTransport:
         event.wait()
 
     def trim(self) -> None:
+        """Gives back what all slabs of this process cost: one is filled from another, which must not stay in memory."""
         if self._files is not None:
-            self._files.trim()
+            self._files.flush()
+        for files in list(_OPEN):
+            files.trim()
 
     def close(self) -> None:
         workers, files = self._workers, self._files
@@ -181,10 +184,12 @@ class _Files:
                 os.posix_fadvise(self._ends, 0, 0, os.POSIX_FADV_RANDOM)
             on_error.pop_all()
         opened = {base, self._ends, *([] if self.direct is None else [self.direct])}
+        _OPEN.add(self)
         self._close = weakref.finalize(self, _close, opened)
         self._close.atexit = False  # threads may be at work: a number that is closed may soon name another file
 
     def close(self) -> None:
+        _OPEN.discard(self)
         self._close()
         del self.slab, self._map  # an error of ``copy`` holds this object
 
@@ -211,11 +216,17 @@ class _Files:
                 "if the disk is broken, and resume from a checkpoint",
             ) from error
 
-    def trim(self) -> None:
-        """Give back memory and page cache that reading and writing the slab as memory cost."""
+    def flush(self) -> None:
+        """Write what was written to the slab as memory to the disk; only then can its memory be given back."""
         self._map.flush()
+
+    def trim(self) -> None:
+        """Give back memory and page cache that the slab as memory costs. The file keeps its content, at any time."""
         self._map.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(self._base, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+_OPEN: weakref.WeakSet[_Files] = weakref.WeakSet()
 
 
 def _allocated(folder: Path, size: int) -> int:
