@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "convert": "the optimizer states of a checkpoint, from 8 to 32 bits or back",
     "plan": "bytes per device of a training run, before anything is allocated",
 }
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exception(error.__cause__)
         print(f"lowbit {command}: {error}", file=sys.stderr)
     except (ValueError, TypeError, OSError) as error:
-        print(f"lowbit {command}: {error}", file=sys.stderr)
+        print(f"lowbit {command}: {_line(error)}", file=sys.stderr)
     return 2
 
 
@@ -50,3 +51,8 @@ def _chosen(given: Sequence[str]) -> str:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     return parser.parse_args(given).command
+
+
+def _line(error: Exception) -> str:
+    """What it says, in one line: torch adds advice of many."""
+    return str(error).strip().partition("\n")[0]

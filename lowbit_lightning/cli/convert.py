@@ -1,0 +1,126 @@
+"""Convert the optimizer states of a checkpoint: from 8 to 32 bits, in the form that torch.optim loads, or from 32 to 8.
+
+A checkpoint is a file of Lightning's, or a folder of lowbit_sharded, which becomes one file. Weights and all else stay
+as they are. The result is a new file, written at once or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning import optim
+from lowbit_lightning.kernels import rules
+from lowbit_lightning.memory.result import readable
+from lowbit_lightning.optim.options import Options
+from lowbit_lightning.state.form import MASTER, STEP, codes_name, scales_name
+from lowbit_lightning.strategies import checkpoints
+
+Saved = dict[str, Any]
+"""An optimizer's ``state_dict()``."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file, or a folder that lowbit_sharded saved")
+    parser.add_argument("--bits", type=int, choices=(8, 32), required=True, help="of the states in the result")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME-32bit.ckpt or NAME-8bit.ckpt")
+    parser.add_argument("--min-size", type=int, metavar="N", help="parameters with fewer elements stay in 32 bits")
+    parser.add_argument("--block-size", type=int, metavar="N", help="elements that share a scale")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load any Python object that the checkpoint holds, which can run code: for your own files alone",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    given = {"min_size": args.min_size, "block_size": args.block_size}
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and args.bits == 32:
+        raise ValueError(f"{', '.join(options)} do nothing with --bits 32: leave them out")
+    output = args.output or args.checkpoint.with_name(f"{args.checkpoint.stem}-{args.bits}bit.ckpt")
+    if output.exists() and not args.overwrite:
+        raise FileExistsError(f"{output} exists: give another -o, or --overwrite")
+    checkpoint = _load(args.checkpoint, args.trust)
+    saved = checkpoint.get("optimizer_states") or []
+    if not any(optimizer["state"] for optimizer in saved):
+        raise ValueError(f"{args.checkpoint} holds no optimizer states: there is nothing to convert")
+    checkpoint["optimizer_states"] = [converted(each, args.bits, **options) for each in saved]
+    checkpoints.save_file(checkpoint, output)
+    parameters = sum(len(each["state"]) for each in saved)
+    size = readable(output.stat().st_size)
+    print(f"{args.checkpoint}: the states of {parameters} parameters, in {args.bits} bits -> {output}, {size}")
+    return 0
+
+
+def _load(path: Path, trust: bool) -> dict[str, Any]:
+    found = checkpoints.locate(path)
+    try:
+        if found.is_dir():
+            return checkpoints.load_folder(found, weights_only=not trust)
+        return checkpoints.load_file(found, weights_only=not trust, mmap=True)
+    except pickle.UnpicklingError as error:
+        what = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, which may run code: --trust loads it, if it is your own "
+            f"({what})"
+        ) from error
+
+
+def converted(saved: Saved, bits: int, **options: Any) -> Saved:
+    """An optimizer's ``state_dict`` with states of 8 or 32 bits. No model is needed: states have their parameter's
+    shape. In 32 bits it is what the optimizer's ``state_dict(bits=32)`` gives, which torch.optim loads.
+
+    Raises:
+        ValueError: for states of an optimizer that is not one of ``lowbit_lightning.optim`` nor its twin in torch.
+    """
+    held = [key for group in saved["param_groups"] for key in group["params"]]
+    if not saved["state"]:
+        return saved
+    stand_ins = {key: _stand_in(saved["state"].get(key, {})) for key in held}
+    groups = [{"params": [stand_ins[key] for key in group["params"]]} for group in saved["param_groups"]]
+    optimizer = _kind(saved)(groups, lr=1e-3, bits=bits, **options)
+    optimizer.load_state_dict(saved)
+    made = optimizer.state_dict(bits=32) if bits == 32 else optimizer.state_dict()
+    state = {key: made["state"][number] for number, key in enumerate(held) if key in saved["state"]}
+    both = zip(made["param_groups"], saved["param_groups"], strict=True)
+    return {**made, "state": state, "param_groups": [{**new, "params": list(old["params"])} for new, old in both]}
+
+
+def _stand_in(entries: Mapping[str, Any]) -> Tensor:
+    """A parameter of the entries' shape; its memory is never touched."""
+    whole = (x for name, x in entries.items() if _state_of(name) is not None and not name.endswith(scales_name("")))
+    shape = next((x.shape for x in whole if isinstance(x, Tensor)), torch.Size([0]))
+    return torch.empty(shape, dtype=torch.bfloat16 if MASTER in entries else torch.float32)
+
+
+def _state_of(entry: str) -> str | None:
+    """The state that an entry belongs to; None for a step count and a master copy."""
+    if entry in (STEP, MASTER):
+        return None
+    return next((entry.removesuffix(name("")) for name in (codes_name, scales_name) if entry.endswith(name(""))), entry)
+
+
+def _kind(saved: Saved) -> type[optim.LowBitOptimizer]:
+    """The optimizer that keeps such states, and whose hyperparameters the groups have: among several, which keep them
+    alike, that which has most."""
+    names = {_state_of(entry) for entries in saved["state"].values() for entry in entries} - {None}
+    found: list[tuple[bool, int, type[optim.LowBitOptimizer]]] = []
+    for cls in vars(optim).values():
+        if not (isinstance(cls, type) and issubclass(cls, optim.LowBitOptimizer)) or cls is optim.LowBitOptimizer:
+            continue
+        probe = cls([torch.empty(0)], lr=1e-3)  # type: ignore[call-arg, arg-type]
+        own = set(probe.defaults) - set(Options.__annotations__) - {"state_format"}
+        kept = {s.name for g in saved["param_groups"] for s in rules.get(probe._rule({**probe.defaults, **g})).states}
+        if names == kept:
+            known = own & set(saved["param_groups"][0])
+            found.append((known == own, len(known), cls))
+    if not found:
+        raise ValueError(f"states {sorted(map(str, names))} are of no optimizer that lowbit_lightning.optim has")
+    return max(found, key=lambda one: one[:2])[-1]
