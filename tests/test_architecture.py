@@ -33,6 +33,7 @@ LAYERS = {
     "kernels.cpu": 0,
     "kernels.cuda": 0,
     "kernels": 0,
+    "malloc": 0,
     "state.bitsandbytes": 1,
     "state.blocks": 1,
     "state.form": 1,

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from lowbit_lightning.convert import MIN_FEATURES, NothingToSwap, swap_linears
 from lowbit_lightning.layers.int8 import Int8Layer, Product, Products, Rounding, can_be_released, release
 from lowbit_lightning.layers.select import Overrides, Report, check_overrides
+from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
 from lowbit_lightning.precision.in_step import InStep
 
@@ -92,6 +93,7 @@ class Int8Mixed:
             if not self._found_nothing:
                 rank_zero_warn(f"precision={NAME!r} runs nothing of this model in int8: {error}")
             self._found_nothing = True
+        return_large_tensors(self.device_type or _device(module), rank_zero_info)
         if self.autocast == "auto" and not self._resumed:
             self._choice = choose(module, self.device_type or _device(module))
         if report is not None:

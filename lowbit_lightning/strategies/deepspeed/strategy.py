@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import strategies
 from lightning.pytorch.plugins import DeepSpeedPrecision
@@ -38,6 +39,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
+from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.optim.paging import check_pages
 from lowbit_lightning.optim.partitions import quantise_loaded
@@ -169,6 +171,7 @@ class DeepSpeedStrategy(_LightningsStrategy):
     # -- the model and its optimizer ---------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer) -> None:
+        return_large_tensors(self.root_device.type, rank_zero_info)
         if not isinstance(self.precision_plugin, DeepSpeedPrecision):
             raise TypeError(
                 f"{type(self.precision_plugin).__name__} would bypass DeepSpeed's engine: give the Trainer a precision "
