@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lowbit_lightning.memory.result import Advice
+from lowbit_lightning.memory.result import Advice, Plan
 from lowbit_lightning.memory.run import Run
 from lowbit_lightning.sharding import repeated_blocks
 
@@ -46,21 +46,24 @@ def _changes(model: nn.Module, now: Run) -> list[_Change]:
     if now.precision != "bf16-true" and isinstance(now.optimizer, str) and now.bits is not None:
         master = {"precision": "bf16-true", "master": "bf16+8", "int8": {}}
         changes.append(_Change('precision="bf16-true", master="bf16+8"', "weights of 24 bits", 2, master))
+    if not now.release_gradients and now.accumulate == 1 and now.strategy != "ddp":
+        release = {"release_gradients": True}
+        changes.append(_Change("release_gradients=True", "no accumulation, no clipping by norm", 2, release))
     if not now.activation_checkpointing and now.batch is not None and repeated_blocks(model):
         checkpointing = {"activation_checkpointing": True}
         changes.append(_Change("activation_checkpointing=True", "about a third more time", 3, checkpointing))
     return changes
 
 
-def advise(model: nn.Module, now: Run, total: Callable[[Run], int], memory: int) -> list[Advice]:
-    """The changes that save something, by bytes saved over cost. ``total``: bytes under other run."""
-    before, found = total(now), []
+def advise(model: nn.Module, now: Run, plan: Callable[[Run], Plan], memory: int) -> list[Advice]:
+    """The changes that save something, by bytes saved over cost. ``plan``: of another run."""
+    before, found = plan(now).total, []
     for change in _changes(model, now):
         try:
-            after = total(replace(now, **change.options))
+            after = plan(replace(now, **change.options))
         except (ValueError, TypeError):  # a change that this model or optimizer does not allow
             continue
-        if after < before:
-            advice = Advice(change.text, change.cost, before - after, after <= memory)
+        if after.total < before:
+            advice = Advice(change.text, change.cost, before - after.total, after.fits(memory))
             found.append((advice.saves / change.weight, advice))
     return [advice for _, advice in sorted(found, key=lambda pair: -pair[0])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lowbit_lightning.memory.advice import advise
 from lowbit_lightning.memory.copies import Copies, copies_of
 from lowbit_lightning.memory.result import Plan
 from lowbit_lightning.memory.run import Run
-from lowbit_lightning.memory.step import measure
+from lowbit_lightning.memory.step import Measured, measure
 from lowbit_lightning.sharding import first_share, repeated_blocks
 
 
@@ -50,10 +51,16 @@ def _plan(model: nn.Module, run: Run) -> Plan:
     trained = [(whole, own, part) for whole, own, part in zip(params, model.parameters(), local, strict=True)]
     parts = {own: part for whole, own, part in trained if whole.requires_grad}
     optimizer = states.make(run.optimizer, run.bits, parts, run.sharded, run.optimizer_options, run.paging)
-    state_parts, paged_out = states.count(optimizer, parts, run.ranks)
+    if run.release_gradients:
+        states.check_release(optimizer)
     copies = copies_of(twin, run)
-    gradients = sum(part.nbytes for part in parts.values())
-    activations, loss = _activations(twin, run, copies, gradients)
+    gradients = _gradients(run, [part.nbytes for part in parts.values()], twin, copies)
+    activations, measured = _activations(twin, run, copies, gradients)
+    in_order = {}
+    if run.release_gradients and measured:  # the pages lie in the order in which parameters are updated
+        own = dict(zip((name for name, _ in twin.named_parameters()), model.parameters(), strict=True))
+        in_order = {parts[own[name]]: place for place, name in enumerate(measured.order)}
+    state_parts, paged_out = states.count(optimizer, parts, run.ranks, in_order)
     return Plan(
         parameters=sum(part.nbytes for part in local),
         gradients=gradients,
@@ -65,8 +72,9 @@ def _plan(model: nn.Module, run: Run) -> Plan:
         paged_out=paged_out,
         state_parts=state_parts,
         communication=copies.communication,
-        settings={**run.shown(), **loss},
-        _advise=lambda memory: advise(model, run, lambda changed: _plan(model, changed).total, memory),
+        settings={**run.shown(), **({"loss": measured.loss} if measured else {})},
+        margin=run.margin,
+        _advise=lambda memory: advise(model, run, lambda changed: _plan(model, changed), memory),
     )
 
 
@@ -88,12 +96,24 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = True
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=trains)
 
 
-def _activations(twin: nn.Module, run: Run, copies: Copies, gradients: int) -> tuple[int | None, dict[str, str]]:
-    """Bytes, None without a batch; and for the table what gave the loss."""
+def _gradients(run: Run, sizes: list[int], twin: nn.Module, copies: Copies) -> int:
+    """Bytes of all gradients, or of those that are there at once where each is released: a parameter's, or under FSDP2
+    the shards of what is reduced together."""
+    if not run.release_gradients:
+        return sum(sizes)
+    if not run.sharded:
+        return max(sizes, default=0)
+    item = {name: p.dtype.itemsize for name, p in twin.named_parameters()}
+    groups = [sum(prod(shape) * item[name] for name, shape in r.shards.items()) for r in copies.reductions]
+    return max(groups, default=0)
+
+
+def _activations(twin: nn.Module, run: Run, copies: Copies, gradients: int) -> tuple[int | None, Measured | None]:
+    """Bytes, and what was measured; None without a batch."""
     if run.batch is None:
-        return None, {}
+        return None, None
     once = run.accumulate == 1
-    peak, loss = measure(
+    measured = measure(
         twin,
         run.batch,
         run.step,
@@ -101,8 +121,8 @@ def _activations(twin: nn.Module, run: Run, copies: Copies, gradients: int) -> t
         input_dtype=run.true_dtype,
         autocast=run.autocast,
         checkpointed=repeated_blocks(twin) if run.activation_checkpointing else [],
-        keep_gradients=once,
+        keep_gradients=once and not run.release_gradients,
         reductions=copies.reductions if once else (),
     )
     counted = gradients + (copies.reduction if run.sharded else 0)  # the step run here had them too
-    return max(0, peak - counted) if once else peak, {"loss": loss}
+    return max(0, measured.peak - counted) if once else measured.peak, measured

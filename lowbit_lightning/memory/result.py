@@ -39,6 +39,7 @@ class Plan:
         state_parts: ``states`` by kind; "pages" is near memory of paged states: of resident ones, and the ring.
         communication: bytes by collective in an optimizer step, as each rank hands them over or gets them: whichever is
             whole.
+        margin: a share of the total, for what the allocator keeps beside the tensors.
         settings: what was planned for, and what gave the ``loss``.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     state_parts: dict[str, int]
     communication: dict[str, int]
     settings: dict[str, Any]
+    margin: float
     _advise: Callable[[int], list[Advice]] = field(repr=False, compare=False)
 
     @property
@@ -60,9 +62,14 @@ class Plan:
         """All that is known; without a batch all but activations."""
         return sum(getattr(self, name) or 0 for name in CATEGORIES)
 
+    @property
+    def needed(self) -> int:
+        """``total``, and the allocator's margin."""
+        return self.total + int(self.total * self.margin)
+
     def fits(self, memory: int) -> bool:
-        """Whether ``total`` is at most ``memory`` bytes."""
-        return self.total <= memory
+        """Whether ``needed`` is at most ``memory`` bytes."""
+        return self.needed <= memory
 
     def advice(self, memory: int) -> list[Advice]:
         """What to change first: by bytes saved over cost, each change planned anew by itself; empty if it fits."""
@@ -72,7 +79,7 @@ class Plan:
         """For JSON."""
         own = {name: getattr(self, name) for name in CATEGORIES}
         rest = {name: dict(getattr(self, name)) for name in ("paged_out", "state_parts", "communication", "settings")}
-        return {**own, "total": self.total, **rest}
+        return {**own, "total": self.total, "needed": self.needed, **rest}
 
     def table(self, memory: int | None = None) -> str:
         """Plain text; with ``memory``, whether that fits, and the advice."""
@@ -87,6 +94,9 @@ class Plan:
             if name == "states" and len(self.state_parts) > 1:
                 lines += [_line(f"  {kind}", f"{size:,}", readable(size)) for kind, size in self.state_parts.items()]
         lines.append(_line("total", f"{self.total:,}", readable(self.total)))
+        if self.margin:
+            title = f"with the allocator's margin, {self.margin:.0%}"
+            lines.append(_line(title, f"{self.needed:,}", readable(self.needed)))
         lines += [_line(f"paged out to {place}", f"{size:,}", readable(size)) for place, size in self.paged_out.items()]
         if self.communication:
             lines += ["", _line("communication in a step", "", "")]
@@ -98,8 +108,9 @@ class Plan:
     def _verdict(self, memory: int) -> list[str]:
         if self.fits(memory):
             known = "" if self.activations is not None else " for activations, which are unknown"
-            return [f"fits in {readable(memory)}: {readable(memory - self.total)} are left{known}"]
-        lines = [f"does not fit in {readable(memory)}: {readable(self.total - memory)} too much. What to change first:"]
+            return [f"fits in {readable(memory)}: {readable(memory - self.needed)} are left{known}"]
+        over = readable(self.needed - memory)
+        lines = [f"does not fit in {readable(memory)}: {over} too much. What to change first:"]
         for advice in self.advice(memory):
             enough = "; enough by itself" if advice.fits else ""
             lines.append(f"  {advice.change}: saves {readable(advice.saves)} ({advice.cost}){enough}")
@@ -107,7 +118,7 @@ class Plan:
 
 
 def _line(title: str, number: str, text: str) -> str:
-    return f"{title:32}{number:>20}  {text:>12}"
+    return f"{title:36}{number:>20}  {text:>12}"
 
 
 def readable(size: int) -> str:

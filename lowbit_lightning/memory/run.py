@@ -90,6 +90,12 @@ def _near_pages(run: Run) -> str | None:
     return None if run.paged else "needs paged=True or 'disk'"
 
 
+def _released(run: Run) -> str | None:
+    if run.strategy == "ddp":
+        return "needs strategy='single' or 'sharded': DDP averages gradients after the backward"
+    return None if run.accumulate == 1 else f"needs accumulate=1, got {run.accumulate}: gradients that add up must stay"
+
+
 def _int8_layers(run: Run) -> str | None:
     return None if run.precision == "int8-mixed" else f"needs precision='int8-mixed', got {run.precision!r}"
 
@@ -110,8 +116,10 @@ class Run:
         step: ``step(model, batch) -> loss``. None: the model's own loss (``memory.loss``).
         accumulate: micro-batches in an optimizer step; ``batch`` is one of them.
         reshard_after_forward, replicas, policy, all_gather: as for ``strategies.ShardedStrategy``.
+        release_gradients: as ``optim.release_gradients`` does it.
         activation_checkpointing: the repeated blocks are recomputed in the backward.
         int8: arguments of ``convert.swap_linears``.
+        margin: a share of the total, for what the allocator keeps beside the tensors: ``Plan.fits`` allows for it.
         paged, resident: of the optimizer's states, as for the optimizers here (an instance has its own).
 
     Raises:
@@ -162,8 +170,21 @@ class Run:
     )
     step: Step | None = option(None, "step(model, batch) -> loss", flag="")
     accumulate: int = option(1, "micro-batches in a step", least=1, metavar="N")
+    release_gradients: bool = option(
+        False,
+        "parameters are updated in the backward, and each gradient is freed at once",
+        allowed=(True, False),
+        refused=_released,
+    )
     activation_checkpointing: bool = option(False, "of the repeated blocks", allowed=(True, False))
     int8: Mapping[str, Any] = option(dict, "arguments of swap_linears", flag="", refused=_int8_layers)
+    margin: float = option(
+        0.12,
+        "of the total, for what the allocator keeps beside the tensors",
+        parse=float,
+        metavar="SHARE",
+        refused=lambda run: None if 0 <= run.margin <= 1 else "must be between 0 and 1",
+    )
 
     def __post_init__(self) -> None:
         if self.strategy is None and self.world_size != 1:
@@ -256,4 +277,4 @@ def _sorted(cls: type[Run], given: Mapping[str, Any], options: Mapping[str, Any]
     return {**{name: value for name, value in given.items() if name in known}, "options": own}
 
 
-_PLAIN = (bool, int, str, type(None), dict)
+_PLAIN = (bool, int, float, str, type(None), dict)

@@ -90,14 +90,26 @@ def _remade(optimizer: Optimizer, parts: Parts) -> Optimizer:
     return type(optimizer)([group for group in groups if group["params"]])  # type: ignore[call-arg]
 
 
-def count(optimizer: Optimizer, parts: Parts, ranks: int) -> tuple[dict[str, int], dict[str, int]]:
+def check_release(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer that cannot release gradients."""
+    if not isinstance(optimizer, optim.LowBitOptimizer):
+        raise ValueError(
+            "release_gradients=True needs an optimizer of lowbit_lightning.optim, or strategy='sharded', which makes "
+            f"one of torch.optim's; got optimizer={type(optimizer).__name__}"
+        )
+
+
+def count(
+    optimizer: Optimizer, parts: Parts, ranks: int, order: Mapping[nn.Parameter, int]
+) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes near by kind, of parts cut among ``ranks``: "codes", "scales", "32-bit", "steps", "master remainders",
-    and "pages"; those of other optimizers are "32-bit" and "steps". And bytes that are paged out, by place."""
+    and "pages"; those of other optimizers are "32-bit" and "steps". And bytes that are paged out, by place. ``order``:
+    the places of parts in a step that takes them one by one; empty where it does not."""
     whole = {part: p for p, part in parts.items()}
     if not isinstance(optimizer, optim.LowBitOptimizer):
         return _stepped(optimizer), {}
     found: Counter[str] = Counter()
-    wants: list[Want] = []
+    wants: list[tuple[int, Want]] = []
     for group in optimizer.param_groups:
         rule = optimizer._rule_of(group)
         for part in group["params"]:
@@ -105,14 +117,15 @@ def count(optimizer: Optimizer, parts: Parts, ranks: int) -> tuple[dict[str, int
             coded = group["bits"] == 8 and fits_grid(whole[part].shape, group["min_size"]) and not cut_vector
             form = {**group, "bits": 8 if coded else 32, "min_size": 0}
             want = want_of(optimizer, part, form) if group["paged"] else None
-            wants += [] if want is None else [want]
+            wants += [] if want is None else [(order.get(part, len(order)), want)]
             for name, value in optimizer._entries(part, {**form, "paged": False}, rule).items():
                 if want is None or name not in dict(want.dtypes):
                     found[_kind(name, value)] += value.nbytes
     if not wants:
         return dict(found), {}
     group = next(group for group in optimizer.param_groups if group["paged"])
-    plan = lay_out(wants, parse_bytes(group["resident"]))
+    in_order = [want for _, want in sorted(wants, key=lambda pair: pair[0])]
+    plan = lay_out(in_order, parse_bytes(group["resident"]))
     return {**found, "pages": plan.near_bytes}, {"disk" if group["paged"] == "disk" else "host memory": plan.nbytes}
 
 

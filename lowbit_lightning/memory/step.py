@@ -73,10 +73,12 @@ class _Live(TorchDispatchMode):
 
 
 class Measured(NamedTuple):
-    """Bytes at the peak of a step, and what gave the loss: "step", or a name of ``loss.own_step``; "sum of outputs"."""
+    """``peak``: bytes at the peak of a step. ``loss``: what gave it: "step", a name of ``loss.own_step``, or "sum of
+    outputs". ``order``: names of the parameters as their gradients came, or the shards of these."""
 
     peak: int
     loss: str
+    order: tuple[str, ...]
 
 
 class NoLossError(ValueError):
@@ -103,7 +105,8 @@ def measure(
         step: None: the model's own loss (``loss.own_step``).
         parameter_dtype, input_dtype: what floating ones are cast to before, or None. autocast: its dtype, or None.
         checkpointed: names of modules that are recomputed in the backward.
-        keep_gradients: False: each gradient goes as soon as it is there. reductions: which gradients become shards.
+        keep_gradients: False: each gradient, or shard of one, goes as soon as it is there. reductions: which gradients
+            become shards.
 
     Raises:
         ValueError: for a step that needs values, or gives no loss to go backward from, naming the batch.
@@ -117,10 +120,14 @@ def measure(
     fake_batch = tree_map(lambda x: _fake(x, input_dtype, fakes) if isinstance(x, Tensor) else x, batch)
     live = _Live()
     live.ignore((*twin.parameters(), *twin.buffers()))
-    if not keep_gradients:
-        _after_each(twin.parameters(), lambda p: setattr(p, "grad", None))
+    named, order, reductions = dict(twin.named_parameters()), list[str](), list(reductions)
+    names = {p: name for name, p in named.items()}
+    if not reductions:
+        _after_each(named.values(), lambda p: order.append(names[p]))
+        if not keep_gradients:
+            _after_each(named.values(), lambda p: setattr(p, "grad", None))
     for reduction in reductions:
-        _reduce(dict(twin.named_parameters()), reduction, live)
+        _reduce(named, reduction, live, keep_gradients, order)
     cast = torch.autocast("cpu", autocast) if autocast else nullcontext()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), fakes:
@@ -129,7 +136,7 @@ def measure(
                 name, own = ("step", step) if step else own_step(twin, fake_batch)
             with live:
                 name = _run(twin, fake_batch, name, own, live, cast)
-        return Measured(live.peak, name)
+        return Measured(live.peak, name, tuple(order))
     except NoLossError:
         raise
     except Exception as error:  # whatever the model's own code raises, where tensors have no values
@@ -162,7 +169,9 @@ def _after_each(params: Iterable[nn.Parameter], do: Callable[[nn.Parameter], Non
             p.register_post_accumulate_grad_hook(do)  # type: ignore[arg-type]
 
 
-def _reduce(named: dict[str, nn.Parameter], reduction: Reduction, live: _Live) -> None:
+def _reduce(
+    named: dict[str, nn.Parameter], reduction: Reduction, live: _Live, keep_shards: bool, order: list[str]
+) -> None:
     """Let the last gradient of a group turn all of them into shards."""
     group = {named[name]: shape for name, shape in reduction.shards.items()}
     missing, shards = set(group), []
@@ -171,8 +180,10 @@ def _reduce(named: dict[str, nn.Parameter], reduction: Reduction, live: _Live) -
         missing.discard(p)
         if not missing:
             live.passes(reduction.bytes)
+            order.extend(reduction.shards)
             for other, shape in group.items():
-                shards.append(other.new_empty(shape))
+                if keep_shards:
+                    shards.append(other.new_empty(shape))
                 other.grad = None
 
     _after_each(group, arrived)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +106,54 @@ def test_the_peaks_tell_runs_apart() -> None:
     assert totals["two micro-batches"] > 1.1 * totals["8-bit states"]
 
 
+@pytest.mark.parametrize("size", [1, real.BATCH])
+def test_released_gradients_take_what_was_planned(size: int) -> None:
+    data = real.batch(size)
+
+    def build() -> Callable[[], None]:
+        model = real.Model()
+        step, optimizer = real.train(model, optim.AdamW, data)
+        optim.release_gradients(model, optimizer)
+        return step
+
+    planned = memory.plan(on_meta(real.Model), batch=data, release_gradients=True)
+    kept = memory.plan(on_meta(real.Model), batch=data)
+    assert within(planned.total, real.peak_of(build), 0.05)
+    assert planned.gradients == max(p.nbytes for p in real.Model().parameters() if p.requires_grad)
+    assert planned.total < 0.9 * kept.total if size == 1 else planned.total <= kept.total  # where activations are most
+    assert planned.states == kept.states
+    assert memory.plan(on_meta(real.Model), release_gradients=True).gradients == planned.gradients
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page files are Linux's")
+@pytest.mark.filterwarnings("ignore:.*has no O_DIRECT")
+def test_pages_lie_in_the_order_of_the_backward(page_dir: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(*[nn.Linear(a, b) for a, b in ((64, 900), (900, 70), (70, 1500), (1500, 64), (64, 3000))])
+
+    model, data = make(), torch.ones(2, 64)
+    optimizer = optim.AdamW(model.parameters(), paged="disk", page_dir=str(page_dir))
+    optim.release_gradients(model, optimizer)
+    for _ in range(2):
+        model(data).sum().backward()
+        optimizer.step()
+    planned, forward = (
+        memory.plan(on_meta(make), paged="disk", batch=data, release_gradients=release) for release in (True, False)
+    )
+    assert planned.state_parts["pages"] == optimizer.page_statistics().near_bytes != forward.state_parts["pages"]
+
+
+def test_what_fits_has_room_for_the_allocator() -> None:
+    planned = memory.plan(on_meta(real.Model))
+    assert planned.needed == planned.total + int(planned.total * planned.margin) > 1.1 * planned.total
+    assert planned.fits(planned.needed)
+    assert not planned.fits(planned.needed - 1)
+    assert "with the allocator's margin, 12%" in planned.table()
+    bare = memory.plan(on_meta(real.Model), margin=0.0)
+    assert bare.fits(bare.total)
+    assert "margin" not in bare.table().partition("\n")[2]
+
+
 def test_planning_changes_nothing() -> None:
     model, data = Odd(), real.batch()
     small = real.Model()
@@ -139,7 +189,7 @@ def test_a_model_that_fits_nowhere_is_planned() -> None:
 
 
 def test_advice_is_worth_what_it_says() -> None:
-    told: dict[str, Any] = {"world_size": 2, "strategy": "ddp", "bits": 32, "batch": real.batch()}
+    told: dict[str, Any] = {"world_size": 2, "strategy": "ddp", "bits": 32, "batch": real.batch(), "margin": 0.0}
     planned = memory.plan(real.Model(), **told)
     assert planned.advice(planned.total) == []
     changes: dict[str, dict[str, Any]] = {
@@ -218,6 +268,16 @@ class Reads(nn.Module):
         (
             {"batch": torch.ones(2, 8)},
             r"batch=float32 \[2, 8\] could not be run without values: .*step\(model, batch\)",
+        ),
+        ({"margin": 2}, "margin=2 must be between 0 and 1"),
+        ({"release_gradients": True, "accumulate": 2}, "release_gradients=True needs accumulate=1, got 2"),
+        (
+            {"release_gradients": True, "strategy": "ddp"},
+            "release_gradients=True needs strategy='single' or 'sharded': DDP",
+        ),
+        (
+            {"release_gradients": True, "bits": None},
+            "release_gradients=True needs an optimizer of lowbit_lightning.optim, .*got optimizer=AdamW",
         ),
         ({"batch": torch.ones(2, 8), "step": lambda model, batch: batch}, "step must return a scalar loss"),
     ],

@@ -24,6 +24,7 @@ RANKS: dict[str, dict[str, Any]] = {
     "zero3": {"strategy": "sharded"},
     "zero2": {"strategy": "sharded", "reshard_after_forward": False},
     "zero3 in bf16": {"strategy": "sharded", "precision": "bf16-mixed"},
+    "zero3 released": {"strategy": "sharded", "release_gradients": True},
     "zero3 in int8": {"strategy": "sharded", "all_gather": "int8"},
     "zero2 in int8": {"strategy": "sharded", "all_gather": "int8", "reshard_after_forward": False},
 }
@@ -42,11 +43,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[s
 def test_two_ranks_take_what_was_planned(name: str, two_ranks: list[dict[str, dict[str, int]]]) -> None:
     planned = memory.plan(on_meta(real.Model), world_size=2, batch=real.batch(), **RANKS[name])
     first, second = (found[name] for found in two_ranks)
-    assert {key: getattr(planned, key) for key in EXACT} == {key: first[key] for key in EXACT}
+    exact = [key for key in EXACT if key != "gradients" or "released" not in name]  # of which none is left
+    assert {key: getattr(planned, key) for key in exact} == {key: first[key] for key in exact}
     peak = min(first["peak"], second["peak"])  # the profiler misses what gloo's threads free
     assert within(planned.total, peak, 0.2), (planned.total, peak)
     for found in (first, second):
-        assert all(within(getattr(planned, key), found[key], 0.05) for key in EXACT)
+        assert all(within(getattr(planned, key), found[key], 0.05) for key in exact)
         carried = {key: found[key] for key in ("all_gather", "reduce_scatter", "all_reduce", "broadcast") if found[key]}
         assert planned.communication == carried
 

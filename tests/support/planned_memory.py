@@ -187,6 +187,8 @@ def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
         if "int8" in name:
             gather_in_int8(model)
         step, optimizer = train(model, optim.AdamW, data, cast)
+        if "released" in name:
+            optim.release_gradients(model, optimizer)
         kept.extend([model, optimizer, step])
         return step
 
@@ -200,7 +202,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     mesh, data, found = init_device_mesh("cpu", (2,)), batch(), {}
-    for name in ("ddp", "zero3", "zero2", "zero3 in bf16", "zero3 in int8", "zero2 in int8"):
+    for name in ("ddp", "zero3", "zero2", "zero3 in bf16", "zero3 released", "zero3 in int8", "zero2 in int8"):
         found[name] = _measured(name, mesh, data)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
