@@ -10,7 +10,8 @@ Requirements
 
 Interactions
     A LightningModule whose ``configure_model`` shards by itself is left as it is. ``configure_optimizers`` is called
-    after sharding; torch.optim optimizers become their 8-bit twins there. Clipping by norm is global.
+    after sharding; torch.optim optimizers become their 8-bit twins there. Clipping by norm is global. Buffers are rank
+    0's on all ranks, as under DDP; ``Trainer(sync_batchnorm=True)`` is applied before sharding.
 
 Limitations
     Optimizers built before sharding are refused. ``type(model).__name__`` gets the prefix ``FSDP``.
@@ -31,6 +32,7 @@ from lightning.fabric.strategies.model_parallel import _materialize_distributed_
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lowbit_lightning.malloc import return_large_tensors
@@ -47,7 +50,7 @@ from lowbit_lightning.optim.loading import all_or_nothing
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.sharding import Policy, chosen_blocks
 from lowbit_lightning.state import shards
-from lowbit_lightning.strategies import blocks, checkpoints
+from lowbit_lightning.strategies import blocks, buffers, checkpoints
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
 from lowbit_lightning.strategies.gather import gather_in_int8
 from lowbit_lightning.strategies.optimizers import adapt
@@ -118,6 +121,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.policy, self.reshard_after_forward = policy, reshard_after_forward
         self.optimizer_bits, self.gather_dtype, self.replicas = optimizer_bits, gather_dtype, replicas
         self._gathers_int8 = all_gather == "int8"
+        self._buffers_differ = True  # among ranks: since a training step, or since they were made
 
     # -- the processes -----------------------------------------------------------------------------------------------
 
@@ -151,8 +155,12 @@ class ShardedStrategy(ModelParallelStrategy):
         for loop in (fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         self.model = self.precision_plugin.convert_module(self.model)
-        if not blocks.is_sharded(self.model):
+        if blocks.is_sharded(self.model):
+            self._check_layer_sync(self.model)
+        else:
+            self.model = self._layer_sync.apply(self.model) if self._layer_sync else self.model
             self._shard(self.model)
+        self._buffers_differ = True
         _materialize_distributed_module(self.model, self.root_device)
         self.model_to_device()
         self.barrier()
@@ -161,9 +169,21 @@ class ShardedStrategy(ModelParallelStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    def _check_layer_sync(self, model: nn.Module) -> None:
+        """Sharded modules can't be replaced any more."""
+        plain = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+        left = [name for name in plain if not isinstance(model.get_submodule(name), nn.SyncBatchNorm)]
+        if left and isinstance(self._layer_sync, TorchSyncBatchNorm):
+            raise ValueError(
+                f"sync_batchnorm=True, but the model is sharded already, and {left} are no SyncBatchNorm: convert them "
+                "in configure_model, before fully_shard, by nn.SyncBatchNorm.convert_sync_batchnorm"
+            )
+
     def _shard(self, model: nn.Module) -> None:
         if not blocks.on_meta(model):
             blocks.start_equal(model, self.root_device)
+        if self._gather_dtype() is not None:
+            buffers.widen(model)
         options = {"mp_policy": MixedPrecisionPolicy(self._gather_dtype(), torch.float32, cast_forward_inputs=False)}
         assert self.lightning_module is not None
         # Backward runs inside a step of manual optimization. FSDP2 would take it for a part of the root's forward, and
@@ -222,6 +242,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def _through_root(self, name: str, context: AbstractContextManager, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
         assert self.lightning_module is not None
+        self._share_buffers()
+        self._buffers_differ = name == "training_step"
         with context:
             if not isinstance(self.model, FSDPModule):  # configure_model, or manual optimization: parts are sharded
                 return getattr(self.lightning_module, name)(*args, **kwargs)
@@ -229,6 +251,13 @@ class ShardedStrategy(ModelParallelStrategy):
             if name != "training_step":
                 self.model.reshard()  # no backward will; callbacks and the next optimizer are to see shards
             return result
+
+    def _share_buffers(self) -> None:
+        """A collective."""
+        if self._buffers_differ:
+            assert self.model is not None
+            buffers.share(self.model)
+            self._buffers_differ = False
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -263,6 +292,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights: as they are placed for a folder; for a single file whole, on rank 0, and nothing elsewhere."""
         assert self.lightning_module is not None
+        self._share_buffers()  # each rank writes some of them into a folder
         state = dict(self.lightning_module.state_dict())
         first: dict[Tensor, str] = {}
         for name, p in self.lightning_module.named_parameters(remove_duplicate=False):

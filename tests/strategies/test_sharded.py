@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from support.run_program import PROGRAMS, ROOT, check, outcomes, run
 from torch import nn
 
 from lowbit_lightning import sharding
-from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, blocks, checkpoints, consolidate
+from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, blocks, buffers, checkpoints, consolidate
 
 CHECKPOINTS = (
     "saves_of_every_strategy_load_everywhere",
@@ -44,6 +45,10 @@ CHECKS = (
     "configure_model_is_respected",
     "errors_name_the_remedy",
     "ranks_need_no_common_seed",
+    "buffers_are_those_of_rank_0",
+    "a_resume_has_the_buffers_of_the_run",
+    "parameters_and_buffers_of_two_dtypes_mix",
+    "batch_norm_may_be_synchronised",
     *CHECKPOINTS,
 )
 AGAIN = ("single again", ("saves_of_every_strategy_load_everywhere",))
@@ -289,6 +294,44 @@ def test_under_manual_optimization_what_a_step_calls_is_a_root() -> None:
     model.scale = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="scale of Module itself would stay cut"):
         blocks.roots(model)
+
+
+MIXING: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(8),
+    "BatchNorm2d": lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.BatchNorm2d(8)),
+    "BatchNorm3d": lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1, 1)), nn.BatchNorm3d(8)),
+    "InstanceNorm1d": lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(8),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", MIXING)
+def test_modules_compute_with_buffers_wider_than_their_parameters(kind: str, training: bool) -> None:
+    """FSDP2 puts a parameter in bfloat16 into its place; the numbers are those of the same values in float32."""
+    x = torch.randn(6, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # old spectral_norm
+        exact, module = (MIXING[kind]().train(training) for _ in range(2))
+    for p in exact.parameters():
+        p.data = torch.randn(p.shape).bfloat16().float()
+    module.load_state_dict(exact.state_dict())
+    buffers.widen(module)
+    cast = {name: nn.Parameter(p.detach().bfloat16()) for name, p in module.named_parameters()}
+    for name, p in cast.items():
+        owner, _, own = name.rpartition(".")
+        module.get_submodule(owner)._parameters[own] = p
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = module(x), exact(x)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), exact.buffers(), strict=True))
+    outputs[0].sum().backward()
+    outputs[1].sum().backward()
+    for name, p in exact.named_parameters():
+        assert module.get_parameter(name) is cast[name]
+        torch.testing.assert_close(cast[name].grad, p.grad.bfloat16())
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
