@@ -9,18 +9,14 @@ How it works
         ``optimizer_0.state.3.exp_avg_codes``); ``meta.pt`` for all the rest; ``complete.json``, the marker, with the
         size of each file.
 
-Whoever saves writes beside the target (``NAME.partial-...``), and renames when everything is on disk. A file replaces
-a file in one rename. A folder can't: the old one is ``NAME.previous`` for the instant between two renames, and is
-read from there if the second never came. So at every moment the old or the new checkpoint loads.
+How a save is put in the place of what was there: ``atomic.py``.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
 import pickle
-import shutil
 import uuid
 import warnings
 import zipfile
@@ -40,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowbit_lightning.state import shards
-from lowbit_lightning.strategies import flat
+from lowbit_lightning.strategies import atomic, flat, metadata
 
 META, MARKER, VERSION = "meta.pt", "complete.json", 1  # meta.pt is also how Lightning knows a folder of shards
 
@@ -71,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if is_remote(path):
             chosen = {"weights_only": weights_only} if _CHOOSES_WEIGHTS else {}
             return super().load_checkpoint(path, map_location, **chosen)
-        found = locate(Path(path))
+        found = atomic.locate(Path(path))
         return load_folder(found, weights_only) if found.is_dir() else load_file(found, weights_only)
 
 
@@ -79,43 +75,50 @@ def is_remote(path: _PATH) -> bool:
     return "://" in str(path)
 
 
-def consolidate(folder: _PATH, file: _PATH) -> None:
+def consolidate(folder: _PATH, file: _PATH, weights_only: bool | None = None) -> None:
     """Make one file, which every strategy and plain torch loads, of a folder of shards.
 
     Runs in a single process, without a process group; needs room for the whole checkpoint in memory.
 
+    Args:
+        folder, file: paths.
+        weights_only: as in ``torch.load``, whose default None is. False unpickles objects of any class: choose it for
+            checkpoints that you trust.
+
     Raises:
         FileNotFoundError, ValueError: where ``folder`` is missing, incomplete or something else.
+        pickle.UnpicklingError: for objects of classes that ``weights_only`` does not allow.
     """
-    found = locate(Path(folder))
+    found = atomic.locate(Path(folder))
     if not found.is_dir():
         raise ValueError(f"folder must be a distributed checkpoint, a folder, got {found}, which is a file")
-    save_file(load_folder(found, weights_only=False), Path(file))
+    save_file(load_folder(found, weights_only), Path(file))
 
 
-# -- saving: beside, then a rename -------------------------------------------------------------------------------------
+# -- saving ------------------------------------------------------------------------------------------------------------
 
 
 def save_file(checkpoint: State, path: Path) -> None:
-    """Write one file; called by one rank."""
-    partial = _beside(path, f"partial-{uuid.uuid4().hex[:12]}")
+    """Write one file; called by one rank. Raises OSError (ENOSPC) where the disk is full."""
+    partial = atomic.partial(path, new_token())
     _prepare(path)
     try:
-        with open(partial, "wb") as file:
+        with atomic.naming_a_full_disk(path), open(partial, "wb") as file:
             torch.save(checkpoint, file)
-            _to_disk(file)
-        _replace(partial, path)
+            atomic.to_disk(file)
+        atomic.replace(partial, path)
     except BaseException:
-        _remove(partial)
+        atomic.remove(partial)
         raise
 
 
 def save_folder(checkpoint: State, path: Path, token: str, first: bool, together: Together) -> None:
     """Write a folder; every rank calls it with the same ``path`` and ``token``, and one as ``first``.
 
-    ``checkpoint``: as Lightning has it, with DTensors of which each rank holds its part.
+    ``checkpoint``: as Lightning has it, with DTensors of which each rank holds its part. Raises OSError (ENOSPC) where
+    the disk is full.
     """
-    partial = _beside(path, f"partial-{token}")
+    partial = atomic.partial(path, token)
     tensors, rest = flat.split(checkpoint)
 
     def begin() -> None:
@@ -124,21 +127,22 @@ def save_folder(checkpoint: State, path: Path, token: str, first: bool, together
 
     def write() -> None:
         try:
-            with _quiet():
+            with _quiet(), atomic.naming_a_full_disk(path):
                 dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=not _distributed())
         except CheckpointException as error:
             raise OSError(f"the checkpoint {path} could not be written, and what was there stays: {error}") from error
 
     def finish() -> None:
-        with open(partial / META, "wb") as file:
-            torch.save(rest, file)
-            _to_disk(file)
-        sizes = {child.name: child.stat().st_size for child in sorted(partial.iterdir())}
-        with open(partial / MARKER, "w") as text:
-            json.dump({"version": VERSION, "files": sizes}, text)
-            _to_disk(text)
-        _sync_folder(partial)
-        _replace(partial, path)
+        with atomic.naming_a_full_disk(path):
+            with open(partial / META, "wb") as file:
+                torch.save(rest, file)
+                atomic.to_disk(file)
+            sizes = {child.name: child.stat().st_size for child in sorted(partial.iterdir())}
+            with open(partial / MARKER, "w") as text:
+                json.dump({"version": VERSION, "files": sizes}, text)
+                atomic.to_disk(text)
+        atomic.sync_folder(partial)
+        atomic.replace(partial, path)
 
     together(begin if first else _nothing)
     try:
@@ -146,7 +150,7 @@ def save_folder(checkpoint: State, path: Path, token: str, first: bool, together
         together(finish if first else _nothing)
     except BaseException:
         if first:
-            _remove(partial)
+            atomic.remove(partial)
         raise
 
 
@@ -159,65 +163,14 @@ def _prepare(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in (META, MARKER)):
         raise IsADirectoryError(f"{path} is a folder, and no checkpoint: a save would replace it; give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    atomic.remove_leftovers(path)
 
 
 def new_token() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _replace(partial: Path, path: Path) -> None:
-    previous = _beside(path, "previous")
-    if path.is_dir() or (path.exists() and partial.is_dir()):
-        _remove(previous)
-        path.rename(previous)
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-    _remove(previous)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{path.name}.{suffix}")
-
-
-def _remove_leftovers(path: Path) -> None:
-    for child in path.parent.iterdir():
-        if child.name.startswith(f"{path.name}.partial-"):
-            _remove(child)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 # -- loading -----------------------------------------------------------------------------------------------------------
-
-
-def locate(path: Path) -> Path:
-    """The path, or where the checkpoint is that a save had put aside when it died. Raises FileNotFoundError."""
-    if path.exists():
-        return path
-    previous = _beside(path, "previous")
-    if previous.exists():
-        return previous
-    raise FileNotFoundError(f"no checkpoint at {path}")
 
 
 def load_file(path: Path, weights_only: bool | None = None, mmap: bool = False) -> State:
@@ -251,9 +204,9 @@ def load_folder(
     With a model every rank calls it; ``together(action)`` raises on all of them where the action does on one. Raises
     ValueError where the folder is no such thing.
     """
-    rest, metadata = together(lambda: _open_folder(path, weights_only))
-    tensors = dict(flat.room(metadata, model, optimizers or []))
-    return flat.join(together(lambda: _read_tensors(path, tensors, no_dist=model is None)), rest)
+    rest, index = together(lambda: _open_folder(path, weights_only))
+    tensors = dict(flat.room(index, model, optimizers or []))
+    return flat.join(together(lambda: _read_tensors(path, index, tensors, no_dist=model is None)), rest)
 
 
 def _open_folder(path: Path, weights_only: bool | None = None) -> tuple[State, Metadata]:
@@ -273,15 +226,15 @@ def _open_folder(path: Path, weights_only: bool | None = None) -> tuple[State, M
             raise ValueError(f"{path} is damaged: {name} should have {size} bytes and has {found}")
     try:
         rest = torch.load(path / META, map_location="cpu", weights_only=_weights_only(weights_only))
-        return _checked(rest, path), dcp.FileSystemReader(path).read_metadata()
+        return _checked(rest, path), metadata.read(path)
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _read_tensors(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> dict[str, Tensor]:
+def _read_tensors(path: Path, index: Metadata, tensors: dict[str, Tensor], no_dist: bool) -> dict[str, Tensor]:
     try:
         with _quiet():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=no_dist or not _distributed())
+            dcp.load(tensors, storage_reader=metadata.Reader(path, index), no_dist=no_dist or not _distributed())
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
     return tensors

@@ -50,7 +50,7 @@ from lowbit_lightning.optim.loading import all_or_nothing
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.sharding import Policy, chosen_blocks
 from lowbit_lightning.state import shards
-from lowbit_lightning.strategies import blocks, buffers, checkpoints
+from lowbit_lightning.strategies import atomic, blocks, buffers, checkpoints
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
 from lowbit_lightning.strategies.gather import gather_in_int8
 from lowbit_lightning.strategies.optimizers import adapt
@@ -338,7 +338,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._source = path = self.broadcast(checkpoint_path)
         if checkpoints.is_remote(path) or type(self.checkpoint_io) is not AtomicCheckpointIO:
             return self._together(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
-        found = self._together(lambda: checkpoints.locate(Path(path)))
+        found = self._together(lambda: atomic.locate(Path(path)))
         if not found.is_dir():
             return self._together(lambda: checkpoints.load_file(found, weights_only, mmap=True))
         optimizers = self.optimizers if self._is_fitting() else []

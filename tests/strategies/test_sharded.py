@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from support.run_program import PROGRAMS, ROOT, check, outcomes, run
 from torch import nn
 
 from lowbit_lightning import sharding
-from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, blocks, buffers, checkpoints, consolidate
+from lowbit_lightning.strategies import ShardedStrategy, blocks, buffers
 
 CHECKPOINTS = (
     "saves_of_every_strategy_load_everywhere",
@@ -110,99 +109,6 @@ def test_on_up_to_four_ranks(world: str, name: str, all_results: dict[str, Any])
 def test_killed_saves_leave_a_checkpoint(rounds: int, tmp_path: Path) -> None:
     output = run("sharded_strategy_kill.py", tmp_path, rounds, timeout=850 if rounds > 3 else 250)
     assert output.count("killed") == rounds
-
-
-class Died(BaseException):
-    pass
-
-
-def make(value: float) -> dict[str, Any]:
-    entries = {"step": torch.tensor(value), "exp_avg": torch.full((5, 7), value)}
-    return {
-        "state_dict": {"a": torch.full((5, 7), value), "b": torch.full((3,), value)},
-        "optimizer_states": [{"state": {0: entries}, "param_groups": [{"params": [0], "lr": value}]}],
-        "global_step": value,
-    }
-
-
-def save(distributed: bool, value: float, path: Path) -> None:
-    if distributed:
-        checkpoints.save_folder(make(value), path, checkpoints.new_token(), True, lambda action: action())
-    else:
-        checkpoints.save_file(make(value), path)
-
-
-def values_of(checkpoint: dict[str, Any]) -> set[float]:
-    state = checkpoint["optimizer_states"][0]
-    tensors = [*checkpoint["state_dict"].values(), *state["state"][0].values()]
-    return {checkpoint["global_step"], state["param_groups"][0]["lr"], *(float(v) for x in tensors for v in x.unique())}
-
-
-@pytest.mark.parametrize("old", ["file", "folder"])
-@pytest.mark.parametrize("new", ["file", "folder"])
-def test_a_save_may_die_before_any_change_to_the_disk(
-    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At every single one: what loads is the old or the new checkpoint, and the next save cleans up."""
-    left = [0]
-
-    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                raise Died
-            return original(*args, **kwargs)
-
-        return function
-
-    seen, died, count = set(), True, 0
-    while died:
-        count += 1
-        path = tmp_path / str(count) / "last"
-        save(old == "folder", 1.0, path)
-        died = False
-        with monkeypatch.context() as patch:
-            left[0] = count
-            for owner, name in (
-                (os, "replace"),
-                (os, "fsync"),
-                (os, "rename"),
-                (os, "unlink"),
-                (os, "mkdir"),
-                (os, "rmdir"),
-                (Path, "rename"),
-                (Path, "unlink"),
-                (shutil, "rmtree"),
-                (torch, "save"),
-            ):
-                patch.setattr(owner, name, dying(getattr(owner, name)))
-            try:
-                save(new == "folder", 2.0, path)
-            except (Died, OSError):  # torch.distributed.checkpoint makes of any exception its own
-                died = True
-        values = values_of(AtomicCheckpointIO().load_checkpoint(path))
-        assert len(values) == 1, f"step {count}: a mixture, {values}"
-        assert values == {2.0} or died
-        seen |= values
-        save(new == "folder", 3.0, path)
-        assert [p.name for p in path.parent.iterdir()] == ["last"]
-        assert values_of(AtomicCheckpointIO().load_checkpoint(path)) == {3.0}
-    assert count > 4
-    assert seen == {1.0, 2.0}
-
-
-def test_consolidate_says_what_is_wrong(tmp_path: Path) -> None:
-    save(True, 1.0, tmp_path / "folder")
-    consolidate(tmp_path / "folder", tmp_path / "file")
-    assert values_of(torch.load(tmp_path / "file")) == {1.0}
-    with pytest.raises(ValueError, match="a folder, got"):
-        consolidate(tmp_path / "file", tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        consolidate(tmp_path / "nowhere", tmp_path / "other")
-    (tmp_path / "folder" / "complete.json").write_text('{"version": 9, "files": {}}')
-    with pytest.raises(ValueError, match=r"folder has version 9.*reads version 1"):
-        consolidate(tmp_path / "folder", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 # -- torchrun ----------------------------------------------------------------------------------------------------------
@@ -332,40 +238,6 @@ def test_modules_compute_with_buffers_wider_than_their_parameters(kind: str, tra
     for name, p in exact.named_parameters():
         assert module.get_parameter(name) is cast[name]
         torch.testing.assert_close(cast[name].grad, p.grad.bfloat16())
-
-
-def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
-    kept = tmp_path / "runs" / "notes.txt"
-    kept.parent.mkdir()
-    kept.write_text("mine")
-    for distributed in (False, True):
-        with pytest.raises(IsADirectoryError, match=r"runs is a folder, and no checkpoint"):
-            save(distributed, 1.0, kept.parent)
-    assert kept.read_text() == "mine"
-
-
-def test_a_save_that_fails_leaves_nothing_beside(tmp_path: Path) -> None:
-    class Unsaveable:
-        def __reduce__(self) -> Any:
-            raise RuntimeError("no")
-
-    for name in ("file", "folder"):
-        with pytest.raises(RuntimeError, match="no"):
-            if name == "file":
-                checkpoints.save_file({**make(1.0), "x": Unsaveable()}, tmp_path / name)
-            else:
-                bad = {**make(1.0), "x": Unsaveable()}
-                checkpoints.save_folder(bad, tmp_path / name, "token", True, lambda action: action())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_link_is_replaced_by_a_folder(tmp_path: Path) -> None:
-    save(True, 1.0, tmp_path / "first")
-    (tmp_path / "last").symlink_to(tmp_path / "first")
-    save(True, 2.0, tmp_path / "last")
-    assert values_of(checkpoints.load_folder(tmp_path / "last")) == {2.0}
-    assert values_of(checkpoints.load_folder(tmp_path / "first")) == {1.0}
-    assert {path.name for path in tmp_path.iterdir()} == {"first", "last"}
 
 
 def test_repeated_blocks_are_found() -> None:
