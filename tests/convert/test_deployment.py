@@ -9,7 +9,6 @@ import copy
 import io
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -58,41 +57,36 @@ def trained() -> Model:
     return model.eval()
 
 
-def elsewhere(folder: Path, load: str) -> Tensor:
-    """What a process without this package computes, after ``load`` has made a ``model`` of ``file``."""
-    script = f"""
-        import sys
-        sys.modules["lowbit_lightning"] = None
-        import torch
-        file = {str(folder / "model")!r}
-        {load}
-        torch.save(model(torch.load({str(folder / "x")!r})).detach(), {str(folder / "y")!r})
-    """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "y")
-
-
-WAYS = {
-    "torch.save": (lambda m, x, file: torch.save(m, file), "model = torch.load(file, weights_only=False)"),
-    "torch.jit.script": (lambda m, x, file: torch.jit.script(m).save(file), "model = torch.jit.load(file)"),
+WAYS: dict[str, tuple[Any, str]] = {
+    "torch.save": (lambda net, x, file: torch.save(net, file), "torch.load(file, weights_only=False)"),
+    "torch.jit.script": (lambda net, x, file: torch.jit.script(net).save(file), "torch.jit.load(file)"),
     "torch.export": (
-        lambda m, x, file: torch.export.save(torch.export.export(m, (x,)), file),
-        "model = torch.export.load(open(file, 'rb')).module()",
+        lambda net, x, file: torch.export.save(torch.export.export(net, (x,)), file),
+        "torch.export.load(file).module()",
     ),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_process_without_the_package_loads_it(tmp_path: Path, trained: Model, way: str) -> None:
-    x = torch.randn(3, 32)
+def test_a_process_without_the_package_loads_it(tmp_path: Path, trained: Model) -> None:
+    x, files = torch.randn(3, 32), {way: str(tmp_path / f"{way}.pt2") for way in WAYS}
     torch.save(x, tmp_path / "x")
-    save, load = WAYS[way]
-    with open(tmp_path / "model", "wb") as file:
-        save(trained.net, x, file if way != "torch.jit.script" else str(tmp_path / "model"))
-    torch.testing.assert_close(elsewhere(tmp_path, load), trained(x))
+    for way, (save, _) in WAYS.items():
+        save(trained.net, x, files[way])
+    loads = "\n".join(f"file = {files[way]!r}\nfound[{way!r}] = {load}(x)" for way, (_, load) in WAYS.items())
+    script = f"""\
+import sys
+sys.modules["lowbit_lightning"] = None
+import torch
+x, found = torch.load({str(tmp_path / "x")!r}), {{}}
+{loads}
+torch.save({{way: y.detach() for way, y in found.items()}}, {str(tmp_path / "y")!r})
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "y")
+    assert found.keys() == WAYS.keys()
+    for y in found.values():
+        torch.testing.assert_close(y, trained(x))
 
 
 def test_what_onnx_gets_is_of_torchs_own_ops(trained: Model) -> None:
