@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.instruction_sets import require
-from support.int8_oracle import BACKENDS, FLOATS, assert_same, expected_rowwise, needs_compiler
+from support.int8_oracle import BACKENDS, FLOATS, assert_same, expected_rowwise, needs_compiler, scaled_sums
 from torch import Tensor
 
 from lowbit_lightning import kernels
@@ -44,7 +44,7 @@ def expected_product(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     exact = a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T
-    result = exact.astype(np.float32) * a_scales.numpy()[:, None] * b_scales.numpy()
+    result = scaled_sums(exact, a_scales, b_scales)
     if bias is not None:
         result = result + bias.float().numpy()
     return torch.from_numpy(result).to(dtype)

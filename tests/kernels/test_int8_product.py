@@ -10,6 +10,7 @@ import pytest
 import torch
 from emulator import EmulatorError, Module
 from emulator.backend import emulated
+from support.int8_oracle import scaled_sums
 from torch import Tensor
 
 from lowbit_lightning import kernels
@@ -30,17 +31,18 @@ ENGINES = {"fused": int8_product.fused_product, "cublaslt": int8_product.cublasl
 
 
 def operands(m: int, n: int, k: int, bias: torch.dtype | None = None) -> Operands:
-    """a, b, a_scales, b_scales, bias; -128 among the values, NaN among the scales."""
+    """a, b, a_scales, b_scales, bias; -128 among the values, NaN and large ones among the scales."""
     a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
     a_scales, b_scales = torch.rand(m), torch.rand(n)
-    a_scales[3:4] = float("nan")
+    a_scales[3:4], b_scales[5:6] = float("nan"), float("nan")
+    a_scales[1:2], b_scales[2:3] = 1e33, 1e33
     return a, b, a_scales, b_scales, None if bias is None else torch.randn(n).to(bias)
 
 
 def expected_product(operands: Operands, dtype: torch.dtype) -> Tensor:
     a, b, a_scales, b_scales, bias = operands
     exact = a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T
-    result = exact.astype(np.float32) * a_scales.numpy()[:, None] * b_scales.numpy()
+    result = scaled_sums(exact, a_scales, b_scales)
     return torch.from_numpy(result if bias is None else result + bias.float().numpy()).to(dtype)
 
 

@@ -199,6 +199,38 @@ def test_a_bad_row_shows_and_harms_no_other() -> None:
     assert torch.equal(y[[0, 2, 3]], clean[[0, 2, 3]])
 
 
+@pytest.mark.parametrize("large", ["x", "dy", "both sides of a weight"])
+def test_large_values_give_what_their_size_allows(large: str) -> None:
+    """2 ** 118 (3e35) times an operand is 2 ** 118 times the result, up to float32's rounding, where that holds it."""
+    factor, linear = 2.0**118, layer(bias=False)
+    x, dy = torch.randn(40, K), torch.randn(40, N)
+
+    def passed(x: Tensor, dy: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        linear.weight.grad = None
+        with torch.no_grad():
+            linear.weight.mul_(weight)
+        y = linear(x)
+        y.backward(dy)
+        with torch.no_grad():
+            linear.weight.div_(weight)
+        return y.detach(), x.grad, linear.weight.grad  # type: ignore[return-value]
+
+    y, dx, dw = passed(x, dy, 1.0)
+    if large == "x":
+        expected = (y * factor, dx, dw * factor)
+        actual = passed(x * factor, dy, 1.0)
+    elif large == "dy":
+        expected = (y, dx * factor, dw * factor)
+        actual = passed(x, dy * factor, 1.0)
+    else:
+        expected = (y * factor * 2**-60, dx * 2**-60, dw * factor)
+        actual = passed(x * factor, dy, 2.0**-60)
+    for a, b in zip(actual, expected, strict=True):
+        assert b.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype, device: str) -> None:

@@ -43,3 +43,10 @@ def assert_same(actual: Tensor, expected: Tensor | np.ndarray) -> None:
         where = tuple(wrong[0].tolist())
         got, wanted = actual[where].item(), expected[where].item()
         pytest.fail(f"{len(wrong)} of {actual.numel()} differ, first at {where}: {got!r}, not {wanted!r}")
+
+
+def scaled_sums(exact: np.ndarray, a_scales: Tensor, b_scales: Tensor) -> np.ndarray:
+    """float32 of exact sums ``[M, N]`` times both scales, the smaller first; NaN where either is."""
+    a, b = a_scales.numpy()[:, None], b_scales.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        return exact.astype(np.float32) * np.minimum(a, b) * np.maximum(a, b)

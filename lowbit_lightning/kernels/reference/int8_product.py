@@ -12,8 +12,10 @@ def int8_matmul(
     """``(a @ b.T) * a_scales[:, None] * b_scales (+ bias)``: ``a`` int8 ``[M, K]``, ``b`` int8 ``[N, K]``, result
     ``[M, N]``.
 
-    The sum over K is exact (int32); it is converted to float32 and scaled left to right.
+    The sum over K is exact (int32); it is converted to float32 and multiplied by the smaller scale first, then by the
+    larger: a large scale alone could overflow where the result does not. A NaN in either scale is kept.
     """
     exact = (a.double() @ b.double().T).float()
-    result = exact * a_scales.unsqueeze(1) * b_scales
+    of_a, of_b = torch.broadcast_tensors(a_scales.unsqueeze(1), b_scales)
+    result = exact * torch.where(of_a < of_b, of_a, of_b) * torch.where(of_b > of_a, of_b, of_a)
     return (result if bias is None else result + bias.float()).to(out_dtype)

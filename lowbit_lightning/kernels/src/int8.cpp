@@ -6,7 +6,7 @@
 #include "pages.h"
 #include <type_traits>
 
-// out[m][n] = sum * a_scales[m] * b_scales[n] (+ bias[n]), rounded in this order
+// out[m][n] = sum * a_scales[m] * b_scales[n] (+ bias[n]), the smaller scale first: a large one alone could overflow
 template <class T> struct Epilogue {
     const float *a_scales, *b_scales, *bias;  // bias may be null
     T* out;
@@ -31,7 +31,8 @@ private:
         int64_t m, int64_t height, int64_t n, int width, const int32_t* sums, int64_t pitch) const {
         const V b_scale = load(b_scales + n, width), shift = bias ? load(bias + n, width) : V{};
         for (int64_t i = 0; i < height; ++i) {
-            V y = to_float(load_raw<I>(sums + i * pitch, W)) * splat<V>(a_scales[m + i]) * b_scale;
+            const V a_scale = splat<V>(a_scales[m + i]);  // of the two below one is NaN if either scale is
+            V y = to_float(load_raw<I>(sums + i * pitch, W)) * minimum(a_scale, b_scale) * maximum(b_scale, a_scale);
             if (bias) y = y + shift;
             store(out + (m + i) * N + n, y, width);
         }

@@ -61,7 +61,7 @@ LB_FN void multiply_stage(const int8_t* a, const int8_t* b, int32_t (&sums)[4][8
     }
 }
 
-// In the order of the reference: the exact sum as float, times a's scale, times b's, plus the bias, rounded to ELEMENT.
+// In the reference's order: the exact sum as float, times its scales, plus the bias, rounded to ELEMENT.
 LB_FN void store_sums(const int32_t (&sums)[4][8][4], int64_t row, int64_t column, int64_t M, int64_t N,
                       const float* a_scales, const float* b_scales, const BIAS* bias, ELEMENT* out) {
     const int lane = threadIdx.x % 32;
@@ -85,7 +85,7 @@ LB_FN void store_sums(const int32_t (&sums)[4][8][4], int64_t row, int64_t colum
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const int32_t sum = sums[i / 2][half * 4 + j / 2][i % 2 * 2 + j % 2];
-                const float scaled = (float)sum * a_scale * scale[j];
+                const float scaled = scale_sum(sum, a_scale, scale[j]);
                 result[j] = narrow<ELEMENT>(bias ? scaled + shift[j] : scaled);
             }
             ELEMENT* to = out + m * N + n;

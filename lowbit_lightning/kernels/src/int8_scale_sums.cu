@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_sums(
         ELEMENT result[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float scaled = (float)sum[i] * a_scale * scale[i];
+            const float scaled = scale_sum(sum[i], a_scale, scale[i]);
             result[i] = narrow<ELEMENT>(bias ? scaled + shift[i] : scaled);
         }
         if (packets) store_whole<4>(to, result);
