@@ -44,7 +44,7 @@ from torch import Tensor
 
 import lowbit_lightning
 from lowbit_lightning import kernels, layers
-from lowbit_lightning.layers.int8 import FEWEST_ROWS
+from lowbit_lightning.layers.int8 import fewest_rows
 
 
 def run(name: str, settings: Settings, text: Text, precision: Any, low_bit: bool = False) -> dict[str, Any]:
@@ -128,8 +128,7 @@ class Meter(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
-        rows = batch[:, 1:].numel()
-        if rows >= FEWEST_ROWS.get(batch.device.type, 0):  # fewer don't pay for int8 in evaluation
+        if batch[:, 1:].numel() >= fewest_rows(next(module.parameters())):  # fewer don't pay for int8 in evaluation
             self.int8_calls += self.int8_layers  # forward only
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -25,7 +25,6 @@ def _int8_linear(
     grad_weight: bool,
     save_int8: bool,
     stochastic: bool,
-    fewest_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x @ weight.T + bias`` of ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, in x's dtype.
 
@@ -34,14 +33,13 @@ def _int8_linear(
         save_int8: give the backward x's int8 columns instead of x. An op can save only what it takes or returns, so
             they are its other two results: int8 ``[K, M]`` and scales ``[K]``, or else empty.
         stochastic: round the incoming gradient at random.
-        fewest_rows: below so many rows of x the product runs in high precision.
     """
     saved = x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
     if x.numel() == 0 or weight.numel() == 0:
         if save_int8:
             saved = x.new_zeros(x.shape[::-1], dtype=torch.int8), x.new_zeros(x.shape[1], dtype=torch.float32)
         return _high(x, weight, bias), *saved
-    if not forward or x.shape[0] < fewest_rows:
+    if not forward:
         return _high(x, weight, bias), *(kernels.quantize_colwise(x) if save_int8 else saved)
     if save_int8:
         xq, x_scales, *columns = kernels.quantize_both(x)
@@ -61,7 +59,6 @@ def _int8_linear_fake(
     grad_weight: bool,
     save_int8: bool,
     stochastic: bool,
-    fewest_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, length = (x.shape[::-1], x.shape[1]) if save_int8 else (0, 0)
     saved = x.new_empty(shape, dtype=torch.int8), x.new_empty(length, dtype=torch.float32)
@@ -145,7 +142,7 @@ int8_linear_backward = declare(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, *ctx.kinds, save_int8, ctx.stochastic, _ = inputs
+    x, weight, bias, *ctx.kinds, save_int8, ctx.stochastic = inputs
     _, xq, x_scales = output
     ctx.mark_non_differentiable(xq, x_scales)
     ctx.set_materialize_grads(False)
@@ -177,7 +174,7 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
             dw = (dy.T @ x.to(dy.dtype)).to(ctx.weight_dtype) if needs_weight else None
     if needs_bias:
         db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return dx, dw, db, *(None,) * 6
+    return dx, dw, db, *(None,) * 5
 
 
 class _Unsaved(torch.autograd.Function):
@@ -203,7 +200,7 @@ class _Unsaved(torch.autograd.Function):
 
 int8_linear = declare(
     "int8_linear(Tensor x, Tensor weight, Tensor? bias, bool forward, bool grad_input, bool grad_weight, "
-    "bool save_int8, bool stochastic, int fewest_rows) -> (Tensor, Tensor, Tensor)",
+    "bool save_int8, bool stochastic) -> (Tensor, Tensor, Tensor)",
     fake=_int8_linear_fake,
     implementation=_int8_linear,
     setup_context=_setup_context,

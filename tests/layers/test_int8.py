@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.layers import Int8Linear
-from lowbit_lightning.layers.int8 import FEWEST_ROWS
+from lowbit_lightning.layers.int8 import fewest_rows
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,10 +114,13 @@ def test_count_of_products(needs_input: bool, needs_weight: bool, expected: int)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("rows", [1, FEWEST_ROWS["cpu"] - 1, FEWEST_ROWS["cpu"]])
-def test_evaluation_runs_in_int8_where_that_pays(context: Any, rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", [None, -1, 0])
+def test_evaluation_runs_in_int8_where_that_pays(context: Any, dtype: torch.dtype, more: int | None) -> None:
     """Few rows don't pay for quantising a weight. Passes that train run in int8, whatever their rows."""
-    linear, x = layer(), torch.randn(rows, K)
+    linear = layer(dtype=dtype)
+    rows = 1 if more is None else fewest_rows(linear.weight) + more
+    x = torch.randn(rows, K).to(dtype)
     trained = linear(x).detach()
     with context(), counted(1):
         assert torch.equal(linear(x), trained)  # as the first pass of a reentrant checkpoint
@@ -125,7 +128,7 @@ def test_evaluation_runs_in_int8_where_that_pays(context: Any, rows: int) -> Non
     with counted(1):
         assert torch.equal(linear(x.requires_grad_()), trained)
     x = x.detach()
-    pays = rows >= FEWEST_ROWS["cpu"]
+    pays = more == 0
     with context(), counted(pays):
         y = linear(x)
     assert torch.equal(y, trained if pays else nn.functional.linear(x, linear.weight, linear.bias))

@@ -59,7 +59,7 @@ def test_ops_pass_opcheck(save_int8: bool, stochastic: bool) -> None:
         (x, weight, bias, True, True, True, save_int8),
         (x, weight, None, False, True, save_int8, save_int8),
     ):
-        torch.library.opcheck(forward, (*arguments, stochastic, 0), test_utils=checks)
+        torch.library.opcheck(forward, (*arguments, stochastic), test_utils=checks)
     dy, saved = torch.randn(6, N), kernels.quantize_colwise(x.detach())
     backward = torch.ops.lowbit_lightning.int8_linear_backward.default
     dtypes = torch.bfloat16, torch.float32
