@@ -63,16 +63,17 @@ class GPT2(nn.Module):
 
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4, vocabulary: int = 512) -> None:
         super().__init__()
+        wte = nn.Embedding(vocabulary, width)
         self.transformer: Any = nn.ModuleDict(
             {
-                "wte": nn.Embedding(vocabulary, width),
+                "wte": wte,
                 "wpe": nn.Embedding(128, width),
                 "h": nn.ModuleList(Block(width, heads) for _ in range(layers)),
                 "ln_f": nn.LayerNorm(width),
             }
         )
         self.lm_head: Any = nn.Linear(width, vocabulary, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        self.lm_head.weight = wte.weight
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
