@@ -96,7 +96,8 @@ def test_what_onnx_gets_is_of_torchs_own_ops(trained: Model) -> None:
     assert calls
     assert all(name.startswith("aten.") for name in calls)
     try:
-        torch.onnx.export(trained.net, (trained.example_input_array,), io.BytesIO(), dynamo=False)  # type: ignore[arg-type]
+        to: Any = io.BytesIO()
+        torch.onnx.export(trained.net, (trained.example_input_array,), to, dynamo=False)
     except torch.onnx.OnnxExporterError as error:  # after the export, when the result would be checked
         assert "onnx is not installed" in str(error)  # noqa: PT017
 

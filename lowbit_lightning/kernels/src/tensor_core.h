@@ -104,5 +104,5 @@ LB_FN void multiply_add(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// An exact sum times its two scales, the smaller first: a large one alone could overflow. A NaN in either scale is kept.
+// An exact sum times its two scales, the smaller first: a large one alone could overflow. A NaN in either is kept.
 LB_FN float scale_sum(int32_t sum, float a, float b) { return (float)sum * (a < b ? a : b) * (b > a ? b : a); }
