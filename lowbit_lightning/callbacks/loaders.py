@@ -50,10 +50,3 @@ def generators(loader: DataLoader) -> list[torch.Generator]:
     found = [loader.generator, *(value for s in samplers(loader) for value in vars(s).values())]
     unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
     return list(unique.values())
-
-
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Tell the number by which ``DistributedSampler`` and its like shuffle."""
-    for sampler in samplers(loader):
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)

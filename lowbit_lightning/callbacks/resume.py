@@ -14,6 +14,9 @@ How it works
     draws the same worker seed and the same permutation again, and its sampler's first n batches of *indices* are
     passed over without loading them.
 
+    *Epochs.* In some places Lightning resumes in the wrong epoch, most often under ``max_steps``. The counts that it
+    reads from the checkpoint are put right before (``_mend_counts``).
+
 Requirements
     ``torch.utils.data.DataLoader`` of known length over a map-style dataset, whose sampler draws from torch's, numpy's
     or Python's global generator when its iteration starts (all of torch's do), from a ``torch.Generator`` of its own,
@@ -24,11 +27,7 @@ Limitations
     - Worker processes draw augmentations from generators of their own, which no checkpoint sees. With
       ``replay_workers=True`` the batches already used are loaded again and dropped, which puts them where they were.
     - ``persistent_workers=True`` is refused: such workers keep their generators over epochs.
-    - A checkpoint inside a window of accumulated gradients has lost those, and one saved after ``max_steps`` ended an
-      epoch early is, for Lightning, past that epoch, unless ``max_steps`` also limits the run that resumes it; the
-      callback warns when it is saved.
-    - Resumed at an epoch's end by a run that ``max_steps`` limits, Lightning's ``current_epoch`` is one too high. The
-      callback sees to it that ``DistributedSampler`` shuffles by the right number.
+    - A checkpoint inside a window of accumulated gradients has lost those; the callback warns when it is saved.
     - What a hook draws between the last batch and the next fetch is drawn again after a resume, or never.
     - Generators that a dataset or a model keeps for itself are theirs to save.
 """
@@ -74,9 +73,6 @@ class DeterministicResume(Callback):
         self._between: State | None = None  # the generators after the last batch, until the next one is fetched
         self._at_fetch: State | None = None
         self._loaded: State | None = None
-        self._epoch: int | None = None  # of the last pass over the data
-        self._resumed: int | None = None  # the same, of a checkpoint, until the first pass
-        self._ahead = 0  # how many epochs more than there were Lightning counts, since a resume
         self._device = torch.device("cpu")
 
     # -- saving and loading ------------------------------------------------------------------------------------------
@@ -85,12 +81,11 @@ class DeterministicResume(Callback):
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         unfinished = progress.ready - progress.processed  # saved inside a step: that batch will be fetched again
         readers = _readers(trainer) or self._readers
-        _warn_of_inexact_places(trainer, progress.processed)
+        _warn_of_lost_gradients(trainer, progress.processed)
         between = self._at_fetch if unfinished else self._between
         mine = {
             "rng": random_states.get(self._device) if between is None else between,
             "loaders": [reader.state(unfinished) for reader in readers],
-            "epoch": self._epoch,
         }
         ranks = [mine]
         if trainer.world_size > 1:
@@ -100,14 +95,15 @@ class DeterministicResume(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: State) -> None:
         self._loaded = checkpoint.get(KEY, {})
+        if "loops" in checkpoint:
+            _mend_counts(checkpoint["loops"]["fit_loop"], by_steps=trainer.max_steps != -1)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._loaded = self._between = self._at_fetch = self._epoch = self._resumed = None
-        self._ahead = 0
+        self._loaded = self._between = self._at_fetch = None
         self._device = trainer.strategy.root_device
         original = trainer.strategy.process_dataloader
 
@@ -117,7 +113,7 @@ class DeterministicResume(Callback):
                 loaders.check(dataloader)
                 if self.replay_workers and dataloader.num_workers == 0:
                     rank_zero_warn("DeterministicResume(replay_workers=True) does nothing where num_workers=0")
-                _Reader(self, dataloader, functools.partial(_progress, trainer)).install()
+                _Reader(self, dataloader, functools.partial(_position, trainer)).install()
             return dataloader
 
         # The one place between Lightning's own changes to a loader and its first iter().
@@ -143,7 +139,6 @@ class DeterministicResume(Callback):
         if len(readers) != len(mine["loaders"]):
             raise ValueError(f"the checkpoint has {len(mine['loaders'])} training loaders, this run {len(readers)}")
         self._between = mine["rng"]
-        self._resumed = mine.get("epoch")  # there is none in checkpoints of before
         for reader, state in zip(readers, mine["loaders"], strict=True):
             reader.load(state)
         # Lightning warns that the loaders can't be resumed, having looked for state_dict on them.
@@ -161,16 +156,6 @@ class DeterministicResume(Callback):
         """Called by the loaders: randomness continues where the last batch left it."""
         self._at_fetch = self._between or random_states.get(self._device)
         self._continue()
-
-    def begin_pass(self, position: int, epoch: int) -> int:
-        """Called by the loaders: the epoch's number, by which ``DistributedSampler`` shuffles, as it would be without
-        an interruption. ``position``: how many batches of the epoch have been read; ``epoch``: Lightning's number,
-        which is one more after a resume at an epoch's end where ``max_steps`` is set."""
-        if self._resumed is not None:
-            self._ahead = epoch - self._resumed - (position == 0)
-            self._resumed = None
-        self._epoch = epoch - self._ahead
-        return self._epoch
 
     def _continue(self) -> None:
         if self._between is not None:
@@ -197,8 +182,8 @@ class DeterministicResume(Callback):
 class _Reader:
     """How far one loader has been read, and the states of the generators from which its order can be drawn again."""
 
-    def __init__(self, owner: DeterministicResume, loader: DataLoader, progress: Callable[[], tuple[int, int]]) -> None:
-        self._owner, self._loader, self._progress = owner, loader, progress
+    def __init__(self, owner: DeterministicResume, loader: DataLoader, position: Callable[[], int]) -> None:
+        self._owner, self._loader, self._position = owner, loader, position
         self._class: Any = type(loader)
         self._batches = len(loader)
         self._generators = loaders.generators(loader)
@@ -235,13 +220,9 @@ class _Reader:
         """One pass. A generator, so that nothing is drawn before the first batch is asked for."""
         self._owner.before_fetch()
         saved, self._saved = self._saved, None
-        position, epoch = self._progress()
-        right = self._owner.begin_pass(position, epoch)
-        if right != epoch:
-            loaders.set_epoch(self._loader, right)
         if saved is not None:
             self._set_generators(saved["generators"])
-        if saved is None or position == 0:
+        if saved is None or self._position() == 0:
             self._read, self._started = 0, self._random_state()
             iterator = create()
         else:
@@ -328,27 +309,38 @@ def _readers(trainer: L.Trainer) -> list[_Reader]:
     return [leaf._reader for leaf in tree_leaves(trainer.train_dataloader) if hasattr(leaf, "_reader")]
 
 
-def _progress(trainer: L.Trainer) -> tuple[int, int]:
-    """How many batches of the epoch have been read, and the epoch's number as samplers are told."""
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready, epochs.processed
+def _position(trainer: L.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
-# -- what can't be resumed exactly -----------------------------------------------------------------------------------
+def _mend_counts(loops: State, by_steps: bool) -> None:
+    """Change Lightning's counts where it would not resume in the right epoch.
 
-
-def _warn_of_inexact_places(trainer: L.Trainer, processed: int) -> None:
-    window, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    if not 0 < processed < batches:
+    It counts an epoch that ``max_steps`` ended as a whole one, and would skip the rest of it. Saved when an epoch
+    begins, it would skip that one. And where the resumed run has ``max_steps`` (``by_steps``), it runs one without
+    batches after one that is over. So the counts become those of a checkpoint saved inside the epoch, or at the last
+    batch of the one before.
+    """
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    both, now, whole = (epochs["current"], epochs["total"]), epochs["current"], batches["is_last_batch"]
+    if 0 < now["started"] == now["processed"] == now["ready"] - 1:
+        for count in both:
+            count["ready"] -= 1
+    is_over = 0 < now["ready"] == now["started"] == now["processed"]
+    if not is_over or (whole and not by_steps):
         return
-    if 0 < trainer.max_steps <= trainer.global_step and epochs.ready == epochs.processed:
-        rank_zero_warn(
-            f"max_steps ended the epoch after batch {processed} of {batches}, and a run that max_epochs limits will "
-            "resume with the next epoch; to resume inside this one, save at the step itself "
-            "(ModelCheckpoint(every_n_train_steps=...))"
-        )
-    elif trainer.training and processed % window:
+    for count in both:
+        count["processed"] -= 1
+        count["completed"] = min(count["completed"], count["processed"])
+    if whole:
+        for count in (batches["current"], batches["total"]):
+            count["completed"] = count["processed"] - 1
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # the loggers' step: Lightning adds one then
+
+
+def _warn_of_lost_gradients(trainer: L.Trainer, processed: int) -> None:
+    window = trainer.accumulate_grad_batches
+    if trainer.training and 0 < processed < trainer.num_training_batches and processed % window:
         rank_zero_warn(
             f"checkpoint after batch {processed} of the epoch, inside a window of {window} accumulated batches: their "
             "gradients are not saved, so a resumed run differs; save after an optimizer step"

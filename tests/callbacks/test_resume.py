@@ -267,52 +267,59 @@ def test_several_loaders_of_different_lengths(tmp_path: Path) -> None:
     compare(tmp_path, make, {"every_n_train_steps": 4}, (1, 6), DeterministicResume())
 
 
-def test_stopped_by_max_steps(tmp_path: Path) -> None:
-    """A checkpoint of the last step resumes inside the epoch; one saved after fit is, for Lightning, past it."""
-    seeded(0)
-    through = Model(loader)
-    trainer(tmp_path, DeterministicResume(), max_epochs=2).fit(through)
-    seeded(0)
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5)
-    first = trainer(tmp_path, DeterministicResume(), checkpoint, max_epochs=2, max_steps=5)
-    first.fit(Model(loader))
-    with pytest.warns(UserWarning, match="max_steps ended the epoch after batch 5 of 9"):
-        first.save_checkpoint(tmp_path / "late.ckpt")
-    seeded(1)
-    resumed = Model(loader)
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-    trainer(tmp_path, DeterministicResume(), max_epochs=2).fit(resumed, ckpt_path=checkpoint.best_model_path)
-    assert resumed.losses == through.losses[5:]
-
-
 def distributed() -> DataLoader:
     """Shuffled by the epoch's number, as under DDP."""
     data = Noisy()
     return DataLoader(data, BATCH, sampler=DistributedSampler(data, num_replicas=1, rank=0))
 
 
-@pytest.mark.parametrize("make", [loader, distributed])
+LIMITS: list[dict[str, int]] = [
+    {"max_epochs": -1, "max_steps": 27},
+    {"max_epochs": 3, "max_steps": 27},
+    {"max_epochs": 3},
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=["max_steps", "both", "max_epochs"])
 @pytest.mark.parametrize("steps", [14, 18], ids=["within an epoch", "at its end"])
-@pytest.mark.parametrize("late", [False, True], ids=["saved at the end of the epoch", "saved after fit"])
-@pytest.mark.filterwarnings("ignore:max_steps ended the epoch after batch 5 of 9")
-def test_more_steps_than_max_steps_was_at_first(tmp_path: Path, make: Any, steps: int, late: bool) -> None:
-    """Lightning resumes such a run with the number of the epoch after the next."""
-    limit = {"max_epochs": -1, "max_steps": 27}
+@pytest.mark.parametrize("save", ["at a step", "at the epoch's end", "after fit"])
+def test_stopped_by_max_steps(tmp_path: Path, limits: dict[str, int], steps: int, save: str) -> None:
+    """Without the callback Lightning skips the rest of the epoch, a whole epoch, or the number of one."""
     seeded(0)
-    through = Model(make)
-    trainer(tmp_path, DeterministicResume(), **limit).fit(through)
+    through = Model(distributed)
+    trainer(tmp_path, DeterministicResume(), **limits).fit(through)
     seeded(0)
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_on_train_epoch_end=True)
-    first = trainer(tmp_path, DeterministicResume(), checkpoint, **{**limit, "max_steps": steps})
-    first.fit(Model(make))
-    last = tmp_path / "late.ckpt" if late else checkpoint.best_model_path
-    if late:
+    when: Any = {"every_n_train_steps": steps} if save == "at a step" else {"save_on_train_epoch_end": True}
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", **when)
+    first = trainer(tmp_path, DeterministicResume(), checkpoint, **{**limits, "max_steps": steps})
+    first.fit(Model(distributed))
+    last = tmp_path / "late.ckpt" if save == "after fit" else checkpoint.best_model_path
+    if save == "after fit":
         first.save_checkpoint(last)
     seeded(1)
-    resumed = Model(make)
+    resumed = Model(distributed)
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-    trainer(tmp_path, DeterministicResume(), **limit).fit(resumed, ckpt_path=last)
-    assert [loss for *_, loss in resumed.losses] == [loss for *_, loss in through.losses[steps:]]
+    second = trainer(tmp_path, DeterministicResume(), **limits)
+    second.fit(resumed, ckpt_path=last)
+    assert resumed.losses == through.losses[steps:]  # with their epochs and batches
+    assert second.global_step == second.fit_loop.epoch_loop._batches_that_stepped == 27
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=["max_steps", "both", "max_epochs"])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_saved_before_an_epoch(tmp_path: Path, limits: dict[str, int], epoch: int) -> None:
+    class Save(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.current_epoch == epoch:
+                trainer.save_checkpoint(tmp_path / "start.ckpt")
+
+    seeded(0)
+    through = Model(distributed)
+    trainer(tmp_path, DeterministicResume(), Save(), **limits).fit(through)
+    seeded(1)
+    resumed = Model(distributed)
+    trainer(tmp_path, DeterministicResume(), **limits).fit(resumed, ckpt_path=tmp_path / "start.ckpt")
+    assert resumed.losses == through.losses[9 * epoch :]
 
 
 def test_saved_inside_a_step(tmp_path: Path) -> None:
