@@ -34,7 +34,7 @@ from lowbit_lightning.layers.int8 import FLOATS, is_conv1d
 
 PARTS = ("weight", "weight_scales", "weight_format")
 """The entries of a low-bit weight in a ``state_dict``."""
-ELEMENTS_AT_ONCE = 1 << 21
+ELEMENTS_AT_ONCE = 1 << 19
 """So many elements of a weight are quantised at once."""
 
 
