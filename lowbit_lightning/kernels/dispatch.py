@@ -16,7 +16,8 @@ To add an op, write
 An op is opaque to ``torch.compile`` and to autograd. ``declare(..., setup_context=, backward=)`` makes one
 differentiable: ``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *grads)`` needs, inputs and results
 only (what the backward wants of the forward's work is a further result), and ``backward`` returns a gradient, or None,
-for each input. It may call other ops; give those a ``backward`` that raises if they have no derivative of their own.
+for each input. Forward-mode AD, ``vmap`` and derivatives of gradients are the caller's to serve (``is_transformed``).
+It may call other ops; give those a ``backward`` that raises if they have no derivative of their own.
 Ops of other packages, such as ``layers/ops.py``, are declared by the same function and need no contract.
 """
 
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from lowbit_lightning.kernels.backend import BACKENDS, OPS
 from lowbit_lightning.kernels.compile import Unavailable
@@ -81,6 +83,15 @@ def _on_backend(op: OpOverload) -> Callable[..., Any]:
         return run(op._opname, arguments[0].device, *arguments)
 
     return implementation
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode AD is at work.
+
+    torch lets both pass through an op that has only a ``backward`` and takes its tangent for zero, silently. So what
+    calls such an op asks here first, and goes another way.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import FLOATS
-from lowbit_lightning.kernels.dispatch import declare, run
+from lowbit_lightning.kernels.dispatch import declare, is_transformed, run
 from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
 
 FEW_ROWS = 8
@@ -65,6 +65,8 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
+    if is_transformed():
+        return _by_torch(x, packed, scales, bias, str(form))
     return _matmul(x, packed, scales, bias, str(form))
 
 
@@ -110,7 +112,15 @@ def int8_outlier_matmul(
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
+    if is_transformed():
+        return _by_torch(x, packed, scales, bias, "int8")
     return _outliers(x, packed, scales, bias, float(threshold))
+
+
+def _by_torch(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """For transforms of ``torch.func`` and forward-mode AD: the weight is dequantised whole, x is not quantised."""
+    weight = _dequantize(packed, scales, form, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 # -- checks: in the ops and their fakes, so that torch.compile meets only the ops -------------------------------------
@@ -286,7 +296,11 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     packed, scales = ctx.saved_tensors
-    dx = _matmul_backward(dy, packed, scales, ctx.form, ctx.row_length) if ctx.needs_input_grad[0] else None
+    dx = None
+    if ctx.needs_input_grad[0] and torch.is_grad_enabled():  # create_graph=True: dx is to be differentiated in turn
+        dx = dy @ _dequantize(packed, scales, ctx.form, ctx.row_length, dy.dtype)
+    elif ctx.needs_input_grad[0]:
+        dx = _matmul_backward(dy, packed, scales, ctx.form, ctx.row_length)
     db = dy.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
     return dx, None, None, db, None
 

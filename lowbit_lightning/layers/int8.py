@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.ops import int8_linear
-from lowbit_lightning.layers.product import is_transformed, product
+from lowbit_lightning.layers.product import product
 
 Product = Literal["int8", "high"]
 Rounding = Literal["nearest", "stochastic"]

@@ -25,17 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lowbit_lightning import kernels
 
 Kinds = tuple[bool, bool, bool]
 """Whether products of the kind of the result, of a, and of b run in int8."""
-
-
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode AD is at work, which needs more than a first gradient."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def product(a: Tensor, b: Tensor, kinds: Kinds) -> Tensor:

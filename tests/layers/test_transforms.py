@@ -6,6 +6,7 @@ of int8, and to that of float32 where all products are "high". Gradients that ar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from torch.utils._pytree import tree_leaves
 
 from lowbit_lightning import kernels
-from lowbit_lightning.convert import swap_linears
+from lowbit_lightning.convert import dequantize, quantize, swap_linears
 
 # torch's own: forward-mode AD decomposes an op for the first time; linearize meets a constant
 pytestmark = [
@@ -82,6 +83,12 @@ def gradient_penalty(model: nn.Module) -> Any:
     return torch.autograd.grad((slope.norm(dim=1) - 1).square().sum(), [x, *weights])
 
 
+def second_gradient(model: nn.Module) -> Any:
+    x = inputs(ROWS, WIDTH).requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad((slope.norm(dim=1) - 1).square().sum(), x)
+
+
 def mean_flow(model: nn.Module) -> Any:
     """The gradients of a loss with a jvp in it (Geng et al., 2025), by plain autograd around the transform."""
     x = inputs(ROWS, WIDTH)
@@ -124,8 +131,26 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
     "hessian of weights": of_second_order,
     "Hessian-vector product": along,
     "gradient penalty": gradient_penalty,
+    "second gradient": second_gradient,
     "jvp in a loss": mean_flow,
 }
+
+
+OF_INPUTS = [
+    "jvp",
+    "dual numbers",
+    "linearize",
+    "jacfwd",
+    "jacrev",
+    "vjp",
+    "grad",
+    "vmap",
+    "hessian",
+    "hessian, reverse over forward",
+    "Hessian-vector product",
+    "second gradient",
+]
+"""Those that differentiate in the input, as layers with frozen weights in low bits allow."""
 
 
 def relative(actual: Any, expected: Any) -> float:
@@ -145,6 +170,15 @@ def test_a_transform_is_that_of_a_plain_network(name: str, settings: dict[str, A
     error = relative(TRANSFORMS[name](swapped), expected)
     assert error < (1e-5 if settings is HIGH else 0.05)
     assert matmuls() > 0 if settings == {} else matmuls() == 0 or settings is not HIGH
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+@pytest.mark.parametrize("name", OF_INPUTS)
+def test_a_transform_through_low_bit_weights_is_that_through_what_they_stand_for(name: str, weights: str) -> None:
+    model = network()
+    quantize(model, weights, output_layer=None, threshold=6.0 if weights == "int8" else 0.0)
+    expected = TRANSFORMS[name](dequantize(copy.deepcopy(model)))
+    assert relative(TRANSFORMS[name](model), expected) < (0.02 if weights == "int8" else 1e-5)
 
 
 def test_a_second_derivative_into_an_input_that_was_kept_in_int8_is_refused() -> None:
