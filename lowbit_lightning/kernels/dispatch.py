@@ -16,8 +16,8 @@ To add an op, write
 An op is opaque to ``torch.compile`` and to autograd. ``declare(..., setup_context=, backward=)`` makes one
 differentiable: ``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *grads)`` needs, inputs and results
 only (what the backward wants of the forward's work is a further result), and ``backward`` returns a gradient, or None,
-for each input. Forward-mode AD, ``vmap`` and derivatives of gradients are the caller's to serve (``is_transformed``).
-It may call other ops; give those a ``backward`` that raises if they have no derivative of their own.
+for each input. It may call other ops; give those a ``backward`` that raises if they have no derivative of their own.
+Forward-mode AD, ``vmap`` and derivatives of gradients are the caller's to serve (``is_transformed``).
 Ops of other packages, such as ``layers/ops.py``, are declared by the same function and need no contract.
 """
 
