@@ -37,8 +37,11 @@ LAYERS = {
     "state.bitsandbytes": 1,
     "state.blocks": 1,
     "state.form": 1,
+    "state.pagers": 1,
     "state.pages": 1,
+    "state.saved": 1,
     "state.shards": 1,
+    "state.store": 1,
     "state": 1,
     "optim": 2,
     "layers": 2,
@@ -64,10 +67,12 @@ SAME_LAYER = {
     "kernels.cuda": BACKEND_BASE | {"kernels.reference"},
     "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed
     "state.bitsandbytes": {"state.form"},
-    "state.blocks": {"state.form", "state.shards"},
+    "state.blocks": {"state.form"},
     "state.form": {"state.pages"},
     "state.pages": {"state.shards"},
-    "state": {"state.blocks", "state.form", "state.pages", "state.shards"},
+    "state.pagers": {"state.form", "state.pages", "state.shards"},
+    "state.saved": {"state.bitsandbytes", "state.blocks", "state.form", "state.shards"},
+    "state.store": {"state.blocks", "state.form", "state.pagers", "state.pages", "state.shards"},
     "memory": {"convert"},
 }
 LIGHTNING_FROM = 4  # below this layer nothing knows of Lightning
@@ -225,6 +230,38 @@ def test_imports_go_down_only() -> None:
             if imported not in SAME_LAYER.get(importer, set()) and importer != "":
                 wrong.append(f"{where}: {importer} (layer {LAYERS[importer]}) imports {imported or 'the root'}")
     assert not wrong, "\n".join(wrong)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The first circle that there is, as a path that ends where it begins."""
+    done: set[str] = set()
+
+    def search(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node not in done:
+            for target in sorted(graph.get(node, ())):
+                found = search(target, [*path, node])
+                if found:
+                    return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := search(node, []))), [])
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and under TYPE_CHECKING included."""
+    graph = {
+        module: {
+            target.removeprefix("lowbit_lightning").lstrip(".")
+            for _, target in imports(module, path)
+            if target.split(".")[0] == "lowbit_lightning"
+        }
+        for module, path in modules()
+    }
+    assert not circle(graph), " -> ".join(circle(graph))
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}}) == ["b", "c", "b"]
 
 
 def test_the_order_test_sees_relative_and_local_imports(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Bytes of optimizer states, by making them on the meta device: the optimizers' own code decides what they are."""
+"""Bytes of optimizer states: the sum over the forms that the optimizers give their parameters. What another optimizer
+keeps is found by a step on the meta device."""
 
 from __future__ import annotations
 
@@ -12,9 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
-from lowbit_lightning.optim.options import parse_bytes
-from lowbit_lightning.optim.paging import want_of
-from lowbit_lightning.state.form import MASTER, fits_grid
+from lowbit_lightning.state.form import Paging
 from lowbit_lightning.state.pages.layout import Want, lay_out
 
 Kind = str | type[Optimizer] | Optimizer
@@ -110,31 +109,20 @@ def count(
         return _stepped(optimizer), {}
     found: Counter[str] = Counter()
     wants: list[tuple[int, Want]] = []
+    pages: list[Paging] = []
     for group in optimizer.param_groups:
-        rule = optimizer._rule_of(group)
         for part in group["params"]:
             cut_vector = ranks > 1 and part.ndim < 2
-            coded = group["bits"] == 8 and fits_grid(whole[part].shape, group["min_size"]) and not cut_vector
-            form = {**group, "bits": 8 if coded else 32, "min_size": 0}
-            want = want_of(optimizer, part, form) if group["paged"] else None
-            wants += [] if want is None else [(order.get(part, len(order)), want)]
-            for name, value in optimizer._entries(part, {**form, "paged": False}, rule).items():
-                if want is None or name not in dict(want.dtypes):
-                    found[_kind(name, value)] += value.nbytes
+            form = optimizer.form(group, whole[part].shape, part.dtype, keeps_grid=not cut_vector)
+            found += form.nbytes(part.shape)
+            want = form.want(part.shape)
+            if want is not None and form.paging is not None:
+                wants.append((order.get(part, len(order)), want))
+                pages.append(form.paging)
     if not wants:
         return dict(found), {}
-    group = next(group for group in optimizer.param_groups if group["paged"])
-    in_order = [want for _, want in sorted(wants, key=lambda pair: pair[0])]
-    plan = lay_out(in_order, parse_bytes(group["resident"]))
-    return {**found, "pages": plan.near_bytes}, {"disk" if group["paged"] == "disk" else "host memory": plan.nbytes}
-
-
-def _kind(name: str, value: Tensor) -> str:
-    if name == MASTER:
-        return "master remainders"
-    if value.ndim == 0:
-        return "steps"
-    return next((kind for kind in ("codes", "scales") if name.endswith(f"_{kind}")), "32-bit")
+    plan = lay_out([want for _, want in sorted(wants, key=lambda pair: pair[0])], pages[0].resident)
+    return {**found, "pages": plan.near_bytes}, {"disk" if pages[0].kind == "disk" else "host memory": plan.nbytes}
 
 
 def _stepped(optimizer: Optimizer) -> dict[str, int]:

@@ -6,9 +6,10 @@ An optimizer is a rule in ``kernels/rules`` and a short class in ``family.py`` t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,15 +27,17 @@ from lowbit_lightning.optim.options import (
     check_form,
     check_group,
     complete_options,
+    inherited_settings,
     parse_bytes,
-    wants_master,
     warn_of_inert,
 )
-from lowbit_lightning.optim.paging import Pagers, check_pages, inherited_settings, to_device
 from lowbit_lightning.optim.plan import FORM, Plan, Work, collect_work, hyperparameters, make_plan
-from lowbit_lightning.state import blocks, shards
-from lowbit_lightning.state.form import MASTER, Form, Paging, StateFormat, codes_name, fits_grid, scales_name
+from lowbit_lightning.state import bitsandbytes, pagers, saved, shards
+from lowbit_lightning.state.form import Form, Paging, StateFormat, fits_grid
 from lowbit_lightning.state.pages import Entries, PageStatistics, raw
+from lowbit_lightning.state.store import Made, Store
+
+Formed = tuple[Tensor, Form]
 
 
 class LowBitOptimizer(Optimizer):
@@ -82,52 +85,85 @@ class LowBitOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its keys overrule the defaults. See ``torch.optim.Optimizer``."""
         merged = {**self.defaults, **param_group}
-        check_group(merged, self._rule_of(merged))
+        check_group(merged, self.rule_of(merged))
         super().add_param_group({**inherited_settings(self.param_groups, merged), **param_group})
         group = self.param_groups[-1]
         try:
             check_dtypes(group)
-            check_pages(self, self.param_groups)
+            self.check_pages()
         except (TypeError, ValueError, OSError, RuntimeError):
             self.param_groups.pop()
             raise
-        group["state_format"] = StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()
+        group["state_format"] = StateFormat.of(self.rule_of(group), group["block_size"]).to_dict()
         warn_of_inert(group, stacklevel=3)
 
-    def _adopted(self, group: dict[str, Any]) -> dict[str, Any]:
+    def adopted(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group of another optimizer, with all that this one wants in it, checked."""
-        adopted = {**group, "state_format": StateFormat.of(self._rule_of(group), group["block_size"]).to_dict()}
-        check_group(adopted, self._rule_of(adopted))
+        adopted = {**group, "state_format": StateFormat.of(self.rule_of(group), group["block_size"]).to_dict()}
+        check_group(adopted, self.rule_of(adopted))
         check_dtypes(adopted)
         return adopted
 
-    def _rule_of(self, group: dict[str, Any]) -> rules.Rule:
+    def check_pages(self, groups: Sequence[dict[str, Any]] | None = None, share: float | None = None) -> None:
+        """Raise before training for groups (None: the optimizer's) that cannot be paged; see ``state.pagers.check``.
+
+        ``share`` of what ZeRO will cut lies on this machine, if that is known.
+        """
+        pagers.check(
+            (p, form, partitions.share_of_machine(p, share) if p.requires_grad or raw(self.state.get(p, {})) else 0.0)
+            for p, form in self._forms(self.param_groups if groups is None else groups)
+        )
+
+    def rule_of(self, group: dict[str, Any]) -> rules.Rule:
+        """The update rule of a group."""
         return rules.get(self._rule(group))
 
     def form(
-        self, group: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, *, keeps_grid: bool = True
+        self,
+        group: dict[str, Any],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        keeps_grid: bool = True,
+        partition: bool = False,
     ) -> Form:
         """How the states of a parameter of ``group`` are kept.
 
         ``shape``: of all of it, not of a rank's part. ``keeps_grid``: whether it is cut between blocks, if at all; see
-        ``shards.keeps_grid``.
+        ``shards.keeps_grid``. ``partition``: whether it is a flat partition of DeepSpeed's.
         """
-        rule = self._rule_of(group)
+        rule = self.rule_of(group)
         low = group["bits"] == 8 and keeps_grid and fits_grid(shape, group["min_size"])
-        paging = Paging(group["paged"], parse_bytes(group["resident"]), group["page_dir"])
+        paging = Paging(group["paged"], parse_bytes(group["resident"]), group["page_dir"]) if group["paged"] else None
         return Form(
             rule,
             tuple(8 if low and not state.slow else 32 for state in rule.states),
             tuple(self._initial(state, group) for state in rule.states),
             group["block_size"],
             master=group["master"] is not None and dtype == torch.bfloat16,
-            paging=paging if group["paged"] else None,
+            paging=paging,
+            partition=partition,
         )
 
-    def _bits(self, p: Tensor, group: dict[str, Any], state: rules.State) -> int:
-        """The bits that p's state is to have."""
-        form = self.form(group, p.shape, p.dtype, keeps_grid=shards.keeps_grid(p))
-        return form.bits[form.rule.states.index(state)]
+    def _forms(self, groups: Iterable[dict[str, Any]], params: Iterable[Tensor] | None = None) -> Iterator[Formed]:
+        """The parameters of groups, or ``params`` of a single one, with their forms."""
+        for group in groups:
+            made: dict[tuple, Form] = {}
+            for p in group["params"] if params is None else params:
+                key = p.shape, p.dtype, shards.keeps_grid(p), partitions.is_partition(p)
+                if key not in made:
+                    made[key] = self.form(group, *key[:2], keeps_grid=key[2], partition=key[3])
+                yield p, made[key]
+
+    def _everyone(self) -> Iterator[Formed]:
+        return self._forms(self.param_groups)
+
+    @property
+    def store(self) -> Store:
+        """Of the states. Made when it is first needed: an optimizer may have been unpickled, or of another class."""
+        store = self.__dict__.setdefault("_store", Store(self.state))
+        store.state = self.state  # torch makes a new one when it loads
+        return store
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -144,7 +180,7 @@ class LowBitOptimizer(Optimizer):
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
             work.append(collect_work(group, [group["params"][i] for i in indices], [ordinal + i for i in indices]))
             ordinal += len(group["params"])
-        plans = self._plans_of([(partitions.key_of(part.params, number), part) for number, part in enumerate(work)])
+        plans = self._plans_of(work)
         max_norm, self._max_norm = self._max_norm, None
         asked = factors(
             [p for part in work for p in part.params],
@@ -156,7 +192,7 @@ class LowBitOptimizer(Optimizer):
         )
         for part, plan in zip(work, plans, strict=True):
             self._step_group(part, plan, asked)
-        self._paging.end_step(self)
+        self.store.end_step(self._everyone)
         return loss
 
     def clip_next_step(self, max_norm: float | None) -> None:
@@ -180,12 +216,12 @@ class LowBitOptimizer(Optimizer):
         """
         check_form(group)
         work = collect_work(group, [p], [ordinal])
-        (plan,) = self._plans_of([(("parameter", ordinal), work)])
+        (plan,) = self._plans_of([work])
         self._step_group(work, plan, Factors())
-        self._paging.record_order(p)
+        self.store.record_order(p)
 
     def _step_group(self, work: Work, plan: Plan, asked: Factors) -> None:
-        rule, group = self._rule_of(work.group), work.group
+        rule, group = self.rule_of(work.group), work.group
         for part in plan.parts:
             a = part.arguments
             a.lr, a.hyper = hyperparameters(rule, {**group, **self._derived(group, part.bits)}, a.device)
@@ -214,100 +250,58 @@ class LowBitOptimizer(Optimizer):
             for part, sums in zip(plan.parts, found, strict=True)
         ]
 
-    def forget_plans(self) -> None:
-        """Let go of what is kept for the next step; after states were moved, their old memory is free then."""
-        self.__dict__.pop("_plans", None)
+    # -- plans -------------------------------------------------------------------------------------------------------
 
     @property
-    def _paging(self) -> Pagers:
-        """Made when it is first needed: an optimizer may have been unpickled, or of another class before."""
-        return self.__dict__.setdefault("_pages", Pagers())
+    def _plans(self) -> WeakKeyDictionary[Any, dict[Tensor, Plan]]:
+        """The last plan of each parameter, as long as the store has the version that it was made for."""
+        return self.__dict__.setdefault("_made", WeakKeyDictionary())
 
-    def page_statistics(self) -> PageStatistics | None:
-        """What paging has done so far; None where nothing is paged. See ``state.pages.PageStatistics``."""
-        return self._paging.statistics()
+    def forget_plans(self) -> None:
+        """Let go of what is kept for the next step: states that were moved without the store leave memory behind."""
+        self._plans.clear()
 
-    def _plans_of(self, work: list[tuple[Any, Work]]) -> list[Plan]:
-        before = dict(self._paging.pagers)
-        plans = [self._plan(key, part) for key, part in work]
-        if before != self._paging.pagers:  # a new pager holds the states of all groups: plans made before it are void
-            plans = [self._plan(key, part) for key, part in work]
-        return plans
+    def _plans_of(self, work: list[Work]) -> list[Plan]:
+        while True:
+            version = self.store.version
+            plans = [self._plan(part) for part in work]
+            if self.store.version is version:  # or a new pager took over what earlier plans are for
+                return plans
 
-    def _plan(self, key: Any, work: Work) -> Plan:
-        group, rule = work.group, self._rule_of(work.group)
-        form = (rule.name, *(group[k] for k in FORM))
-        held = [value for p in work.params for value in raw(self.state[p]).values()]
-        plans = self.__dict__.setdefault("_plans", {})
-        plan = plans.pop(key, None)
-        if plan is None or not plan.fits(form, work, held):
-            self._keep_format(group, rule)
-            entries = [self._entries(p, group, rule) for p in work.params]
-            plan = make_plan(form, work, rule, entries, [self.state[p] for p in work.params])
+    def _plan(self, work: Work) -> Plan:
+        group, rule = work.group, self.rule_of(work.group)
+        settings = (rule.name, *(group[k] for k in FORM))
+        known = self._plans.get(self.store.version, {})
+        plan = known.get(work.params[0]) if work.params else None
+        if plan is not None and plan.fits(settings, work, self.store.held(work.params)):
+            return plan
+        del plan
+        for p in work.params:
+            known.pop(p, None)
+        partitions.check_rule(rule, self.param_groups)
+        self._keep_format(group)
+        given = [self.store.give(p, form, self._everyone) for p, form in self._forms([group], work.params)]
+        plan = make_plan(settings, work, rule, given, self.store.held(work.params))
         # A shard may be another tensor in the next step; of paged parameters the addresses are compared.
         if group["paged"] or not any(shards.is_sharded(p) for p in work.params):
-            plans[key] = plan
+            self._plans.setdefault(self.store.version, {}).update(dict.fromkeys(work.params, plan))
         return plan
 
-    def _entries(self, p: Tensor, group: dict[str, Any], rule: rules.Rule) -> dict[str, Any]:
-        """``state[p]``, created, or converted to the bits that the group asks for, and paged or not as it asks."""
-        place, held = self._paging.place(self, p, group), self.state[p]
-        if isinstance(held, Entries):
-            if place == (held.pager, held.number) and not partitions.is_partition(p):
-                return held.raw
-            stays = held.is_paged if place is not None else lambda _: False  # scales and counts follow their parameter
-            held = {name: value if stays(name) else to_device(p, value) for name, value in held.named().items()}
-        entries = self._formed(p, held, group, rule, paged=place is not None)
-        moves = isinstance(self.state[p], Entries)
-        self.state[p] = entries if place is None else Entries(p, entries, *place)  # type: ignore[assignment]
-        if moves:
-            self._paging.drop_unused(self)
-        return raw(self.state[p])
-
-    def _formed(
-        self, p: Tensor, entries: dict[str, Any], group: dict[str, Any], rule: rules.Rule, paged: bool
-    ) -> dict[str, Any]:
-        """``entries`` in the form that the group asks for. New ones that are to be ``paged`` take no memory yet."""
-        if partitions.is_partition(p):
-            partitions.adopt_states(p, entries, rule, self.param_groups)
-        if "step" not in entries:
-            entries["step"] = torch.zeros((), dtype=torch.float32, device=shards.local(p).device)
-        for state in rule.states:
-            coded, bits = blocks.is_coded(entries, state.name), self._bits(p, group, state)
-            if not coded and state.name not in entries:
-                value = self._initial(state, group)
-                entries.update(blocks.create(p, state, bits, group["block_size"], value, spread=paged))
-            elif coded != (bits == 8):
-                saved = StateFormat.parse(group["state_format"])
-                _replace(entries, state.name, blocks.convert(p, state, entries, saved, bits, group["block_size"]))
-        if not wants_master(p, group):
-            entries.pop(MASTER, None)
-        elif MASTER not in entries:
-            entries[MASTER] = blocks.filled(p, 0, torch.int8, spread=paged)
-        return entries
-
-    def _keep_format(self, group: dict[str, Any], rule: rules.Rule) -> None:
+    def _keep_format(self, group: dict[str, Any]) -> None:
         """Requantise all states of a group whose ``block_size`` was changed.
 
         Raises:
             ValueError: for scales that fit no block size; nothing has been changed then.
         """
-        saved, wanted = StateFormat.parse(group["state_format"]), StateFormat.of(rule, group["block_size"])
-        if partitions.are_partitions([group]) or saved.block_size != wanted.block_size:
-            changes: list[tuple[Tensor, rules.State, int]] = []
-            for p in group["params"]:  # of partitions, DeepSpeed may show some at a time: each scale tells its size
-                entries = raw(self.state.get(p, {}))
-                for state in (state for state in rule.states if blocks.is_coded(entries, state.name)):
-                    held = blocks.block_size_of(p, entries, state.name, wanted.block_size)
-                    if held != wanted.block_size:
-                        changes.append((p, state, held))
-            for p, state, held in changes:
-                entries = self.state[p]
-                named = entries.named() if isinstance(entries, Entries) else entries
-                form = replace(saved, block_size=held)
-                for name, value in blocks.convert(p, state, named, form, 8, wanted.block_size).items():
-                    entries[name] = value
+        wanted = StateFormat.of(self.rule_of(group), group["block_size"])
+        # Of partitions, DeepSpeed may show some at a time: each scale tells its size.
+        if partitions.are_partitions([group]) or group["state_format"]["block_size"] != wanted.block_size:
+            self.store.requantise(self._forms([group]))
         group["state_format"] = wanted.to_dict()
+
+    def page_statistics(self) -> PageStatistics | None:
+        """What paging has done so far; None where nothing is paged. See ``state.pages.PageStatistics``."""
+        return self.store.statistics()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -319,24 +313,24 @@ class LowBitOptimizer(Optimizer):
             raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
         flat = bits is None and partitions.are_partitions(self.param_groups)
         for group in self.param_groups if bits == 32 or flat else ():
-            self._keep_format(group, self._rule_of(group))  # first: torch's method gives paged scales as they are now
+            self._keep_format(group)  # first: torch's method gives paged scales as they are now
         hook = self.register_state_dict_post_hook(_name_entries, prepend=True)
         try:
-            saved = super().state_dict()
+            found = super().state_dict()
         finally:
             hook.remove()
         if bits is None and not flat:
-            return saved
+            return found
         state: dict[Any, Any] = {}
-        for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
-            for key, p in zip(theirs["params"], ours["params"], strict=True):
-                if key in saved["state"]:
+        for theirs, ours in zip(found["param_groups"], self.param_groups, strict=True):
+            coded = StateFormat.parse(ours["state_format"])
+            for key, (p, form) in zip(theirs["params"], self._forms([{**ours, "bits": 32}]), strict=True):
+                if key in found["state"]:
                     place = torch.empty(p.shape, dtype=p.dtype) if flat else p
-                    found, group = saved["state"][key], {**ours, "bits": 32}
-                    state[key] = loading.converted(self, place, found, loading.format_of(ours), group)
+                    state[key] = saved.read(place, (found["state"][key], coded), form)
             for name in OWN:
                 theirs.pop(name, None)
-        return {**saved, "state": state}
+        return {**found, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` of this or of the twin in torch.optim returned.
@@ -352,7 +346,61 @@ class LowBitOptimizer(Optimizer):
 
         Nothing has been changed then.
         """
-        loading.load(self, super().load_state_dict, state_dict)
+        made: dict[Tensor, Made] = {}
+
+        def withhold_states(found: dict[str, Any]) -> dict[str, Any]:
+            found = bitsandbytes.native_groups(found, self.defaults)
+            pairs = zip(found["param_groups"], self.param_groups, strict=False)
+            groups = [
+                {**{k: ours[k] for k in self.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}}
+                for theirs, ours in pairs
+            ]
+            made.update(self._conversions(found, groups))
+            return {**found, "state": {}, "param_groups": groups + found["param_groups"][len(groups) :]}
+
+        def install() -> None:
+            self._renew_store()
+            for group in self.param_groups:  # the checkpoint may have chosen another rule
+                group["state_format"] = StateFormat.of(self.rule_of(group), group["block_size"]).to_dict()
+            self.store.load(made, self._everyone)
+
+        if not self.state:  # cleared, perhaps to make room
+            self._renew_store()
+        loading.load(self, super().load_state_dict, state_dict, withhold_states, install)
+
+    def _renew_store(self) -> None:
+        """From here on states in their slabs, and whoever holds the old store, are all that keeps them alive."""
+        self._store = self.store.renewed(self.state)
+
+    def _conversions(self, found: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Tensor, Made]:
+        """How saved states become ours, each found to be possible; of parameters that are not paged, done."""
+        made: dict[Tensor, Made] = {}
+        for theirs, ours, group in zip(found["param_groups"], self.param_groups, groups, strict=False):
+            coded = None if theirs.get("state_format") is None else StateFormat.parse(theirs["state_format"])
+            for key, (p, form) in zip(theirs["params"], self._forms([group], ours["params"]), strict=False):
+                if key in found["state"]:
+                    entries = saved.check(p, (self._completed(found["state"][key]), coded), form)
+                    made[p] = form, partial(saved.read, p, entries, form)
+        return {
+            p: (form, read if form.paging is not None else partial(dict, read())) for p, (form, read) in made.items()
+        }
+
+    def converted(self, groups: Iterable[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """The states of the twin in torch.optim, which are this optimizer's now, in the form that ``groups`` ask for.
+
+        Raises:
+            ValueError: for states that do not fit.
+        """
+        return {
+            p: saved.read(p, (self._completed(self.state[p]), None), form)
+            for p, form in self._forms(groups)
+            if self.state.get(p)
+        }
+
+    def form_states(self) -> None:
+        """Create all states, or bring them into their form, now; the next step would."""
+        for p, form in self._everyone():
+            self.store.give(p, form, self._everyone)
 
     def _completed(self, entries: dict[str, Any]) -> dict[str, Any]:
         """Saved entries of a parameter, with what the twin in torch.optim leaves out; empty where there are none."""
@@ -362,9 +410,3 @@ class LowBitOptimizer(Optimizer):
 def _name_entries(_: Optimizer, saved: dict[str, Any]) -> None:
     """A checkpoint holds plain tensors and DTensors."""
     saved["state"] = {k: v.named() if isinstance(v, Entries) else v for k, v in saved["state"].items()}
-
-
-def _replace(entries: dict[str, Tensor], name: str, new: dict[str, Tensor]) -> None:
-    for old in (name, codes_name(name), scales_name(name)):
-        entries.pop(old, None)
-    entries.update(new)

@@ -15,9 +15,7 @@ from typing_extensions import Unpack
 
 from lowbit_lightning.optim import family
 from lowbit_lightning.optim.base import LowBitOptimizer
-from lowbit_lightning.optim.loading import converted
 from lowbit_lightning.optim.options import OtherOptions, complete_options, warn_of_inert
-from lowbit_lightning.optim.paging import check_pages
 
 _TWINS: dict[type[Optimizer], type[LowBitOptimizer]] = {
     torch.optim.SGD: family.SGD,
@@ -69,14 +67,9 @@ def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions
     optimizer.__class__ = _TWINS[kind]
     assert isinstance(optimizer, LowBitOptimizer)
     try:
-        groups = [optimizer._adopted({**own, **group}) for group in optimizer.param_groups]
-        check_pages(optimizer, groups)
-        states = {
-            p: converted(optimizer, p, optimizer.state[p], None, group)
-            for group in groups
-            for p in group["params"]
-            if optimizer.state.get(p)
-        }
+        groups = [optimizer.adopted({**own, **group}) for group in optimizer.param_groups]
+        optimizer.check_pages(groups)
+        states = optimizer.converted(groups)
     except BaseException:
         optimizer.__class__ = kind  # type: ignore[assignment]
         raise

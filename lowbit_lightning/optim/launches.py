@@ -8,7 +8,7 @@ it is the fold of its pieces' sums (``join_norms``), in the order of ``kernels.r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from lowbit_lightning.kernels import StepArguments, rules
 from lowbit_lightning.kernels.formats import FOLD, BlockGrid
 from lowbit_lightning.kernels.reference.step import fold_sums
 from lowbit_lightning.state.form import codes_name
-from lowbit_lightning.state.pages import Chunk, Entries, Pager, Piece
+from lowbit_lightning.state.pages import Chunk, Pager, Piece
+from lowbit_lightning.state.store import Given
 
 
 class Cut(NamedTuple):
@@ -114,22 +115,23 @@ class Launch:
         return list(values.split(counts))
 
 
-def make_launches(parts: Sequence[Part], held: Sequence[Any]) -> list[Launch]:
+def make_launches(parts: Sequence[Part], given: Sequence[Given]) -> list[Launch]:
     """The launches of a group's step, in the order of the chunks.
 
-    ``held``: ``state[p]`` of all its parameters. Where it is paged, the parts' arguments have the states in the slab.
+    ``given``: by the store, for all its parameters. Where one is paged, the parts' arguments have the states in the
+    slab.
     """
     launches = []
     for number, part in enumerate(parts):
         unpaged: Rows = []
         chunks: dict[Chunk, tuple[Pager, list[tuple[int, Piece]]]] = {}
         for member, i in enumerate(part.indices):
-            entries = held[i]
-            if not isinstance(entries, Entries):
+            _, pager, pieces = given[i]
+            if pager is None:
                 unpaged.append((member, None))
                 continue
-            for piece in entries.pager.pieces[entries.number]:
-                chunks.setdefault(piece.chunk, (entries.pager, []))[1].append((member, piece))
+            for piece in pieces:
+                chunks.setdefault(piece.chunk, (pager, []))[1].append((member, piece))
         if unpaged:
             whole = len(unpaged) == len(part.indices)
             launches.append(Launch(number, unpaged, part.arguments if whole else _subset(part.arguments, unpaged)))

@@ -7,7 +7,6 @@ import warnings
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import FLOATS
 from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, check_block_size
@@ -123,10 +122,6 @@ def warn_of_inert(group: dict[str, Any], stacklevel: int) -> None:
             warnings.warn(message, stacklevel=stacklevel + 1)
 
 
-def wants_master(p: Tensor, group: dict[str, Any]) -> bool:
-    return group["master"] is not None and p.dtype == torch.bfloat16
-
-
 def check_dtypes(group: dict[str, Any]) -> None:
     for i, p in enumerate(group["params"]):
         if not p.requires_grad and not p.is_floating_point():
@@ -161,3 +156,9 @@ def check_paging(group: dict[str, Any]) -> None:
     directory = group["page_dir"]
     if directory is not None and not isinstance(directory, str):
         raise ValueError(f"page_dir must be a folder's path as a str, or None for a temporary one, got {directory!r}")
+
+
+def inherited_settings(groups: list[dict[str, Any]], new: dict[str, Any]) -> dict[str, Any]:
+    """The settings of paging that a new group shares with those that are paged as it is."""
+    paged = (group for group in groups if new["paged"] and group["paged"] == new["paged"])
+    return next(({name: group[name] for name in ("resident", "page_dir")} for group in paged), {})

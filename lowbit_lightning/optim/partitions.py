@@ -15,18 +15,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowbit_lightning.kernels.rules import Rule
 from lowbit_lightning.state import shards
-from lowbit_lightning.state.form import codes_name, scales_name
-
-if TYPE_CHECKING:
-    from lowbit_lightning.optim.base import LowBitOptimizer
 
 
 def is_partition(p: Tensor) -> bool:
@@ -56,14 +51,8 @@ def share_of_machine(p: Tensor, known: float | None) -> float:
     return min(1.0, int(ranks) / dist.get_world_size())
 
 
-def key_of(params: Sequence[Tensor], number: int) -> Any:
-    """What tells a group's step from that of others: its number, unless DeepSpeed shows one group at a time."""
-    return ("partition", id(params[0])) if params and is_partition(params[0]) else number
-
-
-def adopt_states(p: Tensor, entries: dict[str, Tensor], rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Make ``state[p]`` the optimizer's own again, whatever DeepSpeed has put there.
-
+def check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
+    """
     Raises:
         ValueError: for a rule with trust ratios. (Not for the vectors of DeepSpeed's stage 0, whose float32 copies
             look like partitions: its matrices do not.)
@@ -73,18 +62,3 @@ def adopt_states(p: Tensor, entries: dict[str, Tensor], rule: Rule, groups: Sequ
             f"{rule.name} needs the norm of each layer, and DeepSpeed's flat partitions have no layers: use AdamW or "
             "SGD here, or FSDP2 (strategy='lowbit_sharded'), which keeps layers apart"
         )
-    for state in rule.states:
-        if state.name in entries:  # newer than any codes
-            entries.pop(codes_name(state.name), None)
-            entries.pop(scales_name(state.name), None)
-    if "step" in entries:
-        step = torch.as_tensor(entries["step"]).detach()
-        entries["step"] = step.to(p.device, torch.float32, copy=True).reshape(())
-
-
-def quantise_loaded(optimizer: LowBitOptimizer) -> None:
-    """Bring states that DeepSpeed has written into their form now. The first step would; until then they take four
-    times the memory."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer._entries(p, group, optimizer._rule_of(group))

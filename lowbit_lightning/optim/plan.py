@@ -11,9 +11,9 @@ from torch import Tensor
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.optim.launches import Launch, Part, make_launches
-from lowbit_lightning.optim.options import wants_master
 from lowbit_lightning.state import blocks, shards
 from lowbit_lightning.state.form import MASTER, codes_name, scales_name
+from lowbit_lightning.state.store import Given
 
 FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
 """Group keys that decide what a group's launches are."""
@@ -47,16 +47,14 @@ class Plan(NamedTuple):
         return same and self.places == places(work)
 
 
-def make_plan(form: tuple, work: Work, rule: rules.Rule, entries: list[dict[str, Tensor]], held: list[Any]) -> Plan:
-    """The plan of a group's steps; ``entries``: of each parameter, as a dict. ``held``: the same as ``state[p]`` holds
-    them, which says what is paged."""
-    group = work.group
+def make_plan(form: tuple, work: Work, rule: rules.Rule, given: list[Given], held: list[Any]) -> Plan:
+    """The plan of a group's steps; ``given``: what the store gave for each parameter, and ``held`` what it holds."""
+    entries = [x.kept for x in given]
     alike: dict[tuple, list[int]] = {}
     for i, p in enumerate(work.params):
-        alike.setdefault((p.device, wants_master(p, group), bits_of(entries[i], rule)), []).append(i)
+        alike.setdefault((p.device, MASTER in entries[i], bits_of(entries[i], rule)), []).append(i)
     parts = [Part(rows, bits, _arguments(work, entries, rows, rule)) for (_, _, bits), rows in alike.items()]
-    values = [value for e in entries for value in e.values()]
-    return Plan(form, list(work.params), values, places(work), parts, make_launches(parts, held))
+    return Plan(form, list(work.params), held, places(work), parts, make_launches(parts, given))
 
 
 def _arguments(
@@ -68,9 +66,9 @@ def _arguments(
     for state in rule.states:
         coded = [blocks.is_coded(e, state.name) for e in entries]
         names = [codes_name(state.name) if c else state.name for c in coded]
-        states.append([shards.local(e[name]) for e, name in zip(entries, names, strict=True)])
+        states.append([e[name] for e, name in zip(entries, names, strict=True)])
         pairs = zip(entries, coded, strict=True)
-        scales.append([shards.local(e[scales_name(state.name)]) if c else e["step"] for e, c in pairs])
+        scales.append([e[scales_name(state.name)] if c else e["step"] for e, c in pairs])
     return kernels.StepArguments(
         rule=rule.name,
         params=[shards.local(p) for p in params],
@@ -83,7 +81,7 @@ def _arguments(
         ordinals=[work.ordinals[i] for i in indices],
         offsets=[shards.first_index(p) for p in params],
         stochastic_rounding=group["stochastic_rounding"],
-        remainders=[shards.local(e[MASTER]) for e in entries if MASTER in e],
+        remainders=[e[MASTER] for e in entries if MASTER in e],
     )
 
 

@@ -29,7 +29,6 @@ class ReleasedGradients:
             handle.remove()
         self._handles = []
         self._optimizer.releases_gradients = False
-        self._optimizer.forget_plans()  # those of single parameters would keep old states alive
 
 
 def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedGradients:
@@ -88,7 +87,6 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
 
     handles = [p.register_post_accumulate_grad_hook(update) for p in places if p.requires_grad]
     optimizer.releases_gradients = True
-    optimizer.forget_plans()
     return ReleasedGradients(optimizer, [*handles, optimizer.register_step_pre_hook(forget)])
 
 

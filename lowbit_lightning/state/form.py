@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -104,6 +105,11 @@ class Form:
         if self.master:
             found.append(Entry(MASTER, "master remainders", shape, torch.int8, 0, paged))
         return found
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of all entries."""
+        return frozenset(entry.name for entry in self.entries((1, 1)))
 
     def nbytes(self, shape: Shape) -> Counter[str]:
         """Bytes by kind, of what is not paged; ``shape``: of this rank's part of the parameter."""

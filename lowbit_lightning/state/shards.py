@@ -1,4 +1,6 @@
-"""DTensors in, local shards out: what the state store knows of ``torch.distributed``.
+"""The two doors of the store: a DTensor is made local where it enters, and wrapped where it leaves.
+
+All that the states know of ``torch.distributed`` is here.
 
 The block grid belongs to the parameter: cutting along dimension 0 never cuts a block. So a parameter that is sharded
 as ``Shard(0)`` has codes and scales that are ``Shard(0)`` too, on the same mesh, and any number of ranks reads what
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,10 +37,23 @@ def full(x: Tensor) -> Tensor:
 def _on_mesh(x: DTensor) -> DTensor:
     """x with its part where collectives work: a paged state's lies in host memory, beside a mesh of GPUs."""
     part = x.to_local()
-    return x if part.device.type == x.device_mesh.device_type else like(x, part, x.shape)  # type: ignore
+    return x if part.device.type == x.device_mesh.device_type else leave(x, part, x.shape)  # type: ignore
 
 
-def like(p: Tensor, part: Tensor, shape: Sequence[int], stays: bool = False) -> Tensor:
+def enter(p: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """This rank's part of a tensor, as ``part_of`` cuts it, contiguous, on p's device."""
+    return part_of(p, value).to(device=local(p).device, dtype=dtype).contiguous()
+
+
+def moved(p: Tensor, value: Any) -> Any:
+    """A copy, where p is, of an entry of p; DTensors stay such."""
+    if not isinstance(value, Tensor):
+        return value
+    part = local(value).to(local(p).device, copy=True)
+    return leave(p, part, value.shape) if is_sharded(value) else part
+
+
+def leave(p: Tensor, part: Tensor, shape: Sequence[int], stays: bool = False) -> Tensor:
     """A DTensor of global ``shape``, placed as p is, from this rank's part; the part itself for a plain p.
 
     ``stays``: the part is not moved to the mesh's device; a GPU's may lie in host memory.

@@ -295,7 +295,7 @@ def _placed_as(owner: Any, value: Any) -> Any:
         return value
     if isinstance(owner, DTensor) and value.shape == owner.shape and flat.is_cut_by_rows(owner):
         part = shards.part_of(owner, value).to(owner.to_local().device)
-        return shards.like(owner, part, owner.shape)
+        return shards.leave(owner, part, owner.shape)
     return value if isinstance(owner, DTensor) else value.clone()
 
 

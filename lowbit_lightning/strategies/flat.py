@@ -81,7 +81,7 @@ def _room_like(owner: Tensor | None, size: torch.Size, dtype: torch.dtype) -> Te
     """Zeros of a global size: a DTensor with as many rows as its owner, where that is one; else whole."""
     if isinstance(owner, DTensor) and size and size[0] == owner.shape[0] and is_cut_by_rows(owner):
         local = owner.to_local()
-        return shards.like(owner, torch.zeros((local.shape[0], *size[1:]), dtype=dtype, device=local.device), size)
+        return shards.leave(owner, torch.zeros((local.shape[0], *size[1:]), dtype=dtype, device=local.device), size)
     return torch.zeros(size, dtype=dtype)
 
 

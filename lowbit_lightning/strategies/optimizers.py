@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from lowbit_lightning import optim
 from lowbit_lightning.optim.convert import has_twin
-from lowbit_lightning.optim.paging import check_pages
 
 
 def adapt(optimizer: Optimizer, bits: int | None, paging: Mapping[str, Any], strategy: str) -> None:
@@ -24,7 +23,7 @@ def adapt(optimizer: Optimizer, bits: int | None, paging: Mapping[str, Any], str
         optim.convert_(optimizer, bits=bits)
     if isinstance(optimizer, optim.LowBitOptimizer):
         if paging["paged"]:
-            check_pages(optimizer, [{**group, **paging} for group in optimizer.param_groups])
+            optimizer.check_pages([{**group, **paging} for group in optimizer.param_groups])
             for group in (optimizer.defaults, *optimizer.param_groups):  # groups that are added later take the defaults
                 group.update(paging)
     elif paging["paged"] or bits is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -315,8 +316,12 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another block size": (form(block_size=128), r"exp_avg_scales must have shape \(16, 4\).*got \(16, 2\)"),
     "no format": (lambda s: s["param_groups"][0].pop("state_format"), "exp_avg_codes comes without a state_format"),
     "format of another kind": (lambda s: s["param_groups"][0].update(state_format=1), "state_format must be a dict"),
-    "no step": (drop("step"), "step must be one number, got None"),
-    "many steps": (put("step", lambda _: torch.zeros(2)), "step must be one number"),
+    "no step": (drop("step"), "step must be one finite number, 0 or more, got None"),
+    "many steps": (put("step", lambda _: torch.zeros(2)), "step must be one finite number"),
+    "infinite step": (put("step", lambda _: math.inf), "step must be one finite number, 0 or more, got inf"),
+    "no number": (put("step", lambda _: math.nan), "step must be one finite number, 0 or more, got nan"),
+    "negative step": (put("step", lambda _: -1.0), r"step must be one finite number, 0 or more, got -1\.0"),
+    "step tensor": (put("step", lambda step: step * math.inf), r"step must be one finite number.*got tensor\(inf\)"),
     "no codes": (drop("exp_avg_codes"), "holds neither exp_avg nor exp_avg_codes"),
     "no scales": (drop("exp_avg_sq_scales"), "exp_avg_sq_scales must be a tensor, got None"),
     "codes cast": (

@@ -236,7 +236,7 @@ def fails_at(number: int, call: Any, error: BaseException) -> Any:
 
 @pytest.mark.parametrize("error", [OSError("no room"), MemoryError("no room"), KeyboardInterrupt("no room")])
 @pytest.mark.parametrize(
-    ("name", "number"), [("optim.paging.Pager", 0), ("state.blocks.convert", 3), ("state.pages.Pager.write", 1)]
+    ("name", "number"), [("state.pagers.Pager", 0), ("state.blocks.convert", 3), ("state.pages.Pager.write", 1)]
 )
 def test_a_load_that_fails_halfway_changes_nothing(
     name: str, number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -379,7 +379,9 @@ def test_what_is_not_paged_follows_a_parameter_to_another_device() -> None:
         optimizer.state[moved] = optimizer.state.pop(p)
         optimizer.param_groups[0]["params"] = [moved]
         group = optimizer.param_groups[0]
-        entries = optimizer._entries(moved, group, optimizer._rule_of(group))
+        form = optimizer.form(group, moved.shape, moved.dtype)
+        optimizer.store.give(moved, form, lambda: [(moved, form)])
+        entries = raw(optimizer.state[moved])
         near = {name for name in entries if name == "step" or name.endswith("_scales")}
         assert {name: value.device.type for name, value in entries.items()} == {
             name: "meta" if name in near else "cpu" for name in entries

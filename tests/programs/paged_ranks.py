@@ -132,7 +132,7 @@ def parts_stay_where_they_lie(folder: Path) -> str | None:
     """A DTensor of this mesh from a part that is not on its device, as host memory is not on a GPU."""
     for p in build(WORLD).parameters():
         part = torch.empty(local(p).shape, dtype=torch.uint8, device="meta")
-        x = shards.like(p, part, p.shape, stays=True)
+        x = shards.leave(p, part, p.shape, stays=True)
         assert isinstance(p, DTensor)
         assert isinstance(x, DTensor)
         if (x.shape, x.placements, x.dtype, x.to_local().device) != (p.shape, p.placements, part.dtype, part.device):

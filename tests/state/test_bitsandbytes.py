@@ -275,7 +275,7 @@ def test_malformed_checkpoints_change_nothing(changes: dict[str, Any], text: str
 def test_a_step_count_that_is_missing() -> None:
     saved = spoiled()
     del saved["state"][0]["step"]
-    with pytest.raises(ValueError, match="step must be one number, got None"):
+    with pytest.raises(ValueError, match="step must be one finite number, 0 or more, got None"):
         load(optim.AdamW(params_like((16, 512))), saved)
 
 

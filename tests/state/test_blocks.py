@@ -2,88 +2,131 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import Parameter
+from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.kernels.formats import BlockGrid
-from lowbit_lightning.kernels.rules import State
+from lowbit_lightning.kernels.formats import BlockGrid, dynamic_map
 from lowbit_lightning.state import blocks
-from lowbit_lightning.state.form import StateFormat, fits_grid
+from lowbit_lightning.state.form import Form, StateFormat, fits_grid
 
-SIGNED, UNSIGNED = State("exp_avg"), State("exp_avg_sq", non_negative=True)
+NAMES = ["exp_avg", "exp_avg_sq"]
+RULE = rules.get("adamw")
+CPU = torch.device("cpu")
 shapes = st.lists(st.integers(1, 40), min_size=0, max_size=3).map(tuple)
 
 
-def form(block_size: int = 256) -> StateFormat:
-    return StateFormat.of(rules.get("adamw"), block_size)
+def format_of(block_size: int = 256) -> StateFormat:
+    return StateFormat.of(RULE, block_size)
 
 
-@pytest.mark.parametrize("state", [SIGNED, UNSIGNED])
+def form(bits: int = 8, block_size: int = 256, initial: float = 0.0) -> Form:
+    return Form(RULE, (bits, bits), (initial, initial), block_size)
+
+
+def created(form: Form, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {entry.name: blocks.filled(entry, CPU) for entry in form.entries(shape) if entry.name != "step"}
+
+
+def codings(block_size: int) -> dict[str, tuple[str, int]]:
+    return {state.name: (state.codebook, block_size) for state in RULE.states}
+
+
+def decoded(entries: dict[str, Tensor], name: str, block_size: int = 256) -> Tensor:
+    codebook = format_of().maps[name]
+    return kernels.dequantize_blockwise(entries[f"{name}_codes"], entries[f"{name}_scales"], codebook, block_size)
+
+
 @given(shape=shapes, block_size=st.sampled_from([32, 64, 256]))
 @settings(max_examples=20, deadline=None)
-def test_new_states_are_exactly_zero(state: State, shape: tuple[int, ...], block_size: int) -> None:
-    p = Parameter(torch.randn(shape))
-    entries = blocks.create(p, state, 8, block_size)
-    codes, scales = entries[f"{state.name}_codes"], entries[f"{state.name}_scales"]
-    assert codes.shape == p.shape
-    assert tuple(scales.shape) == BlockGrid.of(shape, block_size).scales_shape
-    codebook = "dynamic_unsigned" if state.non_negative else "dynamic_signed"
-    assert not kernels.dequantize_blockwise(codes, scales + 1, codebook, block_size).any()  # whatever the scale
-    zeros = blocks.create(p, state, 32, block_size)
-    assert torch.equal(zeros[state.name], torch.zeros(shape))
+def test_new_states_are_exactly_zero(shape: tuple[int, ...], block_size: int) -> None:
+    entries, zeros = created(form(8, block_size), shape), created(form(32), shape)
+    for name in NAMES:
+        assert entries[f"{name}_codes"].shape == shape
+        assert tuple(entries[f"{name}_scales"].shape) == BlockGrid.of(shape, block_size).scales_shape
+        entries[f"{name}_scales"] += 1
+        assert not decoded(entries, name, block_size).any()  # whatever the scale
+        assert torch.equal(zeros[name], torch.zeros(shape))
 
 
 def test_new_states_may_start_at_a_number() -> None:
-    p = Parameter(torch.randn(5, 300))
-    entries = blocks.create(p, UNSIGNED, 8, 256, value=0.1)
-    decoded = kernels.dequantize_blockwise(
-        entries["exp_avg_sq_codes"], entries["exp_avg_sq_scales"], "dynamic_unsigned"
-    )
-    assert torch.equal(decoded, torch.full((5, 300), 0.1))
-    assert torch.equal(blocks.create(p, UNSIGNED, 32, 256, value=0.1)["exp_avg_sq"], decoded)
+    entries = created(form(8, initial=0.1), (5, 300))
+    assert torch.equal(decoded(entries, "exp_avg_sq"), torch.full((5, 300), 0.1))
+    assert torch.equal(created(form(32, initial=0.1), (5, 300))["exp_avg_sq"], decoded(entries, "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("state", [SIGNED, UNSIGNED])
 @given(shape=shapes, seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 1.0, 6.0]))
 @settings(max_examples=30, deadline=None)
-def test_8_to_32_to_8_bits_is_exact(state: State, shape: tuple[int, ...], seed: int, spread: float) -> None:
+def test_8_to_32_to_8_bits_is_exact(shape: tuple[int, ...], seed: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * torch.exp(spread * torch.randn(shape, generator=generator))
-    p, x = Parameter(torch.empty(shape)), x.abs() if state.non_negative else x
-    coded = blocks.convert(p, state, {state.name: x}, None, 8, 32)
-    wide = blocks.convert(p, state, coded, form(32), 32, 32)
-    again = blocks.convert(p, state, wide, form(32), 8, 32)
-    assert wide.keys() == {state.name}
+    coded = blocks.convert({"exp_avg": x, "exp_avg_sq": x.abs()}, {}, form(8, 32), CPU)
+    wide = blocks.convert(coded, codings(32), form(32), CPU)
+    again = blocks.convert(wide, {}, form(8, 32), CPU)
+    assert wide.keys() == set(NAMES)
+    assert coded.keys() == again.keys()
     assert all(torch.equal(coded[name], again[name]) for name in coded)
-    assert (wide[state.name] != 0).eq(x != 0).all() or not state.non_negative  # nothing positive was lost
+    assert (wide["exp_avg_sq"] != 0).eq(x != 0).all()  # nothing positive was lost
 
 
 def test_the_wanted_form_is_not_copied() -> None:
-    p = Parameter(torch.randn(5, 300))
-    coded = blocks.create(p, SIGNED, 8, 256)
-    kept = blocks.convert(p, SIGNED, coded, form(), 8, 256)
-    assert all(kept[name] is coded[name] for name in coded)
-    plain = blocks.create(p, SIGNED, 32, 256)
-    assert blocks.convert(p, SIGNED, plain, None, 32, 256)["exp_avg"] is plain["exp_avg"]
+    for bits in (8, 32):
+        entries = created(form(bits), (5, 300))
+        kept = blocks.convert(entries, codings(256) if bits == 8 else {}, form(bits), CPU)
+        assert kept.keys() == entries.keys()
+        assert all(kept[name] is entries[name] for name in entries)
 
 
 def test_states_of_another_map_are_translated() -> None:
     """A checkpoint whose second moment was signed, as an older rule may have had it."""
     x = torch.rand(5, 300)
-    p = Parameter(torch.empty(5, 300))
     codes, scales = kernels.quantize_blockwise(x, "dynamic_signed")
-    saved = StateFormat({"exp_avg_sq": "dynamic_signed"}, 256)
-    entries = {"exp_avg_sq_codes": codes, "exp_avg_sq_scales": scales}
-    new = blocks.convert(p, UNSIGNED, entries, saved, 8, 256)
-    decoded = kernels.dequantize_blockwise(codes, scales, "dynamic_signed")
-    expected = kernels.quantize_blockwise(decoded, "dynamic_unsigned")
+    entries = {"exp_avg": x, "exp_avg_sq_codes": codes, "exp_avg_sq_scales": scales}
+    new = blocks.convert(entries, {"exp_avg_sq": ("dynamic_signed", 256)}, form(), CPU)
+    values = kernels.dequantize_blockwise(codes, scales, "dynamic_signed")
+    expected = kernels.quantize_blockwise(values, "dynamic_unsigned")
     assert torch.equal(new["exp_avg_sq_codes"], expected[0])
     assert torch.equal(new["exp_avg_sq_scales"], expected[1])
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_states_of_an_element_are_encoded_together(bad: float) -> None:
+    """Where one state is not finite all become 0, those in 32 bits and those that were coded already too; the other
+    elements are encoded as if that one had been 0."""
+    rule = rules.get("ademamix")
+    names = [state.name for state in rule.states]
+    asked = Form(rule, tuple(32 if state.slow else 8 for state in rule.states), (0.0,) * 3, 32)
+    values = {name: torch.rand(3, 200) for name in names}
+    for lost in names:
+        plain = {name: x.clone() for name, x in values.items()}
+        plain[lost][1, 7] = bad
+        zeroed = {name: x.clone() for name, x in values.items()}
+        for x in zeroed.values():
+            x[1, 7] = 0.0
+        coded_already = "exp_avg" if lost != "exp_avg" else "exp_avg_sq"
+        codebook = next(state.codebook for state in rule.states if state.name == coded_already)
+        for coded in ((), (coded_already,)):
+            entries, expected = dict(plain), dict(zeroed)
+            for name in coded:
+                codes, scales = kernels.quantize_blockwise(entries.pop(name), codebook, 32)
+                entries |= {f"{name}_codes": codes, f"{name}_scales": scales}
+                expected.pop(name)
+                codes = codes.clone()
+                codes[1, 7] = dynamic_map(codebook).zero_code
+                expected |= {f"{name}_codes": codes, f"{name}_scales": scales}
+            found = blocks.convert(entries, dict.fromkeys(coded, (codebook, 32)), asked, CPU)
+            wanted = blocks.convert(expected, dict.fromkeys(coded, (codebook, 32)), asked, CPU)
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+            assert float(found["exp_avg_slow"][1, 7]) == 0
+            wide = blocks.convert(plain, {}, Form(rule, (32,) * 3, (0.0,) * 3, 32), CPU)
+            assert all(wide[name] is plain[name] for name in names)  # in 32 bits an overflow stays, as in torch
 
 
 @pytest.mark.parametrize(
@@ -105,8 +148,8 @@ def test_what_fits_the_grid(shape: tuple[int, ...], min_size: int, fits: bool) -
 
 
 def test_the_format_survives_a_checkpoint() -> None:
-    written = form(64).to_dict()
-    assert StateFormat.parse(written) == form(64)
+    written = format_of(64).to_dict()
+    assert StateFormat.parse(written) == format_of(64)
     assert written == {
         "maps": {"exp_avg": "dynamic_signed", "exp_avg_sq": "dynamic_unsigned"},
         "block_size": 64,
@@ -117,4 +160,4 @@ def test_the_format_survives_a_checkpoint() -> None:
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_unknown_versions(version: object) -> None:
     with pytest.raises(ValueError, match=r"has format version .*this library reads version 1: update"):
-        StateFormat.parse({**form().to_dict(), "version": version})
+        StateFormat.parse({**format_of().to_dict(), "version": version})

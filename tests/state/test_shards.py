@@ -6,6 +6,7 @@ ranks in ``tests/state/test_sharded.py``.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from math import prod
 
 import pytest
@@ -20,8 +21,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lowbit_lightning import kernels
+from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.formats import BlockGrid
-from lowbit_lightning.state import blocks, shards
+from lowbit_lightning.state import shards
+from lowbit_lightning.state.form import Form
+from lowbit_lightning.state.store import Store
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
@@ -58,7 +62,7 @@ def test_rows_are_cut_as_torch_cuts_them(shape: tuple[int, ...], world: int, dat
         assert shards.first_index(p) == offset[0] * prod(shape[1:])
         assert not part.numel() or shards.first_index(p) == int(part.flatten()[0])
         assert shards.keeps_grid(p) == (len(shape) >= 2)
-        assert shards.like(p, part, shape).shape == whole.shape
+        assert shards.leave(p, part, shape).shape == whole.shape
 
 
 @given(
@@ -121,7 +125,7 @@ def test_a_plain_tensor_is_its_own_part() -> None:
     p = nn.Parameter(torch.zeros(4, 100))
     x = torch.ones(4, 100)
     assert shards.part_of(p, x) is x
-    assert shards.like(p, x, x.shape) is x
+    assert shards.leave(p, x, x.shape) is x
     assert shards.full(x) is x
     assert shards.first_index(p) == 0
     assert shards.keeps_grid(p)
@@ -134,8 +138,12 @@ def test_states_are_created_where_the_parameter_is(shape: tuple[int, ...], world
     with being_rank(rank, (world,)) as mesh:
         p = sharded(torch.zeros(shape), mesh, (Shard(0),))
         bits = 8 if shards.keeps_grid(p) else 32
-        state = blocks.State("exp_avg")
-        for name, x in blocks.create(p, state, bits, 32).items():
+        form, state = Form(rules.get("lion"), (bits,), (0.0,), 32), defaultdict(dict)
+        given = Store(state).give(p, form, lambda: [(p, form)])
+        assert given.kept.keys() == state[p].keys()
+        assert not any(isinstance(x, DTensor) for x in given.kept.values())
+        state[p].pop("step")
+        for name, x in state[p].items():
             assert isinstance(x, DTensor)
             assert x.placements == p.placements
             wanted = BlockGrid.of(shape, 32).scales_shape if name.endswith("scales") else shape
@@ -148,7 +156,7 @@ def test_what_lies_beside_its_mesh_is_gathered_there() -> None:
     with being_rank(0, (2,)):
         mesh = init_device_mesh("meta", (2,))
         owner = DTensor.from_local(torch.zeros(2, 3, device="meta"), mesh, (Shard(0),), run_check=False)
-        value = shards.like(owner, torch.zeros(2, 3), owner.shape, stays=True)
+        value = shards.leave(owner, torch.zeros(2, 3), owner.shape, stays=True)
         assert shards.local(value).device.type == "cpu"
         whole = shards.full(value)
         assert (tuple(whole.shape), whole.device.type) == ((4, 3), "meta")

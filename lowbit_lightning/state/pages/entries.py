@@ -34,10 +34,14 @@ class Entries:
         self.raw: dict[str, Any] = {**entries, **self._far}
         """The same entries, for those who know what they do."""
 
+    @property
+    def place(self) -> tuple[Pager, int]:
+        return self.pager, self.number
+
     def named(self) -> dict[str, Any]:
         """The entries as they are without paging: DTensors where p is one. Those in the slab are not copied."""
         return {
-            name: shards.like(self._p, value, self._p.shape, stays=True) if self.is_paged(name) else value
+            name: shards.leave(self._p, value, self._p.shape, stays=True) if self.is_paged(name) else value
             for name, value in self.items()
         }
 

@@ -73,7 +73,7 @@ def missed_by_converter(optimizer: Optimizer) -> list[str]:
     """The states of an optimizer, if DeepSpeed's converter would drop some of them, or fail: it takes ``exp_avg`` and
     ``exp_avg_sq`` for all there are."""
     if isinstance(optimizer, LowBitOptimizer):
-        names = {state.name for group in optimizer.param_groups for state in optimizer._rule_of(group).states}
+        names = {state.name for group in optimizer.param_groups for state in optimizer.rule_of(group).states}
     else:
         names = {name for entries in optimizer.state.values() for name in entries} - {"step"}
     return [] if names in (set(), {"exp_avg", "exp_avg_sq"}) else sorted(names)

@@ -41,8 +41,6 @@ from torch.optim import Optimizer
 from lowbit_lightning import optim
 from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.optim.options import check_paging
-from lowbit_lightning.optim.paging import check_pages
-from lowbit_lightning.optim.partitions import quantise_loaded
 from lowbit_lightning.strategies.deepspeed import checkpoints
 from lowbit_lightning.strategies.deepspeed.config import check_deepspeed, complete, read
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
@@ -200,8 +198,7 @@ class DeepSpeedStrategy(_LightningsStrategy):
         self._groups = SplitGroups(optimizer, self.lightning_module)
         if isinstance(optimizer, optim.LowBitOptimizer):
             _vouch_for(type(optimizer))
-            # Again, now that this machine's share is known.
-            check_pages(optimizer, optimizer.param_groups, share=self.num_processes / self.world_size)
+            optimizer.check_pages(share=self.num_processes / self.world_size)  # again, now that this is known
         self._groups.extend(((self.config or {}).get("scheduler") or {}).get("params") or {})
         if scheduler is not None:
             self._groups.hide_from(scheduler.scheduler)
@@ -355,7 +352,7 @@ class DeepSpeedStrategy(_LightningsStrategy):
                 group.update({key: value for key, value in theirs.items() if key != "params"})
             zero._set_fp32_optimizer_param_groups()
         if isinstance(zero.optimizer, optim.LowBitOptimizer):
-            quantise_loaded(zero.optimizer)
+            zero.optimizer.form_states()  # else they take four times the memory until the next step
         if self.zero_stage_3:
             zero._clear_fp32_optimizer_param_groups()
 
