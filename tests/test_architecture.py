@@ -110,6 +110,7 @@ PUBLIC = {
     ],
     "kernels": [
         "StepArguments",
+        "StepScalars",
         "calls",
         "dequantize_blockwise",
         "int8_matmul",

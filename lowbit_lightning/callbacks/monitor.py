@@ -47,8 +47,8 @@ from lowbit_lightning.callbacks import picture as pictures
 from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
 from lowbit_lightning.callbacks.sample import Sample
 from lowbit_lightning.layers import Int8Layer
-from lowbit_lightning.state import blocks, shards
-from lowbit_lightning.state.form import codes_name
+from lowbit_lightning.state import shards
+from lowbit_lightning.state.form import codes_name, is_coded
 
 VERSION = 1
 
@@ -304,7 +304,7 @@ def _optimizer_states(trainer: L.Trainer) -> dict[str, Tensor]:
     for name in names:  # so that every rank takes part, whatever its shard holds
         metric.update(name, torch.empty(0, dtype=torch.uint8), "dynamic_signed")
     for entries in (entries for optimizer in optimizers for entries in optimizer.state.values()):
-        for name in (n for n in names if blocks.is_coded(entries, n)):
+        for name in (n for n in names if is_coded(entries, n)):
             metric.update(name, shards.local(entries[codes_name(name)]), maps[name])
     shares = metric.compute().cpu()
     return {

@@ -9,7 +9,7 @@ Nothing is compiled or loaded before the first call on a device. ``LOWBIT_LIGHTN
 reference everywhere, ``use_backend`` does so for a block of code.
 """
 
-from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 from lowbit_lightning.kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from lowbit_lightning.kernels.dispatch import calls, reset_calls, use_backend
 from lowbit_lightning.kernels.int8 import quantize_both, quantize_colwise, quantize_rowwise
@@ -25,6 +25,7 @@ from lowbit_lightning.kernels.step import optimizer_norms, optimizer_step
 
 __all__ = [
     "StepArguments",
+    "StepScalars",
     "calls",
     "dequantize_blockwise",
     "int8_matmul",

@@ -1,9 +1,13 @@
-"""The optimizer step's argument block, complete for every rule and backend."""
+"""The arguments of the optimizer step, for every rule and backend: what stays from step to step (``StepArguments``),
+the gradients, and what else is new in each step (``StepScalars``)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,57 +17,61 @@ from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, BlockGrid, chec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-_CHANGING = ("hyper", "lr", "unscale", "clip", "skip", "seed", "maximize")
+_PLACE, _KIND = attrgetter("shape", "device"), attrgetter("dtype", "layout")
 
 
-@dataclass
-class StepArguments:
-    """What one optimizer step reads and writes, for the n parameters of a group.
-
-    ``params``, ``grads``: n tensors of equal shapes, float32, float16 or bfloat16. ``steps``: n 0-d float32 tensors,
-    the number of steps taken so far. ``states[s][i]``: state s of parameter i, of the parameter's shape: uint8
-    codes, or float32. ``scales[s][i]``: float32 of ``BlockGrid.scales_shape`` for codes; unused (any tensor) for
-    float32.
+class StepScalars(NamedTuple):
+    """What is new in each step, beside the gradients.
 
     ``hyper``: the rule's hyperparameters in its order, as Python floats. Optional 0-d float32 tensors on the
     parameters' device, read there without a synchronisation: ``lr`` replaces ``hyper``'s; ``unscale`` and ``clip``
-    multiply the gradients;
-    ``skip``: non-zero means that nothing happens, step counts included.
-
-    ``remainders``: none, or for each parameter, all bfloat16, the next eight bits of a 24-bit master copy: int8, of
-    its shape. The master's bits are those of the parameter, followed by eight zeros, plus the remainder.
-
-    ``seed``, ``ordinals`` (a number per parameter) and ``offsets`` (the global index of each parameter's first
-    element, for shards) key the random words of ``stochastic_rounding`` (bfloat16 parameters only). ``maximize``
-    negates the gradients.
-
-    An object may serve many steps: ``grads`` and the fields of ``_CHANGING`` may be set anew, the rest stays.
-    ``cache`` is what checks and backends remember meanwhile.
+    multiply the gradients; ``skip``: non-zero means that nothing happens, step counts included. ``seed`` is the one of
+    ``stochastic_rounding``; ``maximize`` negates the gradients.
     """
 
-    rule: str
-    params: list[Tensor]
-    grads: list[Tensor]
-    steps: list[Tensor]
-    states: list[list[Tensor]]
-    scales: list[list[Tensor]]
-    hyper: list[float]
-    block_size: int = DEFAULT_BLOCK_SIZE
+    hyper: Sequence[float]
     lr: Tensor | None = None
     unscale: Tensor | None = None
     clip: Tensor | None = None
     skip: Tensor | None = None
     seed: int = 0
+    maximize: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class StepArguments:
+    """What stays from one step to the next: n parameters that one launch updates, and their states.
+
+    ``params``: n tensors. ``steps``: n 0-d float32 tensors, the number of steps taken so far.
+    ``states[s][i]``: state s of parameter i, of the parameter's shape: uint8 codes, or float32. ``scales[s][i]``:
+    float32 of ``BlockGrid.scales_shape`` for codes; unused (any tensor) for float32. Parameters have one dtype,
+    float32, float16 or bfloat16, and each of the states one.
+
+    ``ordinals`` (a number per parameter) and ``offsets`` (the global index of each parameter's first element, for
+    shards) key, with the seed, the random words of ``stochastic_rounding`` (bfloat16 parameters only).
+
+    ``remainders``: none, or for each parameter, all bfloat16, the next eight bits of a 24-bit master copy: int8, of
+    its shape. The master's bits are those of the parameter, followed by eight zeros, plus the remainder.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit.
+    """
+
+    rule: str
+    params: list[Tensor]
+    steps: list[Tensor]
+    states: list[list[Tensor]]
+    scales: list[list[Tensor]]
+    block_size: int = DEFAULT_BLOCK_SIZE
     ordinals: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    maximize: bool = False
     stochastic_rounding: bool = False
     remainders: list[Tensor] = field(default_factory=list)
-    cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.ordinals = self.ordinals or list(range(len(self.params)))
-        self.offsets = self.offsets or [0] * len(self.params)
+        for name, default in (("ordinals", range(len(self.params))), ("offsets", [0] * len(self.params))):
+            object.__setattr__(self, name, getattr(self, name) or list(default))
+        self._check()
 
     @property
     def device(self) -> torch.device:
@@ -73,68 +81,62 @@ class StepArguments:
         """The block grid of parameter i."""
         return BlockGrid.of(self.params[i].shape, self.block_size)
 
-    def parts(self) -> list[tuple[list[int], StepArguments]]:
-        """The same step in parts whose parameters, gradients and states have equal dtypes: one launch each.
+    @cached_property
+    def written(self) -> list[Tensor]:
+        """All that a step writes: autograd must see that a saved tensor was overwritten by a kernel."""
+        tensors = [*self.params, *self.steps, *self.remainders, *(t for s in (*self.states, *self.scales) for t in s)]
+        return [t for t in dict.fromkeys(tensors) if not t.is_inference()]
 
-        With the indices of each part's parameters; empty parameters are in none.
+    @cached_property
+    def _places(self) -> list[tuple[torch.Size, torch.device]]:
+        return list(map(_PLACE, self.params))
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def check_step(self, grads: Sequence[Tensor], scalars: StepScalars) -> None:
+        """Raise TypeError or ValueError, naming the argument, for what does not fit these parameters.
+
+        ``grads``: one for each parameter, of its shape; float32, float16 or bfloat16, all alike.
         """
-        if "parts" not in self.cache:
-            groups: dict[tuple, list[int]] = {}
-            for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
-                if p.numel():
-                    groups.setdefault((p.dtype, g.dtype, *[s[i].dtype for s in self.states]), []).append(i)
-            self.cache["parts"] = [
-                (indices, None if len(indices) == len(self.params) else self._select(indices))
-                for indices in groups.values()
-            ]
-        result = []
-        for indices, part in self.cache["parts"]:
-            if part is not None:
-                part.grads = [self.grads[i] for i in indices]
-                part.copy_settings(self)
-            result.append((indices, self if part is None else part))
-        return result
+        rule = rules.get(self.rule)
+        if len(scalars.hyper) != len(rule.hyper):
+            raise ValueError(f"hyper must hold {rule.hyper} for rule {rule.name!r}, got {len(scalars.hyper)} values")
+        if len(grads) != len(self.params):
+            raise ValueError(f"grads must have one entry for each of the {len(self.params)} params, got {len(grads)}")
+        dtype = grads[0].dtype
+        if dtype not in FLOATS:
+            raise TypeError(f"grads must be float32, float16 or bfloat16, got {dtype}")
+        if list(map(_PLACE, grads)) != self._places or set(map(_KIND, grads)) != {(dtype, torch.strided)}:
+            for i, grad in enumerate(grads):
+                self._check_gradient(i, grad, dtype)
+        for name, value in zip(StepScalars._fields, scalars, strict=True):
+            if not isinstance(value, Tensor):
+                continue
+            if value.dtype != torch.float32 or value.numel() != 1 or value.device != self.device:
+                raise ValueError(
+                    f"{name} must be one float32 value on {self.device}, got {value.dtype} of shape "
+                    f"{tuple(value.shape)} on {value.device}"
+                )
 
-    def copy_settings(self, other: StepArguments) -> None:
-        """Take what may change from step to step, but for the gradients, from another."""
-        for name in _CHANGING:
-            setattr(self, name, getattr(other, name))
+    def _check_gradient(self, i: int, g: Tensor, dtype: torch.dtype) -> None:
+        shape = self.params[i].shape
+        if g.layout != torch.strided:
+            raise ValueError(f"grads[{i}] is {g.layout}; sparse gradients are not supported: use sparse=False")
+        if g.shape != shape:
+            raise ValueError(f"grads[{i}] must have the parameter's shape {tuple(shape)}, got {tuple(g.shape)}")
+        if g.dtype != dtype:
+            raise TypeError(f"grads must have one dtype, got {dtype} and {g.dtype}: make one call for each")
+        self._check_place("grads", i, g)
 
-    def forget_gradients(self) -> None:
-        """Let go of the gradients: an object that is kept for the next step must not keep them alive."""
-        self.grads = []
-        for _, part in self.cache.get("parts", ()):
-            if part is not None:
-                part.grads = []
-
-    def _select(self, indices: list[int]) -> StepArguments:
-        def pick(items: list) -> list:
-            return [items[i] for i in indices]
-
-        return replace(
-            self,
-            params=pick(self.params),
-            grads=pick(self.grads),
-            steps=pick(self.steps),
-            states=[pick(s) for s in self.states],
-            scales=[pick(s) for s in self.scales],
-            ordinals=pick(self.ordinals),
-            offsets=pick(self.offsets),
-            remainders=pick(self.remainders) if self.remainders else [],
-        )
-
-    def check(self) -> None:
-        """Raise TypeError or ValueError, naming the argument, before anything is changed. Once for an object."""
-        if "checked" in self.cache:
-            return
+    def _check(self) -> None:
         rule = rules.get(self.rule)
         check_block_size(self.block_size)
-        if len(self.hyper) != len(rule.hyper):
-            raise ValueError(f"hyper must hold {rule.hyper} for rule {rule.name!r}, got {len(self.hyper)} values")
         if len(self.states) != len(rule.states) or len(self.scales) != len(rule.states):
             raise ValueError(f"states and scales must hold {rule.state_names} for rule {rule.name!r}")
         n = len(self.params)
-        for name in ("grads", "steps", "ordinals", "offsets"):
+        if not n:
+            raise ValueError("params must hold one parameter or more")
+        for name in ("steps", "ordinals", "offsets"):
             if len(getattr(self, name)) != n:
                 raise ValueError(
                     f"{name} must have one entry for each of the {n} params, got {len(getattr(self, name))}"
@@ -143,31 +145,19 @@ class StepArguments:
             raise ValueError("remainders must be one per parameter, without stochastic_rounding: they round to nearest")
         for i in range(n):
             self._check_parameter(i, rule)
-        for name in ("lr", "unscale", "clip", "skip"):
-            value = getattr(self, name)
-            if value is None or not n:
-                continue
-            if value.dtype != torch.float32 or value.numel() != 1 or value.device != self.device:
-                raise ValueError(
-                    f"{name} must be one float32 value on {self.device}, got {value.dtype} of shape "
-                    f"{tuple(value.shape)} on {value.device}"
-                )
-        self.cache["checked"] = True
 
     def _check_parameter(self, i: int, rule: rules.Rule) -> None:
-        p, g = self.params[i], self.grads[i]
+        p = self.params[i]
         if p.device != self.device:
             raise ValueError(f"params[{i}] is on {p.device} and params[0] on {self.device}; a step takes one device")
-        if g.layout != torch.strided:
-            raise ValueError(f"grads[{i}] is {g.layout}; sparse gradients are not supported: use sparse=False")
-        if p.dtype not in FLOATS or g.dtype not in FLOATS:
+        if p.dtype not in FLOATS:
+            raise TypeError(f"params[{i}] must be float32, float16 or bfloat16, got {p.dtype}")
+        if p.dtype != self.params[0].dtype:
             raise TypeError(
-                f"params[{i}] and grads[{i}] must be float32, float16 or bfloat16, got {p.dtype} and {g.dtype}"
+                f"params must have one dtype, got {self.params[0].dtype} and {p.dtype}: make one call for each"
             )
         if self.stochastic_rounding and p.dtype == torch.float16:
             raise TypeError(f"stochastic_rounding serves bfloat16 parameters; params[{i}] is float16")
-        if g.shape != p.shape:
-            raise ValueError(f"grads[{i}] must have the parameter's shape {tuple(p.shape)}, got {tuple(g.shape)}")
         if self.remainders:
             remainder = self.remainders[i]
             if p.dtype != torch.bfloat16 or remainder.dtype != torch.int8 or remainder.shape != p.shape:
@@ -176,10 +166,11 @@ class StepArguments:
                     f"got {remainder.dtype} of {tuple(remainder.shape)} for {p.dtype}"
                 )
             self._check_place("remainders", i, remainder)
-        self._check_place("grads", i, g)
         self._check_place("steps", i, self.steps[i])
         for s, name in enumerate(rule.state_names):
             self._check_state(name, i, self.states[s][i], self.scales[s][i])
+            if self.states[s][i].dtype != self.states[s][0].dtype:
+                raise TypeError(f"{name} must be codes of all params or of none: make one call for each kind")
 
     def _check_state(self, name: str, i: int, state: Tensor, scales: Tensor) -> None:
         if state.dtype not in (torch.uint8, torch.float32):

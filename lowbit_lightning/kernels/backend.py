@@ -6,18 +6,19 @@ like a device type (``torch.device.type``) serves that device.
 
 What the functions may rely on (``dispatch.py`` and the ops see to it): arguments were checked, all tensors lie on one
 device and are contiguous. What they owe: fresh results, no synchronisation with the device, and nothing kept of the
-arguments but what ``StepArguments.cache`` is for.
+arguments beyond their life.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 
 
 class Load(Protocol):
@@ -100,12 +101,14 @@ class LowBit(Protocol):
 
 
 class Step(Protocol):
-    """``step.py``: the optimizer step. Parameters, gradients and states have one dtype each; none is empty."""
+    """``step.py``: the optimizer step. Gradients have one dtype too."""
 
-    def optimizer_step(self, arguments: StepArguments, norms: Tensor | None) -> None:
+    def optimizer_step(
+        self, arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None
+    ) -> None:
         """One step, in place. ``norms``: float64 ``[n, len(rule.norms)]``, sums of squares."""
 
-    def optimizer_norms(self, arguments: StepArguments) -> Tensor:
+    def optimizer_norms(self, arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
         """The sums of squares, float64 ``[n, len(rule.norms)]``; changes nothing."""
 
 

@@ -45,11 +45,11 @@ class StepVariant(NamedTuple):
     remainder: bool = False
 
     @classmethod
-    def of(cls, arguments: StepArguments) -> StepVariant:
+    def of(cls, arguments: StepArguments, grad: torch.dtype) -> StepVariant:
         a, param = arguments, arguments.params[0].dtype
         coded = sum([1 << s for s, state in enumerate(a.states) if state[0].dtype == torch.uint8])
         stochastic = a.stochastic_rounding and param == torch.bfloat16
-        return cls(a.rule, param, a.grads[0].dtype, coded, a.block_size, stochastic, bool(a.remainders))
+        return cls(a.rule, param, grad, coded, a.block_size, stochastic, bool(a.remainders))
 
     def text(self, source: str) -> str:
         """``src/SOURCE`` for this variant."""

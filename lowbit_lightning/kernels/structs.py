@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 
 _C_TYPES = {ctypes.c_void_p: "const float*", ctypes.c_uint64: "uint64_t", ctypes.c_int32: "int32_t"}
 _SHAPE_WORDS = 5  # row_length to first_block
+_rows: WeakKeyDictionary[StepArguments, array] = WeakKeyDictionary()
 
 
 SETTINGS: list[tuple[str, Any]] = [
@@ -35,15 +38,15 @@ _pointers_of = attrgetter(*(name for name, kind in SETTINGS if kind is ctypes.c_
 _values_of = attrgetter(*(name for name, kind in SETTINGS if kind is not ctypes.c_void_p))
 
 
-def settings_tensors(arguments: StepArguments) -> list[Tensor]:
+def settings_tensors(scalars: StepScalars) -> list[Tensor]:
     """What ``StepSettings`` points at."""
-    return [value for value in _pointers_of(arguments) if value is not None]
+    return [value for value in _pointers_of(scalars) if value is not None]
 
 
-def settings_values(arguments: StepArguments) -> list[int | None]:
+def settings_values(scalars: StepScalars) -> list[int | None]:
     """The fields of ``StepSettings``."""
-    pointers = [None if value is None else value.data_ptr() for value in _pointers_of(arguments)]
-    return [*pointers, *_values_of(arguments)]
+    pointers = [None if value is None else value.data_ptr() for value in _pointers_of(scalars)]
+    return [*pointers, *_values_of(scalars)]
 
 
 def cpp_settings() -> str:
@@ -51,20 +54,20 @@ def cpp_settings() -> str:
     return f"struct StepSettings {{ {' '.join(f'{_C_TYPES[kind]} {name};' for name, kind in SETTINGS)} }};"
 
 
-def hyper_values(arguments: StepArguments) -> ctypes.Array:
+def hyper_values(scalars: StepScalars) -> ctypes.Array:
     """The rule's hyperparameters as doubles, at least one."""
-    return (ctypes.c_double * max(1, len(arguments.hyper)))(*arguments.hyper)
+    return (ctypes.c_double * max(1, len(scalars.hyper)))(*scalars.hyper)
 
 
-def parameter_rows(arguments: StepArguments) -> array:
+def parameter_rows(arguments: StepArguments, grads: Sequence[Tensor]) -> array:
     """Rows of ``struct Parameter`` (src/parameter.h) as int64, and one that ends them; its last word is the number of
     all blocks. Addresses are looked up in every call, shapes once."""
     a = arguments
     nothing: list[list[Tensor]] = [] if a.states else [[]]
-    columns = [a.params, a.grads, a.steps, *a.states, *nothing, *a.scales, *nothing, a.remainders]
-    if "rows" not in a.cache:
-        a.cache["rows"] = _shapes(a, len(columns))
-    words: array = a.cache["rows"]
+    columns: list[Sequence[Tensor]] = [a.params, grads, a.steps, *a.states, *nothing, *a.scales, *nothing, a.remainders]
+    words = _rows.get(a)
+    if words is None:
+        words = _rows[a] = _shapes(a, len(columns))
     width = len(columns) + _SHAPE_WORDS
     for number, tensors in enumerate(columns):
         if tensors:

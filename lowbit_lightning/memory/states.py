@@ -111,9 +111,10 @@ def count(
     wants: list[tuple[int, Want]] = []
     pages: list[Paging] = []
     for group in optimizer.param_groups:
+        settings = optimizer.settings(group)
         for part in group["params"]:
             cut_vector = ranks > 1 and part.ndim < 2
-            form = optimizer.form(group, whole[part].shape, part.dtype, keeps_grid=not cut_vector)
+            form = settings.form(whole[part].shape, part.dtype, keeps_grid=not cut_vector)
             found += form.nbytes(part.shape)
             want = form.want(part.shape)
             if want is not None and form.paging is not None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit_lightning import kernels
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.optim import loading, partitions
-from lowbit_lightning.optim.factors import Factors, factors
-from lowbit_lightning.optim.launches import Launch, join_norms
+from lowbit_lightning.optim.factors import Asked
 from lowbit_lightning.optim.options import (
     OWN,
     Options,
@@ -28,12 +26,12 @@ from lowbit_lightning.optim.options import (
     check_group,
     complete_options,
     inherited_settings,
-    parse_bytes,
     warn_of_inert,
 )
-from lowbit_lightning.optim.plan import FORM, Plan, Work, collect_work, hyperparameters, make_plan
-from lowbit_lightning.state import bitsandbytes, pagers, saved, shards
-from lowbit_lightning.state.form import Form, Paging, StateFormat, fits_grid
+from lowbit_lightning.optim.plan import Plans
+from lowbit_lightning.optim.settings import Settings
+from lowbit_lightning.state import bitsandbytes, pagers, saved
+from lowbit_lightning.state.form import Form, StateFormat
 from lowbit_lightning.state.pages import Entries, PageStatistics, raw
 from lowbit_lightning.state.store import Made, Store
 
@@ -94,15 +92,8 @@ class LowBitOptimizer(Optimizer):
         except (TypeError, ValueError, OSError, RuntimeError):
             self.param_groups.pop()
             raise
-        group["state_format"] = StateFormat.of(self.rule_of(group), group["block_size"]).to_dict()
+        group["state_format"] = self.settings(group).format.to_dict()
         warn_of_inert(group, stacklevel=3)
-
-    def adopted(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group of another optimizer, with all that this one wants in it, checked."""
-        adopted = {**group, "state_format": StateFormat.of(self.rule_of(group), group["block_size"]).to_dict()}
-        check_group(adopted, self.rule_of(adopted))
-        check_dtypes(adopted)
-        return adopted
 
     def check_pages(self, groups: Sequence[dict[str, Any]] | None = None, share: float | None = None) -> None:
         """Raise before training for groups (None: the optimizer's) that cannot be paged; see ``state.pagers.check``.
@@ -111,59 +102,37 @@ class LowBitOptimizer(Optimizer):
         """
         pagers.check(
             (p, form, partitions.share_of_machine(p, share) if p.requires_grad or raw(self.state.get(p, {})) else 0.0)
-            for p, form in self._forms(self.param_groups if groups is None else groups)
+            for group in (self.param_groups if groups is None else groups)
+            for p, form in self.settings(group).forms(group["params"])
         )
 
     def rule_of(self, group: dict[str, Any]) -> rules.Rule:
         """The update rule of a group."""
         return rules.get(self._rule(group))
 
-    def form(
-        self,
-        group: dict[str, Any],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        *,
-        keeps_grid: bool = True,
-        partition: bool = False,
-    ) -> Form:
-        """How the states of a parameter of ``group`` are kept.
-
-        ``shape``: of all of it, not of a rank's part. ``keeps_grid``: whether it is cut between blocks, if at all; see
-        ``shards.keeps_grid``. ``partition``: whether it is a flat partition of DeepSpeed's.
-        """
+    def settings(self, group: dict[str, Any]) -> Settings:
+        """What a step makes of a group."""
         rule = self.rule_of(group)
-        low = group["bits"] == 8 and keeps_grid and fits_grid(shape, group["min_size"])
-        paging = Paging(group["paged"], parse_bytes(group["resident"]), group["page_dir"]) if group["paged"] else None
-        return Form(
-            rule,
-            tuple(8 if low and not state.slow else 32 for state in rule.states),
-            tuple(self._initial(state, group) for state in rule.states),
-            group["block_size"],
-            master=group["master"] is not None and dtype == torch.bfloat16,
-            paging=paging,
-            partition=partition,
-        )
-
-    def _forms(self, groups: Iterable[dict[str, Any]], params: Iterable[Tensor] | None = None) -> Iterator[Formed]:
-        """The parameters of groups, or ``params`` of a single one, with their forms."""
-        for group in groups:
-            made: dict[tuple, Form] = {}
-            for p in group["params"] if params is None else params:
-                key = p.shape, p.dtype, shards.keeps_grid(p), partitions.is_partition(p)
-                if key not in made:
-                    made[key] = self.form(group, *key[:2], keeps_grid=key[2], partition=key[3])
-                yield p, made[key]
+        initial = tuple(self._initial(state, group) for state in rule.states)
+        return Settings(group, rule, initial, {bits: self._derived(group, bits) for bits in (8, 32)})
 
     def _everyone(self) -> Iterator[Formed]:
-        return self._forms(self.param_groups)
+        """All parameters with their forms."""
+        return chain.from_iterable(self.settings(group).forms(group["params"]) for group in self.param_groups)
 
     @property
-    def store(self) -> Store:
+    def _store(self) -> Store:
         """Of the states. Made when it is first needed: an optimizer may have been unpickled, or of another class."""
-        store = self.__dict__.setdefault("_store", Store(self.state))
-        store.state = self.state  # torch makes a new one when it loads
-        return store
+        if "_states" not in self.__dict__:
+            self._states = Store(self.state)
+        self._states.state = self.state  # torch makes a new one when it loads
+        return self._states
+
+    @property
+    def _plans(self) -> Plans:
+        if "_made" not in self.__dict__:
+            self._made = Plans()
+        return self._made
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -178,21 +147,14 @@ class LowBitOptimizer(Optimizer):
         for group in self.param_groups:
             check_form(group)
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            work.append(collect_work(group, [group["params"][i] for i in indices], [ordinal + i for i in indices]))
+            params = [group["params"][i] for i in indices]
+            work.append((self.settings(group), params, [ordinal + i for i in indices]))
             ordinal += len(group["params"])
-        plans = self._plans_of(work)
-        max_norm, self._max_norm = self._max_norm, None
-        asked = factors(
-            [p for part in work for p in part.params],
-            [grad for part in work for grad in part.grads],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            max_norm=max_norm,
-            skip_nonfinite=any(part.group["skip_nonfinite"] for part in work if part.params),
-        )
-        for part, plan in zip(work, plans, strict=True):
-            self._step_group(part, plan, asked)
-        self.store.end_step(self._everyone)
+        asked = Asked(getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._max_norm)
+        self._max_norm = None
+        store = self._store
+        self._plans.run(work, store, self._everyone, asked)
+        store.pagers.end_step(self.state, self._everyone)
         return loss
 
     def clip_next_step(self, max_norm: float | None) -> None:
@@ -215,93 +177,22 @@ class LowBitOptimizer(Optimizer):
         For ``release_gradients``.
         """
         check_form(group)
-        work = collect_work(group, [p], [ordinal])
-        (plan,) = self._plans_of([work])
-        self._step_group(work, plan, Factors())
-        self.store.record_order(p)
+        store = self._store
+        self._plans.run([(self.settings(group), [p], [ordinal])], store, self._everyone, Asked())
+        store.pagers.record_order(p)
 
-    def _step_group(self, work: Work, plan: Plan, asked: Factors) -> None:
-        rule, group = self.rule_of(work.group), work.group
-        for part in plan.parts:
-            a = part.arguments
-            a.lr, a.hyper = hyperparameters(rule, {**group, **self._derived(group, part.bits)}, a.device)
-            a.unscale, a.clip, a.skip = asked.to(a.device)
-            a.seed, a.maximize = group["seed"], group["maximize"]
-            a.grads = [work.grads[i] for i in part.indices]
-        for launch in plan.launches:
-            launch.copy_step_counts()
-        norms = self._norms(work, plan) if rule.norms else [None] * len(plan.parts)
-        for launch in plan.launches:
-            launch.prepare(plan.parts[launch.part].arguments, changes=True)
-            kernels.optimizer_step(launch.arguments, launch.select_norms(norms[launch.part]))
-            launch.arguments.forget_gradients()
-        for part in plan.parts:
-            part.arguments.forget_gradients()
-        shards.mark_changed(work.params)
-
-    def _norms(self, work: Work, plan: Plan) -> list[Tensor | None]:
-        """For each part the norms that the rule wants, of all ranks."""
-        found: list[list[tuple[Launch, list[Tensor]]]] = [[] for _ in plan.parts]
-        for launch in plan.launches:
-            launch.prepare(plan.parts[launch.part].arguments, changes=False)
-            found[launch.part].append((launch, launch.square_sums()))
-        return [
-            shards.sum_over_shards([work.params[i] for i in part.indices], join_norms(sums, len(part.indices)))
-            for part, sums in zip(plan.parts, found, strict=True)
-        ]
-
-    # -- plans -------------------------------------------------------------------------------------------------------
-
-    @property
-    def _plans(self) -> WeakKeyDictionary[Any, dict[Tensor, Plan]]:
-        """The last plan of each parameter, as long as the store has the version that it was made for."""
-        return self.__dict__.setdefault("_made", WeakKeyDictionary())
+    def form_states(self) -> None:
+        """Create all states, or bring them into their form, now; the next step would."""
+        for p, form in self._everyone():
+            self._store.give(p, form, self._everyone)
 
     def forget_plans(self) -> None:
         """Let go of what is kept for the next step: states that were moved without the store leave memory behind."""
-        self._plans.clear()
-
-    def _plans_of(self, work: list[Work]) -> list[Plan]:
-        while True:
-            version = self.store.version
-            plans = [self._plan(part) for part in work]
-            if self.store.version is version:  # or a new pager took over what earlier plans are for
-                return plans
-
-    def _plan(self, work: Work) -> Plan:
-        group, rule = work.group, self.rule_of(work.group)
-        settings = (rule.name, *(group[k] for k in FORM))
-        known = self._plans.get(self.store.version, {})
-        plan = known.get(work.params[0]) if work.params else None
-        if plan is not None and plan.fits(settings, work, self.store.held(work.params)):
-            return plan
-        del plan
-        for p in work.params:
-            known.pop(p, None)
-        partitions.check_rule(rule, self.param_groups)
-        self._keep_format(group)
-        given = [self.store.give(p, form, self._everyone) for p, form in self._forms([group], work.params)]
-        plan = make_plan(settings, work, rule, given, self.store.held(work.params))
-        # A shard may be another tensor in the next step; of paged parameters the addresses are compared.
-        if group["paged"] or not any(shards.is_sharded(p) for p in work.params):
-            self._plans.setdefault(self.store.version, {}).update(dict.fromkeys(work.params, plan))
-        return plan
-
-    def _keep_format(self, group: dict[str, Any]) -> None:
-        """Requantise all states of a group whose ``block_size`` was changed.
-
-        Raises:
-            ValueError: for scales that fit no block size; nothing has been changed then.
-        """
-        wanted = StateFormat.of(self.rule_of(group), group["block_size"])
-        # Of partitions, DeepSpeed may show some at a time: each scale tells its size.
-        if partitions.are_partitions([group]) or group["state_format"]["block_size"] != wanted.block_size:
-            self.store.requantise(self._forms([group]))
-        group["state_format"] = wanted.to_dict()
+        self.__dict__.pop("_made", None)
 
     def page_statistics(self) -> PageStatistics | None:
         """What paging has done so far; None where nothing is paged. See ``state.pages.PageStatistics``."""
-        return self.store.statistics()
+        return self._store.pagers.statistics()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -311,9 +202,9 @@ class LowBitOptimizer(Optimizer):
         Under DeepSpeed they are always decoded, on the host: its tools read float32."""
         if bits not in (32, None):
             raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
-        flat = bits is None and partitions.are_partitions(self.param_groups)
+        flat = bits is None and partitions.are_partitions([p for group in self.param_groups for p in group["params"]])
         for group in self.param_groups if bits == 32 or flat else ():
-            self._keep_format(group)  # first: torch's method gives paged scales as they are now
+            self.settings(group).keep_format(self._store)  # first: torch's method gives paged scales as they are now
         hook = self.register_state_dict_post_hook(_name_entries, prepend=True)
         try:
             found = super().state_dict()
@@ -324,10 +215,11 @@ class LowBitOptimizer(Optimizer):
         state: dict[Any, Any] = {}
         for theirs, ours in zip(found["param_groups"], self.param_groups, strict=True):
             coded = StateFormat.parse(ours["state_format"])
-            for key, (p, form) in zip(theirs["params"], self._forms([{**ours, "bits": 32}]), strict=True):
+            forms = self.settings({**ours, "bits": 32}).forms(ours["params"])
+            for key, (p, form) in zip(theirs["params"], forms, strict=True):
                 if key in found["state"]:
                     place = torch.empty(p.shape, dtype=p.dtype) if flat else p
-                    state[key] = saved.read(place, (found["state"][key], coded), form)
+                    state[key] = saved.read(place, found["state"][key], coded, form)
             for name in OWN:
                 theirs.pop(name, None)
         return {**found, "state": state}
@@ -355,14 +247,20 @@ class LowBitOptimizer(Optimizer):
                 {**{k: ours[k] for k in self.defaults if k in ours}, **theirs, **{k: ours[k] for k in OWN}}
                 for theirs, ours in pairs
             ]
-            made.update(self._conversions(found, groups))
+            for theirs, ours, group in zip(found["param_groups"], self.param_groups, groups, strict=False):
+                coded = None if theirs.get("state_format") is None else StateFormat.parse(theirs["state_format"])
+                forms = self.settings(group).forms(ours["params"])
+                for key, (p, form) in zip(theirs["params"], forms, strict=False):
+                    if key in found["state"]:
+                        entries = self._completed(found["state"][key])
+                        made[p] = form, partial(saved.read, p, entries, coded, form)
             return {**found, "state": {}, "param_groups": groups + found["param_groups"][len(groups) :]}
 
         def install() -> None:
             self._renew_store()
             for group in self.param_groups:  # the checkpoint may have chosen another rule
-                group["state_format"] = StateFormat.of(self.rule_of(group), group["block_size"]).to_dict()
-            self.store.load(made, self._everyone)
+                group["state_format"] = self.settings(group).format.to_dict()
+            self._store.load(made, self._everyone)
 
         if not self.state:  # cleared, perhaps to make room
             self._renew_store()
@@ -370,37 +268,23 @@ class LowBitOptimizer(Optimizer):
 
     def _renew_store(self) -> None:
         """From here on states in their slabs, and whoever holds the old store, are all that keeps them alive."""
-        self._store = self.store.renewed(self.state)
+        self._states = Store(self.state, self._store.pagers.renewed())
 
-    def _conversions(self, found: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Tensor, Made]:
-        """How saved states become ours, each found to be possible; of parameters that are not paged, done."""
-        made: dict[Tensor, Made] = {}
-        for theirs, ours, group in zip(found["param_groups"], self.param_groups, groups, strict=False):
-            coded = None if theirs.get("state_format") is None else StateFormat.parse(theirs["state_format"])
-            for key, (p, form) in zip(theirs["params"], self._forms([group], ours["params"]), strict=False):
-                if key in found["state"]:
-                    entries = saved.check(p, (self._completed(found["state"][key]), coded), form)
-                    made[p] = form, partial(saved.read, p, entries, form)
-        return {
-            p: (form, read if form.paging is not None else partial(dict, read())) for p, (form, read) in made.items()
-        }
-
-    def converted(self, groups: Iterable[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """The states of the twin in torch.optim, which are this optimizer's now, in the form that ``groups`` ask for.
+    def taken_over(self, groups: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        """Groups of the twin in torch.optim, with all that this optimizer wants in them, and the states in their form.
 
         Raises:
-            ValueError: for states that do not fit.
+            ValueError, TypeError, OSError: for what does not fit; nothing is changed in any case.
         """
-        return {
-            p: saved.read(p, (self._completed(self.state[p]), None), form)
-            for p, form in self._forms(groups)
-            if self.state.get(p)
+        adopted = [{**group, "state_format": self.settings(group).format.to_dict()} for group in groups]
+        for group in adopted:
+            check_group(group, self.rule_of(group))
+            check_dtypes(group)
+        self.check_pages(adopted)
+        forms = (formed for group in adopted for formed in self.settings(group).forms(group["params"]))
+        return adopted, {
+            p: saved.read(p, self._completed(self.state[p]), None, form) for p, form in forms if self.state.get(p)
         }
-
-    def form_states(self) -> None:
-        """Create all states, or bring them into their form, now; the next step would."""
-        for p, form in self._everyone():
-            self.store.give(p, form, self._everyone)
 
     def _completed(self, entries: dict[str, Any]) -> dict[str, Any]:
         """Saved entries of a parameter, with what the twin in torch.optim leaves out; empty where there are none."""

@@ -67,9 +67,7 @@ def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions
     optimizer.__class__ = _TWINS[kind]
     assert isinstance(optimizer, LowBitOptimizer)
     try:
-        groups = [optimizer.adopted({**own, **group}) for group in optimizer.param_groups]
-        optimizer.check_pages(groups)
-        states = optimizer.converted(groups)
+        groups, states = optimizer.taken_over([{**own, **group} for group in optimizer.param_groups])
     except BaseException:
         optimizer.__class__ = kind  # type: ignore[assignment]
         raise

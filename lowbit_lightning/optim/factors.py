@@ -23,26 +23,27 @@ class Factors(NamedTuple):
     clip: Tensor | None = None
     skip: Tensor | None = None
 
-    def to(self, device: torch.device) -> Factors:
-        return Factors(*(None if value is None else value.to(device) for value in self))
 
+class Asked(NamedTuple):
+    """What is asked of a step.
 
-def factors(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    *,
-    grad_scale: Tensor | None,
-    found_inf: Any,
-    max_norm: float | None,
-    skip_nonfinite: bool,
-) -> Factors:
-    """The factors of a step, on the device of the first parameter.
-
-    ``grads``: this rank's parts of the gradients, of as many ``params``. ``grad_scale``: what they were multiplied
-    by. ``found_inf``: other than 0 for a step to be skipped; no tensor where nothing was looked at. Both are what a
-    GradScaler sets. ``max_norm``: of all unscaled gradients as one vector, the 2-norm. ``skip_nonfinite``: skip a
-    step with a gradient that is not finite. With sharded parameters a collective.
+    ``grad_scale``: what gradients were multiplied by. ``found_inf``: other than 0 for a step to be skipped; no tensor
+    where nothing was looked at. Both are what a GradScaler sets. ``max_norm``: of all unscaled gradients as one vector,
+    the 2-norm.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Any = None
+    max_norm: float | None = None
+
+
+def factors(params: Sequence[Tensor], grads: Sequence[Tensor], asked: Asked, skip_nonfinite: bool) -> Factors:
+    """The factors of a step, on the device of the first parameter. With sharded parameters a collective.
+
+    ``grads``: this rank's parts of the gradients, of as many ``params``. ``skip_nonfinite``: skip a step with a
+    gradient that is not finite.
+    """
+    grad_scale, found_inf, max_norm = asked
     if not params:
         return Factors()
     device = shards.local(params[0]).device

@@ -49,12 +49,12 @@ def _remove_hooks(optimizer: Optimizer) -> None:
 @contextmanager
 def all_or_nothing(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """A load that fails inside leaves the optimizers with the states, groups and stores of before."""
-    names = ("state", "param_groups", "_store")  # loading makes new ones
+    names = ("state", "param_groups", "_states")  # loading makes new ones
     before = [{name: vars(optimizer)[name] for name in names if name in vars(optimizer)} for optimizer in optimizers]
     try:
         yield
     except BaseException:
         for optimizer, attributes in zip(optimizers, before, strict=True):
-            vars(optimizer).pop("_store", None)
+            vars(optimizer).pop("_states", None)
             vars(optimizer).update(attributes)
         raise

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -29,8 +29,7 @@ def is_partition(p: Tensor) -> bool:
     return plain and p.ndim == 1 and "deepspeed" in sys.modules
 
 
-def are_partitions(groups: Sequence[Mapping[str, Any]]) -> bool:
-    params = [p for group in groups for p in group["params"]]
+def are_partitions(params: Sequence[Tensor]) -> bool:
     return bool(params) and all(map(is_partition, params))
 
 
@@ -51,13 +50,13 @@ def share_of_machine(p: Tensor, known: float | None) -> float:
     return min(1.0, int(ranks) / dist.get_world_size())
 
 
-def check_rule(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
+def check_rule(rule: Rule, params: Sequence[Tensor]) -> None:
     """
     Raises:
         ValueError: for a rule with trust ratios. (Not for the vectors of DeepSpeed's stage 0, whose float32 copies
             look like partitions: its matrices do not.)
     """
-    if rule.norms and are_partitions(groups):
+    if rule.norms and are_partitions(params):
         raise ValueError(
             f"{rule.name} needs the norm of each layer, and DeepSpeed's flat partitions have no layers: use AdamW or "
             "SGD here, or FSDP2 (strategy='lowbit_sharded'), which keeps layers apart"

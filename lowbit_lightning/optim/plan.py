@@ -1,92 +1,305 @@
-"""What a step works on, and what is kept from one step to the next."""
+"""One step: the parameters of a group become launches, which are kept for the next step.
+
+Parameters are grouped once: a launch takes all of a device, of equal dtypes (of parameter, gradient and states), and,
+where states are paged, of one chunk. A parameter that is cut into several chunks becomes several rows, cut at the
+borders of rows or blocks: its scales, its gradient and its random words are cut with it. Each piece needs a step count
+of its own to advance. A norm over all of it is the fold of its pieces' sums, in the order that the reference's
+``optimizer_norms`` defines.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import rules
-from lowbit_lightning.optim.launches import Launch, Part, make_launches
-from lowbit_lightning.state import blocks, shards
-from lowbit_lightning.state.form import MASTER, codes_name, scales_name
-from lowbit_lightning.state.store import Given
+from lowbit_lightning.kernels import StepArguments, StepScalars
+from lowbit_lightning.kernels.formats import FOLD, BlockGrid, Span
+from lowbit_lightning.kernels.reference.step import fold_sums
+from lowbit_lightning.optim import partitions
+from lowbit_lightning.optim.factors import Asked, Factors, factors
+from lowbit_lightning.optim.settings import Settings
+from lowbit_lightning.state import shards
+from lowbit_lightning.state.form import MASTER, STEP, codes_name, is_coded, scales_name
+from lowbit_lightning.state.pages import Chunk, Pager, Piece
+from lowbit_lightning.state.store import Everyone, Given, Store
 
-FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
-"""Group keys that decide what a group's launches are."""
+Scalars = Callable[[torch.device, int], StepScalars]
+"""Those of a step, for parameters on a device whose states have so many bits."""
 _PLACE, _DTYPE = operator.attrgetter("shape", "dtype", "device"), operator.attrgetter("dtype")
 
 
 class Work(NamedTuple):
-    """The parameters of a group that a step is to change, and this rank's parts of their gradients.
+    """The parameters of a group that a step is to change: as the user knows them, this rank's part of each, and of its
+    gradient. ``ordinals``: their places among all parameters."""
 
-    ``ordinals``: their places among all parameters.
-    """
-
-    group: dict[str, Any]
+    settings: Settings
     params: list[Tensor]
+    local: list[Tensor]
     grads: list[Tensor]
     ordinals: list[int]
 
 
-class Plan(NamedTuple):
-    """The launches of a group's steps, in order, kept while parameters and states stay the same objects."""
+class Plans:
+    """The plans of an optimizer: for each parameter the last one that it was in, as long as the store keeps the version
+    that it was made for."""
 
-    form: tuple
-    params: list[Tensor]
-    held: list[Any]
-    places: list[Any]
-    parts: list[Part]
-    launches: list[Launch]
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[Any, dict[Tensor, Plan]] = WeakKeyDictionary()
 
-    def fits(self, form: tuple, work: Work, held: list[Any]) -> bool:
-        same = self.form == form and _same(self.params, work.params) and _same(self.held, held)
-        return same and self.places == places(work)
+    def run(
+        self, groups: Iterable[tuple[Settings, list[Tensor], list[int]]], store: Store, everyone: Everyone, asked: Asked
+    ) -> None:
+        """A step of parameters that have a gradient: of each group those, with their places among all parameters."""
+        work = [_collect(*group) for group in groups if group[1]]
+        plans = self._plans_of(work, store, everyone)
+        params, grads = ([x for part in work for x in part[column]] for column in (1, 3))
+        found = factors(params, grads, asked, any(part.settings.group["skip_nonfinite"] for part in work))
+        for part, plan in zip(work, plans, strict=True):
+            plan.run(part, found)
+
+    def _plans_of(self, work: list[Work], store: Store, everyone: Everyone) -> list[Plan]:
+        while True:
+            version = store.pagers.version
+            plans = [self._plan(part, store, everyone) for part in work]
+            if store.pagers.version is version:  # or a new pager took over what earlier plans are for
+                return plans
+
+    def _plan(self, work: Work, store: Store, everyone: Everyone) -> Plan:
+        settings, params = work.settings, work.params
+        known = self._known.get(store.pagers.version, {})
+        plan = known.get(params[0])
+        if plan is not None and plan.fits(work, store.held(params)):
+            return plan
+        del plan
+        for p in params:  # which are to free what is converted
+            known.pop(p, None)
+        if settings.rule.norms:
+            partitions.check_rule(settings.rule, [p for p, _ in everyone()])
+        settings.keep_format(store)
+        given = [store.give(p, form, everyone) for p, form in settings.forms(params)]
+        plan = Plan(work, given)
+        # A shard may be another tensor in the next step; of paged parameters the addresses are compared.
+        if settings.group["paged"] or not any(map(shards.is_sharded, params)):
+            self._known.setdefault(store.pagers.version, {}).update(dict.fromkeys(params, plan))
+        return plan
 
 
-def make_plan(form: tuple, work: Work, rule: rules.Rule, given: list[Given], held: list[Any]) -> Plan:
-    """The plan of a group's steps; ``given``: what the store gave for each parameter, and ``held`` what it holds."""
-    entries = [x.kept for x in given]
-    alike: dict[tuple, list[int]] = {}
-    for i, p in enumerate(work.params):
-        alike.setdefault((p.device, MASTER in entries[i], bits_of(entries[i], rule)), []).append(i)
-    parts = [Part(rows, bits, _arguments(work, entries, rows, rule)) for (_, _, bits), rows in alike.items()]
-    return Plan(form, list(work.params), held, places(work), parts, make_launches(parts, given))
+class Plan:
+    """The launches of a group's steps, in order, good while parameters and states stay the same objects."""
+
+    def __init__(self, work: Work, given: list[Given]) -> None:
+        self._key, self._params, self._places = work.settings.key, list(work.params), _places(work)
+        self._held = [value for x in given for value in x.held]
+        self._launches = _launches(work, given)
+
+    def fits(self, work: Work, held: list[Any]) -> bool:
+        same = self._key == work.settings.key and _same(self._params, work.params) and _same(self._held, held)
+        return same and self._places == _places(work)
+
+    def run(self, work: Work, found: Factors) -> None:
+        """The step; ``found``: what it is asked to multiply and skip by."""
+        scalars: Scalars = cache(lambda device, bits: work.settings.scalars(device, bits, found))
+        for launch in self._launches:
+            launch.copy_step_counts()
+        kinds = len(work.settings.rule.norms)
+        norms = self._norms(work, kinds, scalars) if kinds else {}
+        for launch in self._launches:
+            device = launch.arguments.device
+            launch.step(work.grads, scalars(device, launch.bits), norms.get(device))
+        shards.mark_changed(work.params)
+
+    def _norms(self, work: Work, kinds: int, scalars: Scalars) -> dict[torch.device, Tensor]:
+        """For each device the norms of all parameters there, by their numbers, of all ranks; a collective."""
+        found = {
+            p.device: torch.zeros(len(work.params), kinds, dtype=torch.float64, device=p.device) for p in work.local
+        }
+        cut: dict[torch.device, dict[int, list[Tensor]]] = {device: {} for device in found}
+        for launch in self._launches:
+            device = launch.arguments.device
+            launch.add_norms(work.grads, scalars(device, launch.bits), found[device], cut[device])
+        for device, norms in found.items():
+            for i, parts in cut[device].items():
+                norms[i] = fold_sums(torch.cat(parts))
+            shards.sum_over_shards(work.params, norms)
+        return found
 
 
-def _arguments(
-    work: Work, entries: list[dict[str, Tensor]], indices: list[int], rule: rules.Rule
-) -> kernels.StepArguments:
-    """The step for some of the work's parameters, of one device."""
-    group, entries, params = work.group, [entries[i] for i in indices], [work.params[i] for i in indices]
-    states, scales = [], []
-    for state in rule.states:
-        coded = [blocks.is_coded(e, state.name) for e in entries]
-        names = [codes_name(state.name) if c else state.name for c in coded]
-        states.append([e[name] for e, name in zip(entries, names, strict=True)])
-        pairs = zip(entries, coded, strict=True)
-        scales.append([e[scales_name(state.name)] if c else e["step"] for e, c in pairs])
-    return kernels.StepArguments(
-        rule=rule.name,
-        params=[shards.local(p) for p in params],
-        grads=[work.grads[i] for i in indices],
-        steps=[e["step"] for e in entries],
-        states=states,
-        scales=scales,
-        hyper=[0.0] * len(rule.hyper),
-        block_size=group["block_size"],
-        ordinals=[work.ordinals[i] for i in indices],
-        offsets=[shards.first_index(p) for p in params],
-        stochastic_rounding=group["stochastic_rounding"],
-        remainders=[e[MASTER] for e in entries if MASTER in e],
+class Row(NamedTuple):
+    """One parameter of a launch, or a part of one. ``number``: in the work; ``span``: None for all of it."""
+
+    number: int
+    span: Span | None
+    param: Tensor
+    step: Tensor
+    states: list[Tensor]
+    scales: list[Tensor | None]
+    remainder: Tensor | None
+    ordinal: int
+    offset: int
+
+    def cut(self, span: Span, block_size: int) -> Row:
+        """A part of it. Its step count is still that of the whole."""
+        grid = BlockGrid.of(self.param.shape, block_size)
+        return self._replace(
+            span=span,
+            param=span.of(self.param, grid),
+            states=[span.of(x, grid) for x in self.states],
+            scales=[None if x is None else span.of_scales(x, grid) for x in self.scales],
+            remainder=None if self.remainder is None else span.of(self.remainder, grid),
+            offset=self.offset + span.start,
+        )
+
+
+def _arguments(settings: Settings, rows: Sequence[Row]) -> StepArguments:
+    states = range(len(settings.rule.states))
+    return StepArguments(
+        rule=settings.rule.name,
+        params=[row.param for row in rows],
+        steps=[row.step for row in rows],
+        states=[[row.states[s] for row in rows] for s in states],
+        scales=[[row.step if row.scales[s] is None else row.scales[s] for row in rows] for s in states],
+        block_size=settings.group["block_size"],
+        ordinals=[row.ordinal for row in rows],
+        offsets=[row.offset for row in rows],
+        stochastic_rounding=settings.group["stochastic_rounding"],
+        remainders=[row.remainder for row in rows if row.remainder is not None],
     )
 
 
-def collect_work(group: dict[str, Any], params: list[Tensor], ordinals: list[int]) -> Work:
-    """The work on parameters that have a gradient."""
+class Launch:
+    """One launch of a step. ``place``: the pager and the chunk that its states travel in, if they are paged."""
+
+    def __init__(self, settings: Settings, rows: list[Row], place: tuple[Pager, Chunk] | None) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []  # step counts of pieces, with those that they follow
+        for k, row in enumerate(rows):
+            if row.span is not None and row.span.start:  # the first one advances the parameter's own
+                self._copies.append((torch.zeros_like(row.step), row.step))
+                rows[k] = row._replace(step=self._copies[-1][0])
+        self._settings, self._rows, self._place = settings, rows, place
+        self.arguments = _arguments(settings, rows)
+
+    @property
+    def index(self) -> int:
+        """Where it comes in the order of chunks; first what is not paged."""
+        return -1 if self._place is None else self._place[1].index
+
+    @property
+    def bits(self) -> int:
+        return 8 if any(column[0].dtype == torch.uint8 for column in self.arguments.states) else 32
+
+    def copy_step_counts(self) -> None:
+        """Have the step counts of pieces be their parameters'."""
+        for count, followed in self._copies:
+            count.copy_(followed)
+
+    def step(self, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None) -> None:
+        """``grads`` and ``norms``: of all parameters of the work."""
+        if norms is not None and [row.number for row in self._rows] != list(range(len(norms))):
+            norms = norms.index_select(0, self._numbers)
+        self._bring_near(changes=True)
+        kernels.optimizer_step(self.arguments, _of(self._rows, grads, self.arguments.block_size), scalars, norms)
+
+    def add_norms(
+        self, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor, cut: dict[int, list[Tensor]]
+    ) -> None:
+        """Write sums of squares into ``norms``, float64 ``[n, kinds]``; append those of pieces, ``[folds, kinds]``, to
+        ``cut``, by the numbers of their parameters."""
+        self._bring_near(changes=False)
+        rows, arguments = self._folds
+        values = kernels.optimizer_norms(arguments, _of(rows, grads, self.arguments.block_size), scalars)
+        if all(row.span is None for row in rows):
+            norms.index_copy_(0, self._numbers, values)
+            return
+        for row, value in zip(rows, values.split(1), strict=True):
+            cut.setdefault(row.number, []).append(value)
+
+    def _bring_near(self, changes: bool) -> None:
+        if self._place is not None:
+            pager, chunk = self._place
+            pager.near(chunk, changes)
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """Sent to the device once, since every copy waits for the host."""
+        return torch.tensor([row.number for row in self._rows], device=self.arguments.device)
+
+    @cached_property
+    def _folds(self) -> tuple[list[Row], StepArguments]:
+        """The same with pieces cut into what is folded first, each by itself."""
+        if all(row.span is None for row in self._rows):
+            return self._rows, self.arguments
+        size, rows = FOLD * self.arguments.block_size, list[Row]()
+        for row in self._rows:
+            if row.span is None:
+                rows.append(row)
+                continue
+            numel, first = row.param.numel(), row.span.start
+            for start in range(0, numel, size):
+                span = Span(start, min(numel, start + size))
+                part = row.cut(span, self.arguments.block_size)
+                rows.append(part._replace(span=Span(first + span.start, first + span.stop)))
+        return rows, _arguments(self._settings, rows)
+
+
+def _of(rows: Sequence[Row], grads: Sequence[Tensor], block_size: int) -> list[Tensor]:
+    """The rows' gradients, from those of whole parameters."""
+    return [
+        grads[row.number]
+        if row.span is None
+        else row.span.of(grads[row.number], BlockGrid.of(grads[row.number].shape, block_size))
+        for row in rows
+    ]
+
+
+def _launches(work: Work, given: Sequence[Given]) -> list[Launch]:
+    """The launches of a group's step, in the order of the chunks."""
+    settings = work.settings
+    alike: dict[tuple, list[tuple[int, Piece | None]]] = {}
+    for i, (p, grad, (kept, _, _, pieces)) in enumerate(zip(work.local, work.grads, given, strict=True)):
+        coded = tuple(is_coded(kept, name) for name in settings.rule.state_names)
+        kind = p.device, p.dtype, grad.dtype, MASTER in kept, coded
+        for piece in pieces or [None]:
+            alike.setdefault((None if piece is None else piece.chunk, *kind), []).append((i, piece))
+    launches = []
+    for (chunk, *_), members in alike.items():
+        rows = [_row(work, given[i].kept, i, piece) for i, piece in members]
+        pager = given[members[0][0]].pager
+        launches.append(Launch(settings, rows, None if pager is None else (pager, chunk)))
+    return sorted(launches, key=lambda launch: launch.index)
+
+
+def _row(work: Work, kept: dict[str, Tensor], i: int, piece: Piece | None) -> Row:
+    p, names = work.local[i], work.settings.rule.state_names
+    codes = [codes_name(name) if is_coded(kept, name) else name for name in names]
+    row = Row(
+        number=i,
+        span=None,
+        param=p,
+        step=kept[STEP],
+        states=[kept[name] for name in codes],
+        scales=[kept.get(scales_name(name)) for name in names],
+        remainder=kept.get(MASTER),
+        ordinal=work.ordinals[i],
+        offset=shards.first_index(work.params[i]),
+    )
+    if piece is None:
+        return row
+    if piece.span != Span(0, p.numel()):
+        row = row.cut(piece.span, work.settings.group["block_size"])
+    shape = row.param.shape
+    near = {name: x.view(shape) for name, x in piece.states.items()}
+    return row._replace(states=[near[name] for name in codes], remainder=near.get(MASTER))
+
+
+def _collect(settings: Settings, params: list[Tensor], ordinals: list[int]) -> Work:
+    grads = []
     for p in params:
         assert p.grad is not None
         if p.grad.layout is not torch.strided:
@@ -94,32 +307,16 @@ def collect_work(group: dict[str, Any], params: list[Tensor], ordinals: list[int
                 f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}); "
                 "build its embedding with sparse=False"
             )
-    return Work(group, params, [shards.part_of(p, p.grad) for p in params], ordinals)  # type: ignore[arg-type]
+        grads.append(shards.part_of(p, p.grad))
+    return Work(settings, params, [shards.local(p) for p in params], grads, ordinals)
 
 
-def places(work: Work) -> list[Any]:
+def _places(work: Work) -> list[Any]:
     """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
-    local = [shards.local(p) for p in work.params] if work.group["paged"] else []  # pieces are views
-    views = [(x.data_ptr(), x.stride()) for x in local]
+    views = [(x.data_ptr(), x.stride()) for x in work.local] if work.settings.group["paged"] else []  # pieces are views
     return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals, *views]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:
     """Whether two lists hold the same objects."""
     return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
-
-
-def bits_of(entries: dict[str, Tensor], rule: rules.Rule) -> int:
-    return 8 if any(blocks.is_coded(entries, state.name) for state in rule.states) else 32
-
-
-def hyperparameters(rule: rules.Rule, group: dict[str, Any], device: torch.device) -> tuple[Tensor | None, list[float]]:
-    """The learning rate if it is a tensor on the device, and the rule's hyperparameters as floats."""
-    values = dict(group)
-    if "betas" in group:
-        values |= {f"beta{i + 1}": beta for i, beta in enumerate(group["betas"])}
-    lr = values["lr"]
-    on_device = isinstance(lr, Tensor) and lr.device == device
-    if on_device:
-        values["lr"] = 0.0
-    return (lr.detach().float() if on_device else None), [float(values[name]) for name in rule.hyper]

@@ -1,2 +1,2 @@
-"""Where optimizer state lives: its 8-bit form (``blocks``), its shards (``shards``), its pages in larger memory
-(``pages``)."""
+"""Where optimizer state lives: ``store`` gives it in the ``form`` that is asked for, as codes and scales (``blocks``),
+in larger memory (``pagers``, ``pages``), in parts (``shards``), and takes in what was ``saved``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.formats import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, BlockGrid, dynamic_map
-from lowbit_lightning.state.form import Entry, Form, codes_name, scales_name
+from lowbit_lightning.state.form import Entry, Form, codes_name, is_coded, scales_name
 
 Kept = dict[str, Tensor]
 """This rank's part of a parameter's entries."""
@@ -25,11 +25,6 @@ def filled(entry: Entry, device: torch.device, spread: bool = False) -> Tensor:
     if spread:
         return torch.full((), entry.value, dtype=entry.dtype, device="cpu").expand(entry.shape)
     return torch.full(entry.shape, entry.value, dtype=entry.dtype, device=device)
-
-
-def is_coded(entries: Mapping[str, object], name: str) -> bool:
-    """Whether the state ``name`` is in its 8-bit form."""
-    return codes_name(name) in entries
 
 
 def block_size_of(shape: tuple[int, ...], entries: Mapping[str, object], name: str, likely: int) -> int:

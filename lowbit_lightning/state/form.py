@@ -9,7 +9,7 @@ says about its 8-bit states.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -38,6 +38,16 @@ def codes_name(name: str) -> str:
 
 def scales_name(name: str) -> str:
     return f"{name}_scales"
+
+
+def names_of(state: str) -> tuple[str, str, str]:
+    """All entries that a state may have."""
+    return state, codes_name(state), scales_name(state)
+
+
+def is_coded(entries: Container[str], state: str) -> bool:
+    """Whether a state is in its 8-bit form."""
+    return codes_name(state) in entries
 
 
 def fits_grid(shape: Shape, min_size: int) -> bool:

@@ -87,25 +87,18 @@ def part_of(p: Tensor, value: Tensor) -> Tensor:
         return value.to_local()
     if not isinstance(p, DTensor):
         return value
-    check_cut(p, value)
     part = value
     for mesh_dim, placement in enumerate(p.placements):
+        if type(placement) is not Shard and not isinstance(placement, Replicate):
+            raise ValueError(
+                f"a plain tensor cannot be cut as a parameter placed as {p.placements}; load the checkpoint as "
+                "DTensors, by torch.distributed.checkpoint"
+            )
         if type(placement) is Shard:
             pieces = part.chunk(p.device_mesh.size(mesh_dim), placement.dim)
             rank = p.device_mesh.get_local_rank(mesh_dim)
             part = pieces[rank] if rank < len(pieces) else part.narrow(placement.dim, 0, 0)
     return part if part is value else part.clone()  # a view would keep all of the value in memory
-
-
-def check_cut(p: Tensor, value: Tensor) -> None:
-    """Raise ValueError where ``part_of`` would."""
-    if not isinstance(p, DTensor) or isinstance(value, DTensor):
-        return
-    if not all(type(placement) is Shard or isinstance(placement, Replicate) for placement in p.placements):
-        raise ValueError(
-            f"a plain tensor cannot be cut as a parameter placed as {p.placements}; load the checkpoint as "
-            "DTensors, by torch.distributed.checkpoint"
-        )
 
 
 def _row_cut(p: DTensor) -> int | None:

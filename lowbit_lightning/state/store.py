@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lowbit_lightning.state import blocks, shards
 from lowbit_lightning.state.blocks import Kept
-from lowbit_lightning.state.form import MASTER, STEP, Form, codes_name, scales_name
+from lowbit_lightning.state.form import MASTER, STEP, Form, codes_name, is_coded, names_of, scales_name
 from lowbit_lightning.state.pagers import Forms, Pagers, Place, State
-from lowbit_lightning.state.pages import Entries, Pager, PageStatistics, Piece, in_a_slab, raw
+from lowbit_lightning.state.pages import Entries, Pager, Piece, in_a_slab, raw
 
 Everyone = Callable[[], Forms]
 """All parameters of the optimizer that are shown, with their forms."""
@@ -28,9 +28,11 @@ Made = tuple[Form, Callable[[], dict[str, Any]]]
 
 
 class Given(NamedTuple):
-    """What a step gets of a parameter: this rank's part of its entries, and, if it is paged, their pieces."""
+    """What a step gets of a parameter: this rank's part of its entries, and, if it is paged, their pieces. ``held``:
+    the objects that its entries are now."""
 
     kept: Kept
+    held: list[Any]
     pager: Pager | None
     pieces: list[Piece]
 
@@ -38,40 +40,27 @@ class Given(NamedTuple):
 class Store:
     """The states of an optimizer.
 
-    ``state``: ``optimizer.state``. ``version`` changes when states were moved.
+    ``state``: ``optimizer.state``. ``pagers``: of those that are paged; their ``version`` changes when they are moved.
     """
 
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self._pagers = Pagers()
-
-    @property
-    def version(self) -> object:
-        return self._pagers.version
-
-    def renewed(self, state: State) -> Store:
-        """A store for states that are to be loaded. This one keeps its own, with their pagers."""
-        new = Store(state)
-        new._pagers = self._pagers.renewed()
-        return new
-
-    def statistics(self) -> PageStatistics | None:
-        """What paging has done so far; None where nothing is paged."""
-        return self._pagers.statistics()
+    def __init__(self, state: State, pagers: Pagers | None = None) -> None:
+        self.state, self.pagers = state, pagers or Pagers()
 
     # -- for a step --------------------------------------------------------------------------------------------------
 
     def give(self, p: Tensor, form: Form, everyone: Everyone) -> Given:
         """The entries of p, created, or converted to ``form``, and paged or not as it says."""
-        place = self._pagers.place(self.state, p, form, everyone)
+        place = self.pagers.place(self.state, p, form, everyone)
         if form.partition:
             _adopt(p, raw(self.state[p]), form)
         held = self.state[p]
         fits = form.names <= raw(held).keys() and (form.master or MASTER not in held)
         if not fits or place != (held.place if isinstance(held, Entries) else None):
             self._form(p, form, place)
-        kept = {name: shards.local(value) for name, value in raw(self.state[p]).items() if name in form.names}
-        return Given(kept, *((None, []) if place is None else (place[0], place[0].pieces[place[1]])))
+        entries = raw(self.state[p])
+        kept = {name: shards.local(value) for name, value in entries.items() if name in form.names}
+        pager, pieces = (None, []) if place is None else (place[0], place[0].pieces[place[1]])
+        return Given(kept, list(entries.values()), pager, pieces)
 
     def _form(self, p: Tensor, form: Form, place: Place | None) -> None:
         held, local, states = self.state[p], shards.local(p), form.rule.states
@@ -82,8 +71,8 @@ class Store:
         kept = _local(entries)
         absent = {STEP, MASTER} - kept.keys()
         for state in states:
-            if state.name not in kept and not blocks.is_coded(kept, state.name):
-                absent.update(_names(state.name))
+            if state.name not in kept and not is_coded(kept, state.name):
+                absent.update(names_of(state.name))
         wanted = form.entries(local.shape)
         paged = {entry.name for entry in wanted if entry.paged and place is not None}
         made = {
@@ -97,7 +86,11 @@ class Store:
             entries.pop(MASTER, None)
         self.state[p] = entries if place is None else Entries(p, entries, *place)
         if isinstance(held, Entries):
-            self._pagers.drop_unused(self.state)
+            self.pagers.drop_unused(self.state)
+
+    def held(self, params: Iterable[Tensor]) -> list[Any]:
+        """The objects that the parameters' entries are now: a plan is good for these."""
+        return [value for p in params for value in raw(self.state[p]).values()]
 
     # -- conversions -------------------------------------------------------------------------------------------------
 
@@ -110,7 +103,7 @@ class Store:
         changes = []
         for p, form in forms:
             entries, shape = raw(self.state.get(p, {})), shards.local(p).shape
-            coded = [state for state in form.rule.states if blocks.is_coded(entries, state.name)]
+            coded = [state for state in form.rule.states if is_coded(entries, state.name)]
             sizes = {s.name: blocks.block_size_of(shape, _local(entries), s.name, form.block_size) for s in coded}
             if any(size != form.block_size for size in sizes.values()):
                 bits = tuple(8 if state in coded else 32 for state in form.rule.states)
@@ -129,25 +122,6 @@ class Store:
             if form.paging is not None:  # at once: what is not, Lightning moves to the device
                 self.give(p, form, everyone)
 
-    # -- the course of steps -----------------------------------------------------------------------------------------
-
-    def held(self, params: Iterable[Tensor]) -> list[Any]:
-        """The objects that the parameters' entries are now: a plan is good for these."""
-        return [value for p in params for value in raw(self.state[p]).values()]
-
-    def record_order(self, p: Tensor) -> None:
-        """A step of a single parameter, in an order that is not known before."""
-        self._pagers.record_order(p)
-
-    def end_step(self, everyone: Everyone) -> None:
-        """The step is over."""
-        self._pagers.end_step(self.state, everyone)
-
-
-def _names(state: str) -> tuple[str, str, str]:
-    """All entries that a state may have."""
-    return state, codes_name(state), scales_name(state)
-
 
 def _local(entries: Mapping[str, Any]) -> Kept:
     return {name: shards.local(value) for name, value in entries.items()}
@@ -156,7 +130,7 @@ def _local(entries: Mapping[str, Any]) -> Kept:
 def _put(p: Tensor, entries: Any, kept: Kept, made: Kept, form: Form, unwrapped: Collection[str] = ()) -> None:
     """Let the entries of p be what was ``made`` of ``kept``. Where p is a DTensor they are too, but for the count and
     ``unwrapped`` ones."""
-    for name in {name for state in form.rule.states for name in _names(state.name)} & kept.keys() - made.keys():
+    for name in {name for state in form.rule.states for name in names_of(state.name)} & kept.keys() - made.keys():
         del entries[name]
     shapes = {entry.name: entry.shape for entry in form.entries(p.shape)}
     for name, value in made.items():

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.step_case import StepCase
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import StepArguments, formats, rules
+from lowbit_lightning.kernels import formats, rules
 from lowbit_lightning.kernels.cuda import int8_product, table
 from lowbit_lightning.kernels.reference.blockwise import quantize_blockwise
 from lowbit_lightning.kernels.reference.int8_product import int8_matmul
@@ -139,7 +140,7 @@ PARAMETERS = [(64, 700), (300,), (3, 5, 77), (128, 512), (5, 33), (1,)]
 
 def arguments_of(
     rule: str, dtype: torch.dtype = F32, coded: int = 0b111, block_size: int = 256, **options: Any
-) -> StepArguments:
+) -> StepCase:
     """Arguments in mid-training, on the CPU."""
     states: list[list[Tensor]] = []
     scales: list[list[Tensor]] = []
@@ -150,7 +151,7 @@ def arguments_of(
         scales.append([c for _, c in pairs])
     grads = [spread(*p) for p in PARAMETERS]
     grads[0].view(-1)[3], grads[1].view(-1)[-1] = float("nan"), float("inf")
-    return StepArguments(
+    return StepCase(
         rule,
         params=[torch.randn(p).to(dtype) for p in PARAMETERS],
         grads=[g.to(dtype) for g in grads],
@@ -164,11 +165,11 @@ def arguments_of(
     )
 
 
-def on_gpu(a: StepArguments) -> StepArguments:
+def on_gpu(a: StepCase) -> StepCase:
     return moved(a, lambda t: t.to(GPU, copy=True))
 
 
-def moved(a: StepArguments, place: Callable[[Tensor], Tensor]) -> StepArguments:
+def moved(a: StepCase, place: Callable[[Tensor], Tensor]) -> StepCase:
     def places(tensors: list[Tensor]) -> list[Tensor]:
         return [place(t) for t in tensors]
 
@@ -181,14 +182,14 @@ def moved(a: StepArguments, place: Callable[[Tensor], Tensor]) -> StepArguments:
     return replace(a, lr=one(a.lr), unscale=one(a.unscale), clip=one(a.clip), skip=one(a.skip))
 
 
-def step(a: StepArguments) -> list[Tensor]:
-    norms = kernels.optimizer_norms(a) if rules.get(a.rule).norms else None
-    kernels.optimizer_step(a, norms)
+def step(a: StepCase) -> list[Tensor]:
+    norms = a.norms() if rules.get(a.rule).norms else None
+    a.step(norms)
     written = [*a.params, *a.remainders, *a.steps, *(t for s in (*a.states, *a.scales) for t in s)]
     return written if norms is None else [*written, norms]
 
 
-def reference_step(a: StepArguments, times: int = 1) -> list[Tensor]:
+def reference_step(a: StepCase, times: int = 1) -> list[Tensor]:
     a = moved(a, Tensor.clone)
     written: list[Tensor] = []
     with kernels.use_backend("reference"):
@@ -323,5 +324,5 @@ def test_calls_say_cuda() -> None:
     assert kernels.calls() == {("quantize_blockwise", "cuda"): 1}
 
 
-def _tensors(a: StepArguments) -> list[Tensor]:
+def _tensors(a: StepCase) -> list[Tensor]:
     return [*a.params, *a.grads, *a.steps, *(t for s in (*a.states, *a.scales) for t in s)]

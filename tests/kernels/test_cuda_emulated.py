@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from emulator.backend import emulated
+from support.step_case import StepCase
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import StepArguments, formats, rules
+from lowbit_lightning.kernels import formats, rules
 from lowbit_lightning.kernels.cuda import launch, table
 from lowbit_lightning.kernels.cuda import step as cuda
 from lowbit_lightning.kernels.formats import BlockGrid
@@ -135,7 +136,7 @@ PARAMETERS = ((3, 700), (300,), (3, 5, 77), (2, 512), (5, 33), (1,))
 
 def arguments_of(
     rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, coded: int, block_size: int, **options: Any
-) -> StepArguments:
+) -> StepCase:
     """Arguments in mid-training: bit s of ``coded`` says that state s is 8-bit codes."""
     states: list[list[Tensor]] = []
     scales: list[list[Tensor]] = []
@@ -146,7 +147,7 @@ def arguments_of(
         scales.append([c for _, c in pairs])
     grads = [torch.randn(p) * torch.exp(2 * torch.randn(p)) for p in PARAMETERS]
     grads[0].view(-1)[3], grads[1].view(-1)[-1], grads[4].view(-1)[0] = float("nan"), float("inf"), float("-inf")
-    return StepArguments(
+    return StepCase(
         rule,
         params=[torch.randn(p).to(dtype) for p in PARAMETERS],
         grads=[g.to(grad_dtype) for g in grads],
@@ -160,7 +161,7 @@ def arguments_of(
     )
 
 
-def copy_of(a: StepArguments, place: Callable[[Tensor], Tensor] = Tensor.clone) -> StepArguments:
+def copy_of(a: StepCase, place: Callable[[Tensor], Tensor] = Tensor.clone) -> StepCase:
     def places(tensors: list[Tensor]) -> list[Tensor]:
         return [place(t) for t in tensors]
 
@@ -169,16 +170,16 @@ def copy_of(a: StepArguments, place: Callable[[Tensor], Tensor] = Tensor.clone) 
     return replace(a, states=[places(s) for s in a.states], scales=[places(s) for s in a.scales])
 
 
-def step(a: StepArguments) -> list[Tensor]:
+def step(a: StepCase) -> list[Tensor]:
     """All that one step writes, and the norms that it used."""
-    norms = kernels.optimizer_norms(a) if rules.get(a.rule).norms else None
-    kernels.optimizer_step(a, norms)
+    norms = a.norms() if rules.get(a.rule).norms else None
+    a.step(norms)
     written = [*a.params, *a.remainders, *a.steps, *(t for s in (*a.states, *a.scales) for t in s)]
     return written if norms is None else [*written, norms]
 
 
 def assert_step_equals_reference(
-    a: StepArguments, modes: list[dict[str, Any]], place: Callable[[Tensor], Tensor] = Tensor.clone
+    a: StepCase, modes: list[dict[str, Any]], place: Callable[[Tensor], Tensor] = Tensor.clone
 ) -> None:
     with kernels.use_backend("reference"):
         expected = step(copy_of(a))
@@ -281,19 +282,14 @@ def test_a_parameter_without_elements_counts_its_step_and_has_norm_zero() -> Non
     a.params[place], a.grads[place] = empty, empty.clone()
     for states, scales in zip(a.states, a.scales, strict=True):
         states[place], scales[place] = torch.zeros(0, 5, dtype=torch.uint8), torch.zeros(0, 1)
-    ours = copy_of(a)
-    with emulated():
-        norms = cuda.optimizer_norms(ours)
-        cuda.optimizer_step(ours, norms)
-    expected = reference.optimizer_norms(a)
-    reference.optimizer_step(a, expected)
-    assert_same_bits([*ours.params, *ours.steps, norms], [*a.params, *a.steps, expected])
-    assert norms[place].tolist() == [0, 0]
+    assert_step_equals_reference(a, MODES[:1])
+    with kernels.use_backend("reference"):
+        assert a.norms()[place].tolist() == [0, 0]
 
 
 def test_more_parameters_than_one_launch_can_tell_and_a_table_that_is_kept() -> None:
     count = 100
-    a = StepArguments(
+    a = StepCase(
         "sgd",
         params=[torch.randn(1 + i % 3, 40 + i) for i in range(count)],
         grads=[torch.randn(1 + i % 3, 40 + i) for i in range(count)],
@@ -304,13 +300,13 @@ def test_more_parameters_than_one_launch_can_tell_and_a_table_that_is_kept() -> 
     )
     expected = copy_of(a)
     for _ in range(3):
-        reference.optimizer_step(expected, None)
+        reference.optimizer_step(expected.arguments, expected.grads, expected.scalars, None)
     with emulated() as launches:
-        kernels.optimizer_step(a)
-        kernels.optimizer_step(a)
+        a.step()
+        a.step()
         sent = [one.kernel for one in launches].count("write_words")
         a.grads[7] = a.grads[7].clone()
-        kernels.optimizer_step(a)
+        a.step()
     words = (count + 1) * 11
     assert sent == -(-words // table._WORDS), "the second step finds its table on the device"
     assert [one.kernel for one in launches].count("write_words") == 2 * sent, "another address is another table"

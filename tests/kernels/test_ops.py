@@ -23,16 +23,15 @@ def step_arguments(n: int = 2) -> tuple:
     grads = [torch.randn(3, 70) for _ in range(n)]
     hyper = [0.1, 0.9, 0.0, 0.0]
     optional = [None] * 4
-    keys = [0, list(range(n)), [0] * n, False, False, []]
-    return ("sgd_momentum", params, grads, steps, states, scales, hyper, 256, *optional, *keys)
+    keys = list(range(n)), [0] * n, False, []
+    return ("sgd_momentum", params, steps, states, scales, 256, *keys, grads, hyper, *optional, 0, False)
 
 
 def lamb_arguments() -> tuple:
     """Flat arguments of the op optimizer_norms: LAMB on one small matrix, 32-bit."""
-    tensors = [[torch.randn(3, 70)], [torch.randn(3, 70)], [torch.zeros(())]]
-    states = [torch.zeros(3, 70), torch.zeros(3, 70)]
+    tensors = [torch.randn(3, 70)], [torch.zeros(())], [torch.zeros(3, 70), torch.zeros(3, 70)], [torch.zeros(0)] * 2
     hyper = [0.1, 0.9, 0.99, 1e-8, 0.0]
-    return ("lamb", *tensors, states, [torch.zeros(0)] * 2, hyper, 256, *[None] * 4, 0, [0], [0], False, False, [])
+    return ("lamb", *tensors, 256, [0], [0], False, [], [torch.randn(3, 70)], hyper, *[None] * 4, 0, False)
 
 
 def lowbit(form: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.instruction_sets import require
+from support.step_case import StepCase
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import StepArguments, rules
+from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.cpu import blockwise, step
 from lowbit_lightning.kernels.formats import MAPS, BlockGrid, dynamic_map
@@ -49,7 +50,7 @@ SHAPES = ((7, 700), (300,), (3, 5, 77), (16, 256), (9, 33), (1,))
 
 def fresh(
     rule: str, shapes: tuple[tuple[int, ...], ...], bits: list[int], dtype: torch.dtype, block_size: int, **options: Any
-) -> StepArguments:
+) -> StepCase:
     """Arguments for new parameters; ``bits`` by state."""
     states, scales = [], []
     for state, state_bits in zip(rules.get(rule).states, bits, strict=False):
@@ -60,7 +61,7 @@ def fresh(
         else:
             states.append([torch.zeros(s) for s in shapes])
             scales.append([torch.zeros(0) for _ in shapes])
-    return StepArguments(
+    return StepCase(
         rule,
         params=[torch.randn(s).to(dtype) for s in shapes],
         grads=[torch.zeros(s) for s in shapes],
@@ -73,7 +74,7 @@ def fresh(
     )
 
 
-def run(arguments: StepArguments, backend: str, steps: int, grad_dtype: torch.dtype, seed: int) -> list[Tensor]:
+def run(arguments: StepCase, backend: str, steps: int, grad_dtype: torch.dtype, seed: int) -> list[Tensor]:
     """All that the steps wrote, from deep copies of the arguments."""
 
     def copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -96,8 +97,8 @@ def run(arguments: StepArguments, backend: str, steps: int, grad_dtype: torch.dt
             if number == 1:
                 a.grads[0].view(-1)[3] = float("nan")
                 a.grads[0].view(-1)[-1] = float("inf")
-            norms = kernels.optimizer_norms(a) if rules.get(a.rule).norms else None
-            kernels.optimizer_step(a, norms)
+            norms = a.norms() if rules.get(a.rule).norms else None
+            a.step(norms)
     states, scales = [t for s in a.states for t in s], [t for s in a.scales for t in s]
     return [*a.params, *a.steps, *states, *scales, *([] if norms is None else [norms]), *a.remainders]
 
@@ -217,7 +218,7 @@ def test_a_non_finite_gradient_hurts_nobody_else(backend: str) -> None:
                     a.grads[0][1, 7] = float("nan")
                 else:
                     a.grads[0][1, 7] = 0.0
-                kernels.optimizer_step(a)
+                a.step()
         results.append(a)
     clean, poisoned = results
     assert poisoned.params[0][1, 7].isnan()
@@ -236,7 +237,7 @@ def test_norms_are_sums_of_squares() -> None:
     arguments.grads = [torch.randn(s) for s in SHAPES]
     for backend in ("reference", "cpu"):
         with kernels.use_backend(backend):
-            norms = kernels.optimizer_norms(arguments)
+            norms = arguments.norms()
         expected = torch.stack([p.double().square().sum() for p in arguments.params])
         torch.testing.assert_close(norms[:, 0], expected, rtol=1e-6, atol=0)
 
@@ -333,11 +334,14 @@ def test_master_copy_is_equal_on_backends(rule: str) -> None:
 def test_bad_arguments_are_named_before_anything_changes() -> None:
     good = fresh("adamw", ((3, 70),), [8, 8], torch.float32, 256)
 
-    def bad(**changes: Any) -> StepArguments:
+    def bad(**changes: Any) -> StepCase:
         return replace(good, **changes)
 
+    def two(**changes: Any) -> StepCase:
+        return replace(fresh("adamw", ((3, 70), (3, 70)), [8, 8], torch.float32, 256), **changes)
+
     sparse = torch.zeros(3, 70).to_sparse()
-    cases: list[tuple[StepArguments, type[Exception], str]] = [
+    cases: list[tuple[StepCase, type[Exception], str]] = [
         (bad(rule="adamx"), ValueError, "rule must be one of .* got 'adamx'"),
         (bad(block_size=7), ValueError, "block_size .* got 7"),
         (bad(hyper=[1.0]), ValueError, "hyper must hold"),
@@ -354,6 +358,15 @@ def test_bad_arguments_are_named_before_anything_changes() -> None:
             TypeError,
             "stochastic_rounding serves bfloat16",
         ),
+        (bad(params=[]), ValueError, "params must hold one parameter or more"),
+        (two(params=[good.params[0], good.params[0].half()]), TypeError, "params must have one dtype"),
+        (two(grads=[good.grads[0], good.grads[0].half()]), TypeError, "grads must have one dtype"),
+        (two(states=[[good.states[0][0], torch.zeros(3, 70)], two().states[1]]), TypeError, "exp_avg must be codes of"),
+        (
+            bad(grads=[torch.zeros(3, 70, dtype=torch.float64)]),
+            TypeError,
+            "grads must be float32, .* got torch.float64",
+        ),
         (bad(rule="lamb"), ValueError, r"norms must be float64 of shape \(1, 2\)"),
         (bad(states=[[torch.zeros(70, 3, dtype=torch.uint8).t()], good.states[1]]), ValueError, "must be contiguous"),
         (bad(grads=[torch.zeros(3, 70, device="meta")]), ValueError, "is on meta"),
@@ -366,31 +379,6 @@ def test_bad_arguments_are_named_before_anything_changes() -> None:
     before = good.params[0].clone()
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
-            kernels.optimizer_step(arguments)
+            arguments.step()
     assert torch.equal(good.params[0], before)
     assert good.steps[0] == 0
-
-
-def test_dtypes_may_differ_within_a_call() -> None:
-    dtypes = [torch.float32, torch.bfloat16, torch.float32]
-    parts = [fresh("adamw", ((3, 70),), [8, 8], dtype, 256) for dtype in dtypes]
-
-    def merged(name: str) -> list[Any]:
-        return [x for part in parts for x in getattr(part, name)]
-
-    def merged_states(name: str) -> list[list[Any]]:
-        return [[x for part in parts for x in getattr(part, name)[s]] for s in range(2)]
-
-    together = StepArguments(
-        "adamw",
-        params=merged("params"),
-        grads=merged("grads"),
-        steps=merged("steps"),
-        states=merged_states("states"),
-        scales=merged_states("scales"),
-        hyper=parts[0].hyper,
-    )
-    result = run(together, "cpu", 2, torch.float32, seed=8)
-    expected = run(together, "reference", 2, torch.float32, seed=8)
-    assert_same_bits(result, expected)
-    assert [t.dtype for t in result[:3]] == dtypes

@@ -35,9 +35,9 @@ def test_half_parameters_are_rounded_once(dtype: torch.dtype, grad_dtype: torch.
         g = spread(p).to(grad_dtype)
         expected = adamw_in_float64(p, g, m, v, t).to(dtype)
         hyper = [1e-3, 0.9, 0.999, 1e-8, 0.01]
-        arguments = kernels.StepArguments("adamw", [p], [g], steps, states, states, hyper)
+        arguments = kernels.StepArguments("adamw", [p], steps, states, states)
         with kernels.use_backend("reference"):
-            kernels.optimizer_step(arguments)
+            kernels.optimizer_step(arguments, [g], kernels.StepScalars(hyper))
         assert p.dtype == dtype
         off = (p.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
         assert off.max() <= 1

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import optim
-from lowbit_lightning.optim import base
 from lowbit_lightning.optim.loading import all_or_nothing
+from lowbit_lightning.state import shards
 from lowbit_lightning.state.pages import Entries
 
 __all__ = ["one_thread"]  # a fixture
@@ -75,7 +75,7 @@ def test_the_sums_of_pieces_are_the_sum(kind: str, monkeypatch: pytest.MonkeyPat
         found.append(sums.clone())
         return sums
 
-    monkeypatch.setattr(base.shards, "sum_over_shards", note)
+    monkeypatch.setattr(shards, "sum_over_shards", note)
     shape = (300 * 256 * 32 + 1000,)
     with lying_in_wait(chunk=1_000_000):
         variants: list[dict[str, Any]] = [{}, {"paged": True}]

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
-from lowbit_lightning.optim import loading
-from lowbit_lightning.state import pages
+from lowbit_lightning.state import pages, saved
 from lowbit_lightning.state.pages import Entries, Pager, file
 
 __all__ = ["one_thread"]  # a fixture
@@ -50,8 +49,10 @@ def test_near_and_far_may_be_different_devices(kind: str, monkeypatch: pytest.Mo
     """Steps, conversions, checkpoints: what is paged is on the CPU, kernels see nothing that is, and no state of the
     device is as large as a parameter's."""
 
-    def on_device(arguments: kernels.StepArguments, norms: Tensor | None = None) -> Tensor:
-        arguments.check()
+    def on_device(
+        arguments: kernels.StepArguments, grads: list[Tensor], scalars: kernels.StepScalars, norms: Tensor | None = None
+    ) -> Tensor:
+        arguments.check_step(grads, scalars)
         assert arguments.device.type == "meta"
         return torch.empty(len(arguments.params), 2, dtype=torch.float64, device="meta")
 
@@ -64,7 +65,7 @@ def test_near_and_far_may_be_different_devices(kind: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "optimizer_step", on_device)
     monkeypatch.setattr(kernels, "optimizer_norms", on_device)
     monkeypatch.setattr(Pager, "write", written)
-    monkeypatch.setattr(loading, "to_host", lambda p, value: torch.empty(value.shape, dtype=value.dtype))
+    monkeypatch.setattr(saved, "to_host", lambda value: torch.empty(value.shape, dtype=value.dtype))
     monkeypatch.setattr(pages.layout, "CHUNK", CHUNK)
     params = [Parameter(p.detach().to("meta")) for p in parameters(torch.bfloat16)]
     optimizer = build(kind, params, paged=True, master="bf16+8")

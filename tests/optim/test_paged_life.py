@@ -379,8 +379,8 @@ def test_what_is_not_paged_follows_a_parameter_to_another_device() -> None:
         optimizer.state[moved] = optimizer.state.pop(p)
         optimizer.param_groups[0]["params"] = [moved]
         group = optimizer.param_groups[0]
-        form = optimizer.form(group, moved.shape, moved.dtype)
-        optimizer.store.give(moved, form, lambda: [(moved, form)])
+        form = optimizer.settings(group).form(moved.shape, moved.dtype)
+        optimizer._store.give(moved, form, lambda: [(moved, form)])
         entries = raw(optimizer.state[moved])
         near = {name for name in entries if name == "step" or name.endswith("_scales")}
         assert {name: value.device.type for name, value in entries.items()} == {

@@ -135,7 +135,7 @@ def test_one_block_for_a_row_is_never_requantised(
     group = optimizer.param_groups[0]
     group["block_size"] = block_sizes[1]
     for _ in range(2):
-        optimizer._keep_format(group)
+        optimizer.settings(group).keep_format(optimizer._store)
     assert group["state_format"]["block_size"] == block_sizes[1]
     assert all(torch.equal(value, optimizer.state[p][name]) for name, value in before.items())
 

@@ -42,13 +42,13 @@ def test_layouts(wanted: list[Want], resident: int, limit: int) -> None:
     reached = [0] * len(wanted)
     for chunk in plan.chunks:
         near = []
-        for span in chunk.spans:
-            want = wanted[span.want]
-            assert span.start == reached[span.want], "in order, without a gap"
-            reached[span.want] = span.stop
+        for number, span, places_far, places_near in chunk.placed:
+            want = wanted[number]
+            assert span.start == reached[number], "in order, without a gap"
+            reached[number] = span.stop
             assert span.start % want.unit == 0, "cut at a unit"
             for (_, dtype), to, first, place in zip(
-                want.dtypes, span.near, span.far, plan.places[span.want], strict=True
+                want.dtypes, places_near, places_far, plan.places[number], strict=True
             ):
                 size = (span.stop - span.start) * dtype.itemsize
                 assert first == place + span.start * dtype.itemsize, "contiguous in the slab"
@@ -57,9 +57,9 @@ def test_layouts(wanted: list[Want], resident: int, limit: int) -> None:
                 far.append((first, first + size))
                 assert any(f <= first and first + size <= f + n and to - first == m - f for f, m, n in chunk.moves)
         assert_apart(near, chunk.nbytes)
-        whole = [span for span in chunk.spans if span.stop - span.start == wanted[span.want].numel]
-        assert len(chunk.spans) == 1 or len(whole) == len(chunk.spans), "a piece travels alone"
-        uncut = chunk.nbytes <= limit or len(chunk.spans) == 1
+        whole = [number for number, span, *_ in chunk.placed if span == (0, wanted[number].numel)]
+        assert len(chunk.placed) == 1 or len(whole) == len(chunk.placed), "a piece travels alone"
+        uncut = chunk.nbytes <= limit or len(chunk.placed) == 1
         assert uncut, "larger than it may be"
     assert reached == [want.numel for want in wanted]
     assert_apart(far, plan.nbytes)
@@ -80,7 +80,7 @@ def assert_apart(spans: Sequence[tuple[int, int]], end: int) -> None:
 
 def test_a_parameter_is_cut_into_pieces_of_equal_size() -> None:
     plan = lay_out([Want((100, 10_000), (("codes", torch.uint8),), 10_000)], 0, 98_192)
-    sizes = [span.stop - span.start for chunk in plan.chunks for span in chunk.spans]
+    sizes = [span.stop - span.start for chunk in plan.chunks for _, span, *_ in chunk.placed]
     assert sizes == [90_000] * 4 + [80_000] * 8  # nine rows fit, and would leave a chunk of one row
 
 
@@ -114,7 +114,7 @@ class Model:
         self.count += 1
         count = self.count
         for name, near in piece.states.items():
-            true = self.truth[number][name].view(-1)[piece.start : piece.stop]
+            true = self.truth[number][name].view(-1)[piece.span.start : piece.span.stop]
             if changes:
                 true.mul_(3).add_(count % 50)
                 self.stream.launch(partial(self.change, near, count % 50))

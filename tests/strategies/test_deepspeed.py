@@ -219,7 +219,7 @@ def test_partitions_are_told_from_parameters() -> None:
     assert partitions.is_partition(torch.zeros(5, requires_grad=True))
     assert not partitions.is_partition(nn.Parameter(torch.zeros(5)))
     assert not partitions.is_partition(torch.zeros(5, 1, requires_grad=True))
-    assert not partitions.are_partitions([{"params": []}])
+    assert not partitions.are_partitions([])
 
 
 def test_saved_states_are_float32_and_load_to_the_bit() -> None:

@@ -7,13 +7,14 @@ decided inside its loop; the cache makes that a matter of the first run on a mac
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.sources import StepVariant
 from lowbit_lightning.kernels.structs import StepSettings, hyper_values, parameter_rows, settings_values
@@ -37,21 +38,32 @@ def library(variant: StepVariant) -> ctypes.CDLL:
     return host_library(variant.text("optimizer_step.cpp"))
 
 
-def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
+def optimizer_step(
+    arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None
+) -> None:
     """See the reference."""
-    _run("optimizer_step", arguments, None if norms is None else norms.data_ptr())
+    _run("optimizer_step", arguments, grads, scalars, None if norms is None else norms.data_ptr())
 
 
-def optimizer_norms(arguments: StepArguments) -> Tensor:
+def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
     """See the reference."""
     out = torch.empty(len(arguments.params), len(rules.get(arguments.rule).norms), dtype=torch.float64, device="cpu")
     if out.numel():
-        _run("optimizer_norms", arguments, None, out.data_ptr())
+        _run("optimizer_norms", arguments, grads, scalars, None, out.data_ptr())
     return out
 
 
-def _run(function: str, arguments: StepArguments, square_sums: int | None, *more: int) -> None:
-    rows, hyper, threads = parameter_rows(arguments), hyper_values(arguments), torch.get_num_threads()
+def _run(
+    function: str,
+    arguments: StepArguments,
+    grads: Sequence[Tensor],
+    scalars: StepScalars,
+    square_sums: int | None,
+    *more: int,
+) -> None:
+    rows, hyper, threads = parameter_rows(arguments, grads), hyper_values(scalars), torch.get_num_threads()
     address, _ = rows.buffer_info()
-    call = _Call(*settings_values(arguments), address, len(arguments.params), hyper, square_sums, threads)
-    getattr(library(StepVariant.of(arguments)), function)(ctypes.byref(call), *map(ctypes.c_void_p, more))
+    call = _Call(*settings_values(scalars), address, len(arguments.params), hyper, square_sums, threads)
+    getattr(library(StepVariant.of(arguments, grads[0].dtype)), function)(
+        ctypes.byref(call), *map(ctypes.c_void_p, more)
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 from lowbit_lightning.kernels.cuda import launch
 from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry
 from lowbit_lightning.kernels.cuda.table import parameter_table
@@ -19,26 +20,28 @@ _FILL = 2048  # CUDA blocks that keep a large GPU busy; with more work than that
 _TURNS = 8
 
 
-def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
+def optimizer_step(
+    arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None
+) -> None:
     """See the reference."""
-    _Step(arguments).step(norms)
+    _Step(arguments, grads, scalars).step(norms)
 
 
-def optimizer_norms(arguments: StepArguments) -> Tensor:
+def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
     """See the reference."""
-    return _Step(arguments).norms()
+    return _Step(arguments, grads, scalars).norms()
 
 
 class _Step:
     """The launches of one step: ``prepare``, then ``step`` or the norms."""
 
-    def __init__(self, arguments: StepArguments) -> None:
-        self.arguments = arguments
+    def __init__(self, arguments: StepArguments, grads: Sequence[Tensor], given: StepScalars) -> None:
+        self.arguments, self.grads, self.given = arguments, grads, given
         self.rule = rules.get(arguments.rule)
-        self.variant = StepVariant.of(arguments)
-        self.settings = StepSettings(*settings_values(arguments))
+        self.variant = StepVariant.of(arguments, grads[0].dtype)
+        self.settings = StepSettings(*settings_values(given))
         self.count = len(arguments.params)
-        self.table, self.blocks = parameter_table(arguments)
+        self.table, self.blocks = parameter_table(arguments, grads)
         self.scalars = self._empty(self.count * max(1, len(self.rule.elementwise_scalars)), torch.float32)
         self.factor = self._empty(1, torch.float32)
 
@@ -61,7 +64,7 @@ class _Step:
         return out
 
     def _prepare(self, norms: Tensor | None, advance: bool) -> None:
-        told = hyper_values(self.arguments), self.settings, norms, ctypes.c_int(advance)
+        told = hyper_values(self.given), self.settings, norms, ctypes.c_int(advance)
         arguments = self.table, ctypes.c_int64(self.count), *told, self.scalars, self.factor
         text = specialised("optimizer_prepare.cu", self.rule.name)
         self._run(text, "prepare", ceil_div(self.count, 128), 128, arguments)
@@ -80,7 +83,7 @@ class _Step:
 
     def _memory(self) -> list[Tensor]:
         a = self.arguments
-        tensors = [*settings_tensors(a), *a.params, *a.grads, *a.steps, *a.remainders]
+        tensors = [*settings_tensors(self.given), *a.params, *self.grads, *a.steps, *a.remainders]
         return [*tensors, *(t for s in (*a.states, *a.scales) for t in s)]
 
     def _empty(self, count: int, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ _KEPT = 2**21  # words of all tables: 16 MiB. Paged states have one for each chu
 _tables: OrderedDict[tuple[torch.device, int, bytes], Tensor] = OrderedDict()
 
 
-def parameter_table(arguments: StepArguments) -> tuple[Tensor, int]:
+def parameter_table(arguments: StepArguments, grads: Sequence[Tensor]) -> tuple[Tensor, int]:
     """``structs.parameter_rows`` on the device, and the number of all blocks."""
-    words = parameter_rows(arguments)
+    words = parameter_rows(arguments, grads)
     return _on_device(words, arguments.device), words[-1]
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +67,29 @@ class BlockGrid:
     def in_runs(self) -> bool:
         """Whether the blocks are simply consecutive elements: the tensor may be cut in front of any of them."""
         return self.rows <= 1 or self.row_length % self.block_size == 0
+
+
+class Span(NamedTuple):
+    """The elements ``start`` to ``stop - 1`` of a tensor, cut in front of a block or, at least, a row."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def of(self, x: Tensor, grid: BlockGrid) -> Tensor:
+        """This part of a tensor with that grid: a view where it is contiguous; a vector, or whole rows."""
+        if grid.in_runs:
+            return x.contiguous().view(-1)[self.start : self.stop]
+        return x.contiguous()[self.start // grid.row_length : self.stop // grid.row_length]
+
+    def of_scales(self, scales: Tensor, grid: BlockGrid) -> Tensor:
+        """The same part of its scales."""
+        if grid.in_runs:
+            return scales.view(1, -1)[:, self.start // grid.block_size : -(-self.stop // grid.block_size)]
+        return scales[self.start // grid.row_length : self.stop // grid.row_length]
 
 
 def check_block_size(block_size: int) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels import formats, rules
-from lowbit_lightning.kernels.arguments import StepArguments
+from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 from lowbit_lightning.kernels.reference.blockwise import of_elements, quantize_blockwise, to_blocks
 from lowbit_lightning.kernels.reference.words import random_words, round_stochastically
 
 
-def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
+def optimizer_step(
+    arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None
+) -> None:
     """One step of ``arguments.rule``, in place, on parameters, states, scales and step counts.
 
     ``norms``: float64 ``[n, len(rule.norms)]``, sums of squares, as ``optimizer_norms`` returns them (summed over
@@ -22,28 +26,28 @@ def optimizer_step(arguments: StepArguments, norms: Tensor | None) -> None:
     encoded. An element any of whose new 8-bit states is not finite has them all encoded as zero, and enters no scale.
     Its parameter is what the rule made of it: non-finite, as in torch.
     """
-    if arguments.skip is not None and bool(arguments.skip != 0):
+    if scalars.skip is not None and bool(scalars.skip != 0):
         return
     rule = rules.get(arguments.rule)
     for i, p in enumerate(arguments.params):
         arguments.steps[i].add_(1)
         step = float(arguments.steps[i])
-        scalars = rule.compute_scalars(_hyper(arguments), step, _roots(norms, i))
-        values = rule.run("direction", _operands(arguments, rule, i), scalars, p.device)
-        values = rule.run("finish", values, scalars, p.device)
+        numbers = rule.compute_scalars(_hyper(scalars), step, _roots(norms, i))
+        values = rule.run("direction", _operands(arguments, grads, scalars, i), numbers, p.device)
+        values = rule.run("finish", values, numbers, p.device)
         _store_states(arguments, rule, i, values)
         if arguments.remainders:
             split_master(values["p"], p, arguments.remainders[i])
         elif arguments.stochastic_rounding and p.dtype == torch.bfloat16:
             words = random_words(
-                arguments.seed, arguments.ordinals[i], int(step), arguments.offsets[i], p.numel(), p.device
+                scalars.seed, arguments.ordinals[i], int(step), arguments.offsets[i], p.numel(), p.device
             )
             p.copy_(round_stochastically(values["p"], words.view(p.shape)))
         else:
             p.copy_(values["p"])
 
 
-def optimizer_norms(arguments: StepArguments) -> Tensor:
+def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
     """Sums of squares of the values that the rule names in ``norms``: float64 ``[n, len(rule.norms)]``.
 
     The order of summation is fixed: the float32 squares of a block (padded with zeros) are folded in halves (element
@@ -52,8 +56,8 @@ def optimizer_norms(arguments: StepArguments) -> Tensor:
     rule = rules.get(arguments.rule)
     result = torch.zeros(len(arguments.params), len(rule.norms), dtype=torch.float64, device=arguments.device)
     for i, p in enumerate(arguments.params):
-        scalars = rule.compute_scalars(_hyper(arguments), float(arguments.steps[i]) + 1, None)
-        values = rule.run("direction", _operands(arguments, rule, i), scalars, p.device)
+        numbers = rule.compute_scalars(_hyper(scalars), float(arguments.steps[i]) + 1, None)
+        values = rule.run("direction", _operands(arguments, grads, scalars, i), numbers, p.device)
         for k, name in enumerate(rule.norms):
             squares = to_blocks(values[name] * values[name], arguments.grid(i))
             result[i, k] = fold_sums(_fold_halves(squares).flatten().double())
@@ -73,26 +77,26 @@ def fold_sums(sums: Tensor) -> Tensor:
     return sums[0] if len(sums) else sums.sum(0)
 
 
-def _hyper(arguments: StepArguments) -> list[float]:
-    if arguments.lr is None:
-        return arguments.hyper
-    return [float(arguments.lr), *arguments.hyper[1:]]
+def _hyper(scalars: StepScalars) -> list[float]:
+    if scalars.lr is None:
+        return list(scalars.hyper)
+    return [float(scalars.lr), *scalars.hyper[1:]]
 
 
 def _roots(norms: Tensor | None, i: int) -> tuple[float, ...] | None:
     return None if norms is None else tuple(float(x) ** 0.5 for x in norms[i])
 
 
-def _operands(arguments: StepArguments, rule: rules.Rule, i: int) -> dict[str, Tensor]:
+def _operands(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, i: int) -> dict[str, Tensor]:
     """p, g, the states and their scales of parameter i, float32."""
     factor = torch.ones((), dtype=torch.float32, device=arguments.device)
-    for value in (arguments.unscale, arguments.clip):
+    for value in (scalars.unscale, scalars.clip):
         if value is not None:
             factor = factor * value.reshape(())
-    g = arguments.grads[i].float() * (-factor if arguments.maximize else factor)
+    g = grads[i].float() * (-factor if scalars.maximize else factor)
     p = arguments.params[i]
     operands = {"p": join_master(p, arguments.remainders[i]) if arguments.remainders else p.float(), "g": g}
-    for s, state in enumerate(rule.states):
+    for s, state in enumerate(rules.get(arguments.rule).states):
         stored, scale = arguments.states[s][i], torch.ones((), dtype=torch.float32, device=arguments.device)
         if stored.dtype == torch.uint8:
             stored = formats.codebook(state.codebook).to(arguments.device)[stored.int()]

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from lowbit_lightning.kernels.formats import Span
+
 CHUNK = 32 << 20
 """Bytes of a chunk where states are large; copies of this size run at the link's speed."""
 RING = 3
@@ -46,13 +48,12 @@ class Want(NamedTuple):
         return sum(_up(numel * dtype.itemsize) for _, dtype in self.dtypes)
 
 
-class Span(NamedTuple):
-    """The elements ``start`` to ``stop - 1`` of a parameter, in a chunk: first bytes of each state, far (in the slab)
-    and near (in the chunk's memory)."""
+class Placed(NamedTuple):
+    """A part of a parameter, by its number, in a chunk: first bytes of each state, far (in the slab) and near (in the
+    chunk's memory)."""
 
     want: int
-    start: int
-    stop: int
+    span: Span
     far: tuple[int, ...]
     near: tuple[int, ...]
 
@@ -60,12 +61,12 @@ class Span(NamedTuple):
 @dataclass
 class ChunkPlan:
     resident: bool
-    spans: list[Span] = field(default_factory=list)
+    placed: list[Placed] = field(default_factory=list)
     nbytes: int = 0
     moves: list[tuple[int, int, int]] = field(default_factory=list)
     """Far and near offset, and bytes, of what is contiguous in both."""
 
-    def add(self, want: int, start: int, stop: int, far: list[int], sizes: list[int], padded: bool) -> None:
+    def add(self, want: int, span: Span, far: list[int], sizes: list[int], padded: bool) -> None:
         """``sizes``: bytes of each state. Where ``padded``, the bytes up to the next state belong to it."""
         near = []
         for offset, size in zip(far, sizes, strict=True):
@@ -78,7 +79,7 @@ class ChunkPlan:
             else:
                 self.moves.append((offset, first, length))
             self.nbytes = first + _up(size)
-        self.spans.append(Span(want, start, stop, tuple(far), tuple(near)))
+        self.placed.append(Placed(want, span, tuple(far), tuple(near)))
 
 
 class Layout(NamedTuple):
@@ -139,7 +140,7 @@ class _Builder:
         if self.full or not same or self.chunks[-1].nbytes + total > limit:
             self._next_chunk()
         far = self._far_of(want)
-        self._add(number, want, 0, want.numel, far)
+        self._add(number, want, Span(0, want.numel), far)
         return far
 
     def _cut(self, number: int, want: Want) -> tuple[int, ...]:
@@ -157,7 +158,7 @@ class _Builder:
                 count = -(-(want.numel - start) // most)
                 most = _up(-(-(want.numel - start) // count), want.unit)
             stop = min(want.numel, start + most)
-            self._add(number, want, start, stop, far)
+            self._add(number, want, Span(start, stop), far)
             start = stop
         self.full = True
         return far
@@ -180,12 +181,12 @@ class _Builder:
             self.far += _up(want.numel * dtype.itemsize, to)
         return tuple(offsets)
 
-    def _add(self, number: int, want: Want, start: int, stop: int, far: tuple[int, ...]) -> None:
+    def _add(self, number: int, want: Want, span: Span, far: tuple[int, ...]) -> None:
         sizes = [dtype.itemsize for _, dtype in want.dtypes]
         chunk, before = self.chunks[-1], self.chunks[-1].nbytes
-        first = [offset + start * size for offset, size in zip(far, sizes, strict=True)]
-        whole = stop - start == want.numel
-        chunk.add(number, start, stop, first, [(stop - start) * size for size in sizes], padded=whole)
+        first = [offset + span.start * size for offset, size in zip(far, sizes, strict=True)]
+        length = span.length
+        chunk.add(number, span, first, [length * size for size in sizes], padded=length == want.numel)
         if chunk.resident:
             self.left = max(0, self.left - (chunk.nbytes - before))
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowbit_lightning.kernels.formats import Span
 from lowbit_lightning.state.pages import layout
 from lowbit_lightning.state.pages.layout import RING, Want
 from lowbit_lightning.state.pages.statistics import PageStatistics
@@ -56,11 +57,10 @@ class Chunk:
 
 
 class Piece(NamedTuple):
-    """The elements ``start`` to ``stop - 1`` of a parameter's states, near while their chunk is: flat, by name."""
+    """A part of a parameter's states, near while its chunk is: flat, by name."""
 
     chunk: Chunk
-    start: int
-    stop: int
+    span: Span
     states: dict[str, Tensor]
 
 
@@ -126,13 +126,13 @@ class Pager:
     def _make_pieces(self, plans: list[layout.ChunkPlan]) -> list[list[Piece]]:
         pieces: list[list[Piece]] = [[] for _ in self.wants]
         for chunk, plan in zip(self.chunks, plans, strict=True):
-            for span in plan.spans:
-                count = span.stop - span.start
+            for part in plan.placed:
+                count = part.span.length
                 states = {
                     name: chunk.slot.memory[first : first + count * dtype.itemsize].view(dtype)
-                    for (name, dtype), first in zip(self.wants[span.want].dtypes, span.near, strict=True)
+                    for (name, dtype), first in zip(self.wants[part.want].dtypes, part.near, strict=True)
                 }
-                pieces[span.want].append(Piece(chunk, span.start, span.stop, states))
+                pieces[part.want].append(Piece(chunk, part.span, states))
         return pieces
 
     # -- a step ------------------------------------------------------------------------------------------------------

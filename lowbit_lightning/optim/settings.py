@@ -1,0 +1,101 @@
+"""A param group as a step sees it: what its keys decide about forms and scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_lightning.kernels import StepScalars
+from lowbit_lightning.kernels.rules import Rule
+from lowbit_lightning.optim import partitions
+from lowbit_lightning.optim.factors import Factors
+from lowbit_lightning.optim.options import parse_bytes
+from lowbit_lightning.state import shards
+from lowbit_lightning.state.form import Form, Paging, StateFormat, fits_grid
+from lowbit_lightning.state.store import Store
+
+_FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
+"""Group keys that decide what a group's launches are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """A group and what its optimizer makes of it. ``initial``: of each state, before the first step. ``derived``:
+    hyperparameters of the rule that are no keys, by the bits of the parameters' states."""
+
+    group: dict[str, Any]
+    rule: Rule
+    initial: tuple[float, ...]
+    derived: dict[int, dict[str, float]]
+
+    @property
+    def key(self) -> tuple:
+        """Equal for settings with which a plan is made alike."""
+        return (self.rule.name, *(self.group[name] for name in _FORM))
+
+    @property
+    def format(self) -> StateFormat:
+        """Of the 8-bit states, as the group wants them."""
+        return StateFormat.of(self.rule, self.group["block_size"])
+
+    def form(
+        self, shape: tuple[int, ...], dtype: torch.dtype, *, keeps_grid: bool = True, partition: bool = False
+    ) -> Form:
+        """How the states of a parameter are kept.
+
+        ``shape``: of all of it, not of a rank's part. ``keeps_grid``: whether it is cut between blocks, if at all; see
+        ``shards.keeps_grid``. ``partition``: whether it is a flat partition of DeepSpeed's.
+        """
+        group = self.group
+        low = group["bits"] == 8 and keeps_grid and fits_grid(shape, group["min_size"])
+        paging = Paging(group["paged"], parse_bytes(group["resident"]), group["page_dir"]) if group["paged"] else None
+        return Form(
+            self.rule,
+            tuple(8 if low and not state.slow else 32 for state in self.rule.states),
+            self.initial,
+            group["block_size"],
+            master=group["master"] is not None and dtype == torch.bfloat16,
+            paging=paging,
+            partition=partition,
+        )
+
+    def forms(self, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Form]]:
+        """Parameters of the group with their forms."""
+        made: dict[tuple, Form] = {}
+        for p in params:
+            key = p.shape, p.dtype, shards.keeps_grid(p), partitions.is_partition(p)
+            if key not in made:
+                made[key] = self.form(*key[:2], keeps_grid=key[2], partition=key[3])
+            yield p, made[key]
+
+    def keep_format(self, store: Store) -> None:
+        """Requantise all states of the group if its ``block_size`` was changed.
+
+        Raises:
+            ValueError: for scales that fit no block size; nothing has been changed then.
+        """
+        changed = self.group["state_format"]["block_size"] != self.group["block_size"]
+        # Of partitions, DeepSpeed may show some at a time: each scale tells its size.
+        if changed or partitions.are_partitions(self.group["params"]):
+            store.requantise(self.forms(self.group["params"]))
+        self.group["state_format"] = self.format.to_dict()
+
+    def scalars(self, device: torch.device, bits: int, asked: Factors) -> StepScalars:
+        """Those of a step, for parameters on a device whose states have so many bits."""
+        values = {**self.group, **self.derived[bits]}
+        values |= {f"beta{i + 1}": beta for i, beta in enumerate(values.get("betas", ()))}
+        lr = values["lr"]
+        on_device = isinstance(lr, Tensor) and lr.device == device
+        if on_device:
+            values["lr"] = 0.0
+        return StepScalars(
+            [float(values[name]) for name in self.rule.hyper],
+            lr.detach().float() if on_device else None,
+            **{name: value if value is None else value.to(device) for name, value in asked._asdict().items()},
+            seed=self.group["seed"],
+            maximize=self.group["maximize"],
+        )
