@@ -16,7 +16,8 @@ from lowbit_lightning.cli import UserCodeError
 
 
 def make_model(path: str) -> nn.Module:
-    """What ``package.module:factory`` makes on the meta device. The current folder counts as one to import from."""
+    """What ``package.module:factory`` makes on the meta device. The current folder counts as one to import from. A
+    LightningModule that has no parameters yet makes them in its ``configure_model``, as a Trainer would have it."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(f"model must be package.module:factory, got {path!r}")
@@ -42,6 +43,8 @@ def make_model(path: str) -> nn.Module:
     try:
         with torch.device("meta"):
             model = factory()
+            if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
+                getattr(model, "configure_model", lambda: None)()
     except Exception as error:  # whatever the model's own code raises, where tensors have no values
         raise UserCodeError(
             f"model={path!r}: making it on the meta device raised {type(error).__name__}: {error}; what needs values "

@@ -28,6 +28,10 @@ MODEL = """
             assert x.is_floating_point()
             return self.layers(x)
 
+    class Later(nn.Module):
+        def configure_model(self):
+            self.net = Net()
+
     def wide(width):
         return Net(width)
 
@@ -75,6 +79,11 @@ def test_json_is_what_plan_says(folder: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(out) == expected.to_dict()
 
 
+def test_a_model_that_makes_its_layers_later(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [json.loads(run(capsys, f"planned_net:{name}", "--json")[1]) for name in ("Net", "Later")]
+    assert found[0] == found[1]
+
+
 def test_a_table_and_advice_where_it_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "planned_net:Net", "--bits", "32", "--memory", "3MB")
     assert status == 1
@@ -117,7 +126,10 @@ def test_each_option_arrives(folder: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["planned_net"], "model must be package.module:factory, got 'planned_net'"),
         (["nowhere_net:Net"], "cannot import nowhere_net"),
-        (["planned_net:Nett"], r"has no callable 'Nett'; of its own it has \['Net', 'bad', 'number', 'wide'\]"),
+        (
+            ["planned_net:Nett"],
+            r"has no callable 'Nett'; of its own it has \['Later', 'Net', 'bad', 'number', 'wide'\]",
+        ),
         (["planned_net:size"], "has no callable 'size'"),
         (["planned_net:wide"], "callable without arguments .*write a function"),
         (["planned_net:number"], "must make a torch.nn.Module, got int"),
