@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
@@ -48,9 +49,17 @@ def _told(args: argparse.Namespace) -> dict[str, Any]:
             if option.words is not None:
                 value = option.words[value]
             elif option.parse is not None:
-                value = option.parse(value)
+                value = _parsed(declared.name, value, option.parse)
             found[declared.name] = value
     return found
+
+
+def _parsed(name: str, value: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if name in said else f"{name}={value!r}: {said}") from error
 
 
 def run(args: argparse.Namespace) -> int:

@@ -141,6 +141,7 @@ def test_each_option_arrives(folder: Path, capsys: pytest.CaptureFixture[str]) -
             "batch='8,4:int64' has '8', one dimension without a dtype: commas",
         ),
         (["planned_net:Net", "--batch", "8x4"], r"batch=float32 \[8, 4\] could not be run without values"),
+        (["planned_net:Net", "--margin", "much"], "margin='much': could not convert"),
         (["planned_net:Net", "--zero2"], "reshard_after_forward=False needs strategy='sharded', got 'single'"),
         (["planned_net:Net", "--optimizer", "Adammm"], "optimizer must be one of"),
         (["planned_net:Net", "--world-size", "0"], "world_size must be a whole number"),
