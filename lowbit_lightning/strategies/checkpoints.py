@@ -35,7 +35,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lowbit_lightning.optim import LowBitOptimizer
 from lowbit_lightning.state import shards
+from lowbit_lightning.state.form import codes_name
 from lowbit_lightning.strategies import atomic, flat, metadata
 
 META, MARKER, VERSION = "meta.pt", "complete.json", 1  # meta.pt is also how Lightning knows a folder of shards
@@ -273,6 +275,7 @@ def load_optimizers(optimizers: list[Optimizer], checkpoint: Mapping[str, Any], 
         what = "no optimizer states: it holds weights alone" if saved is None else f"{len(saved)} optimizers"
         raise ValueError(f"{source} has {what}; this run has {len(optimizers)} optimizers")
     for optimizer, theirs in zip(optimizers, saved, strict=True):
+        _check_bits(optimizer, theirs, source)
         ids = [key for group in theirs["param_groups"] for key in group["params"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         owners = dict(zip(ids, params, strict=False))
@@ -287,6 +290,16 @@ def load_optimizers(optimizers: list[Optimizer], checkpoint: Mapping[str, Any], 
             optimizer.load_state_dict({**theirs, "state": state})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{source} does not fit {type(optimizer).__name__}: {error}") from error
+
+
+def _check_bits(optimizer: Optimizer, saved: Mapping[str, Any], source: _PATH) -> None:
+    """torch.optim would take 8-bit states in, and miss its own in the step."""
+    coded = any(name.endswith(codes_name("")) for entries in saved["state"].values() for name in entries)
+    if coded and not isinstance(optimizer, LowBitOptimizer):
+        raise ValueError(
+            f"{source} holds 8-bit states, which {type(optimizer).__module__}.{type(optimizer).__name__} cannot read: "
+            f"leave optimizer_bits=8, or convert the checkpoint with `lowbit convert {source} --bits 32`"
+        )
 
 
 def _placed_as(owner: Any, value: Any) -> Any:

@@ -23,8 +23,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from support.run_program import PROGRAMS, ROOT, check, outcomes, run
 from torch import nn
 
-from lowbit_lightning import sharding
-from lowbit_lightning.strategies import ShardedStrategy, blocks, buffers
+from lowbit_lightning import optim, sharding
+from lowbit_lightning.strategies import ShardedStrategy, blocks, buffers, checkpoints
 
 CHECKPOINTS = (
     "saves_of_every_strategy_load_everywhere",
@@ -238,6 +238,20 @@ def test_modules_compute_with_buffers_wider_than_their_parameters(kind: str, tra
     for name, p in exact.named_parameters():
         assert module.get_parameter(name) is cast[name]
         torch.testing.assert_close(cast[name].grad, p.grad.bfloat16())
+
+
+def test_8_bit_states_are_not_loaded_into_torchs_optimizer() -> None:
+    model = nn.Linear(64, 64)
+    ours, theirs = optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 64)).sum().backward()
+    ours.step()
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt holds 8-bit states, which torch.*AdamW cannot .*lowbit convert last"
+    ):
+        checkpoints.load_optimizers([theirs], {"optimizer_states": [ours.state_dict()]}, "last.ckpt")
+    assert not theirs.state
+    checkpoints.load_optimizers([theirs], {"optimizer_states": [ours.state_dict(bits=32)]}, "last.ckpt")
+    assert theirs.state
 
 
 def test_repeated_blocks_are_found() -> None:
