@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lowbit_lightning.convert.others import INSTEAD, others
 from lowbit_lightning.layers.int8 import FLOATS, Int8Layer, Products, adopt, can_be_released, is_conv1d, release
+from lowbit_lightning.layers.outputs import sizes
 from lowbit_lightning.layers.select import Overrides, Patterns, Report, grouped, select, stacked
 
 MIN_FEATURES = 32
@@ -124,10 +125,11 @@ def _unfit(layer: nn.Module, min_features: int) -> str | None:
         return f"{type(layer).__name__} is a subclass of nn.Linear"
     elif "forward" in vars(layer):
         return "its forward was replaced on the object"
-    weight = layer.weight
-    if min(weight.shape) < min_features:  # type: ignore[arg-type]
+    features = sizes(layer)  # not those of the weight, which DeepSpeed may have taken apart
+    if features is None or min(features) < min_features:
         return f"fewer than min_features={min_features} features"
-    return None if weight.dtype in FLOATS else f"weight is {weight.dtype}; int8 takes float32, float16 and bfloat16"
+    dtype = layer.weight.dtype
+    return None if dtype in FLOATS else f"weight is {dtype}; int8 takes float32, float16 and bfloat16"
 
 
 def _nothing(module: nn.Module, there: dict[str, str]) -> str:

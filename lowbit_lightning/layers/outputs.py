@@ -65,7 +65,10 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
     """(input features, output features) of an ``nn.Linear`` or a Transformers' ``Conv1D``; None of others."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape) if isinstance(getattr(module, "nf", None), int) else None  # type: ignore
+    conv: Any = module
+    if not isinstance(getattr(conv, "nf", None), int):
+        return None
+    return conv.nx if hasattr(conv, "nx") else conv.weight.shape[0], conv.nf  # older versions don't keep nx
 
 
 def _out(module: nn.Module) -> int:

@@ -212,6 +212,14 @@ def test_layers_that_were_parametrized_after_the_swap() -> None:
     assert type(model[0]) is nn.Linear
 
 
+def test_weights_that_a_strategy_has_taken_apart_are_swapped_too() -> None:
+    """DeepSpeed's stage 3 leaves parameters of no elements in the model; what counts is what the layer takes."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
+    for p in model.parameters():
+        p.data = torch.empty(0)
+    assert swap_linears(model).swapped == ("0",)
+
+
 def test_a_shared_module_is_swapped_once() -> None:
     shared = nn.Linear(64, 64)
     model = nn.Sequential(shared, shared, nn.Linear(64, 64))
