@@ -6,7 +6,7 @@ A module can't tell its output layer without being run, but much is known. In th
    (Transformers) or ``get_classifier()`` (timm) returns. That settles the part of the model that holds both, or that
    has the method.
 2. **What the sizes say.** As many output features as an embedding has rows, or as ``num_classes`` or ``num_labels`` of
-   the model, its ``config`` or its ``hparams`` count; not inside of numbered blocks.
+   the model, its ``config`` or its ``hparams`` count; not as many as input features, nor inside of numbered blocks.
 3. **What nothing reads.** A body's layer gives what another layer takes: its output features are the input features of
    some layer, norm or convolution. The layers that a model holds itself come first (a head, or several); where none of
    them is one, each of its parts is looked at by itself (student and teacher, generator and discriminator).
@@ -51,7 +51,7 @@ def output_layers(module: nn.Module, candidates: Mapping[str, nn.Module]) -> Out
     if not open_:
         return outputs
     counted = _counted(module)
-    by_size = {n for n, m in open_.items() if _out(m) in counted and not _in_numbered_block(n)}
+    by_size = {n for n, m in open_.items() if _gives_one_of(counted, m) and not _in_numbered_block(n)}
     _Unread(module, open_, outputs).look_at(module, "")
     last = list(open_)[-1]
     if not (outputs.names or by_size or _in_numbered_block(last) or _ends_in_convolution(module, open_)):
@@ -71,10 +71,10 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
     return conv.nx if hasattr(conv, "nx") else conv.weight.shape[0], conv.nf  # older versions don't keep nx
 
 
-def _out(module: nn.Module) -> int:
-    found = sizes(module)
-    assert found is not None
-    return found[1]
+def _gives_one_of(counted: set[int], module: nn.Module) -> bool:
+    """Whether it turns features into as many others as one of these; a pooler may be as wide as a table is long."""
+    size_in, size_out = sizes(module) or (0, 0)
+    return size_in != size_out and size_out in counted
 
 
 # -- what the model says ---------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def _said(module: nn.Module, linears: Mapping[str, nn.Module]) -> tuple[set[str]
 def _asked(method: Callable[[], Any] | None) -> tuple[Any, ...]:
     try:
         heads = method() if callable(method) else None
-    except (AttributeError, NotImplementedError, TypeError):  # a method of that name with another meaning
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # of another meaning, or not to be asked
         return ()
     return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
 

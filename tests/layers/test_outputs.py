@@ -140,6 +140,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Transformers'": (transformers_like, "lm_head"),
     "Transformers' in a LightningModule": (lambda: module(model=transformers_like()), "model.lm_head"),
     "by the number of classes": (with_classes, "head"),
+    "with a pooler as wide as there are positions": (
+        lambda: module(
+            positions=nn.Embedding(WIDTH, WIDTH),
+            blocks=blocks(),
+            pooler=nn.Linear(WIDTH, WIDTH),
+            classifier=nn.Linear(WIDTH, 3),
+        ),
+        "classifier",
+    ),
     "a CNN": (
         lambda: module(
             conv=nn.Conv2d(3, 64, 3), layer1=nn.Sequential(nn.Conv2d(64, 512, 3)), fc=nn.Linear(512, CLASSES)
