@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 
-.PHONY: train test lint unit cuda-compile slow gpu bench quality floor wheel clean
+.PHONY: train test lint unit cuda-compile slow fuzz gpu bench quality floor wheel clean
 
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -28,6 +28,10 @@ cuda-compile: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+# Hostile values between guard pages, the CPU backend beside the reference: ARGS="--seconds 3600 --seed 1"
+fuzz: $(STAMP)
+	PYTHONPATH=.:tests $(BIN)/python -m support.fuzz --flags=-O1 --seconds 300 $(ARGS)
 
 # On a machine with a GPU: its own python with its own CUDA build of torch; nothing is installed. (The example wants
 # omegaconf, which such a machine need not have.)

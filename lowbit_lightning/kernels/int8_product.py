@@ -8,8 +8,8 @@ from torch import Tensor
 from lowbit_lightning.kernels.arguments import FLOATS
 from lowbit_lightning.kernels.dispatch import declare, run
 
-LONGEST_INT8_SUM = (2**31 - 1) // 127**2
-"""Products of two int8 in [-127, 127] that an int32 holds in the worst case: 133,144."""
+LONGEST_INT8_SUM = (2**31 - 1) // 128**2
+"""Products of two int8, -128 included, that an int32 holds in the worst case: 131,071."""
 
 
 def int8_matmul(
@@ -29,7 +29,7 @@ def int8_matmul(
         out_dtype: float32, float16 or bfloat16.
 
     Returns:
-        ``[M, N]`` of ``out_dtype``. Above K = 133,144, where int32 could overflow, partial sums are added in float32.
+        ``[M, N]`` of ``out_dtype``. Above K = 131,071, where int32 could overflow, partial sums are added in float32.
 
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.

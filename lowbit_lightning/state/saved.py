@@ -87,6 +87,11 @@ def _enter(
         raise ValueError(f"{scales_name(name)} must be float32, got {scales.dtype}: something cast it on its way")
     if name not in coded.maps:
         raise ValueError(f"the checkpoint's state_format names no map for {name}: {dict(coded.maps)}")
+    damaged = (
+        coded.maps[name] == "dynamic_unsigned" and not scales.is_meta and not bool((shards.local(scales) >= 0).all())
+    )
+    if damaged:
+        raise ValueError(f"{scales_name(name)} of a state without negative values must be 0 or more: it is damaged")
     coding = coded.maps[name], coded.block_size
     if shards.keeps_grid(p):
         made |= {codes_name(name): shards.enter(p, codes), scales_name(name): shards.enter(p, scales)}

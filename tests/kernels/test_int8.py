@@ -138,7 +138,7 @@ def test_product_follows_the_definition(backend: str, shape: tuple[int, int, int
         assert_same(actual, expected_product(*arguments, bias, dtype))
 
 
-@pytest.mark.parametrize(("a", "b"), [(127, 127), (-127, 127), (127, -127), (-127, -127)])
+@pytest.mark.parametrize(("a", "b"), [(127, 127), (-127, 127), (127, -127), (-128, 127), (-128, -128)])
 @pytest.mark.parametrize("k", [4096, kernels.int8_product.LONGEST_INT8_SUM])
 def test_no_sum_saturates_or_overflows(backend: str, a: int, b: int, k: int) -> None:
     m, n = (20, 70) if k == 4096 else (2, 3)
@@ -155,10 +155,10 @@ def test_minus_128_is_a_number_like_any_other(backend: str) -> None:
 
 def test_sums_too_long_for_int32_are_split(backend: str) -> None:
     k = kernels.int8_product.LONGEST_INT8_SUM + 1001
-    q = torch.full((1, k), 127, dtype=torch.int8)
+    q = torch.full((1, k), -128, dtype=torch.int8)
     y = kernels.int8_matmul(q, q, torch.ones(1), torch.ones(1))
-    assert y.item() == pytest.approx(k * 127**2, rel=2e-7)
-    assert k * 127**2 > 2**31
+    assert y.item() == pytest.approx(k * 128**2, rel=2e-7)
+    assert k * 128**2 > 2**31
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -322,6 +322,8 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no number": (put("step", lambda _: math.nan), "step must be one finite number, 0 or more, got nan"),
     "negative step": (put("step", lambda _: -1.0), r"step must be one finite number, 0 or more, got -1\.0"),
     "step tensor": (put("step", lambda step: step * math.inf), r"step must be one finite number.*got tensor\(inf\)"),
+    "negative scale": (put("exp_avg_sq_scales", Tensor.neg), "exp_avg_sq_scales of a state without negative values"),
+    "scale of NaN": (put("exp_avg_sq_scales", lambda s: s * float("nan")), "exp_avg_sq_scales .* must be 0 or more"),
     "no codes": (drop("exp_avg_codes"), "holds neither exp_avg nor exp_avg_codes"),
     "no scales": (drop("exp_avg_sq_scales"), "exp_avg_sq_scales must be a tensor, got None"),
     "codes cast": (

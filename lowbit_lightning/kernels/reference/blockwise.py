@@ -18,7 +18,8 @@ def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_si
     (of two equal extremes the positive one counts), the largest positive value where the codebook has no negative
     ones, the magnitude otherwise; raised to 2**-126 unless zero. A value becomes the code nearest to ``x * (1 /
     scale)``, the lower one on a tie; zero becomes zero; under a codebook without negative values a positive value
-    becomes at least the first positive code. Non-finite values count as zero and do not enter the scale.
+    becomes at least the first positive code, and a negative one zero. NaN and infinite values count as zero and do not
+    enter the scale; neither zero has a sign afterwards.
     """
     grid = BlockGrid.of(x.shape, block_size)
     blocks = to_blocks(x.float(), grid)
@@ -32,7 +33,10 @@ def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_si
 def dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """``codebook[code] * scale`` in float32, rounded to ``dtype``; of the codes' shape."""
+    """``codebook[code] * scale`` in float32, rounded to ``dtype``; of the codes' shape.
+
+    A scale that is NaN or infinite makes its block so (0 * inf is NaN); a value beyond ``dtype``'s range is infinite.
+    """
     grid = BlockGrid.of(codes.shape, block_size)
     table = (formats.codebook(codebook) if values is None else values).to(codes.device)
     table = torch.nn.functional.pad(table, (0, 256 - table.numel()))

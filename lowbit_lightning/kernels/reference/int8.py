@@ -19,7 +19,7 @@ def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     random word (parameter 0, step 0, the element's index in x); the extreme of a row stays 127 or -127.
 
     A row with absmax below 2**-120 counts as zero (q = 0, scale = 0). A row with a non-finite value has q = 0 and scale
-    NaN, so that whatever is computed from it shows it.
+    NaN, so that whatever is computed from it shows it. q is never -128. Rows without elements have scale 0.
     """
     return _quantize_rows(x, _int8_words(x, seed))
 

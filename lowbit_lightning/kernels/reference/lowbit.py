@@ -117,7 +117,8 @@ def encode_squares(x: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor]:
     top = x.abs().amax(1, keepdim=True)
     bits = (top / torch.full_like(top, largest)).view(torch.int32)
     exponent = ((bits + 0x7FFFFF) >> 23).clamp(constants.LOWEST_EXPONENT, constants.HIGHEST_EXPONENT)
-    root = (x.abs() / _power(exponent)).sqrt().round().clamp(max=largest**0.5)
+    square = x.abs() / _power(exponent)
+    root = square.double().sqrt().float().round().clamp(max=largest**0.5)  # torch's root of float32 may be MKL's
     codes = torch.copysign(root, x).int() & 255
     return exponent.to(torch.uint8), codes.to(torch.uint8), torch.copysign(root * root, x) * _power(exponent)
 

@@ -23,8 +23,16 @@ def optimizer_step(
 
     Per element: ``g * (unscale * clip)``, negated if ``maximize``; codes looked up in their codebook; the rule, which
     multiplies them by their blocks' scales; the parameter rounded to its dtype (to nearest, or stochastically); states
-    encoded. An element any of whose new 8-bit states is not finite has them all encoded as zero, and enters no scale.
-    Its parameter is what the rule made of it: non-finite, as in torch.
+    encoded.
+
+    What is not finite: an element any of whose new 8-bit states is not finite (the gradient was not, or its square
+    overflows) has all its states set to zero, those in 32 bits too, and enters no scale. So no state of a huge gradient
+    outlives the others. Its parameter is what the rule made of it: NaN or infinite for a gradient that is, as in torch;
+    unchanged, mostly, where only a square overflowed. With 32-bit states alone nothing is reset: they stay infinite or
+    NaN, as in torch. A NaN or infinite parameter, ``lr`` or factor makes the parameter NaN or infinite.
+    A value below zero of a state that has none (from a negative scale, which loading refuses) counts as zero. A zero
+    keeps its sign only in 32 bits. A step count below zero or NaN makes the rule's powers, and with them the
+    parameter, NaN in rules with bias corrections; loading refuses such a count.
     """
     if scalars.skip is not None and bool(scalars.skip != 0):
         return
@@ -40,7 +48,7 @@ def optimizer_step(
             split_master(values["p"], p, arguments.remainders[i])
         elif arguments.stochastic_rounding and p.dtype == torch.bfloat16:
             words = random_words(
-                scalars.seed, arguments.ordinals[i], int(step), arguments.offsets[i], p.numel(), p.device
+                scalars.seed, arguments.ordinals[i], _step_word(step), arguments.offsets[i], p.numel(), p.device
             )
             p.copy_(round_stochastically(values["p"], words.view(p.shape)))
         else:
@@ -51,7 +59,8 @@ def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: 
     """Sums of squares of the values that the rule names in ``norms``: float64 ``[n, len(rule.norms)]``.
 
     The order of summation is fixed: the float32 squares of a block (padded with zeros) are folded in halves (element
-    j and j + half) in float32; the blocks' sums in float64 by ``fold_sums``.
+    j and j + half) in float32; the blocks' sums in float64 by ``fold_sums``. NaN and infinite values make the sum NaN
+    or infinite, and so do values whose squares are beyond float32.
     """
     rule = rules.get(arguments.rule)
     result = torch.zeros(len(arguments.params), len(rule.norms), dtype=torch.float64, device=arguments.device)
@@ -84,7 +93,12 @@ def _hyper(scalars: StepScalars) -> list[float]:
 
 
 def _roots(norms: Tensor | None, i: int) -> tuple[float, ...] | None:
-    return None if norms is None else tuple(float(x) ** 0.5 for x in norms[i])
+    return None if norms is None else tuple(norms[i].sqrt().tolist())
+
+
+def _step_word(step: float) -> int:
+    """What stands for the step in random words: 0 for a count that is none."""
+    return int(step) if 0 <= step < 2**32 else 0
 
 
 def _operands(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, i: int) -> dict[str, Tensor]:
@@ -112,7 +126,7 @@ def _store_states(arguments: StepArguments, rule: rules.Rule, i: int, values: di
         finite &= values[rule.states[s].name].isfinite()
     for s, state in enumerate(rule.states):
         if s not in coded:
-            arguments.states[s][i].copy_(values[state.name])
+            arguments.states[s][i].copy_(torch.where(finite, values[state.name], 0.0))
             continue
         new = torch.where(finite, values[state.name], 0.0)
         codes, scales = quantize_blockwise(new, state.codebook, None, arguments.block_size)

@@ -23,6 +23,8 @@ direction:
     if centered:
         grad_avg = fused(rest, g, grad_avg * (alpha * grad_avg_scale))
         variance = maximum(square_avg - grad_avg * grad_avg, variance_floor * square_avg)
+        # where square_avg has overflowed, inf - inf would make a finite gradient's parameter NaN; torch's stays
+        variance = where(square_avg - square_avg == square_avg - square_avg, variance, square_avg)
     else:
         variance = square_avg
     if momentum:

@@ -21,7 +21,8 @@ written, so that backends agree to the bit.
   named after it: ``exp_avg * exp_avg_scale``; in 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
   one multiplication, since the scale is shared by a block (with a factor above 1 it could overflow for all of them).
   Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``, and ``fused(a, b, c)``, which is a * b + c with
-  one rounding. No number stands in it: numbers are scalars.
+  one rounding. As in torch, ``maximum`` of NaN is NaN and ``sign`` of NaN is 0; ``maximum`` of two zeros is the second.
+  No number stands in it: numbers are scalars.
 * ``norms of p, update:`` for rules with a trust ratio, in double, once per parameter and step: sees the 2-norms over
   the whole parameter of the values that it names, as ``p_norm`` and ``update_norm``, and defines further scalars.
   ``ratio(a, b)`` is a / b, or 1 where either is not positive.
@@ -34,7 +35,6 @@ any backend sees the text. A variant has the hyperparameters and states that its
 from __future__ import annotations
 
 import ast
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ from textwrap import dedent
 from types import CodeType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,12 +178,15 @@ class Rule:
 
     def compute_scalars(self, hyper: list[float], step: float, norms: tuple[float, ...] | None) -> dict[str, float]:
         """The scalars in double; ``norms`` are the 2-norms named by ``self.norms``, or None before they are known."""
-        names: dict[str, Any] = {**_DOUBLE_FUNCTIONS, **dict(zip(self.hyper, hyper, strict=True)), "step": step}
-        exec(self._code["scalars"], names)
-        if norms is not None:
-            names |= {f"{name}_norm": value for name, value in zip(self.norms, norms, strict=True)}
-            exec(self._code["norms"], names)
-        return {name: names[name] for name in self.elementwise_scalars if name in names}
+        # NumPy's doubles: a division by zero gives infinity or NaN, as in C++, where Python's raise
+        doubles = {name: np.float64(x) for name, x in zip((*self.hyper, "step"), (*hyper, step), strict=True)}
+        names: dict[str, Any] = {**_DOUBLE_FUNCTIONS, **doubles}
+        with np.errstate(all="ignore"):
+            exec(self._code["scalars"], names)
+            if norms is not None:
+                names |= {f"{name}_norm": np.float64(x) for name, x in zip(self.norms, norms, strict=True)}
+                exec(self._code["norms"], names)
+        return {name: float(names[name]) for name in self.elementwise_scalars if name in names}
 
     def run(
         self, part: str, values: dict[str, Tensor], scalars: dict[str, float], device: torch.device
@@ -201,7 +205,7 @@ class Rule:
         ``rule_direction`` takes the scales of the states' blocks, ``const float*``.
 
         It expects ``LB_FN`` (function qualifiers), ``power`` and ``ratio`` for doubles, and for the value type ``V``
-        the functions named in the module's docstring.
+        the functions named in the module's docstring; ``maximum`` is called ``maximum_or_nan``.
         """
         scalars, sections = self.elementwise_scalars, self.sections
         temporaries = [t for t in _targets(self._elementwise) if t not in ("p", "g", *self.state_names)]
@@ -232,9 +236,9 @@ LB_FN Scalars rule_scalars(const double* hyper, double step, const double* squar
 }}
 template <class V>
 LB_FN void rule_direction(const Scalars& c, V& p, V& g, V* s, const float* scale, V* t) {{
-{_statements([*values, *scales, *sections["direction"].splitlines()])}}}
+{_statements([*values, *scales, *_for_shims(sections["direction"])])}}}
 template <class V> LB_FN void rule_finish(const Scalars& c, V& p, V& g, V* s, V* t) {{
-{_statements([*values, *sections["finish"].splitlines()])}}}
+{_statements([*values, *_for_shims(sections["finish"])])}}}
 template <class V> LB_FN void rule_norm_values(V& p, V* t, V* n) {{
 {_statements(named)}}}
 """
@@ -250,13 +254,21 @@ def _names(text: str) -> set[str]:
     return {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
 
 
+def _for_shims(text: str) -> list[str]:
+    """Lines for the shims, where ``maximum`` is the processor's, which drops a NaN."""
+    return text.replace("maximum(", "maximum_or_nan(").splitlines()
+
+
 def _statements(lines: Iterable[str]) -> str:
     return "".join(f"    {line};\n" for line in lines)
 
 
 def power(x: float, n: float) -> float:
-    """``x ** n`` for an integer n >= 0, by squaring: the same roundings in Python, C++ and CUDA, unlike ``pow``."""
-    result, remaining = 1.0, int(n)
+    """``x ** n`` for an integer n >= 0, by squaring: the same roundings in Python, C++ and CUDA, unlike ``pow``. NaN
+    for a negative n or NaN."""
+    if not n >= 0:
+        return np.float64(np.nan)
+    result, remaining = np.float64(1.0), int(min(n, 2.0**62))
     while remaining:
         if remaining & 1:
             result *= x
@@ -272,7 +284,8 @@ def ratio(a: float, b: float) -> float:
 
 def exponential(x: float) -> float:
     """``e ** x``, within two roundings: a Taylor series after range reduction, the same everywhere, unlike
-    ``exp``."""
+    ``exp``. Beyond 750 it is infinite, below -750 zero."""
+    x = np.float64(750.0 if x > 750 else -750.0 if x < -750 else x)
     halvings = 0
     while x > 0.5 or x < -0.5:
         x *= 0.5
@@ -293,7 +306,7 @@ _DOUBLE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "power": power,
     "exponential": exponential,
     "minimum": min,
-    "sqrt": math.sqrt,
+    "sqrt": np.sqrt,
     "where": _where,
     "ratio": ratio,
 }
@@ -317,11 +330,16 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(inexact, bits + outwards, bits).view(torch.float64).float()
 
 
+def _maximum(a: Tensor, b: Tensor) -> Tensor:
+    # torch.maximum, but for zeros of different signs, where that has no rule
+    return torch.where(a.isnan() | (a > b), a, b)
+
+
 _TENSOR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fused": fused,
     "sqrt": _sqrt,
     "sign": torch.sign,
     "absolute": torch.abs,
-    "maximum": torch.maximum,
+    "maximum": _maximum,
     "where": torch.where,
 }

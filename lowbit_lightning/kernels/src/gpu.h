@@ -30,11 +30,12 @@ LB_FN I to_bits(V x) { return __float_as_int(x); }
 LB_FN V from_bits(I x) { return __int_as_float(x); }
 LB_FN V absolute(V x) { return fabsf(x); }
 LB_FN V fused(V a, V b, V c) { return fmaf(a, b, c); }
-LB_FN V maximum(V a, V b) { return a > b ? a : b; }
+LB_FN V maximum(V a, V b) { return a > b ? a : b; }  // of a NaN and a number b
+LB_FN V maximum_or_nan(V a, V b) { return a == a ? maximum(a, b) : a; }  // the rules' maximum, as torch.maximum
 LB_FN I maximum(I a, I b) { return a > b ? a : b; }
 LB_FN V minimum(V a, V b) { return fminf(a, b); }
 LB_FN V magnitude_from(V x, float low) { return maximum(fabsf(x), low); }
-LB_FN V sign(V x) { return x == 0.0f ? 0.0f : x == x ? copysignf(1.0f, x) : x; }  // NaN stays NaN
+LB_FN V sign(V x) { return fabsf(x) > 0.0f ? copysignf(1.0f, x) : 0.0f; }  // 0 of a NaN, as torch.sign
 LB_FN uint32_t magnitude_bits(float x) { return (uint32_t)to_bits(x) & 0x7fffffffu; }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -291,6 +291,11 @@ template <class T, bool RANDOM> static void run(const Quantiser<T, RANDOM>& quan
 extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed,
                                  int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales,
                                  int threads) {
+    if (rows == 0 || columns == 0) {  // of empty rows and columns
+        if (row_scales) std::fill(row_scales, row_scales + rows, 0.0f);
+        if (column_scales) std::fill(column_scales, column_scales + columns, 0.0f);
+        return;
+    }
     if (rows * columns > STREAM)
         for (int8_t* q : {row_q, column_q})
             if (q) ask_for_huge_pages(q, rows * columns);

@@ -120,15 +120,19 @@ LB_FN void keep_states(
     }
 }
 
-// An element any of whose coded states is not finite has them all set to zero.
-static __attribute__((noinline)) void drop_non_finite(int n, Pending& pending) {
-    for (int i = 0; i < n; i += W) {
+// An element any of whose coded states is not finite has all its states set to zero, those in 32 bits too. A value
+// below zero of a state that has none counts as zero.
+static __attribute__((noinline)) void drop_non_finite(const Parameter& q, const Block& block, Pending& pending) {
+    for (int i = 0; i < block.n; i += W) {
         I finite = splat<I>(-1);
         for (int s = 0; s < RULE_STATES; ++s)
             if (coded(s)) finite &= (I)(to_bits(absolute(load(pending.values[s] + i, W))) < (int32_t)INFINITE);
         for (int s = 0; s < RULE_STATES; ++s) {
-            if (!coded(s)) continue;
-            store(pending.values[s] + i, from_bits(to_bits(load(pending.values[s] + i, W)) & finite), W);
+            float* at = coded(s) ? pending.values[s] + i : (float*)q.state[s] + block.start + i;
+            const int count = coded(s) ? W : std::min(W, block.n - i);
+            I bits = to_bits(load(at, count)) & finite;
+            if (coded(s) && RULE_NON_NEGATIVE[s]) bits &= ~(bits >> 31);
+            store(at, from_bits(bits), count);
         }
     }
 }
@@ -232,7 +236,7 @@ LB_FN Scales update_block(const Shared& shared, const Parameter& q, const Block&
     const uint16_t* words = nullptr;
 #if STOCHASTIC
     RandomWords<1, BLOCK> random;
-    const RandomKey key{shared.seed, (uint32_t)q.ordinal, (uint32_t)(int64_t)*q.step};
+    const RandomKey key{shared.seed, (uint32_t)q.ordinal, step_word(*q.step)};
     random.fill(0, key, (uint64_t)(q.offset + block.start), block.n);
     words = random.row[0];
 #endif
@@ -243,7 +247,7 @@ LB_FN Scales update_block(const Shared& shared, const Parameter& q, const Block&
     for (; i < block.n; i += W)
         update_vectors<1>(shared, q, block, old, i, std::min(W, block.n - i), words, pending, seen);
     if (!all_finite(seen)) {
-        drop_non_finite(block.n, pending);
+        drop_non_finite(q, block, pending);
         see_again(block.n, pending, seen);
     }
     Scales scales{};

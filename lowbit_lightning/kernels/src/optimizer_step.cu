@@ -64,7 +64,7 @@ template <int S = 0> LB_FN bool all_below(const uint32_t (&key)[STATES]) {
 }
 
 // What that does not hold for, it is done again with more care: an element any of whose coded states is not finite has
-// them all set to zero. The others decide on the scales.
+// all its states set to zero, those in 32 bits too. The others decide on the scales.
 template <int S = 0> LB_FN bool all_finite(const Elements& e, int i) {
     if constexpr (S < RULE_STATES) {
         const bool rest = all_finite<S + 1>(e, i);
@@ -75,8 +75,8 @@ template <int S = 0> LB_FN bool all_finite(const Elements& e, int i) {
 }
 template <int S = 0> LB_FN void keep(Elements& e, int i, bool kept, uint32_t (&key)[STATES]) {
     if constexpr (S < RULE_STATES) {
+        if (!kept) e.s[S][i] = 0.0f;
         if constexpr (coded<S>()) {
-            if (!kept) e.s[S][i] = 0.0f;
             const uint32_t one = scale_key(e.s[S][i], Map<S>::is_signed);
             key[S] = key[S] > one ? key[S] : one;
         }
@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) step(
             }
             if (!b.packets || !all_below(key)) keep_what_counts(b, e, key);
             const Parameter& q = parameters[i];
-            const uint32_t steps = STOCHASTIC ? (uint32_t)*q.step : 0;
+            const uint32_t steps = STOCHASTIC ? step_word(*q.step) : 0;
             if (b.packets) store_parameter<true>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
             else store_parameter<false>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
         }

@@ -24,10 +24,10 @@ LB_FN I to_bits(V x) { return (I)x; }
 LB_FN V from_bits(I x) { return (V)x; }
 LB_FN V absolute(V x) { return from_bits(to_bits(x) & 0x7fffffff); }
 template <class T, class S> LB_FN T splat(S x) { return x - T{}; }
-// -1, 0, 1; NaN stays NaN, as in torch.sign
+// -1, 0, 1; 0 of a NaN, as torch.sign
 LB_FN V sign(V x) {
     const V one = from_bits((to_bits(x) & (int32_t)0x80000000) | 0x3f800000);
-    return where(x != 0.0f, where(x == x, one, x), V{});
+    return where(absolute(x) > 0.0f, one, V{});
 }
 
 LB_FN V multiply_add(V a, V b, V c) {
@@ -49,7 +49,7 @@ template <class A, class B, class C> LB_FN V fused(A a, B b, C c) {
     return multiply_add(as_vector(a), as_vector(b), as_vector(c));
 }
 
-// maximum(a, b) is a > b ? a : b
+// maximum(a, b) is a > b ? a : b: of a NaN and a number b
 #if LB_AVX512
 LB_FN V maximum(V a, V b) { return _mm512_max_ps(a, b); }
 LB_FN V minimum(V a, V b) { return _mm512_min_ps(a, b); }
@@ -76,6 +76,9 @@ LB_FN V sqrt(V x) {
 }
 #endif
 #endif
+
+// the rules' maximum: NaN if either is, as torch.maximum
+LB_FN V maximum_or_nan(V a, V b) { return where(a == a, maximum(a, b), a); }
 
 // x in the first `count` lanes, zero behind
 LB_FN V first_lanes(V x, int count) {

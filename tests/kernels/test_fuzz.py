@@ -1,0 +1,89 @@
+"""A slice of the fuzz test (``make fuzz``): hostile values, between pages that nobody may touch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from emulator.backend import emulated
+from support import fuzz
+
+from lowbit_lightning.kernels import backend
+
+TESTS = Path(__file__).resolve().parents[1]
+BESIDE = {"optimizer_norms", "lowbit_dequantize", "lowbit_embedding"}  # ops that run in the cases of others
+IN_ANY_ORDER = {"lowbit_matmul", "lowbit_matmul_backward", "lowbit_gemv"}  # of summation: equal but for roundings
+needs_mprotect = pytest.mark.skipif(sys.platform != "linux", reason="guard pages are set up as on Linux")
+SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+
+
+def run(*arguments: str, program: Sequence[str] = ("-m", "support.fuzz"), **environment: str) -> str:
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run(
+        [sys.executable, *program, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_every_op_has_its_hostile_cases() -> None:
+    assert backend.OPS.keys() - IN_ANY_ORDER == {*fuzz.OPS, *BESIDE}
+
+
+@needs_mprotect
+@pytest.mark.parametrize(
+    "arguments", [("--kinds", "8", "mixed"), ("--ops", *(op for op in fuzz.OPS if op != "optimizer_step"))], ids=str
+)
+def test_the_cpu_equals_the_reference_on_hostile_values(arguments: tuple[str, ...]) -> None:
+    assert " 0 mismatches" in run("--seconds", "4", "--count", "400", *arguments)
+
+
+@needs_mprotect
+@pytest.mark.parametrize("offset", [-1, 300])
+def test_an_access_outside_a_tensor_ends_the_process(offset: int) -> None:
+    script = f"""
+import ctypes, random, torch
+from support import fuzz
+random.choice = lambda ends: ends[{int(offset > 0)}]
+x = fuzz.guarded((300,), torch.uint8)
+ctypes.c_uint8.from_address(x.data_ptr() + 150)
+print(ctypes.c_uint8.from_address(x.data_ptr() + {offset}).value)
+"""
+    with pytest.raises(AssertionError):
+        run(program=("-c", script))
+    run(program=("-c", script.replace(f"+ {offset})", "+ 299)")))
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind"), [("ademamix", "mixed"), ("adam_amsgrad", "8"), ("rmsprop_centered", "8"), ("lion", "32")]
+)
+def test_cuda_equals_the_reference_on_hostile_values(rule: str, kind: str) -> None:
+    cases: list[str] = []
+    for seed in range(10):
+        wrong = fuzz.check(seed, ["optimizer_step"], [(rule, kind)], cases.append, emulated)
+        assert not wrong, f"{cases[-1]}: {wrong}"
+
+
+@pytest.mark.slow
+@needs_mprotect
+@pytest.mark.parametrize("compiler", [name for name in ("g++", "clang++") if shutil.which(name)])
+@pytest.mark.parametrize("flags", [SANITIZERS, "-O1", "-O1 -march=x86-64-v3", "-O1 -march=x86-64"])
+def test_compilers_sanitizers_and_instruction_sets(compiler: str, flags: str) -> None:
+    environment = {"CXX": compiler}
+    if flags == SANITIZERS:
+        if compiler == "clang++":
+            flags += " -shared-libasan"
+        runtime = "libclang_rt.asan-x86_64.so" if compiler == "clang++" else "libasan.so"
+        found = subprocess.run([compiler, f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
+        # Python and torch leak on purpose, and were not compiled with the sanitizers.
+        options = "detect_leaks=0:verify_asan_link_order=0:handle_segv=0"
+        environment |= {"LD_PRELOAD": found, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
+    assert " 0 mismatches" in run("--seconds", "400", "--count", "2000", f"--flags={flags}", **environment)
