@@ -16,7 +16,7 @@ Policy = Callable[[str, nn.Module], bool]
 Shape = tuple[int, ...]
 
 SHORTEST_INT8_ROW = 16
-_ALIGNMENT = 16  # of the scales behind the codes, in bytes
+_ALIGNMENT = 16  # of the scales after the codes, in bytes
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -91,7 +91,7 @@ def travels_in_int8(shape: Shape) -> bool:
 
 
 def int8_share(rows: int, length: int) -> tuple[int, int]:
-    """Of a rank's rows, packed as ``strategies.gather`` does: where the scales begin, behind the codes, and all bytes
+    """Of a rank's rows, packed as ``strategies.gather`` does: where the scales begin, after the codes, and all bytes
     of it."""
     scales_at = -(-rows * length // _ALIGNMENT) * _ALIGNMENT
     return scales_at, scales_at + 4 * rows

@@ -233,7 +233,7 @@ class _Reader:
             self._owner.before_fetch()
 
     def _recreate(self, create: Callable[[], Iterator[Any]], saved: State) -> Iterator[Any]:
-        """The iterator of a pass that began before the checkpoint, behind the batches it has read."""
+        """The iterator of a pass that began before the checkpoint, after the batches it has read."""
         self._read, self._started, self._drawn = saved["read"], saved["started"], saved["drawn"]
         replay = self._owner.replay_workers and self._loader.num_workers > 0
         now = random_states.get(self._owner._device)

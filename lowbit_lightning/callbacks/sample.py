@@ -27,7 +27,7 @@ class Sample:
         self._measured: list[tuple[Slot, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         for i, layer in enumerate(layers.values()):
-            # The weight is read before the layer runs: behind it a sharded one may be in pieces again.
+            # The weight is read before the layer runs: after it a sharded one may be in pieces again.
             self._handles.append(layer.register_forward_pre_hook(partial(self._before, i), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(partial(self._after, i), with_kwargs=True))
 

@@ -15,7 +15,7 @@ from lowbit_lightning.kernels.dispatch import declare, run
 def quantize_blockwise(
     x: Tensor, codebook: str | Tensor = "dynamic_signed", block_size: int = formats.DEFAULT_BLOCK_SIZE
 ) -> tuple[Tensor, Tensor]:
-    """Quantise a tensor to 8-bit codes, block by block inside its rows (a row: everything behind dimension 0).
+    """Quantise a tensor to 8-bit codes, block by block inside its rows (a row: everything after dimension 0).
 
     Args:
         x: float32, float16 or bfloat16, of any shape.

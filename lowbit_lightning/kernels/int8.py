@@ -18,7 +18,7 @@ def quantize_rowwise(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor
         gives the same result on every backend.
 
     Raises:
-        TypeError: if x is no such matrix, or seed no int.
+        TypeError: if x is not such a matrix, or seed not an int.
     """
     return _rowwise(*_matrix_and_seed(x, seed))
 

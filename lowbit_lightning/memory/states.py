@@ -82,7 +82,7 @@ def _remade(optimizer: Optimizer, parts: Parts) -> Optimizer:
         strangers = [p for p in group["params"] if p.requires_grad and p not in parts]
         if strangers:
             raise ValueError(
-                f"optimizer's group {number} holds {len(strangers)} parameters that are none of the model's, "
+                f"optimizer's group {number} holds {len(strangers)} parameters that do not belong to the model, "
                 f"the first of shape {tuple(strangers[0].shape)}: build it from model.parameters()"
             )
         groups.append({**group, "params": [parts[p] for p in group["params"] if p in parts]})

@@ -2,7 +2,7 @@
 
 How it works
     Before a gather each rank quantises its rows, one float32 scale ``absmax / 127`` per row, and sends codes and
-    scales as one piece of bytes; behind it every rank multiplies them out. A row of n elements travels in n + 4 bytes
+    scales as one piece of bytes; then every rank multiplies them out. A row of n elements travels in n + 4 bytes
     where float32 takes 4 n. Sharded parameters, gradients and optimizer states stay as they are: only the weights that
     forward and backward compute with are rounded, each element by at most half its row's scale.
 

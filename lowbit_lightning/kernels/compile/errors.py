@@ -20,7 +20,7 @@ class CompileError(RuntimeError):
 
 
 class Unavailable(CompileError):
-    """Compiled kernels are not to be had on this machine. It is raised before an op has changed anything."""
+    """This machine cannot compile or run compiled kernels. It is raised before an op has changed anything."""
 
 
 class CompilerNotFound(Unavailable):

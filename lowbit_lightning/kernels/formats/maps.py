@@ -41,7 +41,7 @@ FOLD = 256
 class BlockGrid:
     """The blocks of a tensor: ``block_size`` consecutive elements inside one row.
 
-    A row is everything behind dimension 0; a tensor with fewer than two dimensions is one row. The last block of a
+    A row is everything after dimension 0; a tensor with fewer than two dimensions is one row. The last block of a
     row may be short. Cutting a tensor along dimension 0 never cuts a block.
     """
 

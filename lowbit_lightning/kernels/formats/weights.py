@@ -10,7 +10,7 @@ tensors, so both can be cut, sharded and gathered along dimension 0 without deco
 
 ``packed``, uint8 ``[..., packed_width(K)]``: the codes. They stand like digits: the first element of a byte is in its
 highest bits (as in bitsandbytes). 3-bit codes are kept as two planes, the low two bits of all elements of the row and
-behind them the high bits, eight to a byte. Rows end at a byte; unused bits are zero. ``int8`` has one byte an element,
+after them the high bits, eight to a byte. Rows end at a byte; unused bits are zero. ``int8`` has one byte an element,
 two's complement.
 
 ``scales``, of ``[..., scales_width(K)]``: by ``scale_kind``,

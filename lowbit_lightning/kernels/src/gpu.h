@@ -125,7 +125,7 @@ template <int N, class T> LB_FN void store_packet(T* to, const T* v) {
     for (int i = 0; i < N; ++i) pack(packet.word, i, v[i]);
     copy(&packet, (Packet<N * sizeof(T)>*)to);
 }
-// Codes come counted, as dynamic_map.h decodes them: each behind the upper bytes of 2^25, by one permutation.
+// Codes come counted, as dynamic_map.h decodes them: each after the upper bytes of 2^25, by one permutation.
 constexpr uint32_t COUNTED = 0x4c000000;
 template <int N> LB_FN void load_packet(const uint8_t* from, int32_t* v) {
     Packet<N> packet;

@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(256) quantize_rows(
 // quantize_rows gives. Two readings: one for the largest magnitudes, one that rounds and turns. A CUDA block sees a
 // tile as wide as its threads' packets together, and takes several, one below the other.
 
-// Of one row, from `column` on; zeros behind the end. packets: whole ones, aligned.
+// Of one row, from `column` on; zeros after the end. packets: whole ones, aligned.
 LB_FN void load_some(const ELEMENT* row, int64_t column, int64_t columns, bool packets, float (&v)[WIDTH]) {
     if (packets) {
         if (column < columns) load_packet<WIDTH>(row + column, v);

@@ -36,7 +36,7 @@ LB_FN void to_natural_order(V* v, float* out) {
     }
 }
 
-// Chunks first_chunk to last_chunk - 1 of a row. NATURAL: elements in order, none behind the row's end; otherwise
+// Chunks first_chunk to last_chunk - 1 of a row. NATURAL: elements in order, none after the row's end; otherwise
 // [phase][lane], the last chunk whole.
 template <bool NATURAL, class T>
 static void decode_row(const Form& form, const Values& values, const Spread& spread, const uint8_t* packed,

@@ -60,7 +60,7 @@ LB_FN Codes load_codes(const Form& form, const uint8_t* row, int64_t c) {
 #endif
     return codes;
 }
-// Of the row's last chunk, if that is not whole: zeros behind the row's end.
+// Of the row's last chunk, if that is not whole: zeros after the row's end.
 static inline Codes load_last_codes(const Form& form, const uint8_t* row, int64_t c) {
     const int64_t left = form.length - c * CHUNK;
     Codes codes{};
@@ -118,9 +118,9 @@ LB_FN float power(uint8_t exponent) {  // 2^(exponent - 127); infinite for 255, 
     memcpy(&value, &bits, 4);
     return value;
 }
-constexpr int PADDING = W;  // floats behind a row's scales that may be read
+constexpr int PADDING = W;  // floats after a row's scales that may be read
 
-// Scales of a row, and its offsets where there are any: form.blocks floats each, zeros behind them.
+// Scales of a row, and its offsets where there are any: form.blocks floats each, zeros after them.
 static inline void decode_scales(const Form& form, const uint8_t* row, float* scales, float* offsets) {
     const int64_t n = form.blocks;
     memset(scales + n, 0, PADDING * sizeof(float));

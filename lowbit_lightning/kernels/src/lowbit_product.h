@@ -60,7 +60,7 @@ template <class E> struct Prepared {
     typedef typename E::Vector Vector;
     int64_t rows, chunks;
     struct Slot { V vector; };
-    std::vector<Slot> x;      // [row][chunk][phase]; zeros behind the end, and in rows that were added
+    std::vector<Slot> x;      // [row][chunk][phase]; zeros after the end, and in rows that were added
     std::vector<float> sums;  // [row][block], of affine formats
     Prepared(const Form& form, int64_t rows) : rows(rows), chunks(ceil_div(form.length, CHUNK)) {
         x.resize(rows * chunks * E::phases);

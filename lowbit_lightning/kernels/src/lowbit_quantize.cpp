@@ -102,7 +102,7 @@ static float fit_codebook(const Rule& rule, const Table<float, 16>& ascending, c
         for (int round = 0; round < rule.codebook_rounds; ++round) {
             const float inverse = inverse_of(rule, scale);
             V products{}, squares{};
-            for (int i = 0; i < count; i += W) {  // y is zero behind the end, and so is its code's value
+            for (int i = 0; i < count; i += W) {  // y is zero after the end, and so is its code's value
                 const V v = load(y + i, W), c = lookup(ascending, rank_of(rule, v * inverse));
                 products = fused(v, c, products);
                 squares = fused(c, c, squares);
@@ -153,7 +153,7 @@ LB_FN V levels(const Rule& rule, V x, Line line) {  // codes as floats
     const V t = (x - line.offset) * inverse + half;
     return to_float(to_nearest(minimum(maximum(t, V{}), splat<V>(2 * half))));
 }
-// The sum of f(i, width) over the vectors of a block; f's lanes behind the end do not count.
+// The sum of f(i, width) over the vectors of a block; f's lanes after the end do not count.
 template <class F> LB_FN V sum_over(int count, const F& f) {
     V sum{};
     int i = 0;
@@ -232,7 +232,7 @@ static void quantize_affine(const Rule& rule, Row& row, uint8_t* scales) {
                       narrow_to_bytes(to_int(levels(rule, load(&row.x[i], W), {row.scale[b], row.offset[b]}))), W);
 }
 
-// ---- codes in bytes: the first is in a byte's highest bits; there are zeros behind the row's end
+// ---- codes in bytes: the first is in a byte's highest bits; there are zeros after the row's end
 
 template <int EACH, class F> static void pack(int64_t length, uint8_t* to, const F& code) {
     constexpr int COUNT = 8 / EACH;

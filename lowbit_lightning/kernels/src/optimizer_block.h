@@ -119,7 +119,7 @@ template <Part PART> LB_FN void apply(const Scalars& c, Elements& e, int i) {
     for (int k = 0; k < RULE_TEMPORARIES; ++k) e.t[k][i] = t[k];
 }
 
-// The parameter that block `number` belongs to: the last whose first block is not behind it.
+// The parameter that block `number` belongs to: the last whose first block is not after it.
 LB_FN int64_t find_parameter(const Parameter* parameters, int64_t count, int64_t number) {
     int64_t low = 0, high = count;
     while (high - low > 1) {

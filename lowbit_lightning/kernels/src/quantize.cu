@@ -15,7 +15,7 @@ typedef Share<16 / sizeof(ELEMENT)> Mine;  // 16 bytes per access
 
 __shared__ float book[256], middles[256];
 
-// Every thread of the CUDA block has to call it. What lies behind the codebook's end decodes to zero, is never chosen.
+// Every thread of the CUDA block has to call it. What lies after the codebook's end is zero and never chosen.
 LB_FN void prepare(const float* values, int count) {
     for (int i = threadIdx.x; i < 256; i += THREADS) {
         book[i] = i < count ? values[i] : 0.0f;

@@ -1,11 +1,11 @@
 """Pinned host memory under a GPU: one stream in, one stream out, and events.
 
 Everything is made once and kept: the slab, the streams, an event for each chunk and direction. A step allocates nothing
-and waits for nothing on the host. Buffers are freed only behind ``close``, when all copies are done, so that the
+and waits for nothing on the host. Buffers are freed only after ``close``, when all copies are done, so that the
 allocator need not know of the streams.
 
 Kernels run on whatever streams are current when ``wait`` is called: backward may use several for one chunk. The event
-of ``computed`` is behind all of them.
+of ``computed`` comes after all of them.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class CudaTransport:
             self.close()
 
     def _forget_error(self) -> None:
-        """The runtime keeps the last error, and torch would raise it for the next kernel, whosoever that is."""
+        """The runtime keeps the last error, and torch would raise it for the next kernel, whoever launches that."""
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self.device)
 

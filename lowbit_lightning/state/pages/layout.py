@@ -1,6 +1,6 @@
 """Where every state lies in the slab, and which of them travel together.
 
-Parameters lie one behind another in the order of the step, each with all its states. A *chunk* holds consecutive
+Parameters lie one after another in the order of the step, each with all its states. A *chunk* holds consecutive
 parameters, as many as fit; one that is larger than a chunk is cut into *spans* of elements, each a chunk of its own, so
 that all states of an element travel together. In the slab every state is contiguous, also of a parameter that is cut.
 The first chunks, up to the budget, are *resident*: they stay near.

@@ -9,9 +9,9 @@ out: both overlap the next forward and backward.
 Every near buffer has *one chain of events*: whatever happens to it, waits for what happened to it last. A chunk always
 uses the same buffer, so that the chain orders its place in the slab too. These are all the rules there are:
 
-* a fetch into a buffer runs behind the last event of the buffer,
-* kernels on a buffer run behind its last event,
-* a store runs behind the kernels,
+* a fetch into a buffer runs after the last event of the buffer,
+* kernels on a buffer run after its last event,
+* a store runs after the kernels,
 * before the host touches the slab, what only lies near is stored, and all chains are waited for.
 """
 
@@ -176,7 +176,7 @@ class Pager:
         chunk = self._open
         if chunk is None:
             return
-        chunk.slot.unsaved = chunk.slot.unsaved or self._changes  # first: an interrupt behind it loses nothing
+        chunk.slot.unsaved = chunk.slot.unsaved or self._changes  # first: an interrupt after it loses nothing
         self._open = None
         self.statistics.step_seconds += perf_counter() - self._opened_at
         chunk.slot.last = self.transport.computed(chunk.moves)

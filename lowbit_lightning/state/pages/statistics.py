@@ -12,7 +12,7 @@ class PageStatistics:
 
     ``far_bytes``: of the slab. ``resident_bytes``: of states that stay near. ``near_bytes``: of near memory, which are
     the resident states and the ring; scales and step counts are not counted. ``bytes_in``, ``bytes_out``: that
-    travelled. ``waits``: how often kernels were put behind a copy. ``stalls``, ``stall_seconds``: how often, and how
+    travelled. ``waits``: how often kernels had to wait for a copy. ``stalls``, ``stall_seconds``: how often, and how
     long, that made the host wait; on a GPU its stream waits, and the host does not know (``stalls_on_host`` is False).
     ``step_seconds``: of the host, inside steps.
     """

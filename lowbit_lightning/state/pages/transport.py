@@ -54,7 +54,7 @@ class Transport(Protocol):
         """The slab: a CPU tensor, uint8 ``[nbytes]``, of any content. Called once.
 
         The host reads and writes it as memory, but only while no copy is under way (after ``settle`` of all of them).
-        Its memory stays valid as long as a tensor holds it, also behind ``close``.
+        Its memory stays valid as long as a tensor holds it, also after ``close``.
 
         Raises:
             OSError, RuntimeError, MemoryError: if there is no room, saying how much was wanted and what to do.
@@ -87,7 +87,7 @@ class Transport(Protocol):
         ...
 
     def wait(self, event: Event) -> None:
-        """Let kernels that are launched from now on, on the current stream, run behind ``event``. May be called again.
+        """Let kernels that are launched from now on, on the current stream, run after ``event``. May be called again.
 
         A GPU's stream waits, and this returns at once. Where kernels are functions of the host, the host waits, and an
         error of the copy is raised here.
@@ -100,7 +100,7 @@ class Transport(Protocol):
 
     def trim(self) -> None:
         """The host has read or written the slab and is done with it for now, and no copy is under way: memory that this
-        cost may be given back. Called before the first fetch behind such accesses."""
+        cost may be given back. Called before the first fetch after such accesses."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Threads that do what they are told to behind events, made so that Ctrl-C may strike anywhere.
+"""Threads that do what they are told to after events, made so that Ctrl-C may strike anywhere.
 
 Python runs signal handlers on the main thread, between any two of its instructions, and what they raise leaves from
 there. Futures, executors and all of ``threading`` but its plain lock are such instructions: struck at the wrong place,
@@ -130,7 +130,7 @@ class Workers:
 
 
 def _work(queue: Queue, turn: LockType, under_way: set[Event]) -> None:
-    while _serve(queue, turn, under_way):  # a call for each item, behind which nothing holds it
+    while _serve(queue, turn, under_way):  # a call for each item, after which nothing holds it
         pass
 
 

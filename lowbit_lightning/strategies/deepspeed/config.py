@@ -22,7 +22,7 @@ def read(config: Any) -> Config:
 
     Raises:
         TypeError, ValueError: for anything else, or a file that holds none.
-        FileNotFoundError: where there is no such file.
+        FileNotFoundError: if the file does not exist.
     """
     if isinstance(config, (str, os.PathLike)):
         return _from_file(Path(config))

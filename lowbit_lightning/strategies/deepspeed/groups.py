@@ -1,7 +1,7 @@
 """Which parameters keep 32-bit states under ZeRO, and how schedulers are kept out of it.
 
 ZeRO makes one flat vector of all parameters of a group and cuts that. In it no row is left to see, and a block of 256
-elements may hold the end of a matrix and the biases behind it, under one scale. So parameters whose states are in 32
+elements may hold the end of a matrix and the biases after it, under one scale. So parameters whose states are in 32
 bits anywhere else (vectors, small ones, short rows), and embeddings, get a group of their own with ``bits=32``.
 
 A scheduler has counted the groups when it was built. It goes on to see those alone; the new ones follow them.
