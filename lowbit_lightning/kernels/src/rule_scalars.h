@@ -4,7 +4,7 @@
 LB_FN double minimum(double a, double b) { return b < a ? b : a; }
 // x ** n for an integer n >= 0, by squaring: the same roundings everywhere, unlike pow. NaN for another n.
 LB_FN double power(double x, double n) {
-    if (!(n >= 0.0)) return 0.0 * n / 0.0;
+    if (!(n >= 0.0)) return (n - n) / (n - n);
     double result = 1.0;
     for (long long remaining = (long long)minimum(n, 0x1p62); remaining; remaining >>= 1, x *= x)
         if (remaining & 1) result *= x;
