@@ -197,6 +197,21 @@ def saved_by(module: nn.Module, found: dict[int, int]) -> Iterator[None]:
         handle.remove()
 
 
+def test_nothing_new_is_kept_of_a_weight() -> None:
+    """The backward gets the parameter itself, which FSDP2 may free and gather again, and quantises it there."""
+    layer, kept = Int8Linear(WIDTH, 2 * WIDTH), list[Tensor]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(torch.randn(8, WIDTH, requires_grad=True))
+    assert sum(t.data_ptr() == layer.weight.data_ptr() for t in kept) == 1
+    others = {(t.dtype, tuple(t.shape)) for t in kept if t.data_ptr() != layer.weight.data_ptr()}
+    assert others == {(torch.int8, (WIDTH, 8)), (torch.float32, (WIDTH,))}  # the input's columns
+
+
 def test_inputs_are_kept_in_a_byte() -> None:
     """Of a GPT of 12 layers, against bf16-mixed: what its linear layers keep for the backward."""
     tokens = torch.randint(16, (4, 250))
