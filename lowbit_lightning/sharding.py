@@ -73,6 +73,17 @@ def grouped(module: nn.Module, blocks: Iterable[str]) -> tuple[list[list[nn.Para
     return [group for group in groups if group], take(module)
 
 
+def mesh_shape(world_size: int, replicas: int) -> tuple[int, int]:
+    """The replicas of a model, and the ranks that share out one of them: FSDP2's mesh (HSDP with several replicas).
+
+    Raises:
+        ValueError: for replicas that do not divide the ranks.
+    """
+    if world_size % replicas:
+        raise ValueError(f"replicas must divide the number of ranks, {world_size}; got {replicas}")
+    return replicas, world_size // replicas
+
+
 def first_share(shape: Shape, ranks: int) -> Shape:
     """The shape of the first rank's part, which is the largest."""
     if ranks == 1 or not shape:

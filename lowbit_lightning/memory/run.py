@@ -16,7 +16,7 @@ from lowbit_lightning.memory.batch import parse_batch
 from lowbit_lightning.memory.states import Kind
 from lowbit_lightning.memory.step import Step
 from lowbit_lightning.optim.options import parse_bytes
-from lowbit_lightning.sharding import Policy
+from lowbit_lightning.sharding import Policy, mesh_shape
 
 Strategy = Literal["single", "ddp", "sharded"]
 Precision = Literal["32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "int8-mixed"]
@@ -252,7 +252,7 @@ class Run:
     @property
     def ranks(self) -> int:
         """The ranks that share out one copy of a parameter."""
-        return self.world_size // self.replicas if self.sharded else 1
+        return mesh_shape(self.world_size, self.replicas)[1] if self.sharded else 1
 
     def shown(self) -> dict[str, Any]:
         """For a table: what is always named, and what is not the default, in words and numbers."""

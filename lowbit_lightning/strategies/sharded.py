@@ -48,7 +48,7 @@ from torch.optim import Optimizer
 from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.optim.loading import all_or_nothing
 from lowbit_lightning.optim.options import check_paging
-from lowbit_lightning.sharding import Policy, chosen_blocks
+from lowbit_lightning.sharding import Policy, chosen_blocks, mesh_shape
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import atomic, blocks, buffers, checkpoints
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
@@ -127,8 +127,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
-        if ranks % self.replicas:
-            raise ValueError(f"replicas must divide the number of ranks, {ranks}; got {self.replicas}")
+        mesh_shape(ranks, self.replicas)  # refuses what does not divide them
         self._data_parallel_size, self._tensor_parallel_size = ranks, 1
         super().setup_environment()
 
@@ -139,7 +138,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def _mesh(self) -> DeviceMesh:
         if self.replicas == 1:
             return self.device_mesh["data_parallel"]
-        shape = self.replicas, self.world_size // self.replicas
+        shape = mesh_shape(self.world_size, self.replicas)
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     # -- the model ---------------------------------------------------------------------------------------------------
