@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -60,10 +61,10 @@ def test_the_first_lines_of_a_run_say_it(told: dict, tmp_path: Path, caplog: pyt
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=1, default_root_dir=tmp_path, **quiet, **told)
     with caplog.at_level("INFO"):
-        trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(2, 64)))
+        trainer.fit(Net(), torch.utils.data.DataLoader([*torch.randn(2, 64)]))  # type: ignore[arg-type]
     assert sum("malloc: tensors of 1 MiB" in line for line in caplog.messages) == 1
 
 
@@ -73,6 +74,7 @@ def test_what_is_freed_goes_back() -> None:
     program = """
         import importlib.util, sys, torch
         from pathlib import Path
+from typing import Any
         spec = importlib.util.spec_from_file_location("malloc_alone", sys.argv[2])  # the package takes seconds
         malloc = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(malloc)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning import optim
-from lowbit_lightning.kernels import rules
 from lowbit_lightning.memory.result import readable
 from lowbit_lightning.optim.options import Options
 from lowbit_lightning.state.form import MASTER, STEP, codes_name, scales_name
-from lowbit_lightning.strategies import checkpoints
+from lowbit_lightning.strategies import AtomicCheckpointIO
 
 Saved = dict[str, Any]
 """An optimizer's ``state_dict()``."""
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if not any(optimizer["state"] for optimizer in saved):
         raise ValueError(f"{args.checkpoint} holds no optimizer states: there is nothing to convert")
     checkpoint["optimizer_states"] = [converted(each, args.bits, **options) for each in saved]
-    checkpoints.save_file(checkpoint, output)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, output)
     parameters = sum(len(each["state"]) for each in saved)
     size = readable(output.stat().st_size)
     print(f"{args.checkpoint}: the states of {parameters} parameters, in {args.bits} bits -> {output}, {size}")
@@ -60,11 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(path: Path, trust: bool) -> dict[str, Any]:
-    found = checkpoints.locate(path)
     try:
-        if found.is_dir():
-            return checkpoints.load_folder(found, weights_only=not trust)
-        return checkpoints.load_file(found, weights_only=not trust, mmap=True)
+        return AtomicCheckpointIO().load_checkpoint(path, weights_only=not trust)
     except pickle.UnpicklingError as error:
         what = str(error).partition("\n")[0]
         raise ValueError(
@@ -85,7 +81,7 @@ def converted(saved: Saved, bits: int, **options: Any) -> Saved:
         return saved
     stand_ins = {key: _stand_in(saved["state"].get(key, {})) for key in held}
     groups = [{"params": [stand_ins[key] for key in group["params"]]} for group in saved["param_groups"]]
-    optimizer = _kind(saved)(groups, lr=1e-3, bits=bits, **options)
+    optimizer = _kind(saved)(groups, bits=bits, **options)
     optimizer.load_state_dict(saved)
     made = optimizer.state_dict(bits=32) if bits == 32 else optimizer.state_dict()
     state = {key: made["state"][number] for number, key in enumerate(held) if key in saved["state"]}
@@ -107,7 +103,7 @@ def _state_of(entry: str) -> str | None:
     return next((entry.removesuffix(name("")) for name in (codes_name, scales_name) if entry.endswith(name(""))), entry)
 
 
-def _kind(saved: Saved) -> type[optim.LowBitOptimizer]:
+def _kind(saved: Saved) -> Callable[..., optim.LowBitOptimizer]:
     """The optimizer that keeps such states, and whose hyperparameters the groups have: among several, which keep them
     alike, that which has most."""
     names = {_state_of(entry) for entries in saved["state"].values() for entry in entries} - {None}
@@ -115,9 +111,9 @@ def _kind(saved: Saved) -> type[optim.LowBitOptimizer]:
     for cls in vars(optim).values():
         if not (isinstance(cls, type) and issubclass(cls, optim.LowBitOptimizer)) or cls is optim.LowBitOptimizer:
             continue
-        probe = cls([torch.empty(0)], lr=1e-3)  # type: ignore[call-arg, arg-type]
+        probe = cls([torch.empty(0)])  # type: ignore[call-arg, arg-type]
         own = set(probe.defaults) - set(Options.__annotations__) - {"state_format"}
-        kept = {s.name for g in saved["param_groups"] for s in rules.get(probe._rule({**probe.defaults, **g})).states}
+        kept = {s.name for g in saved["param_groups"] for s in probe.rule_of({**probe.defaults, **g}).states}
         if names == kept:
             known = own & set(saved["param_groups"][0])
             found.append((known == own, len(known), cls))

@@ -127,7 +127,8 @@ def test_torchs_states_become_8_bits_together(tmp_path: Path) -> None:
     path, out = saved(tmp_path / "t.ckpt", net, adam, sgd), tmp_path / "t-8bit.ckpt"
     assert convert(path, "--bits", 8) == 0
     found = torch.load(out)["optimizer_states"]
-    for state, kind, options in zip(found, (optim.Adam, optim.SGD), ({}, {"momentum": 0.9}), strict=True):
+    twins: list[tuple[Any, dict[str, Any]]] = [(optim.Adam, {}), (optim.SGD, {"momentum": 0.9})]
+    for state, (kind, options) in zip(found, twins, strict=True):
         _, twin = trained(kind, 0, **options)
         twin.load_state_dict(torch.load(path)["optimizer_states"][found.index(state)])
         assert same(state["state"], twin.state_dict()["state"])
@@ -193,7 +194,7 @@ def test_a_write_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fails)
-    assert "No space left" in failure(capsys, path, "--bits", 32, "-o", there, "--overwrite")
+    assert "the disk is full" in failure(capsys, path, "--bits", 32, "-o", there, "--overwrite")
     assert there.read_text() == "mine"
     assert sorted(child.name for child in tmp_path.iterdir()) == ["last.ckpt", "out.ckpt"]
 

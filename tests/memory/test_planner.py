@@ -140,7 +140,9 @@ def test_pages_lie_in_the_order_of_the_backward(page_dir: Path) -> None:
     planned, forward = (
         memory.plan(on_meta(make), paged="disk", batch=data, release_gradients=release) for release in (True, False)
     )
-    assert planned.state_parts["pages"] == optimizer.page_statistics().near_bytes != forward.state_parts["pages"]
+    statistics = optimizer.page_statistics()
+    assert statistics is not None
+    assert planned.state_parts["pages"] == statistics.near_bytes != forward.state_parts["pages"]
 
 
 def test_what_fits_has_room_for_the_allocator() -> None:
