@@ -107,7 +107,8 @@ def test_an_optimizer_by_name(tmp_path: Path, name: str, kind: type, in_file: bo
     optimizer = made.trainer.optimizers[0]
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["lr"] == 0.01
-    assert made.trainer.precision_plugin.report.swapped
+    plugin: Any = made.trainer.precision_plugin
+    assert plugin.report.swapped
 
 
 def test_our_options_of_an_optimizer() -> None:
