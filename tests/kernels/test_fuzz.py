@@ -81,9 +81,11 @@ def test_compilers_sanitizers_and_instruction_sets(compiler: str, flags: str) ->
     if flags == SANITIZERS:
         if compiler == "clang++":
             flags += " -shared-libasan"
-        runtime = "libclang_rt.asan-x86_64.so" if compiler == "clang++" else "libasan.so"
-        found = subprocess.run([compiler, f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
+        runtimes = "libclang_rt.asan-x86_64.so" if compiler == "clang++" else "libasan.so", "libstdc++.so"
+        found = [
+            subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in runtimes
+        ]
         # Python and torch leak on purpose, and were not compiled with the sanitizers.
         options = "detect_leaks=0:verify_asan_link_order=0:handle_segv=0"
-        environment |= {"LD_PRELOAD": found, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
-    assert " 0 mismatches" in run("--seconds", "400", "--count", "2000", f"--flags={flags}", **environment)
+        environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
+    assert " 0 mismatches" in run("--seconds", "1200", "--count", "1000", f"--flags={flags}", **environment)
