@@ -94,6 +94,26 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def unwatched(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing needs to see an op on these tensors: no gradient, tracing, mode, transform or subclass.
+
+    Then its implementation may be called as a plain function. torch's dispatcher takes 15 to 45 microseconds to reach
+    it, as long as a small product.
+    """
+    if torch.compiler.is_compiling() or _watchers():
+        return False
+    gradients = torch.is_grad_enabled()
+    return all(t is None or (type(t) in _PLAIN and not (gradients and t.requires_grad)) for t in tensors)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _watchers() -> bool:
+    """Whether there are modes, of dispatch or of functions, or transforms."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed())
+
+
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
     """The function ``op`` of the backend that serves ``device``, counted."""
     name = _forced[-1] if _forced else _backend_of(device.type)

@@ -6,6 +6,7 @@ A weight ``[..., K]`` is kept as two tensors, ``packed`` uint8 ``[..., packed_wi
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import FLOATS
-from lowbit_lightning.kernels.dispatch import declare, is_transformed, run
+from lowbit_lightning.kernels.dispatch import declare, is_transformed, run, unwatched
 from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
 
 FEW_ROWS = 8
@@ -65,6 +66,8 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
+    if unwatched(x, packed, scales, bias):
+        return _run_product(x, packed, scales, bias, str(form))
     if is_transformed():
         return _by_torch(x, packed, scales, bias, str(form))
     return _matmul(x, packed, scales, bias, str(form))
@@ -135,16 +138,23 @@ def _check_weight(weight: Tensor, form: str, fit: str | None) -> tuple[Format, s
     return f, check_fit(f, fit)
 
 
-def _check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> None:
+@cache
+def _layout(form: str, row_length: int) -> tuple[int, int, torch.dtype]:
+    """The widths of ``packed`` and ``scales``, and the dtype of ``scales``."""
     f = weight_format(form)
-    if packed.dtype != torch.uint8 or scales.dtype != f.scales_dtype:
+    return f.packed_width(row_length), f.scales_width(row_length), f.scales_dtype
+
+
+def _check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> None:
+    width, scales_width, dtype = _layout(form, row_length)
+    if packed.dtype != torch.uint8 or scales.dtype != dtype:
         raise TypeError(
-            f"packed and scales of {f} must be torch.uint8 and {f.scales_dtype}, got {packed.dtype} and {scales.dtype}"
+            f"packed and scales of {form} must be torch.uint8 and {dtype}, got {packed.dtype} and {scales.dtype}"
         )
-    wanted = f.packed_width(row_length), f.scales_width(row_length)
-    if packed.ndim == 0 or packed.shape[:-1] != scales.shape[:-1] or (packed.shape[-1], scales.shape[-1]) != wanted:
+    leading = packed.shape[:-1]
+    if packed.ndim == 0 or packed.shape != (*leading, width) or scales.shape != (*leading, scales_width):
         raise ValueError(
-            f"packed and scales of {f} with rows of {row_length} must be [..., {wanted[0]}] and [..., {wanted[1]}],"
+            f"packed and scales of {form} with rows of {row_length} must be [..., {width}] and [..., {scales_width}],"
             f" got {tuple(packed.shape)} and {tuple(scales.shape)}"
         )
 
@@ -170,7 +180,8 @@ def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
         raise ValueError(
             f"bias must be a float vector of shape ({packed.shape[0]},), got {bias.dtype} of {tuple(bias.shape)}"
         )
-    _check_devices(x, packed=packed, scales=scales, bias=bias)
+    if not x.device == packed.device == scales.device == (x if bias is None else bias).device:
+        _check_devices(x, packed=packed, scales=scales, bias=bias)
 
 
 def _check_devices(first: Tensor, **others: Tensor | None) -> None:
@@ -228,13 +239,15 @@ def _like_embedding(
 
 def _run_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     _check_product(x, packed, scales, bias, form)
-    (*leading, length), outputs = x.shape, packed.shape[0]
-    rows = prod(leading)
-    if not (rows and outputs and length):
-        return x.new_zeros(*leading, outputs) if bias is None else bias.to(x.dtype).expand(*leading, outputs).clone()
-    op = "lowbit_gemv" if rows <= FEW_ROWS else "lowbit_matmul"
-    operands = x.reshape(rows, length).contiguous(), packed.contiguous(), scales.contiguous()
-    return run(op, x.device, *operands, bias, form).view(*leading, outputs)
+    shape, outputs = x.shape, packed.shape[0]
+    if x.ndim != 2:
+        x = x.reshape(prod(shape[:-1]), shape[-1])
+    if not (x.numel() and outputs):
+        y = x.new_zeros(len(x), outputs) if bias is None else bias.to(x.dtype).expand(len(x), outputs).clone()
+    else:
+        op = "lowbit_gemv" if x.shape[0] <= FEW_ROWS else "lowbit_matmul"
+        y = run(op, x.device, x.contiguous(), packed.contiguous(), scales.contiguous(), bias, form)
+    return y if len(shape) == 2 else y.view(*shape[:-1], outputs)
 
 
 def _like_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from support.instruction_sets import require
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_lightning import kernels
+from lowbit_lightning.kernels.compile import host_library
+from lowbit_lightning.kernels.cpu import lowbit as on_cpu
 from lowbit_lightning.kernels.lowbit import FEW_ROWS
 
 NAMES = ("int8", "nf4", "nf4-dq", "fp4-g32", "int4", "int3", "int2", "int2-g256")
@@ -35,16 +42,17 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", NAMES)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_products_of_few_and_many_rows(form: str, length: int, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize(("name", "length"), [("reference", 129), *(("cpu", length) for length in LENGTHS)])
+def test_products_of_few_and_many_rows(form: str, name: str, length: int) -> None:
     packed, scales, weight = weight_of(form, 37, length)
     bias = torch.randn(37)
-    for rows in (1, 2, 3, 5, 8, 9, 40):
-        x = torch.randn(rows, length).to(dtype)
-        y = kernels.lowbit_matmul(x, packed, scales, bias, form)
-        assert y.dtype == dtype
-        assert error(y, x.double() @ weight.T + bias) < TOLERANCE[dtype], rows
+    with kernels.use_backend(name):
+        for dtype in TOLERANCE:
+            for rows in (1, 2, 3, 5, 8, 9, 40):
+                x = torch.randn(rows, length).to(dtype)
+                y = kernels.lowbit_matmul(x, packed, scales, bias, form)
+                assert y.dtype == dtype
+                assert error(y, x.double() @ weight.T + bias) < TOLERANCE[dtype], (dtype, rows)
 
 
 @pytest.mark.parametrize("form", NAMES)
@@ -156,6 +164,25 @@ def test_calls_say_which_way_was_taken() -> None:
     assert kernels.calls() == {("lowbit_gemv", "cpu"): 2, ("lowbit_matmul", "cpu"): 1}
 
 
+def test_modes_and_fake_tensors_see_the_product() -> None:
+    """A product without gradient is called past torch's dispatcher, unless somebody looks."""
+    packed, scales = kernels.lowbit_quantize(torch.randn(8, 64), "nf4")
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        kernels.lowbit_matmul(torch.randn(3, 64), packed, scales, None, "nf4")
+    assert "lowbit_lightning.lowbit_matmul.default" in seen
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = kernels.lowbit_matmul(torch.randn(3, 64), packed, scales, None, "nf4")
+    assert isinstance(y, FakeTensor)
+    assert y.shape == (3, 8)
+
+
 def test_compiled_whole_with_gradients() -> None:
     packed, scales, weight = weight_of("int3", 16, 100)
     compiled = torch.compile(
@@ -192,6 +219,50 @@ def test_products_refuse_what_does_not_fit() -> None:
         kernels.int8_outlier_matmul(torch.randn(2, 64), *kernels.lowbit_quantize(torch.randn(8, 64), "int8"), None, -1)
     with pytest.raises(TypeError, match="indices must be int32 or int64"):
         kernels.lowbit_embedding(torch.rand(2), packed, scales, "nf4", 64)
+
+
+# -- other processors ------------------------------------------------------------------------------------------------
+
+V3, V4 = ("-march=x86-64-v3",), ("-march=x86-64-v4",)
+BUILDS = {  # flags, what they need, the formats that are tried in every run of the tests
+    "AVX2": (V3, {"avx2", "fma", "f16c"}, ("nf4",)),
+    "SSE2": (("-march=x86-64",), set(), ()),
+    "AVX-512": (V4, {"avx512bw", "avx512dq"}, ()),
+    "AVX-512 with bfloat16": ((*V4, "-mavx512bf16"), {"avx512bw", "avx512dq", "avx512_bf16"}, ()),
+    "AVX-512 F alone": ((*V3, "-mavx512f"), {"avx512f"}, ()),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "form"),
+    [
+        pytest.param(build, form, marks=() if form in quick else pytest.mark.slow)
+        for build, (_, _, quick) in BUILDS.items()
+        for form in ("int8", "nf4", "int3", "int2")
+    ],
+)
+def test_other_instruction_sets_give_the_same_numbers(build: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, needed, _ = BUILDS[build]
+    require(build, needed)
+    monkeypatch.setattr(on_cpu, "host_library", partial(host_library, flags=(*flags, "-O1")))
+    for name in ("library", "quantize_library", "_form"):
+        monkeypatch.setattr(on_cpu, name, getattr(on_cpu, name).__wrapped__)
+    for length in (31, 129, 1024):
+        packed, scales, weight = weight_of(form, 37, length)
+        again = kernels.lowbit_quantize(torch.randn(21, length), form, "absmax")
+        with kernels.use_backend("reference"):
+            torch.manual_seed(length)
+            torch.randn(37, length)
+            expected = kernels.lowbit_quantize(torch.randn(21, length), form, "absmax")
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+        for dtype in TOLERANCE:
+            assert torch.equal(kernels.lowbit_dequantize(packed, scales, form, length, dtype), weight.float().to(dtype))
+            for rows in (1, 2, 4, 8, 20):
+                x, dy = torch.randn(rows, length).to(dtype), torch.randn(rows, 37).to(dtype)
+                y = kernels.lowbit_matmul(x, packed, scales, None, form)
+                assert error(y, x.double() @ weight.T) < TOLERANCE[dtype]
+                dx = torch.ops.lowbit_lightning.lowbit_matmul_backward(dy, packed, scales, form, length)
+                assert error(dx, dy.double() @ weight) < TOLERANCE[dtype]
 
 
 # -- LLM.int8() ------------------------------------------------------------------------------------------------------

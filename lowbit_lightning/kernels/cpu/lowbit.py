@@ -1,7 +1,8 @@
 """Low-bit weights on CPU: src/lowbit.cpp, src/lowbit_quantize.cpp, compiled for the bits of a code.
 
-A product of up to 8 rows reads the packed weight once and decodes it in registers. More rows are multiplied by torch's
-own product (oneDNN, MKL) with a panel of the weight at a time, dequantised into the caches.
+A product of few rows of x reads the packed weight once and decodes it in registers; one of many rows decodes some rows
+of the weight into a thread's own cache and multiplies all of x with them there (src/lowbit_product.h, lowbit_gemm.h).
+The backward decodes a panel of columns at a time, for torch's own product (oneDNN, MKL).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.cpu.int8 import quantize_rowwise
@@ -85,9 +85,9 @@ def _rule(name: str, length: int, fit: str) -> tuple[_Rule, Format]:
 
 
 @cache
-def quantize_library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The compiled quantiser; ``flags`` choose another instruction set, for tests."""
-    compiled = host_library(specialised("lowbit_quantize.cpp"), flags=flags)
+def quantize_library() -> ctypes.CDLL:
+    """The compiled quantiser."""
+    compiled = host_library(specialised("lowbit_quantize.cpp"))
     compiled.lb_lowbit_quantize.argtypes = [_POINTER, _POINTER, _INT, _LONG, _POINTER, _POINTER, _INT]
     compiled.lb_lowbit_quantize.restype = None
     return compiled
@@ -113,13 +113,14 @@ def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor
 
 
 @cache
-def library(bits: int, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The compiled kernels; ``flags`` choose another instruction set, for tests."""
-    compiled = host_library(specialised("lowbit.cpp", BITS=bits), flags=flags)
+def library(bits: int) -> ctypes.CDLL:
+    """The compiled kernels for codes of so many bits."""
+    compiled = host_library(specialised("lowbit.cpp", BITS=bits))
     functions = {
         "lb_lowbit_dequantize": [_POINTER] * 4 + [_LONG, _POINTER, _INT, _INT],
         "lb_lowbit_panel": [_POINTER] * 3 + [_LONG, _LONG, _LONG, _POINTER, _INT, _INT],
         "lb_lowbit_gemv": [_POINTER] * 3 + [_LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT],
+        "lb_lowbit_gemm": [_POINTER] * 3 + [_LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT],
     }
     for name, arguments in functions.items():
         getattr(compiled, name).restype, getattr(compiled, name).argtypes = None, arguments
@@ -164,12 +165,21 @@ def _dequantize(
 
 def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """See the reference."""
+    return _product("lb_lowbit_gemv", x, packed, scales, bias, form)
+
+
+def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """See the reference."""
+    return _product("lb_lowbit_gemm", x, packed, scales, bias, form)
+
+
+def _product(way: str, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     (rows, length), outputs = x.shape, packed.shape[0]
     compiled, argument, _ = _form(form, length)
     out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu")
     if bias is not None:
         bias = bias.float().contiguous()
-    compiled.lb_lowbit_gemv(
+    getattr(compiled, way)(
         *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr(), rows),
         *(None if bias is None else bias.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[x.dtype]),
         _threads(outputs * length),
@@ -177,79 +187,27 @@ def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
     return out
 
 
-# -- many rows -------------------------------------------------------------------------------------------------------
-
-
-class _Panels:
-    """Parts of a weight ``[N, K]``, dequantised one after the other into the same memory.
-
-    Columns stand in the order ``[chunk][phase][lane]`` in which codes are decoded (src/lowbit.h), the last chunk padded
-    with zeros' values: K' of them.
-    """
-
-    def __init__(self, packed: Tensor, scales: Tensor, form: str, length: int, dtype: torch.dtype) -> None:
-        self.compiled, self.argument, f = _form(form, length)
-        self.packed, self.scales, self.dtype = packed, scales, dtype
-        self.lanes = self.compiled.lb_lowbit_lanes()
-        self.phases = 1 if f.bits == 8 else self.compiled.lb_lowbit_phases()
-        self.chunk = self.lanes * self.compiled.lb_lowbit_phases()
-        self.length, self.chunks = length, -(-length // self.chunk)
-        self.memory = torch.empty(0, dtype=dtype, device="cpu")
-
-    def of(self, first: int, last: int, first_chunk: int, last_chunk: int) -> Tensor:
-        """Rows ``first`` to ``last - 1``, chunks ``first_chunk`` to ``last_chunk - 1``: ``[rows, columns]``."""
-        shape = last - first, (last_chunk - first_chunk) * self.chunk
-        if self.memory.numel() < prod(shape):
-            self.memory = torch.empty(prod(shape), dtype=self.dtype, device="cpu")
-        panel = self.memory[: prod(shape)].view(shape)
-        self.compiled.lb_lowbit_panel(
-            *(self.argument, self.packed[first:last].data_ptr(), self.scales[first:last].data_ptr(), last - first),
-            *(first_chunk, last_chunk, panel.data_ptr(), DTYPE_NUMBERS[self.dtype], _threads(panel.numel())),
-        )
-        return panel
-
-    def in_order(self, x: Tensor) -> Tensor:
-        """x ``[M, K]`` with its columns in the panels' order: ``[M, K']``, zeros behind."""
-        x = pad(x.to(self.dtype), (0, self.chunks * self.chunk - self.length))
-        if self.phases == 1:
-            return x
-        return x.view(len(x), self.chunks, self.lanes, self.phases).transpose(2, 3).reshape(len(x), -1)
-
-    def out_of_order(self, y: Tensor) -> Tensor:
-        """The inverse of ``in_order``."""
-        if self.phases > 1:
-            y = y.view(len(y), self.chunks, self.phases, self.lanes).transpose(2, 3).reshape(len(y), -1)
-        return y[:, : self.length]
-
-
-def _panels(x: Tensor, packed: Tensor, scales: Tensor, form: str, length: int) -> _Panels:
-    """bfloat16 meets panels of bfloat16 where the processor multiplies them; everything else is float32."""
-    narrow = x.dtype == torch.bfloat16 and library(8).lb_lowbit_pairs()
-    return _Panels(packed, scales, form, length, torch.bfloat16 if narrow else torch.float32)
-
-
-def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """See the reference."""
-    outputs, panels = packed.shape[0], _panels(x, packed, scales, form, x.shape[1])
-    x_in_order = panels.in_order(x)
-    out = torch.empty(len(x), outputs, dtype=panels.dtype, device="cpu")
-    step = max(16, _PANEL // x_in_order.shape[1] // 16 * 16)
-    for first in range(0, outputs, step):
-        last = min(outputs, first + step)
-        torch.mm(x_in_order, panels.of(first, last, 0, panels.chunks).T, out=out[:, first:last])
-    if bias is not None:
-        out += bias
-    return out.to(x.dtype)
-
-
 def lowbit_matmul_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
-    """See the reference."""
-    outputs, panels = packed.shape[0], _panels(dy, packed, scales, form, row_length)
-    dy_there = dy.to(panels.dtype)
-    out = torch.empty(len(dy), panels.chunks * panels.chunk, dtype=panels.dtype, device="cpu")
-    step = max(1, _PANEL // outputs // panels.chunk)
-    for first in range(0, panels.chunks, step):
-        last = min(panels.chunks, first + step)
-        columns = slice(first * panels.chunk, last * panels.chunk)
-        torch.mm(dy_there, panels.of(0, outputs, first, last), out=out[:, columns])
-    return panels.out_of_order(out).to(dy.dtype).contiguous()
+    """See the reference. A panel is all rows of some chunks of columns, in the order ``[chunk][phase][lane]`` in which
+    codes are decoded (src/lowbit.h); the result is brought out of it."""
+    (rows, outputs), (compiled, argument, f) = dy.shape, _form(form, row_length)
+    narrow = dy.dtype == torch.bfloat16 and compiled.lb_lowbit_pairs()
+    dtype = torch.bfloat16 if narrow else torch.float32
+    lanes, phases = compiled.lb_lowbit_lanes(), compiled.lb_lowbit_phases()
+    chunk, chunks = lanes * phases, -(-row_length // (lanes * phases))
+    step = min(chunks, max(1, _PANEL // outputs // chunk))
+    memory = torch.empty(outputs * step * chunk, dtype=dtype, device="cpu")
+    dx = torch.empty(rows, chunks * chunk, dtype=dtype, device="cpu")
+    dy_there = dy.to(dtype)
+    for first in range(0, chunks, step):
+        last = min(chunks, first + step)
+        width = (last - first) * chunk
+        panel = memory[: outputs * width].view(outputs, width)
+        compiled.lb_lowbit_panel(
+            *(argument, packed.data_ptr(), scales.data_ptr(), outputs, first, last, panel.data_ptr()),
+            *(DTYPE_NUMBERS[dtype], _threads(panel.numel())),
+        )
+        dx[:, first * chunk : last * chunk] = dy_there @ panel  # into dx itself torch multiplies bfloat16 slowly
+    if f.bits < 8:
+        dx = dx.view(rows, chunks, phases, lanes).transpose(2, 3).reshape(rows, chunks * chunk)
+    return dx[:, :row_length].to(dy.dtype).contiguous()

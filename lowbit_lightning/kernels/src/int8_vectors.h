@@ -9,8 +9,6 @@
 
 constexpr int64_t STREAM = 3 << 19;  // a result larger than this does not pass through the caches
 
-LB_FN void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the L2 cache; any address will do
-
 // 64 bytes, past the caches where the instruction set allows it; the address is then a multiple of 64
 LB_FN void store_line(int8_t* to, const void* line, bool stream) {
 #if LB_AVX512

@@ -58,6 +58,9 @@ LB_FN Codes load_codes(const Form& form, const uint8_t* row, int64_t c) {
 #else
     (void)form;
 #endif
+#if LB_AVX512
+    __asm__("" : "+v"(codes.low));  // once from memory: every shift would load it again
+#endif
     return codes;
 }
 // Of the row's last chunk, if that is not whole: zeros after the row's end.
@@ -120,6 +123,11 @@ LB_FN float power(uint8_t exponent) {  // 2^(exponent - 127); infinite for 255, 
 }
 constexpr int PADDING = W;  // floats after a row's scales that may be read
 
+template <class F> LB_FN void for_vectors(int64_t n, const F& body) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) body(i, W);
+    if (i < n) body(i, (int)(n - i));
+}
 // Scales of a row, and its offsets where there are any: form.blocks floats each, zeros after them.
 static inline void decode_scales(const Form& form, const uint8_t* row, float* scales, float* offsets) {
     const int64_t n = form.blocks;
@@ -128,31 +136,32 @@ static inline void decode_scales(const Form& form, const uint8_t* row, float* sc
         memcpy(scales, row, n * sizeof(float));
         return;
     }
-    const V unit = splat<V>(power(row[0]));
     const uint8_t* codes = row + (form.affine ? 2 : 1);
-    for (int64_t b = 0; b < n; b += W) {
-        const V root = to_float(widen(load_raw<Bytes>(codes + b, (int)least(W, n - b))));
-        store(scales + b, root * root * unit, (int)least(W, n - b));
-    }
+    const V unit = splat<V>(power(row[0]));
+    for_vectors(n, [&](int64_t b, int width) __attribute__((always_inline)) {
+        const V root = to_float(widen(load_raw<Bytes>(codes + b, width)));
+        store(scales + b, root * root * unit, width);
+    });
     if (!form.affine) return;
     memset(offsets + n, 0, PADDING * sizeof(float));
     const V offset_unit = splat<V>(power(row[1]));
-    for (int64_t b = 0; b < n; b += W) {
-        const V root = to_float(widen_signed(load_raw<Bytes>(codes + n + b, (int)least(W, n - b))));
-        store(offsets + b, root * absolute(root) * offset_unit, (int)least(W, n - b));
-    }
+    for_vectors(n, [&](int64_t b, int width) __attribute__((always_inline)) {
+        const V root = to_float(widen_signed(load_raw<Bytes>(codes + n + b, width)));
+        store(offsets + b, root * absolute(root) * offset_unit, width);
+    });
 }
 
 // The scales (or offsets) of a chunk's lanes, from those of its row.
 struct Spread {
-    int64_t block;
+    int shift = 0;  // chunks in a block: 2^shift
     int fine;  // blocks in a chunk, if there are several; of 8 bits a row is one block
     I lane;
-    explicit Spread(const Form& form) : block(form.block), fine(BITS < 8 && block < CHUNK ? (int)(CHUNK / block) : 0) {
+    explicit Spread(const Form& form) : fine(BITS < 8 && form.block < CHUNK ? (int)(CHUNK / form.block) : 0) {
+        while (BITS < 8 && (int64_t)CHUNK << shift < form.block) ++shift;
         for (int l = 0; l < W; ++l) lane[l] = fine ? l / (W / fine) : 0;
     }
     LB_METHOD V of(const float* scales, int64_t c) const {
-        if (!fine) return splat<V>(scales[c * CHUNK / block]);
+        if (!fine) return splat<V>(scales[BITS == 8 ? 0 : c >> shift]);
         const float* from = scales + c * fine;
 #if LB_AVX512
         return _mm512_permutexvar_ps((__m512i)lane, _mm512_loadu_ps(from));

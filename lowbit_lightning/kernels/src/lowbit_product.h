@@ -18,10 +18,12 @@ struct Plain {  // floats
     typedef V Vector;
     static constexpr int phases = PHASES;  // vectors of a chunk
     static constexpr int lanes = W;        // elements of a vector
+    static constexpr int scales_from = 4;  // so many rows of x, weights are multiplied by their scales
     Values values;
     explicit Plain(const Form& form) : values(form) {}
     static float factor(const Form&) { return 1; }
     LB_METHOD V multiply(const Codes& codes, int p) const { return values.of(codes, p); }
+    static LB_METHOD V scaled(V weights, V scale) { return weights * scale; }
     static LB_METHOD V add(V sum, V a, V b) { return multiply_add(a, b, sum); }
 };
 
@@ -32,6 +34,7 @@ struct Pairs {  // of bfloat16; a lane of 16 bits holds half as many codes
     typedef __m512i Vector;
     static constexpr int phases = PHASES / 2;
     static constexpr int lanes = 2 * W;
+    static constexpr int scales_from = 1 << 20;  // never
     __m512i table;
     Values values;
     explicit Pairs(const Form& form) : table(_mm512_loadu_si512(form.narrow)), values(form) {}
@@ -50,11 +53,22 @@ struct Pairs {  // of bfloat16; a lane of 16 bits holds half as many codes
         return _mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)codes.low, shift_of(p)), table);
 #endif
     }
+    static LB_METHOD __m512i scaled(__m512i weights, V) { return weights; }
     static LB_METHOD V add(V sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
 #else
 #define LB_PAIRS 0
 #endif
+
+// A chunk from the natural order into [phase][lane]
+template <int phases, int lanes, class Element> LB_FN void in_order(const Element* from, Element* to) {
+    if (BITS == 8) {
+        memcpy(to, from, CHUNK * sizeof *to);
+        return;
+    }
+    for (int p = 0; p < phases; ++p)
+        for (int l = 0; l < lanes; ++l) to[p * lanes + l] = from[l * phases + p];
+}
 
 template <class E> struct Prepared {
     typedef typename E::Vector Vector;
@@ -74,11 +88,7 @@ template <class E> struct Prepared {
             alignas(64) typename E::Element part[CHUNK] = {};
             const int64_t left = least(CHUNK, form.length - c * CHUNK);
             copy(from + c * CHUNK, left, part);
-            if (BITS == 8) memcpy(to + c * CHUNK, part, sizeof part);
-            else
-                for (int p = 0; p < E::phases; ++p)
-                    for (int l = 0; l < E::lanes; ++l)
-                        to[c * CHUNK + p * E::lanes + l] = part[l * E::phases + p];
+            in_order<E::phases, E::lanes>(part, to + c * CHUNK);
         }
         if (!form.affine) return;
         for (int64_t b = 0; b < form.blocks; ++b) {
@@ -98,25 +108,31 @@ template <class E> struct Prepared {
 
 // ---- the product
 
+constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are needed, into the L2 cache
+
 // R rows of the weight with M rows of x: out[r * M + m]. scales, offsets: of the R rows, `stride` floats apart.
 template <int R, int M, class E>
 static void product(const Form& form, const E& engine, const Spread& spread, const uint8_t* packed, const float* scales,
                     const float* offsets, int64_t stride, const Prepared<E>& x, float* out) {
+    constexpr bool SCALED = BITS < 8 && M >= E::scales_from;  // weights are, rather than sums
     V total[R][M] = {};
     const auto step = [&](int64_t c, const Codes(&codes)[R]) __attribute__((always_inline)) {
-        V block[R][M] = {};
-        V(&sums)[R][M] = BITS == 8 ? total : block;  // of 8 bits the row is a block
+        V block[R][M] = {}, scale[R];
+        V(&sums)[R][M] = BITS == 8 || SCALED ? total : block;  // of 8 bits the row is a block
+        if (SCALED)
+            for (int r = 0; r < R; ++r) scale[r] = spread.of(scales + r * stride, c);
         const typename E::Vector* from = x.of(0, c);
 #pragma GCC unroll 16
         for (int p = 0; p < E::phases; ++p)
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                const typename E::Vector weights = engine.multiply(codes[r], p);
+                typename E::Vector weights = engine.multiply(codes[r], p);
+                if (SCALED) weights = E::scaled(weights, scale[r]);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m)
                     sums[r][m] = E::add(sums[r][m], weights, from[m * x.chunks * E::phases + p]);
             }
-        if (BITS == 8) return;
+        if (BITS == 8 || SCALED) return;
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const V scale = spread.of(scales + r * stride, c);
@@ -124,14 +140,15 @@ static void product(const Form& form, const E& engine, const Spread& spread, con
             for (int m = 0; m < M; ++m) total[r][m] = multiply_add(block[r][m], scale, total[r][m]);
         }
     };
-    const int64_t whole = form.length / CHUNK;
+    const int64_t whole = form.length / CHUNK, ahead = R == 1 ? AHEAD : R * form.packed_stride;
     Codes codes[R];
     for (int64_t c = 0; c < whole; ++c) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const uint8_t* row = packed + r * form.packed_stride;
             codes[r] = load_codes(form, row, c);
-            __builtin_prefetch(row + R * form.packed_stride + c * CHUNK_BYTES);  // the next rows; any address will do
+            fetch(row + ahead + c * CHUNK_BYTES);
+            if (BITS == 3) fetch(row + ahead + ceil_div(form.length, 4) + c * 2 * W);
         }
         step(c, codes);
     }
@@ -210,9 +227,9 @@ template <class T>
 static void few_rows(const Form& form, const uint8_t* packed, const uint8_t* scales, int64_t N, const T* x,
                      int64_t rows, const float* bias, T* out, int threads) {
     typedef typename EngineFor<T>::type E;
-    const auto run = rows == 1   ? few_rows_of<4, 1, E, T>
-                     : rows == 2 ? few_rows_of<4, 2, E, T>
+    const auto run = rows == 1   ? few_rows_of<1, 1, E, T>
+                     : rows == 2 ? few_rows_of<2, 2, E, T>
                      : rows <= 4 ? few_rows_of<2, 4, E, T>
-                                 : few_rows_of<1, 8, E, T>;
+                                 : few_rows_of<2, 8, E, T>;
     run(form, packed, scales, N, x, rows, bias, out, threads);
 }

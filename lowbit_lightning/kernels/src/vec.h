@@ -87,6 +87,7 @@ LB_FN V first_lanes(V x, int count) {
     return x;
 }
 
+LB_FN void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the L2 cache; any address will do
 LB_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LB_FN float sum_of(V x) {
 #if LB_AVX512
