@@ -12,7 +12,7 @@ CATEGORIES = {
     "states": "optimizer states",
     "buffers": "buffers",
     "gathered": "gathered parameters (FSDP2)",
-    "reduction": "gradients under way",
+    "reduction": "gradients in communication",
     "activations": "activations",
 }
 
