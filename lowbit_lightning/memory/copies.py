@@ -28,7 +28,7 @@ Group = list[nn.Parameter]
 
 @dataclass(frozen=True)
 class Copies:
-    """Bytes of gathered parameters, of gradients in communication; bytes by collective in a step; the groups reduced."""
+    """Bytes of gathered parameters, of gradients in communication; of each collective in a step; the groups reduced."""
 
     gathered: int = 0
     reduction: int = 0
