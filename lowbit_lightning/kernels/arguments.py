@@ -38,6 +38,9 @@ class StepScalars(NamedTuple):
     maximize: bool = False
 
 
+_TENSORS = [name for name, kind in StepScalars.__annotations__.items() if "Tensor" in str(kind)]
+
+
 @dataclass(frozen=True, eq=False)
 class StepArguments:
     """What stays from one step to the next: n parameters that one launch updates, and their states.
@@ -109,8 +112,9 @@ class StepArguments:
         if list(map(_PLACE, grads)) != self._places or set(map(_KIND, grads)) != {(dtype, torch.strided)}:
             for i, grad in enumerate(grads):
                 self._check_gradient(i, grad, dtype)
-        for name, value in zip(StepScalars._fields, scalars, strict=True):
-            if not isinstance(value, Tensor):
+        for name in _TENSORS:
+            value = getattr(scalars, name)
+            if value is None:
                 continue
             if value.dtype != torch.float32 or value.numel() != 1 or value.device != self.device:
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from functools import cache
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -56,7 +57,12 @@ def cpp_settings() -> str:
 
 def hyper_values(scalars: StepScalars) -> ctypes.Array:
     """The rule's hyperparameters as doubles, at least one."""
-    return (ctypes.c_double * max(1, len(scalars.hyper)))(*scalars.hyper)
+    return _doubles(len(scalars.hyper) or 1)(*scalars.hyper)
+
+
+@cache
+def _doubles(count: int) -> type[ctypes.Array]:
+    return ctypes.c_double * count
 
 
 def parameter_rows(arguments: StepArguments, grads: Sequence[Tensor]) -> array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -105,7 +105,13 @@ class Plan:
 
     def run(self, work: Work, found: Factors) -> None:
         """The step; ``found``: what it is asked to multiply and skip by."""
-        scalars: Scalars = cache(lambda device, bits: work.settings.scalars(device, bits, found))
+        known: dict[tuple[torch.device, int], StepScalars] = {}
+
+        def scalars(device: torch.device, bits: int) -> StepScalars:
+            if (device, bits) not in known:
+                known[device, bits] = work.settings.scalars(device, bits, found)
+            return known[device, bits]
+
         for launch in self._launches:
             launch.copy_step_counts()
         kinds = len(work.settings.rule.norms)
