@@ -59,7 +59,7 @@ class Plans:
         """A step of parameters that have a gradient: of each group those, with their places among all parameters."""
         work = [_collect(*group) for group in groups if group[1]]
         plans = self._plans_of(work, store, everyone)
-        params, grads = ([x for part in work for x in part[column]] for column in (1, 3))
+        params, grads = [p for part in work for p in part.params], [grad for part in work for grad in part.grads]
         found = factors(params, grads, asked, any(part.settings.group["skip_nonfinite"] for part in work))
         for part, plan in zip(work, plans, strict=True):
             plan.run(part, found)
@@ -170,13 +170,17 @@ def _arguments(settings: Settings, rows: Sequence[Row]) -> StepArguments:
         params=[row.param for row in rows],
         steps=[row.step for row in rows],
         states=[[row.states[s] for row in rows] for s in states],
-        scales=[[row.step if row.scales[s] is None else row.scales[s] for row in rows] for s in states],
+        scales=[[_or(row.scales[s], row.step) for row in rows] for s in states],
         block_size=settings.group["block_size"],
         ordinals=[row.ordinal for row in rows],
         offsets=[row.offset for row in rows],
         stochastic_rounding=settings.group["stochastic_rounding"],
         remainders=[row.remainder for row in rows if row.remainder is not None],
     )
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
 
 
 class Launch:
@@ -271,7 +275,8 @@ def _launches(work: Work, given: Sequence[Given]) -> list[Launch]:
     for i, (p, grad, (kept, _, _, pieces)) in enumerate(zip(work.local, work.grads, given, strict=True)):
         coded = tuple(is_coded(kept, name) for name in settings.rule.state_names)
         kind = p.device, p.dtype, grad.dtype, MASTER in kept, coded
-        for piece in pieces or [None]:
+        some: list[Piece | None] = [*pieces] or [None]
+        for piece in some:
             alike.setdefault((None if piece is None else piece.chunk, *kind), []).append((i, piece))
     launches = []
     for (chunk, *_), members in alike.items():

@@ -155,9 +155,9 @@ def strategy(name: str) -> Any:
 
 
 def fit(name: str, callbacks: list[L.Callback], path: Path | None = None) -> Picture:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "max_epochs": 1, "use_distributed_sampler": False}
-    trainer = L.Trainer(strategy=strategy(name), callbacks=callbacks, **quiet, **settings)
+    settings |= dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(strategy=strategy(name), callbacks=callbacks, **settings)
     trainer.fit(Model(optim.AdamW), ckpt_path=path)
     (optimizer,) = trainer.optimizers
     return picture([p for group in optimizer.param_groups for p in group["params"]], optimizer)

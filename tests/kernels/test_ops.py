@@ -23,7 +23,7 @@ def step_arguments(n: int = 2) -> tuple:
     grads = [torch.randn(3, 70) for _ in range(n)]
     hyper = [0.1, 0.9, 0.0, 0.0]
     optional = [None] * 4
-    keys = list(range(n)), [0] * n, False, []
+    keys: tuple = list(range(n)), [0] * n, False, []
     return ("sgd_momentum", params, steps, states, scales, 256, *keys, grads, hyper, *optional, 0, False)
 
 

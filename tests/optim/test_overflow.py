@@ -51,7 +51,8 @@ def test_an_overflowed_second_moment_takes_its_momentum_along(change: Change) ->
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(SHAPE, generator=generator))]
     theirs = [Parameter(p.detach().clone()) for p in params]
-    optimizer, plain = (torch.optim.AdamW(each, lr=1e-3) for each in (params, theirs))
+    plain = torch.optim.AdamW(theirs, lr=1e-3)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, lr=1e-3)
     for number in range(8):
         gradient = torch.randn(SHAPE, generator=generator)
         if number == 2:

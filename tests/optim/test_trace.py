@@ -19,8 +19,10 @@ __all__ = ["one_thread"]  # a fixture
 
 PACKAGE = Path(lowbit_lightning.__file__).parent
 # Values, which are asked wherever they are; and the doors, through which tensors come in and go out.
-ASKED = ("optim/settings", "optim/options", "optim/partitions", "optim/family", "state/form", "state/shards")
-ASKED += ("kernels/formats", "kernels/rules", "kernels/arguments", "kernels/sources", "state/pages/entries")
+ASKED = (
+    *("optim/settings", "optim/options", "optim/partitions", "optim/family", "state/form", "state/shards"),
+    *("kernels/formats", "kernels/rules", "kernels/arguments", "kernels/sources", "state/pages/entries"),
+)
 END = "kernels/cpu/step.optimizer_step"
 
 
