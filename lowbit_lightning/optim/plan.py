@@ -184,9 +184,11 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 
 
 class Launch:
-    """One launch of a step. ``place``: the pager and the chunk that its states travel in, if they are paged."""
+    """One launch of a step. ``place``: the pager and the chunk that its states travel in, if they are paged. ``count``:
+    of the work's parameters."""
 
-    def __init__(self, settings: Settings, rows: list[Row], place: tuple[Pager, Chunk] | None) -> None:
+    def __init__(self, settings: Settings, rows: list[Row], place: tuple[Pager, Chunk] | None, count: int) -> None:
+        self._takes_all = [(row.number, row.span) for row in rows] == [(i, None) for i in range(count)]
         self._copies: list[tuple[Tensor, Tensor]] = []  # step counts of pieces, with those that they follow
         for k, row in enumerate(rows):
             if row.span is not None and row.span.start:  # the first one advances the parameter's own
@@ -211,10 +213,11 @@ class Launch:
 
     def step(self, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None) -> None:
         """``grads`` and ``norms``: of all parameters of the work."""
-        if norms is not None and [row.number for row in self._rows] != list(range(len(norms))):
-            norms = norms.index_select(0, self._numbers)
+        if not self._takes_all:
+            grads = _of(self._rows, grads, self.arguments.block_size)
+            norms = None if norms is None else norms.index_select(0, self._numbers)
         self._bring_near(changes=True)
-        kernels.optimizer_step(self.arguments, _of(self._rows, grads, self.arguments.block_size), scalars, norms)
+        kernels.optimizer_step(self.arguments, grads, scalars, norms)
 
     def add_norms(
         self, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor, cut: dict[int, list[Tensor]]
@@ -282,7 +285,7 @@ def _launches(work: Work, given: Sequence[Given]) -> list[Launch]:
     for (chunk, *_), members in alike.items():
         rows = [_row(work, given[i].kept, i, piece) for i, piece in members]
         pager = given[members[0][0]].pager
-        launches.append(Launch(settings, rows, None if pager is None else (pager, chunk)))
+        launches.append(Launch(settings, rows, None if pager is None else (pager, chunk), len(work.params)))
     return sorted(launches, key=lambda launch: launch.index)
 
 
