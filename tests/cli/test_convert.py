@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from support.optimizers import FAMILY, one_thread  # noqa: F401
+from support.optimizers import FAMILY
 from torch import Tensor, nn
 
 from lowbit_lightning import cli, optim

@@ -10,7 +10,6 @@ import lightning as L
 import pytest
 import support.planned_memory as real
 import torch
-from support.optimizers import one_thread  # noqa: F401
 from support.planned_memory import on_meta, within
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

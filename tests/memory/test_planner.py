@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import support.planned_memory as real
 import torch
-from support.optimizers import one_thread  # noqa: F401
 from support.planned_memory import EXACT, Odd, on_meta, within
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

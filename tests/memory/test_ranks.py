@@ -10,7 +10,6 @@ import pytest
 import support.planned_memory as real
 import torch
 from support.fake_ranks import being_rank
-from support.optimizers import one_thread  # noqa: F401
 from support.planned_memory import EXACT, Odd, on_meta, stepped, within
 from support.run_program import outcomes, run
 from torch import nn

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fake_ranks import being_rank
-from support.optimizers import FAMILY, one_thread  # noqa: F401
+from support.optimizers import FAMILY
 from support.planned_memory import Odd, on_meta, own, states_of, stepped
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, parameters, spread, step, twins, updates_beside_a_large_channel, values
+from support.optimizers import parameters, spread, step, twins, updates_beside_a_large_channel, values
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import rules
-
-__all__ = ["one_thread"]  # a fixture
 
 MIX = {"t_alpha": 200, "t_beta3": 200}
 FAMILY: list[tuple[str, dict[str, Any]]] = [

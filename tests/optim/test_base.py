@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, parameters, spread, twins, ulp, updates_beside_a_large_channel, values
+from support.optimizers import parameters, spread, twins, ulp, updates_beside_a_large_channel, values
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -15,8 +15,6 @@ from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import formats
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.kernels.reference import blockwise
-
-__all__ = ["one_thread"]  # a fixture
 
 TORCH = {optim.AdamW: torch.optim.AdamW, optim.SGD: torch.optim.SGD}
 SHAPES = ((16, 512), (300,), (5, 77), (3,), ())

@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import close, one_thread, parameters, step, twins, values
+from support.optimizers import close, parameters, step, twins, values
 from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.optim import loading
-
-__all__ = ["one_thread"]  # a fixture
 
 SHAPES = ((16, 512), (37, 301), (300,), ())
 KINDS: list[tuple[type, dict[str, Any]]] = [

@@ -31,14 +31,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import rules
-
-__all__ = ["one_thread"]  # a fixture
 
 CONTEXT, WIDTH, HIDDEN = 16, 24, 512
 STEPS, BATCH, LR = 200, 128, 2e-3

@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import COPIES, copied, one_thread, parameters, step, twins
+from support.optimizers import COPIES, copied, parameters, step, twins
 from support.torch_runs import KINDS, SHAPES, Run, name
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
-
 
 # -- states and groups -------------------------------------------------------------------------------------------------
 

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, parameters, step, twins
+from support.optimizers import parameters, step, twins
 from support.torch_runs import KINDS, SHAPES, Run, name
 from torch import Tensor
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 
 def states(optimizer: Any, params: list[Any]) -> list[dict[str, Tensor]]:

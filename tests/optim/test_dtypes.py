@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.optimizers import one_thread, parameters, spread, twins, values
+from support.optimizers import parameters, spread, twins, values
 from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
-
-__all__ = ["one_thread"]  # a fixture
 
 BFLOAT16_STEP = 2.0**-7  # between bfloat16 numbers in [1, 2)
 

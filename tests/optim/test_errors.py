@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, parameters, step, values
+from support.optimizers import parameters, step, values
 from torch import nn
 from torch.nn import Parameter
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bits": 3}, ValueError, "bits must be 8 or 32, got 3"),

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, parameters, spread, step, ulp
+from support.optimizers import parameters, spread, step, ulp
 from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 # -- torch.optim -------------------------------------------------------------------------------------------------------
 

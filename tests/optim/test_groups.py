@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread
 from torch import nn
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 
 class Net(nn.Module):

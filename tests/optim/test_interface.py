@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import COPIES, close, copied, one_thread, parameters, step, twins
+from support.optimizers import COPIES, close, copied, parameters, step, twins
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import lr_scheduler, swa_utils
 
 from lowbit_lightning import kernels, optim
-
-__all__ = ["one_thread"]  # a fixture
-
 
 # -- groups and learning rates -----------------------------------------------------------------------------------------
 

@@ -11,14 +11,11 @@ import pytest
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.plugins import MixedPrecision
-from support.optimizers import one_thread
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 Configure = Callable[["Module"], Any]
 

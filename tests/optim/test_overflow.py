@@ -6,12 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.optimizers import one_thread
 from torch.nn import Parameter
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 Change = Callable[[list[Parameter], torch.optim.Optimizer], torch.optim.Optimizer]
 SHAPE = (16, 512)

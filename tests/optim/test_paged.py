@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, step
+from support.optimizers import step
 from support.paged_engine import lying_in_wait
 from support.paged_optimizers import CHUNK, KINDS, SHAPES, assert_same, both, build, parameters, states, steps
 from torch import Tensor
@@ -26,9 +26,6 @@ from lowbit_lightning import optim
 from lowbit_lightning.optim.loading import all_or_nothing
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.pages import Entries
-
-__all__ = ["one_thread"]  # a fixture
-
 
 # -- bars ------------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, step
+from support.optimizers import step
 from support.paged_engine import Stream, lying_in_wait
 from support.paged_optimizers import CHUNK, build, parameters, steps
 from torch import Tensor
@@ -21,9 +21,6 @@ from torch.nn import Parameter
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.state import pages, saved
 from lowbit_lightning.state.pages import Entries, Pager, file
-
-__all__ = ["one_thread"]  # a fixture
-
 
 # -- another device --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import one_thread, step
+from support.optimizers import step
 from support.paged_engine import Engine, lying_in_wait
 from torch import nn
 from torch.nn import Parameter
@@ -26,8 +26,6 @@ from lowbit_lightning.state import blocks
 from lowbit_lightning.state.pages import Entries, file, raw
 from lowbit_lightning.strategies import checkpoints
 from lowbit_lightning.strategies.optimizers import adapt
-
-__all__ = ["one_thread"]  # a fixture
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="page files are Linux's")
 

@@ -8,7 +8,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
-from support.optimizers import one_thread
 from support.paged_engine import lying_in_wait
 from support.paged_optimizers import CHUNK, build, parameters, states, steps
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from torch.utils.data import DataLoader
 
 from lowbit_lightning import optim
 from lowbit_lightning.state.pages import Entries
-
-__all__ = ["one_thread"]  # a fixture
-
 
 # -- gradient release ------------------------------------------------------------------------------------------------
 

@@ -14,15 +14,13 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from support.fake_ranks import being_rank
-from support.optimizers import one_thread, parameters
+from support.optimizers import parameters
 from support.run_program import run
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9}),

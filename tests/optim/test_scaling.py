@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from support.host_reads import reads
-from support.optimizers import FAMILY, close, one_thread, parameters, spread, step, twins, values
+from support.optimizers import FAMILY, close, parameters, spread, step, twins, values
 from support.run_program import run
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 SHAPES = ((32, 512), (5, 77), (300,), (0,))
 SCALE = 1024.0

@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.optimizers import decoded, one_thread, parameters, step, twins, values
+from support.optimizers import decoded, parameters, step, twins, values
 from torch import Tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.state import blocks
-
-__all__ = ["one_thread"]  # a fixture
-
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
 

@@ -9,13 +9,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from support.optimizers import one_thread
 from torch.nn import Parameter
 
 import lowbit_lightning
 from lowbit_lightning import optim
-
-__all__ = ["one_thread"]  # a fixture
 
 PACKAGE = Path(lowbit_lightning.__file__).parent
 # Values, which are asked wherever they are; and the doors, through which tensors come in and go out.

@@ -18,14 +18,11 @@ import torch
 from lightning.fabric.plugins.precision.amp import MixedPrecision as FabricMixedPrecision
 from lightning.pytorch import plugins
 from support.host_reads import reads
-from support.optimizers import one_thread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lowbit_lightning import optim, precision
 from lowbit_lightning.precision import Int8MixedPrecision, _twins, in_step
-
-__all__ = ["one_thread"]  # a fixture
 
 QUESTION = "_optimizer_handles_unscaling"
 SCALE = 1024.0
