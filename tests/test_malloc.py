@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 
 from lowbit_lightning import Int8MixedPrecision, malloc
 from lowbit_lightning.strategies import ShardedStrategy
@@ -19,10 +22,14 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libr
 
 
 @pytest.fixture(autouse=True)
-def as_new(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_new() -> Iterator[None]:
     malloc._set.cache_clear()
+    before = dict(os.environ)
     for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()  # Lightning adds where the ranks meet
+    os.environ.update(before)
 
 
 @glibc
@@ -63,8 +70,12 @@ def test_the_first_lines_of_a_run_say_it(told: dict, tmp_path: Path, caplog: pyt
 
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=1, default_root_dir=tmp_path, **quiet, **told)
-    with caplog.at_level("INFO"):
-        trainer.fit(Net(), torch.utils.data.DataLoader([*torch.randn(2, 64)]))  # type: ignore[arg-type]
+    try:
+        with caplog.at_level("INFO"):
+            trainer.fit(Net(), torch.utils.data.DataLoader([*torch.randn(2, 64)]))  # type: ignore[arg-type]
+    finally:
+        if dist.is_initialized():  # Lightning leaves its process group to the end of the process
+            dist.destroy_process_group()
     assert sum("malloc: tensors of 1 MiB" in line for line in caplog.messages) == 1
 
 
@@ -74,7 +85,6 @@ def test_what_is_freed_goes_back() -> None:
     program = """
         import importlib.util, sys, torch
         from pathlib import Path
-from typing import Any
         spec = importlib.util.spec_from_file_location("malloc_alone", sys.argv[2])  # the package takes seconds
         malloc = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(malloc)
