@@ -1,10 +1,11 @@
-"""``LowBitMonitor``: what rounding to 8 bits costs in each layer, now and then, and a guard against outliers.
+"""``LowBitMonitor``: measures the error of rounding to 8 bits in each layer from time to time, and guards against
+outliers.
 
 How it works
     Every ``every_n_steps`` optimizer steps, for that one step (all its accumulated batches), each ``Int8Linear`` gets
     hooks that quantise the operands of its products once more and compare. On all other steps nothing is installed
-    and nothing runs. The hooks draw no random numbers and change nothing: the losses of a run are equal to the bit
-    with and without the callback. ``quantization`` defines what is measured and why it is so defined.
+    and nothing runs. The hooks draw no random numbers and change nothing: the losses of a run are bit-identical with
+    and without the callback. ``quantization`` defines the measures and gives the reasons.
 
     Logged, to every logger of the Trainer and to ``trainer.callback_metrics`` (so that EarlyStopping and
     ModelCheckpoint can watch them), for each product (forward, grad_input, grad_weight)::
@@ -21,11 +22,11 @@ Interactions
     - Gradient accumulation and ranks: means over both (the largest, for overflow); all ranks see equal values.
     - ``kernels.calls()`` counts the quantisers that a sample runs; int8 products are not touched.
     - Activation checkpointing: a layer's input is measured twice, with the same result.
-    - Checkpoints hold which products have fallen back. What was measured before a resume is not in the picture.
+    - Checkpoints hold which products have fallen back. The picture does not show measurements from before a resume.
 
 Limitations
-    - Hooks can't see into ``torch.compile``: layers inside it are named in a warning and not measured. The first
-      sample may cost one more compilation.
+    - Hooks do not run inside ``torch.compile``: a warning names the layers inside it, and they are not measured.
+      The first sample may cost one more compilation.
     - A sampled step takes about three times as long on the CPU, and memory for a few million elements in float32.
 """
 
@@ -61,10 +62,10 @@ class LowBitMonitor(Callback):
         minimum_snr: products below this signal-to-noise ratio, in dB, are reported by name (normally distributed
             data has 35 to 40; at 20 the noise is a tenth of the signal). None: no guard.
         patience: how many samples in a row a product must be below it.
-        fallback: True runs such a product in high precision from the next step on, for good; checkpoints keep that.
+        fallback: True runs such a product in high precision from the next step on, permanently; checkpoints keep this.
         per_layer: log the ratio of every layer too.
         picture: write ``int8_snr.png`` to the logger's folder (``default_root_dir`` without one) when training ends.
-            None: where matplotlib is installed.
+            None: if matplotlib is installed.
 
     ``metrics``: the last sample, by the names it was logged under. ``fallen_back``: layer -> its products that run in
     high precision now. ``str(monitor)``: a few lines about the last sample.
@@ -223,7 +224,8 @@ class LowBitMonitor(Callback):
     # -- the guard ---------------------------------------------------------------------------------------------------
 
     def _guard(self, snr: Tensor) -> None:
-        """Count samples below ``minimum_snr``; report, and let fall back, what has been there ``patience`` times."""
+        """Count samples below ``minimum_snr``; report products that were below it ``patience`` times, and let them fall
+        back."""
         if self.minimum_snr is None:
             return
         suffering: dict[str, list[str]] = {}
@@ -254,7 +256,7 @@ class LowBitMonitor(Callback):
             _to_high(self._layers[name], products)
 
     def _apply(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let fall back again what has: after a resume, or after ``convert_module``, which sets all layers anew."""
+        """Apply all fallbacks again: after a resume, or after ``convert_module``, which resets all layers."""
         if not self.fallen_back:
             return
         modules = dict(pl_module.named_modules())

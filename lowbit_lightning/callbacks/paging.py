@@ -1,4 +1,4 @@
-"""What paging did, for ``LowBitMonitor``: numbers to log, and a line for the end of a run."""
+"""Statistics of paging for ``LowBitMonitor``: numbers to log, and a line for the end of a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lowbit_lightning.state.pages import PageStatistics
 
 
 def low_bit(optimizers: Iterable[Optimizer]) -> list[LowBitOptimizer]:
-    """Those of ours; under DeepSpeed each is inside one of DeepSpeed's."""
+    """The optimizers of this package; under DeepSpeed each is inside one of DeepSpeed's."""
     inner = [o if isinstance(o, LowBitOptimizer) else getattr(o, "optimizer", o) for o in optimizers]
     return [o for o in inner if isinstance(o, LowBitOptimizer)]
 
 
 def statistics(optimizers: Iterable[Optimizer]) -> PageStatistics | None:
-    """Of all optimizers' pagers, on this rank, since they were made; None where nothing is paged."""
+    """Of all optimizers' pagers, on this rank, since they were made; None if nothing is paged."""
     found = [o.page_statistics() for o in low_bit(optimizers)]
     parts = [part for part in found if part is not None]
     return PageStatistics.total(parts) if parts else None
 
 
 def metrics(optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
-    """Means over all steps so far, by the names they are logged under; nothing where nothing is paged."""
+    """Means over all steps so far, by the names they are logged under; empty if nothing is paged."""
     total = statistics(optimizers)
     if total is None:
         return {}
@@ -43,7 +43,7 @@ def metrics(optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
 
 
 def report(optimizers: Iterable[Optimizer]) -> str | None:
-    """A line about the whole run; None where nothing is paged."""
+    """A line about the whole run; None if nothing is paged."""
     total = statistics(optimizers)
     if total is None or not total.steps:
         return None

@@ -1,4 +1,4 @@
-"""The picture that ``LowBitMonitor`` leaves behind: signal-to-noise ratio by layer and step."""
+"""The picture that ``LowBitMonitor`` writes: signal-to-noise ratio by layer and step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_LABELS = 64
 
 
 def is_possible() -> bool:
-    """Whether there is matplotlib to draw with; does not import it."""
+    """Whether matplotlib is installed; does not import it."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -59,6 +59,6 @@ def draw(
 
 
 def _lowest(values: np.ndarray, axis: int) -> np.ndarray:
-    """The smallest along an axis, ignoring NaN; NaN where there is nothing else."""
+    """The smallest along an axis, ignoring NaN; NaN if all values are NaN."""
     lowest = np.where(np.isnan(values), np.inf, values).min(axis)
     return np.where(np.isinf(lowest), np.nan, lowest)

@@ -1,12 +1,13 @@
-"""What quantising costs, as torchmetrics metrics: ``QuantizationError`` of int8 products, ``StateCodes`` of optimizers.
+"""The error of quantising, as torchmetrics metrics: ``QuantizationError`` of int8 products, ``StateCodes`` of
+optimizers.
 
 The signal-to-noise ratio
 -------------------------
 An operand X of a product is rounded to Q = scale * q; its noise is X - Q. The usual ratio, ||X||^2 / ||X - Q||^2 of
-the whole matrix, is blind to the case that matters: an outlier feature makes all others coarse, and the energy of the
-outlier itself hides that. With one feature 100 times larger than the other 255 the usual ratio says 29 dB, while
-those 255 have kept 13 dB. So the ratio is taken for each feature, its energies summed over the tokens (over the other
-features of a weight), and the median over the features counts:
+the whole matrix, does not show the case that matters: an outlier feature makes all others coarse, and the energy of the
+outlier itself hides this. With one feature 100 times larger than the other 255 the usual ratio is 29 dB, while those
+255 have only 13 dB. So the ratio is computed for each feature, with its energies summed over the tokens (over the other
+features of a weight). The result is the median over the features:
 
     snr = median over features f of 10 log10(sum_t X[t, f]^2 / sum_t (X - Q)[t, f]^2)          in dB
 
@@ -123,7 +124,7 @@ class QuantizationError(Metric):
 class StateCodes(Metric):
     """How 8-bit optimizer states use their codes, for each name in ``states``: shares over all blocks and ranks.
 
-    What a state was before rounding is gone, so there is no signal-to-noise ratio. ``compute`` returns float32
+    The values before rounding are no longer known, so there is no signal-to-noise ratio. ``compute`` returns float32
     ``[states, 3]``, by ``SHARES``: codes that are exactly zero; codes of the smallest magnitude above it; codes of the
     largest (1.0, which each block has at least once).
     """

@@ -1,4 +1,4 @@
-"""``DeterministicResume``: a run that was stopped and resumed gives the losses of one that ran through, to the bit.
+"""``DeterministicResume``: a run that was stopped and resumed has bit-identical losses to an uninterrupted run.
 
 Lightning saves weights, optimizers and counters, but neither the random generators nor how far the shuffled data has
 been read: a run resumed in the middle of an epoch starts a new permutation and sees some samples twice. This callback
@@ -6,8 +6,8 @@ adds both.
 
 How it works
     *Random numbers.* The states of the generators of torch (CPU and the run's CUDA device), numpy and Python after
-    each training batch are put back when the next one is fetched. So what happens in between (validation, logging,
-    other callbacks) doesn't touch the randomness of training, and a checkpoint holds just these states, per rank.
+    each training batch are put back when the next one is fetched. So anything that runs in between (validation,
+    logging, other callbacks) does not change the randomness of training. A checkpoint holds these states for each rank.
 
     *Data.* Each training loader is given a subclass of its own class that creates its iterator at the first fetch,
     notes the states of the generators there, and counts batches. To resume, these states are put back, the loader
@@ -15,21 +15,22 @@ How it works
     passed over without loading them.
 
     *Epochs.* In some places Lightning resumes in the wrong epoch, most often under ``max_steps``. The counts that it
-    reads from the checkpoint are put right before (``_mend_counts``).
+    reads from the checkpoint are corrected first (``_mend_counts``).
 
 Requirements
     ``torch.utils.data.DataLoader`` of known length over a map-style dataset, whose sampler draws from torch's, numpy's
     or Python's global generator when its iteration starts (all of torch's do), from a ``torch.Generator`` of its own,
-    or is a ``DistributedSampler``. Loaders with ``state_dict`` and ``load_state_dict`` are Lightning's to save; others
-    are refused. The same world size and loaders when resuming.
+    or is a ``DistributedSampler``. Lightning itself saves loaders with ``state_dict`` and ``load_state_dict``; other
+    loaders are refused. The same world size and loaders when resuming.
 
 Limitations
     - Worker processes draw augmentations from generators of their own, which no checkpoint sees. With
-      ``replay_workers=True`` the batches already used are loaded again and dropped, which puts them where they were.
-    - ``persistent_workers=True`` is refused: such workers keep their generators over epochs.
-    - A checkpoint inside a window of accumulated gradients has lost those; the callback warns when it is saved.
+      ``replay_workers=True`` the batches already used are loaded again and dropped, which restores these generators.
+    - ``persistent_workers=True`` is refused: such workers keep their generators from one epoch to the next.
+    - A checkpoint inside a window of accumulated gradients does not hold these gradients; the callback warns when it is
+      saved.
     - What a hook draws between the last batch and the next fetch is drawn again after a resume, or never.
-    - Generators that a dataset or a model keeps for itself are theirs to save.
+    - A dataset or model that keeps its own generators must save them itself.
 """
 
 from __future__ import annotations

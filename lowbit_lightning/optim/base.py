@@ -1,4 +1,4 @@
-"""What all optimizers share: everything but the mathematics.
+"""What all optimizers share: everything except the mathematics.
 
 ``LowBitOptimizer`` creates, converts, saves and loads states, and hands all parameters of a group to one fused step.
 An optimizer is a rule in ``kernels/rules`` and a short class in ``family.py`` that names it.
@@ -39,16 +39,17 @@ Formed = tuple[Tensor, Form]
 
 
 class LowBitOptimizer(Optimizer):
-    """Base of all optimizers here. Subclasses define ``_rule`` and their constructor.
+    """Base class of all optimizers of this package. Subclasses define ``_rule`` and their constructor.
 
     ``state[p]`` holds ``step`` (0-d float32) and, for every state of the rule, either ``NAME`` (float32) or
-    ``NAME_codes`` (uint8) and ``NAME_scales`` (float32); DTensors where p is one. A group's ``state_format``
-    describes the 8-bit ones in a checkpoint. Changing a group's ``bits`` converts its states at the next step.
+    ``NAME_codes`` (uint8) and ``NAME_scales`` (float32). They are DTensors if p is a DTensor. A group's
+    ``state_format`` describes the 8-bit states in a checkpoint. Changing a group's ``bits`` converts its states at the
+    next step.
 
     A ``torch.amp.GradScaler`` leaves unscaling and skipping to the step; ``clip_next_step`` adds clipping.
 
     Raises:
-        ValueError, TypeError: for a hyperparameter or option out of range, naming it, before anything is changed.
+        ValueError, TypeError: for a hyperparameter or option out of range. The error names it; nothing is changed.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler's protocol: it sets grad_scale and found_inf for a step
@@ -71,17 +72,17 @@ class LowBitOptimizer(Optimizer):
         raise NotImplementedError
 
     def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
-        """Hyperparameters of the rule that are no keys of the group; ``bits`` of the parameters' states."""
+        """Hyperparameters of the rule that are not keys of the group; ``bits`` are those of the parameters' states."""
         return {}
 
     def _initial(self, state: rules.State, group: dict[str, Any]) -> float:
-        """What a state is before the first step: 0 or a positive number."""
+        """The initial value of a state, before the first step: 0 or a positive number."""
         return 0.0
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; its keys overrule the defaults. See ``torch.optim.Optimizer``."""
+        """Add a group of parameters; its keys override the defaults. See ``torch.optim.Optimizer``."""
         merged = {**self.defaults, **param_group}
         check_group(merged, self.rule_of(merged))
         super().add_param_group({**inherited_settings(self.param_groups, merged), **param_group})
@@ -96,9 +97,9 @@ class LowBitOptimizer(Optimizer):
         warn_of_inert(group, stacklevel=3)
 
     def check_pages(self, groups: Sequence[dict[str, Any]] | None = None, share: float | None = None) -> None:
-        """Raise before training for groups (None: the optimizer's) that cannot be paged; see ``state.pagers.check``.
+        """Raise before training if groups (None: all of the optimizer's) cannot be paged; see ``state.pagers.check``.
 
-        ``share`` of what ZeRO will cut lies on this machine, if that is known.
+        ``share`` is the share of ZeRO's partitions that lies on this machine, if it is known.
         """
         pagers.check(
             (p, form, partitions.share_of_machine(p, share) if p.requires_grad or raw(self.state.get(p, {})) else 0.0)
@@ -158,10 +159,10 @@ class LowBitOptimizer(Optimizer):
         return loss
 
     def clip_next_step(self, max_norm: float | None) -> None:
-        """Let the next step clip its gradients inside, as ``torch.nn.utils.clip_grad_norm_`` would before it.
+        """Let the next step clip its gradients internally, as ``torch.nn.utils.clip_grad_norm_`` would before it.
 
-        The norm is that of all gradients of this optimizer, of all ranks, unscaled where a GradScaler is at work;
-        ``p.grad`` stays as it is. None takes it back.
+        The norm is taken over all gradients of this optimizer on all ranks, unscaled if a GradScaler is in use.
+        ``p.grad`` does not change. None cancels the request.
 
         Raises:
             ValueError: for a ``max_norm`` that is not positive.
@@ -172,7 +173,7 @@ class LowBitOptimizer(Optimizer):
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: dict[str, Any], ordinal: int) -> None:
-        """Update one parameter of ``group``; ``ordinal`` is its place among all parameters.
+        """Update one parameter of ``group``; ``ordinal`` is its index among all parameters.
 
         For ``release_gradients``.
         """
@@ -182,16 +183,17 @@ class LowBitOptimizer(Optimizer):
         store.pagers.record_order(p)
 
     def form_states(self) -> None:
-        """Create all states, or bring them into their form, now; the next step would."""
+        """Create all states, or convert them to their form, now instead of in the next step."""
         for p, form in self._everyone():
             self._store.give(p, form, self._everyone)
 
     def forget_plans(self) -> None:
-        """Let go of what is kept for the next step: states that were moved without the store leave memory behind."""
+        """Release what is kept for the next step. Otherwise states that were moved without the store would keep their
+        old memory alive."""
         self.__dict__.pop("_made", None)
 
     def page_statistics(self) -> PageStatistics | None:
-        """What paging has done so far; None where nothing is paged. See ``state.pages.PageStatistics``."""
+        """Statistics of paging so far; None if nothing is paged. See ``state.pages.PageStatistics``."""
         return self._store.pagers.statistics()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ class LowBitOptimizer(Optimizer):
     def state_dict(self, *, bits: int | None = None) -> dict[str, Any]:  # type: ignore[override]
         """The states as they are; with ``bits=32`` decoded, in the form that the twin in torch.optim loads.
 
-        Under DeepSpeed they are always decoded, on the host: its tools read float32."""
+        Under DeepSpeed the states are always decoded, on the host, because its tools read float32."""
         if bits not in (32, None):
             raise ValueError(f"bits must be None (as the states are) or 32, got {bits!r}")
         flat = bits is None and partitions.are_partitions([p for group in self.param_groups for p in group["params"]])
@@ -225,18 +227,18 @@ class LowBitOptimizer(Optimizer):
         return {**found, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` of this or of the twin in torch.optim returned.
+        """Load the result of ``state_dict()`` of this optimizer or of its twin in torch.optim.
 
-        States come back to the bit where their form is this optimizer's, and are converted (8 to 32 bits, 32 to 8,
-        another block size) where it is not. Everything but ``bits``, ``min_size``, ``block_size`` and the settings of
+        States are restored bit for bit if they have this optimizer's form. Otherwise they are converted (8 to 32 bits,
+        32 to 8, another block size). Everything except ``bits``, ``min_size``, ``block_size`` and the settings of
         paging is taken from the checkpoint.
 
         Raises:
             ValueError: for an unknown format version, or states that do not fit.
-            OSError, RuntimeError: for paged states without room beside those of before, which are kept until all new
-                ones are there; ``optimizer.state.clear()`` gives them up beforehand.
+            OSError, RuntimeError: if there is no room for new paged states beside the old ones, which are kept until
+                all new ones are complete; ``optimizer.state.clear()`` frees the old ones first.
 
-        Nothing has been changed then.
+        If an error is raised, nothing has been changed.
         """
         made: dict[Tensor, Made] = {}
 
@@ -274,7 +276,7 @@ class LowBitOptimizer(Optimizer):
         """Groups of the twin in torch.optim, with all that this optimizer wants in them, and the states in their form.
 
         Raises:
-            ValueError, TypeError, OSError: for what does not fit; nothing is changed in any case.
+            ValueError, TypeError, OSError: if groups or states do not fit; nothing is changed then.
         """
         adopted = [{**group, "state_format": self.settings(group).format.to_dict()} for group in groups]
         for group in adopted:
@@ -287,7 +289,8 @@ class LowBitOptimizer(Optimizer):
         }
 
     def _completed(self, entries: dict[str, Any]) -> dict[str, Any]:
-        """Saved entries of a parameter, with what the twin in torch.optim leaves out; empty where there are none."""
+        """Saved entries of a parameter, with those that the twin in torch.optim leaves out; empty if nothing was
+        saved."""
         return entries
 
 

@@ -32,11 +32,11 @@ def has_twin(optimizer: Optimizer) -> bool:
 
 
 def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions]) -> LowBitOptimizer:
-    """Turn a torch.optim optimizer into its low-bit twin, in place: the same object, so that schedulers and hooks
+    """Turn a torch.optim optimizer into its low-bit twin, in place. The object stays the same, so schedulers and hooks
     stay valid.
 
     Groups, hyperparameters and states are kept; states are converted. ``bits`` and ``options`` are those of all
-    optimizers here, but for ``maximize``, which a group has already; a group's own keys win over them.
+    optimizers of this package, except ``maximize``, which a group has already. A group's own keys override them.
 
     Returns:
         the optimizer itself.
@@ -44,7 +44,7 @@ def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions
     Raises:
         TypeError: for a subclass, or an optimizer that has no twin here.
         ValueError: for options out of range, states that do not fit, or a ``step`` that something other than a
-            scheduler replaced. Nothing has been changed then.
+            scheduler replaced. Nothing is changed then.
     """
     kind = type(optimizer)
     if kind not in _TWINS:
@@ -82,7 +82,8 @@ def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions
 
 
 def _rewire_step(optimizer: Optimizer) -> None:
-    """Make hooks and schedulers call the new class's ``step``: both hold on to what was there when they came."""
+    """Make hooks and schedulers call the new class's ``step``: both keep a reference to the ``step`` that they first
+    saw."""
     optimizer._patch_step_function()
     if "step" not in vars(optimizer):
         return
@@ -107,7 +108,8 @@ def group_parameters(model: nn.Module, overrides: Mapping[str, Mapping[str, Any]
     the order of ``overrides``. Frozen parameters are left out.
 
     Raises:
-        ValueError: for a pattern that no trainable parameter is left for, and a model without any.
+        ValueError: for a pattern that matches no remaining trainable parameter, and for a model without trainable
+            parameters.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:

@@ -22,7 +22,7 @@ Betas = tuple[float, float]
 class SGD(LowBitOptimizer):
     """Stochastic gradient descent, with momentum and Nesterov's variant; semantics of ``torch.optim.SGD``.
 
-    One state, ``momentum_buffer``; none without momentum. Args: as ``torch.optim.SGD``, and ``Options``.
+    One state, ``momentum_buffer``; no state without momentum. Args: as ``torch.optim.SGD``, and ``Options``.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class AdamW(LowBitOptimizer):
 class RMSprop(LowBitOptimizer):
     """RMSprop (Tieleman & Hinton, 2012); semantics of ``torch.optim.RMSprop``, centered and momentum included.
 
-    States ``square_avg``, ``grad_avg`` (centered), ``momentum_buffer`` (momentum). Centered, the variance is a
-    difference of two states: where they have 8 bits it is kept at no less than 1/64 of ``square_avg``, the error of the
-    maps. Args: as ``torch.optim.RMSprop``, and ``Options``.
+    States ``square_avg``, ``grad_avg`` (centered), ``momentum_buffer`` (momentum). If centered, the variance is a
+    difference of two states. If they have 8 bits, it is kept at 1/64 of ``square_avg`` or more, which is the error of
+    the maps. Args: as ``torch.optim.RMSprop``, and ``Options``.
     """
 
     def __init__(
@@ -142,9 +142,9 @@ class RMSprop(LowBitOptimizer):
 class Adagrad(LowBitOptimizer):
     """Adagrad (Duchi et al., 2011); semantics of ``torch.optim.Adagrad``.
 
-    One state, ``sum``. It only grows, and in 8 bits an addition of less than half a step of its map is lost; but each
-    block's largest sum is stored exactly, and the others keep their ratio to it, so that on long runs they grow with
-    it. Args: as ``torch.optim.Adagrad``, and ``Options``.
+    One state, ``sum``. It only grows, and in 8 bits an addition of less than half a step of its map is lost. But each
+    block's largest sum is stored exactly, and the others keep their ratio to it, so on long runs they grow with it.
+    Args: as ``torch.optim.Adagrad``, and ``Options``.
     """
 
     def __init__(
@@ -203,8 +203,8 @@ class Lion(LowBitOptimizer):
 class LAMB(LowBitOptimizer):
     """Layer-wise adaptive moments for large batches (You et al., 2020): AdamW with a trust ratio ||p|| / ||update||.
 
-    Norms are of whole parameters, summed over the ranks that share one. States ``exp_avg``, ``exp_avg_sq``. Args: as
-    ``AdamW``.
+    Norms are taken over whole parameters, summed over the ranks that share one. States ``exp_avg``, ``exp_avg_sq``.
+    Args: as ``AdamW``.
     """
 
     def __init__(
@@ -253,8 +253,8 @@ class AdEMAMix(LowBitOptimizer):
     ``betas`` are those of the fast momentum, the second moment and the slow momentum; ``alpha`` is the slow one's
     weight. With ``t_alpha`` and ``t_beta3`` (steps) both are warmed up as the paper's appendix has it; None means
     from the start. States ``exp_avg``, ``exp_avg_slow``, ``exp_avg_sq``; the slow one is always kept in 32 bits: a step
-    changes it by less than 8 bits resolve, so that it would stand still, and the loss suffer (by 6 % after 2000 steps
-    of a small language model). Args: names as in bitsandbytes, and ``Options``.
+    changes it by less than the resolution of 8 bits, so it would stand still and the loss would be worse (by 6 % after
+    2000 steps of a small language model). Args: names as in bitsandbytes, and ``Options``.
     """
 
     def __init__(

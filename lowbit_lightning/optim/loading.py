@@ -20,7 +20,7 @@ def load(
     install: Callable[[], None],
 ) -> None:
     """Run torch's method ``torch_load`` on what ``withhold_states`` makes of the checkpoint, and ``install`` the states
-    after it, before any hook of the user's. Where something fails, nothing has been changed."""
+    after it, before any hook of the user's. If anything fails, nothing has been changed."""
     _remove_hooks(optimizer)  # of a load that an interrupt struck before it could clean up
     optimizer.register_load_state_dict_pre_hook(lambda _, found: withhold_states(found))
     optimizer.register_load_state_dict_post_hook(lambda _: install(), prepend=True)
@@ -48,7 +48,7 @@ def _remove_hooks(optimizer: Optimizer) -> None:
 
 @contextmanager
 def all_or_nothing(optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """A load that fails inside leaves the optimizers with the states, groups and stores of before."""
+    """If a load inside fails, the optimizers keep their old states, groups and stores."""
     names = ("state", "param_groups", "_states")  # loading makes new ones
     before = [{name: vars(optimizer)[name] for name in names if name in vars(optimizer)} for optimizer in optimizers]
     try:

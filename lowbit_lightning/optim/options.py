@@ -39,18 +39,19 @@ class Options(OtherOptions, total=False):
     """Keyword arguments that every optimizer takes, for all parameters or as keys of a param group.
 
     ``bits`` (8): 8, or 32 for float32 states. ``min_size`` (4096): parameters with fewer elements, or rows shorter
-    than 64, keep 32-bit states; a row is everything behind dimension 0. ``block_size`` (256): elements that share a
+    than 64, keep 32-bit states; a row is everything after dimension 0. ``block_size`` (256): elements that share a
     scale. ``maximize`` (False). ``stochastic_rounding`` (False): round bfloat16 parameters up or down at random,
     without bias, keyed by ``seed`` (0). ``master`` (None): ``"bf16+8"`` keeps the next eight bits of bfloat16
-    parameters in an int8 state, ``master_remainder``: updates as on a 24-bit master copy, at three bytes.
-    ``skip_nonfinite`` (False): skip a whole step, on the device, when any gradient is not finite.
+    parameters in an int8 state, ``master_remainder``: updates work as on a 24-bit master copy, in three bytes per
+    element.
+    ``skip_nonfinite`` (False): skip a whole step, on the device, if any gradient is not finite.
 
     ``paged`` (False): keep the states in host memory and stream them through the GPU; ``"disk"``: in a file, for
     parameters in RAM. ``resident`` (0): bytes of paged states that stay near, a number or ``"512MiB"``. ``page_dir``
     (None): the folder of the file. See docs/paging.md.
 
-    ``foreach``, ``fused``, ``capturable`` are accepted for torch's sake: every step is one fused call with its step
-    counts on the device. ``differentiable`` must be False.
+    ``foreach``, ``fused`` and ``capturable`` are accepted for compatibility with torch and have no effect: every step
+    is one fused call with its step counts on the device. ``differentiable`` must be False.
     """
 
     bits: int
@@ -73,7 +74,7 @@ _TORCH_ONLY = ("foreach", "fused", "capturable", "differentiable")
 
 
 def complete_options(options: Options) -> dict[str, Any]:
-    """The options with their defaults, without those that only torch knows. Raises for what is not to be had."""
+    """The options with their defaults, without those that only torch knows. Raises for unsupported options."""
     unknown = set(options) - set(_DEFAULTS) - set(_TORCH_ONLY)
     if unknown:
         raise TypeError(f"unknown options {sorted(unknown)}; known: {sorted(_DEFAULTS)}")
@@ -111,7 +112,7 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
 
 
 def warn_of_inert(group: dict[str, Any], stacklevel: int) -> None:
-    """Warn of options that do nothing for this group."""
+    """Warn of options that have no effect on this group."""
     for name in ("stochastic_rounding", "master"):
         if group[name] and not any(p.dtype == torch.bfloat16 for p in group["params"]):
             message = f"{name} has no effect: no parameter of the group is bfloat16"
@@ -149,7 +150,7 @@ def parse_bytes(value: int | str, name: str = "resident") -> int:
 
 
 def check_paging(group: dict[str, Any]) -> None:
-    """Raise for values of the group's keys that are none."""
+    """Raise for invalid values of the group's keys."""
     if not isinstance(group["paged"], bool) and group["paged"] != "disk":
         raise ValueError(f'paged must be False, True (to host memory) or "disk", got {group["paged"]!r}')
     parse_bytes(group["resident"])
@@ -159,6 +160,6 @@ def check_paging(group: dict[str, Any]) -> None:
 
 
 def inherited_settings(groups: list[dict[str, Any]], new: dict[str, Any]) -> dict[str, Any]:
-    """The settings of paging that a new group shares with those that are paged as it is."""
+    """The settings of paging that a new paged group takes over from the paged groups before it."""
     paged = (group for group in groups if new["paged"] and group["paged"] == new["paged"])
     return next(({name: group[name] for name in ("resident", "page_dir")} for group in paged), {})

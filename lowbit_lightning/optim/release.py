@@ -1,4 +1,4 @@
-"""Gradient release: the update runs inside backward, and the gradient is freed at once.
+"""Gradient release: the update runs inside backward, and the gradient is freed immediately.
 
 A parameter's gradient is complete when autograd has accumulated it. Updating there and then means that only one
 gradient is alive at a time, instead of all of them (Lv et al., 2023, "Full Parameter Fine-tuning ... with Limited
@@ -32,21 +32,21 @@ class ReleasedGradients:
 
 
 def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedGradients:
-    """Update each parameter during backward, as soon as its gradient is there, and free the gradient.
+    """Update each parameter during backward, as soon as its gradient is complete, and free the gradient.
 
     The training loop stays as it is: ``backward()``, ``optimizer.step()`` (which finds nothing left to do),
-    ``zero_grad()``. The result is that of the ordinary step, to the bit. What needs all gradients at once cannot
-    work and is refused: accumulation over several backward passes, clipping by norm, ``skip_nonfinite``, a GradScaler,
+    ``zero_grad()``. The result is bit-identical to the ordinary step. Features that need all gradients at once cannot
+    work and are refused: accumulation over several backward passes, clipping by norm, ``skip_nonfinite``, a GradScaler,
     and ranks that average plain gradients after backward (DDP; FSDP2 averages before, and works).
 
     Args:
         model: a LightningModule is asked for its Trainer's clipping, accumulation and scaler; any other module is
             not used, and what its training loop does with gradients cannot be seen.
-        optimizer: of this library. Parameters that get a gradient are those that need one now; groups that are added
-            later are updated by ``step()``.
+        optimizer: an optimizer of this package. Hooks are set on the parameters that need a gradient now; groups that
+            are added later are updated by ``step()``.
 
     Raises:
-        TypeError: for another optimizer.
+        TypeError: for an optimizer of another package.
         ValueError: for a setting named above.
         RuntimeError: in backward, for a second gradient of a parameter before ``optimizer.step()``.
     """

@@ -34,7 +34,7 @@ class Settings:
 
     @property
     def key(self) -> tuple:
-        """Equal for settings with which a plan is made alike."""
+        """Equal for settings that lead to the same plan."""
         return (self.rule.name, *(self.group[name] for name in _FORM))
 
     @property
