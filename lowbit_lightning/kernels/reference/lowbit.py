@@ -19,7 +19,11 @@ from lowbit_lightning.kernels.reference.int8 import quantize_rowwise
 
 
 def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
-    """``packed`` and ``scales`` of a float weight ``[..., K]``."""
+    """``packed`` and ``scales`` of a float weight ``[..., K]``.
+
+    A block with a NaN or infinite value is NaN afterwards; so is its whole row where scales are kept in 8 bits, and in
+    int8. Zeros lose their sign. int8 codes are never -128.
+    """
     leading, length, f = weight.shape[:-1], weight.shape[-1], weight_format(form)
     rows = weight.reshape(prod(leading), length)
     if f.kind == "int8":
@@ -55,7 +59,8 @@ def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """``x @ weight.T (+ bias)``: x ``[M, K]``, result ``[M, N]`` in x's dtype."""
+    """``x @ weight.T (+ bias)``: x ``[M, K]``, result ``[M, N]`` in x's dtype. NaN and infinite values follow the
+    arithmetic; a sum in another order may overflow where this one does not."""
     weight = lowbit_dequantize(packed, scales, form, x.shape[-1], torch.float32)
     y = x.float() @ weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
