@@ -15,6 +15,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from _common import HOW_TO_READ, Candidate, Report, measure, parser, rival, seconds, skipped
@@ -67,7 +68,7 @@ def bitsandbytes(weight: Tensor, count: int, dtype: torch.dtype) -> list[Product
     outputs, inputs = weight.shape
     layers = []
     for _ in range(count):
-        layer = rival("bitsandbytes.nn", "Linear4bit")(
+        layer: Any = rival("bitsandbytes.nn", "Linear4bit")(
             inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=False
         )
         layer.weight.data = weight

@@ -202,7 +202,12 @@ def test_no_dequantised_copy_is_kept_for_the_backward() -> None:
     packed, scales = kernels.lowbit_quantize(torch.randn(64, 256), "nf4")
     saved: list[Tensor] = []
     x = torch.randn(16, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         kernels.lowbit_matmul(x, packed, scales, None, "nf4")
     assert {t.data_ptr() for t in saved} == {packed.data_ptr(), scales.data_ptr()}
 

@@ -10,7 +10,7 @@ from lowbit_lightning import memory, quantize
 from lowbit_lightning.convert import empty_parameters
 
 
-def model(weights: str) -> nn.Module:
+def model(weights: str) -> nn.Sequential:
     """Frozen low-bit layers, with something that trains."""
     net = nn.Sequential(*(nn.Sequential(nn.Linear(192, 301), nn.Linear(301, 192)) for _ in range(2)), nn.Linear(192, 8))
     net.requires_grad_(False)

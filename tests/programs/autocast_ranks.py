@@ -19,8 +19,8 @@ import lowbit_lightning  # noqa: F401 (the string)
 from lowbit_lightning.precision import autocast
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
-autocast.computes_in_bf16 = lambda device: RANK == 0
-autocast.seconds = lambda shapes: (2.0, 1.0) if RANK == 0 else (1.0, 2.0)
+autocast.computes_in_bf16 = lambda device: RANK == 0  # type: ignore[assignment]
+autocast.seconds = lambda shapes: (2.0, 1.0) if RANK == 0 else (1.0, 2.0)  # type: ignore[assignment]
 
 
 class Model(L.LightningModule):
