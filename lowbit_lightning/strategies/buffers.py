@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import LayerSync, TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 _BUCKET = 256 * 2**20  # bytes that travel in one broadcast, as in DDP
@@ -42,6 +44,21 @@ def widen(module: nn.Module) -> None:
             wide = _Wide(functools.reduce(torch.promote_types, dtypes))
             child.register_forward_pre_hook(wide.enter, prepend=True)  # old spectral_norm has a hook that computes
             child.register_forward_hook(wide.leave, always_call=True)
+
+
+def check_layer_sync(module: nn.Module, layer_sync: LayerSync | None) -> None:
+    """For a module that is sharded already, in which no layer can be replaced any more.
+
+    Raises:
+        ValueError: for BatchNorm layers that ``Trainer(sync_batchnorm=True)`` would have to replace.
+    """
+    norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm)}
+    left = [name for name, m in norms.items() if not isinstance(m, nn.SyncBatchNorm)]
+    if left and isinstance(layer_sync, TorchSyncBatchNorm):
+        raise ValueError(
+            f"sync_batchnorm=True, but the model is sharded already, and {left} are no SyncBatchNorm: convert them in "
+            "configure_model, before fully_shard, by nn.SyncBatchNorm.convert_sync_batchnorm"
+        )
 
 
 def _computes_with_children(module: nn.Module) -> bool:

@@ -32,7 +32,6 @@ from lightning.fabric.strategies.model_parallel import _materialize_distributed_
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -42,7 +41,6 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lowbit_lightning.malloc import return_large_tensors
@@ -51,6 +49,7 @@ from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.sharding import Policy, chosen_blocks, mesh_shape
 from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import atomic, blocks, buffers, checkpoints
+from lowbit_lightning.strategies.callbacks import add_groups, forget_groups, refuse_copies
 from lowbit_lightning.strategies.checkpoints import AtomicCheckpointIO
 from lowbit_lightning.strategies.gather import gather_in_int8
 from lowbit_lightning.strategies.optimizers import adapt
@@ -141,6 +140,11 @@ class ShardedStrategy(ModelParallelStrategy):
         shape = mesh_shape(self.world_size, self.replicas)
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
+    def teardown(self) -> None:
+        """Waits for what AsyncCheckpointIO still writes, and raises what it could not write, as under DDP."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer) -> None:
@@ -148,14 +152,14 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         self.accelerator.setup(trainer)
         return_large_tensors(self.root_device.type, rank_zero_info)
-        _refuse_copies(trainer)
+        refuse_copies(trainer, NAME)
         # FSDP2's parameters can't be made in inference mode, where Lightning evaluates by default under NCCL.
         fit_loop = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         self.model = self.precision_plugin.convert_module(self.model)
         if blocks.is_sharded(self.model):
-            self._check_layer_sync(self.model)
+            buffers.check_layer_sync(self.model, self._layer_sync)
         else:
             self.model = self._layer_sync.apply(self.model) if self._layer_sync else self.model
             self._shard(self.model)
@@ -167,16 +171,6 @@ class ShardedStrategy(ModelParallelStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-
-    def _check_layer_sync(self, model: nn.Module) -> None:
-        """Sharded modules can't be replaced any more."""
-        plain = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
-        left = [name for name in plain if not isinstance(model.get_submodule(name), nn.SyncBatchNorm)]
-        if left and isinstance(self._layer_sync, TorchSyncBatchNorm):
-            raise ValueError(
-                f"sync_batchnorm=True, but the model is sharded already, and {left} are no SyncBatchNorm: convert them "
-                "in configure_model, before fully_shard, by nn.SyncBatchNorm.convert_sync_batchnorm"
-            )
 
     def _shard(self, model: nn.Module) -> None:
         if not blocks.on_meta(model):
@@ -277,11 +271,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """What writes and reads a single file: AtomicCheckpointIO unless the Trainer was given another."""
-        if self._checkpoint_io is None:
+        """What writes and reads a single file: AtomicCheckpointIO unless the Trainer was given another. Wrappers, such
+        as AsyncCheckpointIO, wrap that, unless they were given another."""
+        wrapper = self._checkpoint_io
+        if wrapper is None:
             self._checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
+        while isinstance(wrapper, _WrappingCheckpointIO):
+            if wrapper.checkpoint_io is None:
+                wrapper.checkpoint_io = AtomicCheckpointIO()
+            wrapper = wrapper.checkpoint_io
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -351,8 +349,13 @@ class ShardedStrategy(ModelParallelStrategy):
         weights = self._together(lambda: checkpoints.fitted(model, checkpoint["state_dict"], strict, self._source))
         if self._is_fitting():
             with all_or_nothing(self.optimizers):
+                add_groups(model.trainer, checkpoint)
                 self._together(lambda: checkpoints.load_optimizers(self.optimizers, checkpoint, self._source))
         model.load_state_dict(weights, strict=strict)
+
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        forget_groups(self.lightning_module.trainer)
 
     def _is_fitting(self) -> bool:
         assert self.lightning_module is not None
@@ -373,16 +376,6 @@ class ShardedStrategy(ModelParallelStrategy):
             if other is not None:
                 raise RuntimeError(f"rank {rank} failed: {other}")
         return result
-
-
-def _refuse_copies(trainer: L.Trainer) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        kinds = {base.__name__ for base in type(callback).__mro__}
-        if kinds & {"StochasticWeightAveraging", "WeightAveraging"}:
-            raise ValueError(
-                f"{type(callback).__name__} copies the whole model, which {NAME} has cut: leave it out, average "
-                "checkpoints afterwards, or use strategy='ddp'"
-            )
 
 
 def _compact(value: Any) -> Any:

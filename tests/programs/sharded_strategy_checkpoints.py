@@ -3,7 +3,9 @@ device."""
 
 from __future__ import annotations
 
+import errno
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from ranks import equal
 from sharded_strategy_model import BATCH, Net, picture, raised, trainer, world
@@ -236,10 +239,74 @@ def a_file_may_be_written_asynchronously(folder: Path) -> str | None:
     return equal(looker.picture, picture(model, made.optimizers))
 
 
+class Slow(AtomicCheckpointIO):
+    def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        super().save_checkpoint(*arguments, **options)
+
+
+class Full(AtomicCheckpointIO):
+    def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+
+def fit_ends_when_asynchronous_saves_have(folder: Path) -> str | None:
+    """What ``fit`` has saved is there when it returns, and an error of the last save is raised by it, as under DDP."""
+    if not dist.is_initialized():
+        return None
+    for io in (Slow(), Full()):
+        place = folder / f"awaited_{world()}" / type(io).__name__
+        saving = ModelCheckpoint(place, filename="one")
+        made = trainer(plugins=[AsyncCheckpointIO(io)], callbacks=[saving], enable_checkpointing=True)
+        model = Net(steps=2)
+        if isinstance(io, Full):
+            problem = raised(lambda: made.fit(model), OSError, "the disk is full")  # noqa: B023
+            return problem if dist.get_rank() == 0 else (None if problem == "no OSError" else problem)
+        made.fit(model)
+        if made.is_global_zero and [path.name for path in place.iterdir()] != ["one.ckpt"]:
+            return f"{list(place.iterdir())}"
+        made.test(model, ckpt_path="best", verbose=False)
+    return None
+
+
+class Tuned(Fixed):
+    @property
+    def backbone(self) -> Any:
+        return self.layers
+
+
+def groups_that_a_callback_added_are_loaded(folder: Path) -> str | None:
+    """BackboneFinetuning adds a group in the second epoch; a run that is resumed in the third has it at once."""
+    if not dist.is_initialized():
+        return None
+
+    def fit(strategy: Any, epochs: int, path: Path | None = None) -> tuple[L.Trainer, Any, Any]:
+        tuning, looker = BackboneFinetuning(1, verbose=False), Looker()
+        made = trainer(strategy, max_epochs=epochs, callbacks=[tuning, looker], plugins=[AtomicCheckpointIO()])
+        made.fit(Tuned(adamw, steps=2), ckpt_path=path)
+        return made, looker.picture, tuning
+
+    for name, make in strategies().items():
+        path = folder / f"tuned_{world()}_{name}"
+        made, _, _ = fit(make(), 2)
+        made.save_checkpoint(path)
+        expected, groups = picture(made.lightning_module, made.optimizers), made.optimizers[0].param_groups
+        again, found, tuning = fit(make(), 3, path)
+        lengths = [[len(g["params"]) for g in x] for x in (groups, again.optimizers[0].param_groups)]
+        if lengths[0] != lengths[1] or len(lengths[0]) != 3 or tuning._restarting:
+            return f"{name}: groups of {lengths[0]} and {lengths[1]}, restarting {tuning._restarting}"
+        problem = equal(found, expected)
+        if problem:
+            return f"{name}: {problem}"
+    return None
+
+
 CHECKS: tuple[Callable[[Path], str | None], ...] = (
     saves_of_every_strategy_load_everywhere,
     bad_checkpoints_change_nothing,
     saves_replace_and_recover,
     a_folder_becomes_a_file,
     a_file_may_be_written_asynchronously,
+    groups_that_a_callback_added_are_loaded,
+    fit_ends_when_asynchronous_saves_have,
 )

@@ -32,6 +32,8 @@ CHECKPOINTS = (
     "saves_replace_and_recover",
     "a_folder_becomes_a_file",
     "a_file_may_be_written_asynchronously",
+    "groups_that_a_callback_added_are_loaded",
+    "fit_ends_when_asynchronous_saves_have",
 )
 CHECKS = (
     "trains_like_a_single_device",
