@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "programs"))
-from ranks import fork, join
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.ranks import fork, join
 
 from lowbit_lightning import optim
 

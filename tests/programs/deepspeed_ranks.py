@@ -27,7 +27,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 from deepspeed_small import convert, off, raised
 from deepspeed_states import Compare, equal, nbytes, picture
-from ranks import fork, join, write_outcomes
+from support.ranks import fork, join, write_outcomes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

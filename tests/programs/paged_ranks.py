@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import fork, join, write_outcomes
 from sharded_state import build, load, placed_like, save
 from support.paged_engine import lying_in_wait
+from support.ranks import fork, join, write_outcomes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 

@@ -19,8 +19,8 @@ from typing import Any
 import lightning as L
 import torch
 import torch.multiprocessing as mp
-from ranks import join
-from sharded_strategy_model import trainer
+from support.ranks import join
+from support.sharded_model import trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

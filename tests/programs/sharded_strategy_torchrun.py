@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
-from sharded_strategy_model import Net
+from support.sharded_model import Net
 
 from lowbit_lightning.strategies import ShardedStrategy
 

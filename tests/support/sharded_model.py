@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lowbit_lightning.state.pages import Entries
 from lowbit_lightning.strategies import ShardedStrategy
+from support.ranks import equal
 
 TOKENS, WIDTH, BATCH = 7, 301, 12  # of all ranks together: 12 sequences
 
@@ -198,3 +201,19 @@ def raised(action: Any, kind: type[BaseException], *words: str) -> str | None:
         missing = [word for word in words if word not in str(error)]
         return f"{missing} are not in: {error}" if missing else None
     return f"no {kind.__name__}"
+
+
+class Looker(L.Callback):
+    picture: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, model: Any) -> None:
+        self.picture = picture(model, trainer.optimizers)
+
+
+def round_trip(path: Path, model: Net, made: L.Trainer, make: Callable[[], Any]) -> str | None:
+    made.save_checkpoint(path)
+    looker = Looker()
+    before = picture(model, made.optimizers)
+    again = trainer(make(), callbacks=[looker], max_epochs=2)
+    again.fit(Net(steps=model.steps, seed=5), ckpt_path=path)
+    return equal(looker.picture, before)

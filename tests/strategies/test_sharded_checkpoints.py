@@ -1,30 +1,37 @@
-"""Checks of checkpoints for ``sharded_strategy.py``: files and folders, from and to any number of ranks, DDP and one
+"""Checkpoints under ``strategy="lowbit_sharded"``: files and folders, from and to any number of ranks, DDP and one
 device."""
 
 from __future__ import annotations
 
 import errno
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from ranks import equal
-from sharded_strategy_model import BATCH, Net, picture, raised, trainer, world
+from support import on_ranks as rounds
+from support.on_ranks import AGAIN, ALONE, on_ranks
+from support.ranks import equal
+from support.run_program import run as run_program
+from support.sharded_model import BATCH, Looker, Net, picture, raised, trainer, world
 from torch import Tensor
 
 from lowbit_lightning import optim
 from lowbit_lightning.callbacks import DeterministicResume
 from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, consolidate
 
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
+
 SAVED = 2  # steps before the checkpoint
-QUICK = True  # 4 steps after it, not 10; and a checkpoint of another strategy is loaded by one here, not by each
+QUICK = not rounds.THOROUGH  # 4 steps after it, not 10; another strategy's checkpoint is loaded by one, not by each
 
 
 def adamw(groups: Any, lr: float) -> Any:
@@ -66,13 +73,6 @@ class Saver(L.Callback):
             self.picture = picture(model, trainer.optimizers)
 
 
-class Looker(L.Callback):
-    picture: Any = None
-
-    def on_train_start(self, trainer: L.Trainer, model: Any) -> None:
-        self.picture = picture(model, trainer.optimizers)
-
-
 def run(strategy: Any, callback: L.Callback, path: Path | None = None, seed: int = 0) -> tuple[Net, L.Trainer]:
     model = Fixed(adamw, steps=SAVED + (4 if QUICK else 10), seed=seed)
     made = trainer(strategy, callbacks=[DeterministicResume(), callback], plugins=[AtomicCheckpointIO()])
@@ -80,7 +80,8 @@ def run(strategy: Any, callback: L.Callback, path: Path | None = None, seed: int
     return model, made
 
 
-def saves_of_every_strategy_load_everywhere(folder: Path) -> str | None:
+@on_ranks(ALONE, 2, 3, AGAIN, slow=(ALONE, 4, 1, 3, 2, AGAIN))
+def test_saves_of_every_strategy_load_everywhere(folder: Path) -> str | None:
     """To the bit; then ten steps: equal to the uninterrupted run on as many ranks, close to it on others."""
     place = folder / "saved"
     place.mkdir(exist_ok=True)
@@ -119,19 +120,9 @@ def saves_of_every_strategy_load_everywhere(folder: Path) -> str | None:
     return None
 
 
-def round_trip(path: Path, model: Net, made: L.Trainer, make: Callable[[], Any]) -> str | None:
-    made.save_checkpoint(path)
-    looker = Looker()
-    before = picture(model, made.optimizers)
-    again = trainer(make(), callbacks=[looker], max_epochs=2)
-    again.fit(Net(steps=model.steps, seed=5), ckpt_path=path)
-    return equal(looker.picture, before)
-
-
-def bad_checkpoints_change_nothing(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 1, 3, 2), after=test_saves_of_every_strategy_load_everywhere)
+def test_bad_checkpoints_change_nothing(folder: Path) -> str | None:
     """Cut off, foreign, of other shapes, of another optimizer, or not there: an error that names the path."""
-    if not dist.is_initialized():
-        return None
     good_file, good_folder = folder / "saved" / f"{world()}_file", folder / "saved" / f"{world()}_folder"
     place = folder / f"bad_{world()}"
     if dist.get_rank() == 0:
@@ -179,10 +170,9 @@ def make_bad(place: Path, file: Path, folder: Path) -> None:
     (place / "empty_folder").mkdir()
 
 
-def saves_replace_and_recover(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 1, 3, 2))
+def test_saves_replace_and_recover(folder: Path) -> str | None:
     """File over folder, folder over file; leftovers are cleaned; what a dead save had put aside is found."""
-    if not dist.is_initialized():
-        return None
     path = folder / f"replaced_{world()}" / "last"
     model = Net(adamw, steps=2)
     made = trainer()
@@ -207,9 +197,10 @@ def saves_replace_and_recover(folder: Path) -> str | None:
     return None
 
 
-def a_folder_becomes_a_file(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 1, 3, 2), after=test_saves_of_every_strategy_load_everywhere)
+def test_a_folder_becomes_a_file(folder: Path) -> str | None:
     """``consolidate`` gives what the single file has; plain torch loads it, weights_only too."""
-    if not dist.is_initialized() or dist.get_rank():
+    if dist.get_rank():
         return None
     source, target = folder / "saved" / f"{world()}_folder", folder / f"consolidated_{world()}"
     consolidate(source, target)
@@ -223,9 +214,8 @@ def a_folder_becomes_a_file(folder: Path) -> str | None:
     return problem or equal(ours, theirs) or (None if groups[0] == groups[1] and tied else f"tied: {tied}, {groups}")
 
 
-def a_file_may_be_written_asynchronously(folder: Path) -> str | None:
-    if not dist.is_initialized():
-        return None
+@on_ranks(2, slow=(4, 1, 3, 2))
+def test_a_file_may_be_written_asynchronously(folder: Path) -> str | None:
     path = folder / f"async_{world()}" / "last"
     model = Net(adamw, steps=2)
     io = AsyncCheckpointIO()
@@ -250,10 +240,9 @@ class Full(AtomicCheckpointIO):
         raise OSError(errno.ENOSPC, "the disk is full")
 
 
-def fit_ends_when_asynchronous_saves_have(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 1, 3, 2))
+def test_fit_ends_when_asynchronous_saves_have(folder: Path) -> str | None:
     """What ``fit`` has saved is there when it returns, and an error of the last save is raised by it, as under DDP."""
-    if not dist.is_initialized():
-        return None
     for io in (Slow(), Full()):
         place = folder / f"awaited_{world()}" / type(io).__name__
         saving = ModelCheckpoint(place, filename="one")
@@ -275,10 +264,9 @@ class Tuned(Fixed):
         return self.layers
 
 
-def groups_that_a_callback_added_are_loaded(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 1, 3, 2))
+def test_groups_that_a_callback_added_are_loaded(folder: Path) -> str | None:
     """BackboneFinetuning adds a group in the second epoch; a run that is resumed in the third has it at once."""
-    if not dist.is_initialized():
-        return None
 
     def fit(strategy: Any, epochs: int, path: Path | None = None) -> tuple[L.Trainer, Any, Any]:
         tuning, looker = BackboneFinetuning(1, verbose=False), Looker()
@@ -301,12 +289,9 @@ def groups_that_a_callback_added_are_loaded(folder: Path) -> str | None:
     return None
 
 
-CHECKS: tuple[Callable[[Path], str | None], ...] = (
-    saves_of_every_strategy_load_everywhere,
-    bad_checkpoints_change_nothing,
-    saves_replace_and_recover,
-    a_folder_becomes_a_file,
-    a_file_may_be_written_asynchronously,
-    groups_that_a_callback_added_are_loaded,
-    fit_ends_when_asynchronous_saves_have,
+@pytest.mark.parametrize(
+    "deaths", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=["3", "50"]
 )
+def test_killed_saves_leave_a_checkpoint(deaths: int, tmp_path: Path) -> None:
+    output = run_program("sharded_strategy_kill.py", tmp_path, deaths, timeout=850 if deaths > 3 else 250)
+    assert output.count("killed") == deaths

@@ -1,26 +1,31 @@
-"""Checks of buffers for ``sharded_strategy.py``: equal on all ranks, and beside parameters that are gathered in
-bfloat16."""
+"""Buffers under lowbit_sharded: equal on all ranks, and beside parameters that are gathered in bfloat16."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as with_gradients
 from lightning.pytorch.plugins import LayerSync, MixedPrecision
-from ranks import equal
-from sharded_strategy_model import raised, trainer, world
+from support.on_ranks import ALONE, on_ranks
+from support.ranks import equal
+from support.sharded_model import raised, trainer, world
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning.precision import Int8MixedPrecision
-from lowbit_lightning.strategies import ShardedStrategy
+from lowbit_lightning.strategies import ShardedStrategy, buffers
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
 
 SAMPLES = 24  # of all ranks, in a step
 
@@ -92,10 +97,9 @@ def equal_on_all_ranks(tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def buffers_are_those_of_rank_0(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 1, 3, 2))
+def test_buffers_are_those_of_rank_0(folder: Path) -> str | None:
     """On every rank, when it evaluates and when it resumes; the numbers of DDP."""
-    if not dist.is_initialized():
-        return None
     for accumulate in (1, 2):
         ours, _ = fit(ShardedStrategy(optimizer_bits=None), accumulate_grad_batches=accumulate)
         found = results(ours)
@@ -110,10 +114,9 @@ def buffers_are_those_of_rank_0(folder: Path) -> str | None:
     return None
 
 
-def a_resume_has_the_buffers_of_the_run(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 1, 3, 2))
+def test_a_resume_has_the_buffers_of_the_run(folder: Path) -> str | None:
     """Saved between a training step and the next forward, as a file and as a folder."""
-    if not dist.is_initialized():
-        return None
     for distributed in (False, True):
         path = folder / f"buffers_{world()}_{distributed}"
 
@@ -134,10 +137,9 @@ def a_resume_has_the_buffers_of_the_run(folder: Path) -> str | None:
     return None
 
 
-def parameters_and_buffers_of_two_dtypes_mix(folder: Path) -> str | None:
+@on_ranks(2, slow=(4, 3, 2))
+def test_parameters_and_buffers_of_two_dtypes_mix(folder: Path) -> str | None:
     """Gathered in bfloat16; computed with as under DDP, up to the rounding of the weights."""
-    if world() == 1:
-        return None
     for precision in (MixedPrecision("bf16-mixed", "cpu"), Int8MixedPrecision(autocast="bf16")):
         ours, _ = fit(ShardedStrategy(optimizer_bits=None), plugins=[precision])
         theirs, _ = fit("ddp", plugins=[precision])
@@ -178,7 +180,8 @@ class ShardsItself(Normed):
         fully_shard(self)
 
 
-def batch_norm_may_be_synchronised(folder: Path) -> str | None:
+@on_ranks(ALONE, 2, slow=(ALONE, 4, 1, 3, 2))
+def test_batch_norm_may_be_synchronised(folder: Path) -> str | None:
     """By a plugin of its own: the losses of a single device. By torch's, which CPUs lack: it is applied."""
     ours, _ = fit(ShardedStrategy(optimizer_bits=None) if dist.is_initialized() else "auto", plugins=[Synchronised()])
     losses = torch.stack(ours.losses)
@@ -198,9 +201,41 @@ def batch_norm_may_be_synchronised(folder: Path) -> str | None:
     return raised(lambda: made.fit(own), ValueError, "layers.1", "configure_model", "convert_sync_batchnorm")
 
 
-CHECKS: tuple[Callable[[Path], str | None], ...] = (
-    buffers_are_those_of_rank_0,
-    a_resume_has_the_buffers_of_the_run,
-    parameters_and_buffers_of_two_dtypes_mix,
-    batch_norm_may_be_synchronised,
-)
+# -- in this process ---------------------------------------------------------------------------------------------------
+
+MIXING: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(8),
+    "BatchNorm2d": lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.BatchNorm2d(8)),
+    "BatchNorm3d": lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1, 1)), nn.BatchNorm3d(8)),
+    "InstanceNorm1d": lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(8),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", MIXING)
+def test_modules_compute_with_buffers_wider_than_their_parameters(kind: str, training: bool) -> None:
+    """FSDP2 puts a parameter in bfloat16 into its place; the numbers are those of the same values in float32."""
+    x = torch.randn(6, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # old spectral_norm
+        exact, module = (MIXING[kind]().train(training) for _ in range(2))
+    for p in exact.parameters():
+        p.data = torch.randn(p.shape).bfloat16().float()
+    module.load_state_dict(exact.state_dict())
+    buffers.widen(module)
+    cast = {name: nn.Parameter(p.detach().bfloat16()) for name, p in module.named_parameters()}
+    for name, p in cast.items():
+        owner, _, own = name.rpartition(".")
+        module.get_submodule(owner)._parameters[own] = p
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = module(x), exact(x)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), exact.buffers(), strict=True))
+    outputs[0].sum().backward()
+    outputs[1].sum().backward()
+    for name, p in exact.named_parameters():
+        assert module.get_parameter(name) is cast[name]
+        torch.testing.assert_close(cast[name].grad, p.grad.bfloat16())
