@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.host_reads import reads
 from support.optimizers import FAMILY, close, parameters, spread, step, twins, values
-from support.run_program import run
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -274,10 +271,3 @@ def test_released_gradients_can_be_neither_unscaled_nor_clipped() -> None:
     optimizer.clip_next_step(1.0)
     with pytest.raises(RuntimeError, match=r"gradients were released .* clip"):
         optimizer.step()
-
-
-@pytest.mark.multiprocess
-@pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
-def test_on_three_ranks(tmp_path: Path) -> None:
-    """The norm is that of all ranks' parts; one rank's overflow skips the step of all."""
-    run("sharded_clipping.py", tmp_path)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import fork, join, write_outcomes
-from sharded_strategy_model import TOKENS, Data, Traffic, picture, trainer, world
+from support.ranks import fork, join, write_outcomes
+from support.sharded_model import TOKENS, Data, Traffic, picture, trainer, world
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sharded_state import build, load, placed_like, save
 from support.paged_engine import lying_in_wait
 from support.ranks import fork, join, write_outcomes
+from support.sharded_state import build, load, placed_like, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -57,7 +57,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
 
 
 def run(kind: str, dtype: torch.dtype, paged: bool, **options: Any) -> dict[str, Tensor]:
-    model = build(WORLD, dtype=dtype)
+    model = build(dtype=dtype)
     optimizer = getattr(optim, kind)(model.parameters(), paged=paged, **{**OPTIONS, **options})
     for number in range(4):
         step(model, optimizer, number, clip=number % 2 == 1)
@@ -90,19 +90,19 @@ def steps_are_the_unpaged_ones(folder: Path) -> str | None:
 
 def checkpoints_go_both_ways(folder: Path) -> str | None:
     """Through ``torch.distributed.checkpoint``, which asks for the states of a new optimizer first."""
-    model = build(WORLD)
+    model = build()
     optimizer = optim.AdamW(model.parameters(), **OPTIONS)
     for number in range(6):
         step(model, optimizer, number)
     expected = found(model, optimizer)
     with lying_in_wait(7, 0.1, CHUNK):
-        model = build(WORLD)
+        model = build()
         optimizer = optim.AdamW(model.parameters(), **OPTIONS, paged=True)
         for number in range(2):
             step(model, optimizer, number)
         for number, paged in ((2, False), (4, True)):
             save(model, optimizer, folder / f"at_{number}")
-            model = build(WORLD, seed=5)
+            model = build(seed=5)
             optimizer = optim.AdamW(model.parameters(), **OPTIONS, paged=paged)
             load(model, optimizer, folder / f"at_{number}")
             for later in range(number, number + 2):
@@ -116,7 +116,7 @@ def gradients_are_released(folder: Path) -> str | None:
     tokens = torch.arange(7).repeat(4)
     for paged in (False, True):
         with lying_in_wait(3, 0.2, CHUNK):
-            model = build(WORLD)
+            model = build()
             optimizer = optim.AdamW(model.parameters(), **OPTIONS, paged=paged)
             handle = optim.release_gradients(model, optimizer)
             for _ in range(4):
@@ -130,7 +130,7 @@ def gradients_are_released(folder: Path) -> str | None:
 
 def parts_stay_where_they_lie(folder: Path) -> str | None:
     """A DTensor of this mesh from a part that is not on its device, as host memory is not on a GPU."""
-    for p in build(WORLD).parameters():
+    for p in build().parameters():
         part = torch.empty(local(p).shape, dtype=torch.uint8, device="meta")
         x = shards.leave(p, part, p.shape, stays=True)
         assert isinstance(p, DTensor)

@@ -33,7 +33,7 @@ _NAMES = {ALONE: "alone", AGAIN: "alone again"}
 
 @dataclass(frozen=True)
 class Check:
-    function: Callable[[Path], str | None]
+    function: Callable[[Path], Any]
     needs_alone: bool
     after: Callable[..., Any] | None
 
@@ -49,7 +49,7 @@ def on_ranks(*quick: int, slow: Sequence[int] = (), after: Callable[..., Any] | 
     marks = [pytest.mark.slow, pytest.mark.timeout(1800)]
     rounds += [pytest.param(ranks, True, id=f"{_NAMES.get(ranks, ranks)}, slow", marks=marks) for ranks in slow]
 
-    def decorate(function: Callable[[Path], str | None]) -> Any:
+    def decorate(function: Callable[[Path], Any]) -> Any:
         @pytest.mark.multiprocess
         @pytest.mark.parametrize(("ranks", "thorough"), rounds)
         def test(

@@ -1,6 +1,6 @@
-"""Clipping and a GradScaler inside the step, with DTensors on three gloo ranks: exits with 0 where all is right.
+"""Clipping and a GradScaler inside the step, with DTensors on three ranks.
 
-``sharded_clipping.py FOLDER``. Plain SGD at a rate of 1 subtracts the gradient itself, which float64 gives.
+Plain SGD at a rate of 1 subtracts the gradient itself, which float64 gives.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-import torch.distributed as dist
-from support.ranks import fork, join
+from support.on_ranks import on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from lowbit_lightning import optim
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
 
 RANKS = 3
 SHAPES = ((33, 512), (2, 400), (1, 300), (70,))  # one rank holds no row of the second, two none of the third
@@ -53,7 +55,8 @@ def check(params: list[Parameter], expected: list[Tensor], what: str) -> None:
         assert off <= 1e-6, f"{what}: params[{i}] is off by {off:.1e}"
 
 
-def clipping() -> None:
+@on_ranks(RANKS)
+def test_the_norm_is_that_of_all_ranks(folder: Path) -> None:
     params, expected = build()
     optimizer = optim.SGD(params, lr=1.0)
     exact = set_gradients(params, 1)
@@ -64,7 +67,8 @@ def clipping() -> None:
     check(params, [x - g * (0.5 / (norm + 1e-6)) for x, g in zip(expected, exact, strict=True)], "clipping")
 
 
-def overflow() -> None:
+@on_ranks(RANKS)
+def test_an_overflow_of_one_rank_skips_the_step_of_all(folder: Path) -> None:
     """Rows 0, 15 and 32 of 33 are on the first, second and third rank."""
     for row in (0, 15, 32):
         params, expected = build()
@@ -79,14 +83,3 @@ def overflow() -> None:
         counts = {float(optimizer.state[p]["step"]) for p in params}
         assert counts == {0.0}, f"row {row} overflows: step counts {counts}"
         assert scaler.get_scale() == SCALE / 2, f"row {row} overflows: scale {scaler.get_scale()}"
-
-
-def rank(number: int, folder: Path) -> None:
-    join(number, RANKS, folder / "store")
-    clipping()
-    overflow()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    fork(rank, (Path(sys.argv[1]),), RANKS)
