@@ -16,7 +16,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +67,24 @@ def on_ranks(*quick: int, slow: Sequence[int] = (), after: Callable[..., Any] | 
     return decorate
 
 
-@cache
-def _results(file: Path, thorough: bool, session: Any, folders: Any) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """By round and rank, what each selected check of a file found wrong; and what the process failed with."""
+Results = tuple[dict[str, dict[str, Any]], str | None]
+"""By round and rank, what each selected check of a file found wrong; and what the process failed with."""
+
+_found: dict[tuple[Path, bool], Results] = {}
+
+
+def _results(file: Path, thorough: bool, session: Any, folders: pytest.TempPathFactory) -> Results:
+    if (file, thorough) not in _found:
+        _found[file, thorough] = _run(file, thorough, session, folders.mktemp("ranks"))
+    return _found[file, thorough]
+
+
+def _run(file: Path, thorough: bool, session: Any, folder: Path) -> Results:
     rounds: dict[int, list[str]] = {ALONE: []}
     for item in session.items:
         parameters = item.callspec.params if item.path == file and hasattr(item.obj, "check") else {}
         if parameters.get("thorough") == thorough:
             _add(item.obj, parameters["ranks"], rounds)
-    folder = folders.mktemp("ranks")
     order = sorted(filter(rounds.get, rounds), key=lambda ranks: ranks == AGAIN)  # the rest as they were found
     asked = [f"{ranks}:{','.join(rounds[ranks])}" for ranks in order]
     try:
