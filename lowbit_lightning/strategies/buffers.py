@@ -30,7 +30,7 @@ def share(module: nn.Module) -> None:
     """Give every rank the buffers of rank 0; a collective. DTensors are left as they are."""
     local = [b.detach() for b in module.buffers() if not isinstance(b, DTensor)]
     if local and dist.get_world_size() > 1:
-        dist._broadcast_coalesced(dist.group.WORLD, local, _BUCKET, 0)  # type: ignore[attr-defined]
+        dist._broadcast_coalesced(dist.group.WORLD, local, _BUCKET, 0)  # type: ignore[arg-type]
 
 
 def widen(module: nn.Module) -> None:

@@ -79,6 +79,7 @@ class _Restricted(pickle._Unpickler):
     """In Python, so that BUILD is restricted too: given a class, it would set attributes of the class."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

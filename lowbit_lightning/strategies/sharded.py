@@ -273,14 +273,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def checkpoint_io(self) -> CheckpointIO:
         """What writes and reads a single file: AtomicCheckpointIO unless the Trainer was given another. Wrappers, such
         as AsyncCheckpointIO, wrap that, unless they were given another."""
-        wrapper = self._checkpoint_io
-        if wrapper is None:
-            self._checkpoint_io = AtomicCheckpointIO()
+        io = self._checkpoint_io = self._checkpoint_io or AtomicCheckpointIO()
+        wrapper: CheckpointIO | None = io
         while isinstance(wrapper, _WrappingCheckpointIO):
             if wrapper.checkpoint_io is None:
                 wrapper.checkpoint_io = AtomicCheckpointIO()
             wrapper = wrapper.checkpoint_io
-        return self._checkpoint_io
+        return io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:

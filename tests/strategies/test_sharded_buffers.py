@@ -238,4 +238,5 @@ def test_modules_compute_with_buffers_wider_than_their_parameters(kind: str, tra
     outputs[1].sum().backward()
     for name, p in exact.named_parameters():
         assert module.get_parameter(name) is cast[name]
+        assert p.grad is not None
         torch.testing.assert_close(cast[name].grad, p.grad.bfloat16())
