@@ -317,8 +317,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         path = self.broadcast(filepath)
         if not self._save_distributed_checkpoint:
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+
+            def write() -> None:
+                if self.is_global_zero:
+                    self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+
+            self._together(write)  # else the other ranks would wait for one that has failed
             return
         if storage_options is not None or checkpoints.is_remote(path):
             raise TypeError(f"a distributed checkpoint goes to a local folder, without storage_options; got {path}")

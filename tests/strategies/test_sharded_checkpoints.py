@@ -236,26 +236,38 @@ class Slow(AtomicCheckpointIO):
 
 
 class Full(AtomicCheckpointIO):
+    def __init__(self, after: float) -> None:
+        self.after = after
+
     def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        time.sleep(self.after)
         raise OSError(errno.ENOSPC, "the disk is full")
+
+
+def saving(io: Any, place: Path) -> L.Trainer:
+    callbacks = [ModelCheckpoint(place, filename="one")]
+    return trainer(plugins=[io], callbacks=callbacks, enable_checkpointing=True)
 
 
 @on_ranks(2, slow=(4, 1, 3, 2))
 def test_fit_ends_when_asynchronous_saves_have(folder: Path) -> str | None:
     """What ``fit`` has saved is there when it returns, and an error of the last save is raised by it, as under DDP."""
-    for io in (Slow(), Full()):
-        place = folder / f"awaited_{world()}" / type(io).__name__
-        saving = ModelCheckpoint(place, filename="one")
-        made = trainer(plugins=[AsyncCheckpointIO(io)], callbacks=[saving], enable_checkpointing=True)
-        model = Net(steps=2)
-        if isinstance(io, Full):
-            problem = raised(lambda: made.fit(model), OSError, "the disk is full")  # noqa: B023
-            return problem if dist.get_rank() == 0 else (None if problem == "no OSError" else problem)
-        made.fit(model)
-        if made.is_global_zero and [path.name for path in place.iterdir()] != ["one.ckpt"]:
-            return f"{list(place.iterdir())}"
-        made.test(model, ckpt_path="best", verbose=False)
-    return None
+    place, model = folder / f"awaited_{world()}", Net(steps=2)
+    made = saving(AsyncCheckpointIO(Slow()), place)
+    made.fit(model)
+    if made.is_global_zero and [path.name for path in place.iterdir()] != ["one.ckpt"]:
+        return f"{list(place.iterdir())}"
+    made.test(model, ckpt_path="best", verbose=False)
+    made = saving(AsyncCheckpointIO(Full(after=0.5)), place)
+    problem = raised(lambda: made.fit(Net(steps=2)), OSError, "the disk is full")
+    return problem if made.is_global_zero else (None if problem == "no OSError" else problem)
+
+
+@on_ranks(2, slow=(4, 1, 3, 2))
+def test_no_rank_waits_for_one_that_could_not_save(folder: Path) -> str | None:
+    made = saving(Full(after=0), folder / f"full_{world()}")
+    kind = OSError if dist.get_rank() == 0 else RuntimeError
+    return raised(lambda: made.fit(Net(steps=2)), kind, "the disk is full")
 
 
 class Tuned(Fixed):
