@@ -22,11 +22,11 @@ from support.on_ranks import AGAIN, ALONE, on_ranks
 from support.ranks import equal
 from support.run_program import run as run_program
 from support.sharded_model import BATCH, Looker, Net, picture, raised, trainer, world
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit_lightning import optim
 from lowbit_lightning.callbacks import DeterministicResume
-from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, consolidate
+from lowbit_lightning.strategies import AtomicCheckpointIO, ShardedStrategy, checkpoints, consolidate
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
 
@@ -307,3 +307,17 @@ def test_groups_that_a_callback_added_are_loaded(folder: Path) -> str | None:
 def test_killed_saves_leave_a_checkpoint(deaths: int, tmp_path: Path) -> None:
     output = run_program("sharded_strategy_kill.py", tmp_path, deaths, timeout=850 if deaths > 3 else 250)
     assert output.count("killed") == deaths
+
+
+def test_8_bit_states_are_not_loaded_into_torchs_optimizer() -> None:
+    model = nn.Linear(64, 64)
+    ours, theirs = optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 64)).sum().backward()
+    ours.step()
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt holds 8-bit states, which torch.*AdamW cannot .*lowbit convert last"
+    ):
+        checkpoints.load_optimizers([theirs], {"optimizer_states": [ours.state_dict()]}, "last.ckpt")
+    assert not theirs.state
+    checkpoints.load_optimizers([theirs], {"optimizer_states": [ours.state_dict(bits=32)]}, "last.ckpt")
+    assert theirs.state
