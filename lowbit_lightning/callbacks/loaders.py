@@ -20,7 +20,7 @@ def check(loader: Any) -> None:
     remedy = "give the loader state_dict and load_state_dict (Lightning then saves it), or leave the callback out"
     name = f"DeterministicResume can't resume {type(loader).__name__}"
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"{name}: it is no torch.utils.data.DataLoader; {remedy}")
+        raise TypeError(f"{name}: it is not a torch.utils.data.DataLoader; {remedy}")
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(f"{name}: {type(loader.dataset).__name__} is an IterableDataset, which has no index; {remedy}")
     try:

@@ -97,7 +97,7 @@ def _read_4bit(
         rows = packed.reshape(*shape[:-1], -1).clone().to(device)
         return rows, absmax.reshape(*shape[:-1], -1).to(device), _same(weights, form)
     warnings.warn(
-        f"{name}: rows of {shape[-1]} are no multiple of bitsandbytes' block of {block}; its weight is decoded and "
+        f"{name}: rows of {shape[-1]} are not multiples of bitsandbytes' block of {block}; its weight is decoded and "
         f"quantised again to {weights.format}, which adds a second rounding",
         stacklevel=4,
     )

@@ -51,7 +51,7 @@ def quantize(
         include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some layer.
         filter: ``filter(name, layer)``, asked last; False leaves the layer as it is.
         output_layer: "auto" (the rule in ``layers.select``) leaves it as it is, None takes it too; or a name.
-        overrides: pattern -> another format, other fields of ``layers.Weights``, or None to leave the layers alone:
+        overrides: pattern -> another format, other fields of ``layers.Weights``, or None to leave the layers unchanged:
             ``{"*.down_proj": "int8", "*.v_proj": {"weights": "int4", "fit": "absmax"}, "*.0.*": None}``.
         embeddings: take ``nn.Embedding`` too. One whose weight a layer shares that stays as it is stays too.
         experts: take experts.

@@ -1,4 +1,4 @@
-"""The two ops behind ``Int8Linear``: its forward, and the int8 gradients of its backward.
+"""The two ops of ``Int8Linear``: its forward, and the int8 gradients of its backward.
 
 Opaque to torch.compile and to autograd, which sees one op in each direction. ``product`` serves what these two don't:
 higher derivatives and ``torch.func``.

@@ -31,7 +31,7 @@ Patterns = str | Iterable[str]
 """Shell patterns of qualified names: ``"blocks.*.mlp.*"``."""
 
 Overrides = Mapping[str, Any]
-"""Pattern -> how the setting changes for the modules it matches, or None to leave them alone."""
+"""Pattern -> how the setting changes for the modules that it matches, or None to leave them unchanged."""
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,13 @@ class Plan:
 
     Attributes:
         parameters, gradients, states, buffers: exact.
-        gathered: FSDP2's copies of parameters that are whole. reduction: copies of gradients for communication.
-        activations: what forward and backward hold at their peak, beyond the gradients; None without a batch.
-        paged_out: what lies elsewhere, and in no total: bytes of optimizer states in "host memory" or on "disk".
+        gathered: FSDP2's unsharded copies of parameters. reduction: copies of gradients for communication.
+        activations: tensors that forward and backward hold at their peak, beyond the gradients; None without a batch.
+        paged_out: bytes of optimizer states in "host memory" or on "disk"; not part of ``total``.
         state_parts: ``states`` by kind; "pages" is near memory of paged states: of resident ones, and the ring.
         communication: bytes by collective in an optimizer step, as each rank hands them over or gets them: whichever is
             whole.
-        margin: a share of the total, for what the allocator keeps beside the tensors.
+        margin: a share of the total, for memory that the allocator keeps beside the tensors.
         settings: what was planned for, and what gave the ``loss``.
     """
 

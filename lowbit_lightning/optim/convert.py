@@ -60,8 +60,8 @@ def convert_(optimizer: Optimizer, bits: int = 8, **options: Unpack[OtherOptions
     replaced = vars(optimizer).get("step")
     if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
         raise ValueError(
-            f"optimizer.step was replaced by {replaced!r}, which would go on calling the old one: convert the "
-            "optimizer before whatever did so"
+            f"optimizer.step was replaced by {replaced!r}, which would continue to call the old step: convert the "
+            "optimizer before its step is replaced"
         )
     own = complete_options({"bits": bits, **options})
     optimizer.__class__ = _TWINS[kind]

@@ -33,7 +33,7 @@ def load(
         raise OSError(
             error.errno,
             f"{error.strerror}, or give up the states of before, which are kept until all new ones are there: "
-            "optimizer.state.clear(), and load again, both behind the except block, whose traceback keeps them alive",
+            "optimizer.state.clear(), and load again, both after the except block, whose traceback keeps them alive",
         ) from error
     finally:
         _remove_hooks(optimizer)

@@ -56,7 +56,7 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
         )
     if any(group["skip_nonfinite"] for group in optimizer.param_groups):
         raise ValueError(
-            "skip_nonfinite=True looks at all gradients before any update: it cannot go with their release"
+            "skip_nonfinite=True looks at all gradients before any update: it does not work with release_gradients"
         )
     _check_trainer(getattr(model, "_trainer", None))
     _check_ranks(optimizer)
@@ -71,7 +71,7 @@ def release_gradients(model: nn.Module, optimizer: LowBitOptimizer) -> ReleasedG
     def update(p: Tensor) -> None:
         if p in released:
             raise RuntimeError(
-                "a parameter got a second gradient before optimizer.step(): accumulation cannot go with "
+                "a parameter got a second gradient before optimizer.step(): accumulation does not work with "
                 "release_gradients; use accumulate_grad_batches=1, or do not release"
             )
         released.add(p)
@@ -95,15 +95,17 @@ def _check_trainer(trainer: Any) -> None:
         return
     if getattr(trainer, "gradient_clip_val", None):
         raise ValueError(
-            f"gradient_clip_val={trainer.gradient_clip_val} needs all gradients at once: it cannot go with release"
+            f"gradient_clip_val={trainer.gradient_clip_val} needs all gradients at once: it does not work "
+            "with release_gradients"
         )
     if getattr(trainer, "accumulate_grad_batches", 1) != 1:
         raise ValueError(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} keeps gradients: it cannot go with release"
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} keeps gradients: it does not work with "
+            "release_gradients"
         )
     if getattr(getattr(trainer, "precision_plugin", None), "scaler", None) is not None:
         raise ValueError(
-            "a GradScaler unscales all gradients before the step: it cannot go with their release; use bf16"
+            "a GradScaler unscales all gradients before the step: it does not work with release_gradients; use bf16"
         )
 
 

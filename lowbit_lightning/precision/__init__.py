@@ -1,8 +1,8 @@
-"""The Lightning and Fabric plugins behind ``precision="int8-mixed"``, and the registration of that string.
+"""The Lightning and Fabric plugins of ``precision="int8-mixed"``, and the registration of that string.
 
 Requirements
-    Lightning 2.5 or 2.6, imported as ``lightning``. ``pytorch_lightning`` is a separate copy of its classes and is
-    refused by name.
+    Lightning 2.5 or 2.6, imported as ``lightning``. ``pytorch_lightning`` is a separate copy of its classes; an error
+    refuses it and names it.
 
 How it works
     ``convert_module`` swaps the model's ``nn.Linear`` for ``Int8Linear`` in place (``convert.swap_linears`` has the
@@ -11,12 +11,12 @@ How it works
     dynamic scales need none.
 
     Lightning has no registry for precision strings, so ``register`` wraps the constructor of the two classes that
-    read them (the connectors of Trainer and Fabric) and turns the string into a plugin. What it relies on is checked
-    first: where it is no longer so, it warns and leaves Lightning as it was (``plugins=[...]`` needs no
-    registration); once Lightning knows the string itself, it stands down.
+    read them (the connectors of Trainer and Fabric) and turns the string into a plugin. ``register`` first checks the
+    parts of Lightning that it relies on. If they have changed, it warns and leaves Lightning unchanged
+    (``plugins=[...]`` needs no registration). Once Lightning itself knows the string, it does nothing.
 
 Interactions
-    Under a Trainer, with whatever precision, the optimizers of ``lowbit_lightning.optim`` unscale, clip and skip in
+    Under a Trainer, with any precision, the optimizers of ``lowbit_lightning.optim`` unscale, clip and skip in
     their step (``in_step.py``). The environment variables ``PL_TRAINER_PRECISION`` and ``LT_PRECISION`` work like the
     argument. When a run of the Trainer ends, the layers are plain again; with Fabric, ``convert.restore(model)`` turns
     them back.

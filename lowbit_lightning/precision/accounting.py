@@ -1,12 +1,12 @@
 """What Lightning's ``ModelSummary`` and ``ThroughputMonitor``, and torch's FLOP counter, say about "int8-mixed".
 
-They know Lightning's own precisions by name and by class, and take others for float32; and an op of ours counts
-nothing. So:
+They know Lightning's own precisions by name and by class, and treat all others as float32. They do not count this
+package's ops. So:
 
 - ``ModelSummary``: the size in MB is that of the parameters in their own dtypes.
 - ``ThroughputMonitor`` (the Trainer's and Fabric's): utilisation is relative to the int8 peak that Lightning's table
-  has for the GPU. Where it has none, and on the CPU, there is no utilisation. What doesn't run in int8 (attention,
-  say) is measured by that peak too: it is what the hardware could do.
+  has for the GPU. If it has none, and on the CPU, there is no utilisation. Ops that do not run in int8 (such as
+  attention) are measured by that peak too, because it is the limit of the hardware.
 - ``measure_flops``, the FLOPs of a summary: an int8 product counts like the matmul it replaces, 2 M N K.
 """
 

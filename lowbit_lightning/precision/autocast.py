@@ -1,11 +1,13 @@
-"""What ``autocast="auto"`` means: the dtype in which this machine multiplies faster what does not run in int8.
+"""What ``autocast="auto"`` means: other ops than int8 products run in the dtype in which this machine multiplies
+faster.
 
-On a GPU that is known: bf16 where the hardware multiplies it. On a CPU it is not. Instructions for bf16 are no sign:
-without AMX, some processors take twice as long over a bf16 matmul as over a float32 one. So both are measured, on the
-largest matrices of the model itself, in a fraction of a second. One thread measures: where threads wait
-for each other, another program on the machine decides how long a matmul takes.
+On a GPU this is known: bf16 if the hardware multiplies it. On a CPU it is not known. Instructions for bf16 do not make
+it faster: without AMX, some processors take twice as long over a bf16 matmul as over a float32 one. So both are
+measured, on the
+largest matrices of the model itself, in a fraction of a second. The measurement uses one thread: if threads wait for
+each other, other programs on the machine decide how long a matmul takes.
 
-The answer must not change where numbers are compared:
+The answer must not change between runs that are compared:
 
 - between runs: measurements are kept beside the compiled kernels, for this processor, version of torch and these
   shapes. Removing the cache (docs/kernels.md) lets the next run measure again.
@@ -53,7 +55,7 @@ class Choice:
 
 
 def choose(module: nn.Module, device_type: str) -> Choice:
-    """What is faster for the module's own matmuls. On a CPU all ranks call it together, and get one answer."""
+    """The faster choice for the module's own matmuls. On a CPU all ranks call it together and get the same answer."""
     if device_type != "cpu":
         fast = computes_in_bf16(device_type)
         return Choice(fast, f"the hardware {'multiplies' if fast else 'does not multiply'} bfloat16")
@@ -79,7 +81,7 @@ def _choose_on_cpu(module: nn.Module) -> Choice:
 
 
 def _matrices(module: nn.Module) -> Iterator[Shape]:
-    """Of linear layers, and of convolutions as matrices; what an embedding looks up is not multiplied."""
+    """Matrices of linear layers, and of convolutions as matrices; not of embeddings, which are not multiplied."""
     for owner in module.modules():
         for p in owner.parameters(recurse=False):
             if not isinstance(owner, nn.Embedding) and not is_lazy(p) and p.dim() > 1:

@@ -1,9 +1,11 @@
-"""Lightning's own precision plugins, with unscaling, clipping and skipping left to the step of our optimizers.
+"""Lightning's own precision plugins, with unscaling, clipping and skipping done by the step of this package's
+optimizers.
 
 How it works
-    Lightning unscales (16-mixed), calls its hooks, clips, and steps: each a pass over the gradients' memory, with a
-    wait for the device before the step. Our optimizers do all of it in the step, from scalars on the device. So the
-    Trainer's plugin becomes the subclass below of the same name, which does so where nobody can see the difference:
+    Lightning unscales (16-mixed), calls its hooks, clips, and steps. Each of these is a pass over the gradients'
+    memory, and the host waits for the device before the step. Our optimizers do all of this in the step, from scalars
+    on the device. So the Trainer's plugin becomes the subclass below of the same name, which uses the step if no user
+    code can see the difference:
 
     * by the step: unscaling, clipping by norm, skipping after an overflow.
     * by passes, as ever: unscaling, where a callback or the module has ``on_before_optimizer_step`` or
@@ -11,8 +13,8 @@ How it works
       clipping. Clipping by value, and clipping under manual optimization. Skipping costs no wait in any case.
 
 Interactions
-    Other optimizers get what Lightning does for them. Plugins of other classes, subclasses of Lightning's among them,
-    unscale and clip by passes; ``allow_clipping`` sees to that.
+    For other optimizers Lightning works as usual. Plugins of other classes, including subclasses of Lightning's,
+    unscale and clip by passes; ``allow_clipping`` makes this possible.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class InStep(Precision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """See Lightning's; the closure has run backward when hooks and clipping come."""
+        """See Lightning's; the closure has run backward before hooks and clipping run."""
         if not isinstance(optimizer, LowBitOptimizer):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         vars(self).setdefault("_stepped", weakref.WeakSet()).add(optimizer)
@@ -127,7 +129,7 @@ class InStep(Precision):
 
 
 def _are_seen(model: Any, optimizer: LowBitOptimizer) -> bool:
-    """Whether anything of the user's looks at the gradients between backward and step."""
+    """Whether any user code can read the gradients between backward and step."""
     if not isinstance(model, LightningModule):
         return True
     trainer: Any = model.trainer

@@ -1,4 +1,4 @@
-"""The plugins behind ``precision="int8-mixed"``: which layers run in int8, and what the rest runs in."""
+"""The plugins of ``precision="int8-mixed"``: which layers run in int8, and in which dtype the other ops run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEPT = "lowbit_lightning.autocast"  # what a checkpoint says that "auto" has cho
 
 
 class Int8Mixed:
-    """What the Trainer's and Fabric's plugin have in common."""
+    """The common part of the Trainer's and Fabric's plugins."""
 
     precision: Any = NAME
     by_name = False
@@ -106,7 +106,7 @@ class Int8Mixed:
     def release_layers(self) -> None:
         """Turn the layers back that ``convert_module`` swapped: int8 is how a run computes, not what a model is.
 
-        Those whose class has been derived from since (by ``fully_shard`` on the layer itself) stay.
+        A layer whose class was replaced by a subclass since (by ``fully_shard`` on the layer itself) stays int8.
         """
         for layer in (reference() for reference in self._lent):
             if isinstance(layer, Int8Layer) and can_be_released(layer):
@@ -114,7 +114,7 @@ class Int8Mixed:
         self._lent.clear()
 
     def forward_context(self) -> AbstractContextManager:
-        """bf16 autocast for all other ops, or nothing where bf16 isn't wanted or isn't faster."""
+        """bf16 autocast for all other ops, or no autocast if bf16 is not wanted or not faster."""
         device = _device(None if self._module is None else self._module())
         if self.autocast == "bf16" and not self._warned and not computes_in_bf16(device):
             self._warned = True
@@ -136,15 +136,15 @@ class Int8Mixed:
 
 
 class Int8MixedPrecision(Int8Mixed, InStep):
-    """Lightning's Trainer in int8: ``Trainer(precision="int8-mixed")`` with settings of one's own.
+    """The plugin of Lightning's Trainer for int8: ``Trainer(precision="int8-mixed")`` with your own settings.
 
     Args:
         include, exclude, filter, output_layer, min_features: which ``nn.Linear`` to swap; see ``swap_linears``.
         forward, grad_input, grad_weight: "int8" or "high" (the input's dtype), for each of a layer's three products.
-        save_inputs: what the backward is given of a layer's input: "int8" (a byte per element) or "high".
+        save_inputs: the form in which a layer's input is saved for the backward: "int8" (a byte per element) or "high".
         gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
-        overrides: pattern -> settings that differ for the layers it matches, or None to leave them alone.
-        autocast: what other ops run in: "auto" (bf16 autocast where bf16 is faster: known on a GPU, measured on a CPU,
+        overrides: pattern -> settings for the layers that it matches, or None to leave them in high precision.
+        autocast: the dtype of other ops: "auto" (bf16 autocast if bf16 is faster: known on a GPU, measured on a CPU,
             see ``precision.autocast``), "bf16" or "off" (float32). A resumed run keeps what "auto" chose at first.
 
     ``report`` says what was swapped, what was skipped and why, once a run has begun; it is logged too.

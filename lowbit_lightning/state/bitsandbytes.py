@@ -92,7 +92,7 @@ def _layer(value: Any, place: int, p: Tensor) -> Any:
     if value.dtype == torch.uint8 and p.numel() % BLOCK_SIZE:
         raise ValueError(
             f"bitsandbytes' AdEMAMix lets the scales of its momenta overlap where the number of elements, here "
-            f"{p.numel()}, is no multiple of {BLOCK_SIZE}: the state cannot be recovered; start from a new one"
+            f"{p.numel()}, is not a multiple of {BLOCK_SIZE}: the state cannot be recovered; start from a new one"
         )
     return value[place]
 

@@ -47,7 +47,7 @@ class Pagers:
         return new
 
     def statistics(self) -> PageStatistics | None:
-        """What all pagers did; None where there are none."""
+        """The statistics of all pagers together; None if there are no pagers."""
         parts = [pager.statistics for pager in self._pagers.values()]
         return PageStatistics.total(parts) if parts else None
 
@@ -169,7 +169,7 @@ class Pagers:
             except (OSError, RuntimeError) as error:  # the step is done, and all is as it was
                 warnings.warn(
                     "the slab stays in its first order: there is no room for a second one, which the order of "
-                    f"backward needs for a moment: {error}. Pages will be waited for longer",
+                    f"backward needs for a moment: {error}. Steps will wait longer for pages",
                     stacklevel=2,
                 )
 

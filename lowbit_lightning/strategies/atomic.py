@@ -1,12 +1,12 @@
-"""Saves that an interruption can't spoil: written beside their target, synced, and put in its place at once.
+"""Saves that an interruption cannot damage: written beside their target, synced, and moved to its place in one step.
 
 A file replaces a file by a rename. For a folder Linux exchanges two names in one call (``renameat2``). Where that is
 missing there are two renames, and the old checkpoint has a name of its own between them: ``last.previous.ckpt``. So
 at every moment the old or the new checkpoint loads.
 
-What is written has a name that says nothing of its target (``.saving-...``): Lightning looks checkpoints up by their
-names (``last*.ckpt``, the digits of ``hpc_ckpt_2.ckpt``), and must not find half of one. What was put aside is whole,
-and is found like the checkpoint itself.
+A save in progress has a name that does not contain its target's (``.saving-...``): Lightning looks up checkpoints by
+their names (``last*.ckpt``, the digits of ``hpc_ckpt_2.ckpt``), and must not find an incomplete one. The old checkpoint
+that was put aside is complete, and is found like the checkpoint itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LITTLE = 2**20  # bytes: as good as nothing
 
 
 def partial(path: Path, token: str) -> Path:
-    """Where a save to ``path`` writes; ``token`` is new for each save."""
+    """The path to which a save to ``path`` writes; ``token`` is new for each save."""
     return path.with_name(_prefix(path) + token)
 
 
@@ -46,7 +46,7 @@ def _prefix(path: Path) -> str:
 
 
 def previous(path: Path) -> Path:
-    """Where a checkpoint lies between two renames: ``last.previous.ckpt`` for ``last.ckpt``."""
+    """The path of a checkpoint between two renames: ``last.previous.ckpt`` for ``last.ckpt``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
@@ -56,7 +56,7 @@ def _earlier_previous(path: Path) -> Path:
 
 
 def locate(path: Path) -> Path:
-    """The path, or where the checkpoint is that a save had put aside when it died. Raises FileNotFoundError."""
+    """The path, or the path of the checkpoint that a save had put aside when it died. Raises FileNotFoundError."""
     for found in (path, previous(path), _earlier_previous(path)):
         if found.exists():
             return found
@@ -67,7 +67,7 @@ def locate(path: Path) -> Path:
 
 
 def replace(new: Path, path: Path) -> None:
-    """Put ``new`` in the place of ``path``, whatever is there, and remove that; both are in one folder."""
+    """Replace whatever is at ``path`` by ``new``, and remove the old content; both are in one folder."""
     if not (path.is_dir() or (path.exists() and new.is_dir())):
         os.replace(new, path)
     elif not _exchange(new, path):
@@ -81,7 +81,7 @@ def replace(new: Path, path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two names at once; False where kernel, file system or C library can't."""
+    """Exchange two names in one step; False if the kernel, file system or C library cannot."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if function is None:
         return False
@@ -94,7 +94,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what saves to ``path`` that died have left."""
+    """Remove the leftovers of interrupted saves to ``path``."""
     for child in path.parent.iterdir():
         if child.name.startswith((_prefix(path), f"{path.name}.partial-")):  # the second: by earlier versions
             remove(child)
@@ -119,7 +119,7 @@ def to_disk(file: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last. A warning tells once where the file system has no such thing."""
+    """Make renames in a folder durable. If the file system cannot do this, one warning says so."""
     if os.name != "posix":  # a folder can't be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)

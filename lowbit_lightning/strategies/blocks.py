@@ -1,4 +1,4 @@
-"""What of a model to shard together, and how to do it: FSDP2's ``fully_shard`` on repeated blocks and the root."""
+"""Which modules of a model are sharded together, and how: FSDP2's ``fully_shard`` on repeated blocks and the root."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shard(
 
 def roots(module: nn.Module) -> list[str]:
     """The names of the outermost submodules that can be called and have parameters: what a LightningModule calls in a
-    step of manual optimization, each sharded as a model of its own.
+    step of manual optimization, each sharded as a separate model.
 
     Raises:
         ValueError: for parameters of the module itself, or of two of these: nothing would gather them.

@@ -1,8 +1,8 @@
-"""Buffers of a sharded model: FSDP2 cuts and casts parameters, and leaves buffers alone.
+"""Buffers of a sharded model: FSDP2 cuts and casts parameters, but not buffers.
 
 Equal on all ranks
     Each rank updates buffers from its own batches (BatchNorm's running statistics), so they would drift apart. As under
-    DDP, those of rank 0 count: every rank takes them before the next forward.
+    DDP, all ranks use the buffers of rank 0: every rank takes them before the next forward.
 
 Computed with in their own dtype
     Parameters may be gathered in bfloat16 while buffers stay in float32. Most operations promote, or are cast by
@@ -27,7 +27,7 @@ _BUCKET = 256 * 2**20  # bytes that travel in one broadcast, as in DDP
 
 
 def share(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0; a collective. DTensors are left as they are."""
+    """Give every rank the buffers of rank 0; a collective. DTensors do not change."""
     local = [b.detach() for b in module.buffers() if not isinstance(b, DTensor)]
     if local and dist.get_world_size() > 1:
         dist._broadcast_coalesced(dist.group.WORLD, local, _BUCKET, 0)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ How it works
         ``optimizer_0.state.3.exp_avg_codes``); ``meta.pt`` for all the rest; ``complete.json``, the marker, with the
         size of each file.
 
-How a save is put in the place of what was there: ``atomic.py``.
+``atomic.py`` says how a save replaces the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CHOOSES_WEIGHTS = "weights_only" in inspect.signature(TorchCheckpointIO.load_ch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's CheckpointIO with saves that an interruption can't spoil, and folders of shards readable.
+    """Lightning's CheckpointIO. An interruption cannot damage its saves, and it can read folders of shards.
 
     For any strategy: ``Trainer(plugins=[AtomicCheckpointIO()])`` lets DDP and single devices read what
     ``ShardedStrategy(save_distributed_checkpoint=True)`` saved. Remote paths (``s3://...``) are left to Lightning.
@@ -78,17 +78,17 @@ def is_remote(path: _PATH) -> bool:
 
 
 def consolidate(folder: _PATH, file: _PATH, weights_only: bool | None = None) -> None:
-    """Make one file, which every strategy and plain torch loads, of a folder of shards.
+    """Convert a folder of shards into one file, which every strategy and plain torch can load.
 
     Runs in a single process, without a process group; needs room for the whole checkpoint in memory.
 
     Args:
         folder, file: paths.
-        weights_only: as in ``torch.load``, whose default None is. False unpickles objects of any class: choose it for
+        weights_only: as in ``torch.load``; None is torch's default. False unpickles objects of any class: choose it for
             checkpoints that you trust.
 
     Raises:
-        FileNotFoundError, ValueError: where ``folder`` is missing, incomplete or something else.
+        FileNotFoundError, ValueError: if ``folder`` is missing, incomplete or not a checkpoint.
         pickle.UnpicklingError: for objects of classes that ``weights_only`` does not allow.
     """
     found = atomic.locate(Path(folder))
@@ -101,7 +101,7 @@ def consolidate(folder: _PATH, file: _PATH, weights_only: bool | None = None) ->
 
 
 def save_file(checkpoint: State, path: Path) -> None:
-    """Write one file; called by one rank. Raises OSError (ENOSPC) where the disk is full."""
+    """Write one file; called by one rank. Raises OSError (ENOSPC) if the disk is full."""
     partial = atomic.partial(path, new_token())
     _prepare(path)
     try:
@@ -117,8 +117,8 @@ def save_file(checkpoint: State, path: Path) -> None:
 def save_folder(checkpoint: State, path: Path, token: str, first: bool, together: Together) -> None:
     """Write a folder; every rank calls it with the same ``path`` and ``token``, and one as ``first``.
 
-    ``checkpoint``: as Lightning has it, with DTensors of which each rank holds its part. Raises OSError (ENOSPC) where
-    the disk is full.
+    ``checkpoint``: as Lightning has it, with DTensors of which each rank holds its part. Raises OSError (ENOSPC) if the
+    disk is full.
     """
     partial = atomic.partial(path, token)
     tensors, rest = flat.split(checkpoint)
@@ -161,9 +161,9 @@ def _nothing() -> None:
 
 
 def _prepare(path: Path) -> None:
-    """Raises IsADirectoryError for a folder of something else, which saving would replace."""
+    """Raises IsADirectoryError if the folder is not a checkpoint, because a save would replace it."""
     if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in (META, MARKER)):
-        raise IsADirectoryError(f"{path} is a folder, and no checkpoint: a save would replace it; give another path")
+        raise IsADirectoryError(f"{path} is a folder, but not a checkpoint: a save would replace it; give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(path)
 
@@ -176,17 +176,17 @@ def new_token() -> str:
 
 
 def load_file(path: Path, weights_only: bool | None = None, mmap: bool = False) -> State:
-    """Lightning's checkpoint; ``mmap``: its tensors are read when they are used. Raises ValueError where the file is
-    no such thing."""
+    """Lightning's checkpoint; ``mmap``: its tensors are read when they are used. Raises ValueError if the file is not a
+    checkpoint."""
     try:
         mmap = mmap and zipfile.is_zipfile(path)
         checkpoint = torch.load(path, mmap=mmap, map_location="cpu", weights_only=_weights_only(weights_only))
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no checkpoint, or not all of one: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint, or an incomplete one: {error}") from error
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) and zipfile.is_zipfile(path):
             raise  # torch says what is in it and what to do
-        raise ValueError(f"{path} is no checkpoint, or not all of one: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint, or an incomplete one: {error}") from error
     return _checked(checkpoint, path)
 
 
@@ -203,8 +203,8 @@ def load_folder(
 ) -> State:
     """Lightning's checkpoint from a folder: each tensor placed as the parameter of ``model`` it belongs to, or whole.
 
-    With a model every rank calls it; ``together(action)`` raises on all of them where the action does on one. Raises
-    ValueError where the folder is no such thing.
+    With a model every rank calls it; ``together(action)`` raises on all ranks if the action raises on one. Raises
+    ValueError if the folder is not a checkpoint.
     """
     rest, index = together(lambda: _open_folder(path, weights_only))
     tensors = dict(flat.room(index, model, optimizers or []))
@@ -212,12 +212,12 @@ def load_folder(
 
 
 def _open_folder(path: Path, weights_only: bool | None = None) -> tuple[State, Metadata]:
-    """All but the tensors, and what those are; no collective. Raises ValueError."""
+    """Everything except the tensors, and the tensors' metadata; not a collective. Raises ValueError."""
     try:
         marker = json.loads((path / MARKER).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is no complete checkpoint of lowbit_sharded: it has no readable {MARKER}; checkpoints of other "
+            f"{path} is not a complete checkpoint of lowbit_sharded: it has no readable {MARKER}; checkpoints of other "
             "strategies become a file by `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
         ) from error
     if marker.get("version") != VERSION:
@@ -245,7 +245,7 @@ def _read_tensors(path: Path, index: Metadata, tensors: dict[str, Tensor], no_di
 def _checked(checkpoint: Any, path: Path) -> State:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         what = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ValueError(f"{path} is no checkpoint of Lightning: it has no state_dict; it holds {what}")
+        raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict; it holds {what}")
     return checkpoint
 
 
@@ -253,7 +253,7 @@ def _checked(checkpoint: Any, path: Path) -> State:
 
 
 def fitted(model: nn.Module, saved: Mapping[str, Any], strict: bool, source: _PATH) -> State:
-    """Saved weights, placed as the model's. Raises ValueError, naming all that does not fit."""
+    """Saved weights, placed as the model's. Raises a ValueError that names everything that does not fit."""
     own = model.state_dict()
     problems = []
     if strict:
@@ -269,7 +269,7 @@ def fitted(model: nn.Module, saved: Mapping[str, Any], strict: bool, source: _PA
 
 
 def load_optimizers(optimizers: list[Optimizer], checkpoint: Mapping[str, Any], source: _PATH) -> None:
-    """Raises ValueError where the saved states do not fit; optimizers that came before it are loaded then."""
+    """Raises ValueError if the saved states of an optimizer do not fit; the optimizers before it are loaded then."""
     saved = checkpoint.get("optimizer_states")
     if saved is None or len(saved) != len(optimizers):
         what = "no optimizer states: it holds weights alone" if saved is None else f"{len(saved)} optimizers"
@@ -293,7 +293,7 @@ def load_optimizers(optimizers: list[Optimizer], checkpoint: Mapping[str, Any], 
 
 
 def _check_bits(optimizer: Optimizer, saved: Mapping[str, Any], source: _PATH) -> None:
-    """torch.optim would take 8-bit states in, and miss its own in the step."""
+    """torch.optim would accept 8-bit states, and fail in the step because its own states are missing."""
     coded = any(name.endswith(codes_name("")) for entries in saved["state"].values() for name in entries)
     if coded and not isinstance(optimizer, LowBitOptimizer):
         raise ValueError(
@@ -318,7 +318,7 @@ def _distributed() -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns that it takes a single process for one, which is what it was told."""
+    """torch warns that it assumes a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

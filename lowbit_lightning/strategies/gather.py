@@ -1,17 +1,17 @@
-"""Parameters that travel as int8 when FSDP2 gathers them: ``ShardedStrategy(all_gather="int8")``.
+"""Parameters that FSDP2 gathers as int8: ``ShardedStrategy(all_gather="int8")``.
 
 How it works
-    Before a gather each rank quantises its rows, one float32 scale ``absmax / 127`` per row, and sends codes and
-    scales as one piece of bytes; then every rank multiplies them out. A row of n elements travels in n + 4 bytes
-    where float32 takes 4 n. Sharded parameters, gradients and optimizer states stay as they are: only the weights that
+    Before a gather each rank quantises its rows, one float32 scale ``absmax / 127`` per row, and sends codes and scales
+    as one byte tensor. Then every rank dequantises them. A row of n elements takes n + 4 bytes; in float32 it takes 4
+    n. Sharded parameters, gradients and optimizer states do not change: only the weights that
     forward and backward compute with are rounded, each element by at most half its row's scale.
 
 Interactions
-    With ``precision="int8-mixed"`` a layer quantises its weight by rows for the forward. That rounds to the numbers
-    that were gathered: the forward product is not changed at all.
+    With ``precision="int8-mixed"`` a layer quantises its weight by rows for the forward. This gives the same numbers
+    that were gathered, so the forward product does not change at all.
 
 Limitations
-    Vectors and rows shorter than 16 elements travel as they are.
+    Vectors and rows shorter than 16 elements are gathered unquantised.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Int8Rows:
     length: int
 
     def pack(self, part: Tensor, ranks: int) -> Tensor:
-        """This rank's rows as uint8, as long on every rank: codes, then scales, both padded."""
+        """This rank's rows as uint8, of equal length on every rank: codes, then scales, both padded."""
         scales_at, size = self._share(ranks)
         packed = torch.zeros(size, dtype=torch.uint8, device=part.device)
         if part.numel():
@@ -49,7 +49,7 @@ class Int8Rows:
         return packed
 
     def unpack(self, packed: Tensor, ranks: int, out: Tensor) -> None:
-        """Multiply out what ``ranks`` ranks packed, into ``out [ranks * share, length]``."""
+        """Dequantise what ``ranks`` ranks packed, into ``out [ranks * share, length]``."""
         share, (scales_at, _) = -(-self.rows // ranks), self._share(ranks)
         pieces = packed.view(ranks, -1)
         codes = pieces[:, : share * self.length].view(torch.int8).unflatten(1, (share, self.length))
@@ -89,7 +89,7 @@ class _Extension:
 
 
 def gather_in_int8(module: nn.Module) -> None:
-    """Let all gathers of a sharded module's matrices travel as int8, from its next forward on."""
+    """Gather a sharded module's matrices as int8, from its next forward on."""
 
     def attach(*_: Any) -> None:
         for p in module.parameters():

@@ -1,7 +1,7 @@
 """Reading ``.metadata``, the index of a folder of ``torch.distributed.checkpoint``, without trusting it.
 
-It is a pickle, and torch's own reader calls whatever a pickle names. Here it may build the classes of an index and
-nothing else; the tensors' files are read by ``torch.load(weights_only=True)``. So a folder that is loaded with
+It is a pickle, and torch's own reader calls any function that a pickle names. Here it may build only the classes of an
+index; the tensors' files are read by ``torch.load(weights_only=True)``. So a folder that is loaded with
 ``weights_only=True`` runs no code, as a file does not.
 """
 
@@ -41,14 +41,14 @@ def read(folder: Path) -> Metadata:
 
     Raises:
         ValueError: for a pickle that holds anything but an index of files in this folder.
-        OSError: where there is none, or it can't be read.
+        OSError: if there is no index, or it can't be read.
     """
     content = (folder / NAME).read_bytes()
     try:
         found = _Restricted(io.BytesIO(content)).load()
         _check(found)
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
-        raise ValueError(f"{folder / NAME} is no index of a checkpoint: {error}") from error
+        raise ValueError(f"{folder / NAME} is not the index of a checkpoint: {error}") from error
     return found
 
 
@@ -64,7 +64,7 @@ class Reader(FileSystemReader):
 
 
 def _joined(*parts: str) -> str:
-    """Where the checkpoint was written, which nobody asks for."""
+    """The path at which the checkpoint was written, which is not needed."""
     return os.path.join("", *parts)
 
 

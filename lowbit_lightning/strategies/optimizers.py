@@ -1,4 +1,4 @@
-"""What strategies make of the optimizers that ``configure_optimizers`` returns."""
+"""How strategies adapt the optimizers that ``configure_optimizers`` returns."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lowbit_lightning.optim.convert import has_twin
 
 
 def adapt(optimizer: Optimizer, bits: int | None, paging: Mapping[str, Any], strategy: str) -> None:
-    """Turn one of torch.optim into its twin, in place, unless ``bits`` is None; have low-bit ones page as
-    ``paging`` (``paged``, ``resident``, ``page_dir``) says. A warning tells what stays as it is.
+    """Turn an optimizer of torch.optim into its twin, in place, unless ``bits`` is None. Set paging of a low-bit
+    optimizer as ``paging`` (``paged``, ``resident``, ``page_dir``) says. A warning names what is left unchanged.
 
     Raises:
         ValueError, OSError: for states that cannot lie on the disk that ``paging`` names.

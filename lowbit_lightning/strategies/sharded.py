@@ -1,15 +1,15 @@
 """``strategy="lowbit_sharded"``: FSDP2 and 8-bit optimizer states under an unchanged LightningModule.
 
 How it works
-    Parameters, gradients and optimizer states are cut along their rows and shared out over the ranks (ZeRO-3, or
+    Parameters, gradients and optimizer states are cut along their rows and distributed over the ranks (ZeRO-3, or
     ZeRO-2 with ``reshard_after_forward=False``). ``fully_shard`` is applied to the model's repeated blocks and to its
-    root. No rank count cuts a quantisation block, so states are the same numbers on any number of ranks.
+    root. No number of ranks cuts a quantisation block, so states are the same numbers on any number of ranks.
 
 Requirements
     ``import lightning as L``; any accelerator with a process group: gloo on CPUs, NCCL on GPUs. One rank works too.
 
 Interactions
-    A LightningModule whose ``configure_model`` shards by itself is left as it is. ``configure_optimizers`` is called
+    A LightningModule whose ``configure_model`` shards the model is left unchanged. ``configure_optimizers`` is called
     after sharding; torch.optim optimizers become their 8-bit twins there. Clipping by norm is global. Buffers are rank
     0's on all ranks, as under DDP; ``Trainer(sync_batchnorm=True)`` is applied before sharding.
 
@@ -61,21 +61,21 @@ class ShardedStrategy(ModelParallelStrategy):
     """Shard parameters, gradients and 8-bit optimizer states over all ranks.
 
     Args:
-        policy: ``policy(name, module) -> bool``: which modules to gather as one. None: the repeated blocks, which are
-            the outermost modules that stand beside another of their class in a ModuleList, ModuleDict or Sequential.
-            Not asked under manual optimization, where each module that a step calls is sharded by itself, and always
-            gathered again for the backward.
+        policy: ``policy(name, module) -> bool``: which modules to gather as one unit. None: the repeated blocks, which
+            are the outermost modules that stand beside another of their class in a ModuleList, ModuleDict or
+            Sequential. Not used under manual optimization: there each module that a step calls is sharded separately,
+            and always gathered again for the backward.
         reshard_after_forward: True gathers parameters again for the backward (ZeRO-3), False keeps them in between
             (ZeRO-2: a third less communication, the memory of the whole model's parameters). An integer: FSDP2's.
         optimizer_bits: torch.optim optimizers become their twins with states of 8 or 32 bits; None leaves them.
         gather_dtype: the dtype in which parameters are gathered and computed with; gradients are reduced in float32.
-            "auto": bfloat16 where the precision plugin computes in it, else the parameters' own.
-        all_gather: "int8": matrices travel quantised by rows, a byte per element (``strategies.gather``), and forward
-            and backward compute with what arrives. "high": as they are.
-        replicas: how many groups of ranks hold a copy each (HSDP; gradients are reduced inside a group, then among
+            "auto": bfloat16 if the precision plugin computes in it, otherwise the parameters' own dtype.
+        all_gather: "int8": matrices are gathered quantised by rows, one byte per element (``strategies.gather``), and
+            forward and backward compute with the gathered values. "high": gathered unquantised.
+        replicas: how many groups of ranks hold one copy each (HSDP; gradients are reduced inside a group, then among
             groups); it must divide the number of ranks. The number of nodes is the usual choice.
-        paged, resident, page_dir: page all low-bit optimizers' states, on each rank its own: the options of
-            ``lowbit_lightning.optim`` (docs/paging.md). ``resident`` is bytes per rank.
+        paged, resident, page_dir: page the states of all low-bit optimizers; each rank pages its own part. These are
+            the options of ``lowbit_lightning.optim`` (docs/paging.md). ``resident`` is bytes per rank.
         save_distributed_checkpoint: True: a folder, each rank writes its part. False: one file, gathered on rank 0.
         process_group_backend, timeout: as for ``ModelParallelStrategy``.
 
@@ -212,7 +212,8 @@ class ShardedStrategy(ModelParallelStrategy):
             if stale:
                 raise ValueError(
                     f"optimizer {number} ({type(optimizer).__name__}) holds {stale} parameters that the sharded model "
-                    "has not: it was built before sharding. Build it in configure_optimizers, from self.parameters()"
+                    "does not have: it was built before sharding. Build it in configure_optimizers, from "
+                    "self.parameters()"
                 )
             adapt(optimizer, self.optimizer_bits, self._paging, NAME)
 
@@ -254,7 +255,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """While gradients accumulate, none are reduced among ranks: they stay whole until the last backward."""
+        """While gradients accumulate, they are not reduced among ranks: they stay unsharded until the last backward."""
         sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]  # type: ignore
         for module in sharded:
             module.set_requires_gradient_sync(False, recurse=False)
@@ -271,8 +272,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """What writes and reads a single file: AtomicCheckpointIO unless the Trainer was given another. Wrappers, such
-        as AsyncCheckpointIO, wrap that, unless they were given another."""
+        """The plugin that writes and reads a single file: AtomicCheckpointIO unless the Trainer was given another.
+        Wrappers, such as AsyncCheckpointIO, wrap that plugin, unless they were given another."""
         io = self._checkpoint_io = self._checkpoint_io or AtomicCheckpointIO()
         wrapper: CheckpointIO | None = io
         while isinstance(wrapper, _WrappingCheckpointIO):
@@ -345,8 +346,8 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoints.load_folder(found, weights_only, self.lightning_module, optimizers, self._together)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put weights and optimizer states in place; where something does not fit, raise on all ranks and leave all
-        as it was."""
+        """Put weights and optimizer states in place. If something does not fit, raise on all ranks and change
+        nothing."""
         model = self.lightning_module
         assert model is not None
         weights = self._together(lambda: checkpoints.fitted(model, checkpoint["state_dict"], strict, self._source))
@@ -365,7 +366,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
 
     def _together(self, action: Callable[[], Any]) -> Any:
-        """The action's result; raises on all ranks where it raises on one."""
+        """The action's result; raises on all ranks if it raises on one."""
         result, problem = None, None
         try:
             result = action()
@@ -382,7 +383,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _compact(value: Any) -> Any:
-    """On the CPU, without memory that a view would drag into the file."""
+    """On the CPU, without the rest of the storage of a view, which would also be written into the file."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu()

@@ -211,7 +211,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     files["text"].write_text("no checkpoint")
     for told, says in {
         ("missing.ckpt",): "no checkpoint at .*missing.ckpt",
-        (files["text"],): "text.ckpt is no checkpoint",
+        (files["text"],): "text.ckpt is not a checkpoint",
         (files["empty"],): "empty.ckpt holds no optimizer states",
         (
             files["foreign"],

@@ -56,7 +56,7 @@ def test_codes_stay_as_they_are(name: str, tmp_path: Path) -> None:
 
 
 def test_blocks_that_cross_rows_are_quantised_again_and_it_is_said(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"0.weight: rows of 40 are no multiple of .* 64.*quantised again to int8"):
+    with pytest.warns(UserWarning, match=r"0.weight: rows of 40 are not multiples of .* 64.*quantised again to int8"):
         layer = load("odd", tmp_path, "int8")
     exact = DATA["odd.decoded"]
     assert (layer.dequantize(torch.float32) - exact).norm() <= 0.01 * exact.norm()

@@ -283,7 +283,7 @@ def test_an_ademamix_whose_scales_overlap_is_refused() -> None:
     entries = write((33, 130), 2)
     part = entries[KEY]
     part["state1"], part["absmax1"] = part["state1"].expand(2, 33, 130), part["absmax1"].expand(2, -1)
-    with pytest.raises(ValueError, match="overlap where the number of elements, here 4290, is no multiple of 256"):
+    with pytest.raises(ValueError, match="overlap where the number of elements, here 4290, is not a multiple of 256"):
         load(optim.AdEMAMix(params_like((33, 130))), checkpoint([entries], betas=(0.9, 0.999, 0.9999)))
 
 

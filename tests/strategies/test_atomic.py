@@ -273,7 +273,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     kept.parent.mkdir()
     kept.write_text("mine")
     for distributed in (False, True):
-        with pytest.raises(IsADirectoryError, match=r"runs is a folder, and no checkpoint"):
+        with pytest.raises(IsADirectoryError, match=r"runs is a folder, but not a checkpoint"):
             save(distributed, 1.0, kept.parent)
     assert kept.read_text() == "mine"
 

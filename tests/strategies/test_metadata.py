@@ -96,7 +96,7 @@ def write(folder: Path, content: Any) -> None:
 def test_a_hostile_index_is_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path, HOSTILE[name]())
     before = dict(vars(Metadata))
-    with pytest.raises(ValueError, match=r"\.metadata is no index of a checkpoint"):
+    with pytest.raises(ValueError, match=r"\.metadata is not the index of a checkpoint"):
         metadata.read(tmp_path)
     assert dict(vars(Metadata)) == before
 

@@ -1,4 +1,4 @@
-"""Optimizer states that lie in a far tier of memory and visit the near one for their step.
+"""Optimizer states that lie in a far tier of memory and are copied to the near one for their step.
 
 ``pager`` decides what is near when; ``layout`` where everything lies; ``transport`` says what moves it; ``entries`` is
 what ``optimizer.state`` shows of it.

@@ -66,7 +66,7 @@ class FileTransport:
 
     Raises:
         RuntimeError: on anything but Linux.
-        ValueError: for a folder that is none, or lies in memory (tmpfs).
+        ValueError: if the folder does not exist, or lies in memory (tmpfs).
     """
 
     device = torch.device("cpu")

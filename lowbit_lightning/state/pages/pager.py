@@ -261,8 +261,8 @@ class Pager:
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
-                "paged optimizer states cannot be used in a forked process, whose parent has what moves them and goes "
-                "on changing them: read and step them in the parent, or start the process with spawn"
+                "paged optimizer states cannot be used in a forked process: the parent owns the pager and continues "
+                "to change them. Read and step them in the parent, or start the process with spawn"
             )
 
 
