@@ -1,7 +1,8 @@
-"""Change a model's layers in place, and back. Which ones, and the report, is the matter of ``layers.select``.
+"""Change a model's layers in place, and back. ``layers.select`` chooses the layers and makes the report.
 
-``int8``: layers that compute in int8 while their weights stay in high precision, for training. ``lowbit``: weights that
-are kept in low bits. ``files``: checkpoints on disk that become low bits on the way in. ``bitsandbytes``: its files.
+``int8``: layers that compute in int8 and keep their weights in high precision, for training. ``lowbit``: weights that
+are stored in low bits. ``files``: checkpoints on disk that are quantised while they are loaded. ``bitsandbytes``: files
+of bitsandbytes.
 """
 
 from lowbit_lightning.convert.bitsandbytes import to_bitsandbytes

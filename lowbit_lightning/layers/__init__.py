@@ -1,4 +1,4 @@
-"""Drop-in modules. Here: ``Int8Linear``, an ``nn.Linear`` whose three matmuls run in int8 while it trains.
+"""Drop-in modules. This page explains ``Int8Linear``, an ``nn.Linear`` whose three matmuls run in int8 during training.
 
 How it computes
 ---------------
@@ -11,21 +11,21 @@ A linear layer has three products, each a contraction along its own axis::
 An int8 product is exact in int32, so all error comes from quantising its two operands. A scale can only be taken out
 of the sum if it is constant along the contracted axis; so each product quantises both operands along *its own* axis,
 with one scale ``absmax / 127`` per row and column that remain. So each of x, w and dy has two int8 forms: by rows for
-one product, by columns (transposed) for another. That is what keeps the error of an element below
+one product, by columns (transposed) for another. This keeps the error of an element below
 
     |error of (a @ b.T)[i, j]| <= (|a_i|_1 s_b + |b_j|_1 s_a) / 2 + K s_a s_b / 4,     s = absmax / 127
 
-(|.|_1: sum of magnitudes; each element is off by at most s / 2). On normally distributed data that is about 1 % of the
-output's norm.
-All three products run as ``A @ B.T`` of two row-major operands, the layout that int8 matrix units want: the
+(|.|_1: sum of magnitudes; the error of each operand's element is at most s / 2). On normally distributed data this is
+about 1 % of the output's norm.
+All three products run as ``A @ B.T`` of two row-major operands, the layout that int8 matrix units need. Therefore the
 column-wise quantiser writes its result transposed.
 
 When the forms are made
 -----------------------
-Both forms of a matrix come from one op that reads it less often than two would: those of x in the forward, where the
-second is kept for the backward instead of x itself (a byte per element, and the same numbers); those of dy in the
-backward. A weight's rows are made in each forward and its columns in each backward: nothing of it is kept in between,
-so that nothing can be stale and FSDP2 frees what it wants to free.
+One op makes both forms of a matrix; it reads the matrix less often than two ops would. The forms of x are made in the
+forward. The column form is kept for the backward instead of x itself (a byte per element, and the same numbers). The
+forms of dy are made in the backward. The row form of a weight is made in each forward and its column form in each
+backward. No form of a weight is kept in between, so no form can be stale and FSDP2 can free weights at any time.
 
 The bias is added, and its gradient summed, in float32. What the optimizer sees is unchanged: weights and gradients in
 the weight's own dtype.

@@ -13,11 +13,11 @@ from lowbit_lightning.layers.lowbit import LowBitWeight, Weights
 
 
 class LowBitEmbedding(LowBitWeight, nn.Embedding):  # type: ignore[misc]  # both say what weight is
-    """``nn.Embedding`` with its table in low bits, for inference and for training what comes after it.
+    """``nn.Embedding`` with its table in low bits, for inference and for training the layers after it.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, device, dtype: as for ``nn.Embedding``; the output has ``dtype``,
-            or what the module was cast to.
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as for ``nn.Embedding``; the output has ``dtype``, or
+            the dtype to which the module was cast.
         weights: a format or its name, as for ``LowBitLinear``.
         fit: how blocks are fitted, as ``Weights`` says.
 
@@ -90,7 +90,7 @@ class StableEmbedding(nn.Embedding):
     """``nn.Embedding`` that trains stably with 8-bit optimizers: Xavier-uniform initialisation, and a layer norm after
     the look-up, in float32 (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861).
 
-    Arguments and shapes are those of ``nn.Embedding``. The optimizers here keep 32-bit state for its table.
+    Arguments and shapes are those of ``nn.Embedding``. The optimizers of this package keep 32-bit states for its table.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

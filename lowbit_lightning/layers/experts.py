@@ -1,11 +1,12 @@
 """Three-dimensional weights in low bits: the experts of mixture-of-experts models, which are parameters, not layers.
 
 ``LowBitTensor`` takes the place of a parameter ``[experts, rows, row_length]``, under its name. Code that reads the
-parameter goes on as it is:
+parameter works unchanged:
 
-- ``weight[i]`` is one expert. In ``torch.nn.functional.linear(x, weight[i])`` it is multiplied as it is kept, forward
-  and backward; anything else decodes that expert alone.
-- What takes the whole parameter (``torch.bmm``, ``torch._grouped_mm``) gets all of it decoded, until it is done.
+- ``weight[i]`` is one expert. ``torch.nn.functional.linear(x, weight[i])`` multiplies it in its packed form, forward
+  and backward; any other op decodes only that expert.
+- An op that takes the whole parameter (``torch.bmm``, ``torch._grouped_mm``) gets all of it decoded for the duration of
+  the call.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TENSOR_ATTRIBUTES = frozenset(
 
 
 class _ActsAsTensor:
-    """Stands where a tensor is expected: torch's functions get the decoded one."""
+    """Takes the place of a tensor: torch's functions get the decoded tensor."""
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         raise NotImplementedError

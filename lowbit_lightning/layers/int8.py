@@ -35,8 +35,8 @@ class Products:
     Args:
         forward, grad_input, grad_weight: "int8", or "high": the dtype of the input. ``grad_weight="high"`` is what
             Wortsman et al. (2023) call SwitchBack.
-        save_inputs: what an int8 ``grad_weight`` keeps of the input until the backward: "int8", a byte per element,
-            or "high", the input itself. The numbers are the same.
+        save_inputs: the form of the input that an int8 ``grad_weight`` keeps for the backward: "int8", a byte per
+            element, or "high", the input itself. The results are the same.
         gradient_rounding: "nearest", or "stochastic": the incoming gradient is rounded to int8 at random and without
             bias, by seeds from torch's default CPU generator.
 
@@ -74,16 +74,16 @@ class Products:
 class Int8Layer(nn.Module):
     """What ``Int8Linear`` and the int8 form of Transformers' ``Conv1D`` have in common: a weight, and ``products``.
 
-    Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's where that is on;
-    nested tensors as for ``nn.Linear``. A training step costs three int8 products; one less where the input needs no
-    gradient, one less where the weight is frozen. Higher derivatives and the transforms of ``torch.func`` work too
+    Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's if autocast is on;
+    nested tensors as for ``nn.Linear``. A training step costs three int8 products; one less if the input needs no
+    gradient, and one less if the weight is frozen. Higher derivatives and the transforms of ``torch.func`` work too
     (``product``), with incoming gradients rounded to nearest.
 
-    Evaluation (``eval()``, and no gradients) runs the forward in int8 from ``fewest_rows`` rows on. Below, quantising
-    the weight would cost more than the product saves, and high precision is used.
+    Evaluation (``eval()``, and no gradients) runs the forward in int8 from ``fewest_rows`` rows on. With fewer rows,
+    quantising the weight would cost more than the product saves, and high precision is used.
 
     Raises:
-        TypeError, ValueError: in ``forward``, for a dtype, device or shape of the input that doesn't fit the weight.
+        TypeError, ValueError: in ``forward``, if the input's dtype, device or shape does not fit the weight.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -162,12 +162,12 @@ class Int8Linear(Int8Layer, nn.Linear):
 
 
 def fewest_rows(weight: Tensor) -> int:
-    """From how many rows of the input on an evaluation runs in int8."""
+    """The smallest number of input rows with which an evaluation runs in int8."""
     return FEWEST_ROWS.get(weight.device.type, (0, 0))[weight.dtype != torch.float32]
 
 
 def _checked(x: Tensor, matrix: Tensor) -> Tensor:
-    """The input in the dtype to compute in (autocast's where it is on); raises if it doesn't fit the weight."""
+    """The input in the compute dtype (autocast's if it is on); raises if it does not fit the weight."""
     if x.ndim == 0 or x.shape[-1] != matrix.shape[1]:
         raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(x.shape)}")
     if x.device != matrix.device:

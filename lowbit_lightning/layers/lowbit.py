@@ -14,7 +14,8 @@ safetensors, pickle and deepcopy need nothing special.
 
 In which dtype it computes
 --------------------------
-In ``compute_dtype`` where one was given; otherwise in autocast's dtype where that is on, else in the input's. Sums are
+It computes in ``compute_dtype`` if one was given, otherwise in autocast's dtype if autocast is on, otherwise in the
+input's dtype. Sums are
 float32. The output has the input's dtype, or autocast's.
 """
 
@@ -40,7 +41,8 @@ ELEMENTS_AT_ONCE = 1 << 19
 
 @dataclass(frozen=True)
 class Weights:
-    """How a weight is kept, and what is computed with it. ``Weights.of("nf4", fit="lsq")`` makes one from a name.
+    """How a weight is stored, and how products with it are computed. ``Weights.of("nf4", fit="lsq")`` makes one from a
+    name.
 
     Args:
         format: see ``kernels.formats.weight_format``.
@@ -111,7 +113,7 @@ class LowBitWeight(nn.Module):
         self.hold(packed, scales)
 
     def hold(self, packed: Tensor, scales: Tensor, weights: Weights | None = None) -> None:
-        """Take codes and scales as they are; of another format, with the settings that say so."""
+        """Take codes and scales unchanged; for another format, together with its settings."""
         self.weights = weights or self.weights
         for part in PARTS:
             self._parameters.pop(part, None)
@@ -125,7 +127,7 @@ class LowBitWeight(nn.Module):
         return weight
 
     def share(self, other: LowBitWeight) -> None:
-        """Have the codes and scales of another layer, whose weight is the same."""
+        """Share the codes and scales of another layer, whose weight is the same."""
         self.weight, self.weight_scales, self.weight_format = other.weight, other.weight_scales, other.weight_format
         self.snr_db = other.snr_db
 
@@ -336,8 +338,8 @@ def _untag(tag: Tensor) -> str:
 
 
 def _quantised(weight: Tensor, weights: Weights) -> tuple[Tensor, Tensor, float | None]:
-    """Codes, scales, and signal to noise in dB. Some rows at a time: decoded copies of a whole weight are what low bits
-    are there to avoid."""
+    """Codes, scales, and signal to noise in dB. Works on some rows at a time, to avoid a decoded copy of the whole
+    weight."""
     form, (*leading, length) = weights.format, weight.shape
     if weight.is_meta:
         return *kernels.lowbit_quantize(weight, form, weights.fit), None

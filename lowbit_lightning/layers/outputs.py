@@ -1,19 +1,21 @@
-"""Which linear layers give a model's outputs. Rounding those costs more quality than it saves time.
+"""Which linear layers compute a model's outputs. Rounding these costs more quality than it saves time.
 
-A module can't tell its output layer without being run, but much is known. In this order:
+The output layer of a module is certain only when it runs, but there are good signs. In this order:
 
 1. **What the model says.** A layer whose weight is also an ``nn.Embedding``'s (tied); what ``get_output_embeddings()``
-   (Transformers) or ``get_classifier()`` (timm) returns. That settles the part of the model that holds both, or that
-   has the method.
-2. **What the sizes say.** As many output features as an embedding has rows, or as ``num_classes`` or ``num_labels`` of
-   the model, its ``config`` or its ``hparams`` count; not as many as input features, nor inside of numbered blocks.
+   (Transformers) or ``get_classifier()`` (timm) returns. This decides for the part of the model that holds both, or
+   that has the method.
+2. **What the sizes say.** The number of output features equals the number of rows of an embedding, or ``num_classes``
+   or ``num_labels`` of the model, its ``config`` or its ``hparams``. It differs from the number of input features, and
+   the layer is not inside a numbered block.
 3. **What nothing reads.** A body's layer gives what another layer takes: its output features are the input features of
    some layer, norm or convolution. The layers that a model holds itself come first (a head, or several); where none of
    them is one, each of its parts is looked at by itself (student and teacher, generator and discriminator).
 4. **The last one** that the model defines, unless a convolution comes after it (a UNet): a guess.
 
-Several layers may be outputs. Where in doubt a layer counts as one: that costs a little time, the opposite would cost
-quality. ``Outputs.doubtful`` names those of which only a part, or their place, speaks for it.
+Several layers may be outputs. In doubt a layer counts as an output layer: this costs a little time, and the opposite
+would cost quality. ``Outputs.doubtful`` names layers for which only a part of the model, or their position, is the
+sign.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _ASKED = ("get_output_embeddings", "get_classifier")
 
 @dataclass
 class Outputs:
-    """``known``: names of output layers. ``doubtful``: names -> why they are taken for such."""
+    """``known``: names of output layers. ``doubtful``: names -> why they count as output layers."""
 
     known: set[str] = field(default_factory=set)
     doubtful: dict[str, str] = field(default_factory=dict)
@@ -181,7 +183,7 @@ class _Unread:
 
 
 def _taken(module: nn.Module) -> int | None:
-    """How many features a module takes; None where that isn't said."""
+    """How many features a module takes; None if unknown."""
     if (linear := sizes(module)) is not None:
         return linear[0]
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):

@@ -1,7 +1,7 @@
 """Which modules a change is for, and the report of it. ``convert`` uses it for int8 training and for low-bit weights.
 
 A selection starts from candidates (name -> module) and one setting for all of them. Each candidate then gets a setting,
-or a reason why it is left alone. The first of these that applies decides:
+or a reason why it is skipped. The first of these rules that applies decides:
 
 1. the name is not in ``include``, or in ``exclude``;
 2. it is an output layer (below);
@@ -9,8 +9,8 @@ or a reason why it is left alone. The first of these that applies decides:
 4. ``filter`` refuses it;
 5. ``overrides`` has None for it. Any other value changes the setting.
 
-Output layers (``output_layer="auto"``) are the matter of ``outputs``. A model in which its answer is wrong names them
-(``output_layer="decoder.head"``, or a pattern), or says ``output_layer=None``: no layer is special.
+``outputs`` finds output layers (``output_layer="auto"``). If its answer is wrong for a model, name them
+(``output_layer="decoder.head"``, or a pattern), or use ``output_layer=None``: no layer is special.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Selection(Generic[Setting]):
-    """``chosen``: name -> setting; ``skipped``: name -> why it is left alone. Together they are all candidates."""
+    """``chosen``: name -> setting; ``skipped``: name -> why it is skipped. Together they are all candidates."""
 
     chosen: dict[str, Setting]
     skipped: dict[str, str]
@@ -61,12 +61,12 @@ def select(
         setting: of all candidates that no override matches.
         unfit: says why a candidate can't be changed, or None.
         change: ``change(setting, value)`` is the setting under an override of this value; it raises TypeError or
-            ValueError where it doesn't know the value.
+            ValueError if it does not know the value.
         include, exclude: patterns; each must match some candidate.
         filter: ``filter(name, candidate)``; False skips it.
-        output_layer: "auto" (``outputs``; warns where it is not sure), a name or pattern, or None.
-        overrides: pattern -> value for ``change``, or None to skip. Of several patterns that match a candidate the
-            later goes over the earlier.
+        output_layer: "auto" (``outputs``; warns if it is not sure), a name or pattern, or None.
+        overrides: pattern -> value for ``change``, or None to skip. If several patterns match a candidate, the later
+            one overrides the earlier.
 
     Raises:
         TypeError, ValueError: a pattern that matches no candidate (the message lists them), or a bad override.
@@ -91,7 +91,7 @@ def select(
 
 
 def check_overrides(setting: Setting, overrides: Overrides, change: Callable[[Setting, Any], Setting]) -> None:
-    """Raise TypeError or ValueError, naming the pattern, where an override is not None and ``change`` refuses it."""
+    """Raise a TypeError or ValueError that names the pattern, if an override is not None and ``change`` refuses it."""
     for pattern, value in overrides.items():
         try:
             if value is not None:
@@ -127,7 +127,7 @@ def _overridden(
 
 
 def _output_layers(module: nn.Module, rule: str | None, candidates: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name -> reason to leave it alone; warns where that is doubtful."""
+    """Name -> reason to skip it; warns if the reason is doubtful."""
     if rule is None:
         return {}
     if rule != "auto":
@@ -153,11 +153,11 @@ def _reasons(named: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Report(Generic[Setting]):
-    """What was changed and what wasn't; ``str(report)`` is a few lines, with the layers of a stack taken together.
+    """What was changed and what was not; ``str(report)`` is a few lines, in which the layers of a stack share one line.
 
-    ``swapped``: names that have the ``setting``, but for those in ``overridden`` (name -> its own setting);
+    ``swapped``: names that have the ``setting``, except those in ``overridden`` (name -> its own setting);
     ``skipped``: candidates, name -> why not; ``others``: modules that never were candidates, name -> why;
-    ``notes``: what else to know.
+    ``notes``: further remarks.
     """
 
     swapped: tuple[str, ...]

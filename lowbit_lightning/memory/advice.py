@@ -1,4 +1,4 @@
-"""What to change first where a plan does not fit: each change planned anew."""
+"""What to change first if a plan does not fit. Each change is planned separately."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _changes(model: nn.Module, now: Run) -> list[_Change]:
 
 
 def advise(model: nn.Module, now: Run, plan: Callable[[Run], Plan], memory: int) -> list[Advice]:
-    """The changes that save something, by bytes saved over cost. ``plan``: of another run."""
+    """The changes that save memory, sorted by bytes saved divided by cost. ``plan``: of another run."""
     before, found = plan(now).total, []
     for change in _changes(model, now):
         try:

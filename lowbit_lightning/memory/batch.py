@@ -14,7 +14,7 @@ Batch = Any
 
 def parse_batch(text: str) -> Batch:
     """``"8x1024:int64"`` -> a tensor on the meta device; ``"8x1024:int64,8x16"`` -> a tuple of them;
-    ``"input_ids=8x1024:int64,labels=8x1024:int64"`` -> a dict. float32 where no dtype is named.
+    ``"input_ids=8x1024:int64,labels=8x1024:int64"`` -> a dict. The dtype is float32 if none is named.
 
     Raises:
         ValueError: for anything else, and for a single dimension without a dtype: ``8,128`` is two vectors.

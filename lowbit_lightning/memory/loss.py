@@ -1,7 +1,7 @@
-"""How a model comes to its loss: that decides what a backward needs, so a plan runs what the training will run.
+"""How a model computes its loss. This decides what a backward needs, so a plan runs the loss of the training.
 
-A LightningModule has a ``training_step``. A model of Transformers computes its loss itself where it gets ``labels``.
-Neither library is imported: what is looked for is the method, and the argument of ``forward``.
+A LightningModule has a ``training_step``. A model of Transformers computes its loss itself if it gets ``labels``.
+Neither library is imported: this module looks for the method, and for the argument of ``forward``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Step = Callable[[nn.Module, Batch], Any]
 
 
 def own_step(model: nn.Module, batch: Batch) -> tuple[str, Step]:
-    """The name of what gives the loss, for a table, and the step that takes it. Calls the model where its labels'
-    shape must be found.
+    """The name of the source of the loss, for a table, and the step that computes it. Calls the model if the shape of
+    its labels must be found.
 
     - ``"training_step"``: a LightningModule's, for batch number 0.
     - ``"labels"``: the forward takes ``labels`` and the batch has none. Some are added, one for each row of logits.
     - ``"forward"``: the model is called with the batch.
 
-    What they return is the loss where it is a scalar, or holds one as ``loss`` or as its first item. Anything else is
-    summed up, which leaves out what a loss would keep.
+    If they return a scalar, or a value that holds one as ``loss`` or as its first item, this is the loss. Anything else
+    is summed, and the tensors that a loss would keep are not counted.
     """
     if callable(getattr(model, "training_step", None)):
         return "training_step", _training_step
@@ -49,7 +49,7 @@ def scalar_in(out: Any) -> Tensor | None:
 
 
 def sum_of(out: Any) -> Tensor | None:
-    """The sum of all that requires a gradient; None where nothing does."""
+    """The sum of all tensors that require a gradient; None if there are none."""
     parts = [x.float().sum() for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
     return torch.stack(parts).sum() if parts else None
 

@@ -1,4 +1,4 @@
-"""``plan``: a model's shapes and a run's settings in, bytes per device out."""
+"""``plan``: computes bytes per device from a model's shapes and a run's settings."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def plan(model: nn.Module, run: Run | None = None, **options: Any) -> Plan:
     """Bytes per device, before anything is allocated.
 
     Args:
-        model: on any device, the meta device too; only shapes and dtypes are looked at, and nothing is changed.
-        run: what is planned for. options: those of ``Run`` by name, instead of it or to change it, and any other
+        model: on any device, including the meta device. Only its shapes and dtypes are read; it is not changed.
+        run: the run to plan. options: options of ``Run`` by name, instead of ``run`` or to change it, and any other
             argument of the optimizer: ``plan(model, world_size=8, precision="int8-mixed", momentum=0.9)``.
 
     Raises:
-        ValueError, TypeError: for an option that is out of range, naming it.
+        ValueError, TypeError: for an option that is out of range; the error names it.
     """
     run = Run.of(**options) if run is None else run.but(**options)
     _check_shapes(model)
@@ -97,8 +97,8 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = True
 
 
 def _gradients(run: Run, sizes: list[int], twin: nn.Module, copies: Copies) -> int:
-    """Bytes of all gradients, or of those that are there at once where each is released: a parameter's, or under FSDP2
-    the shards of what is reduced together."""
+    """Bytes of all gradients. If gradients are released, bytes of those that exist at one time: one parameter's, or
+    under FSDP2 the shards of one reduction."""
     if not run.release_gradients:
         return sum(sizes)
     if not run.sharded:

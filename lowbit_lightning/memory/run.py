@@ -33,7 +33,7 @@ class Option:
         help: one line, for ``lowbit plan --help``.
         allowed: the values it may have; empty: any.
         least: a whole number of at least this.
-        refused: says of a run in which the option has this value what is wrong with it; None: nothing.
+        refused: says what is wrong with this value in a run; None: nothing is wrong.
         words: the values by their words on the command line. parse: makes a value of any other word there.
         flag: the name on the command line; None: the option's own, "": it has none. metavar: for its value.
         passed: given to the optimizer as it is, unless it is None.
@@ -102,16 +102,18 @@ def _int8_layers(run: Run) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A training run. Every field has a default; an option that is invalid, or would do nothing, is refused.
+    """A training run. Every field has a default. An option that is invalid, or would have no effect, raises an error.
 
     Attributes:
         world_size: ranks. strategy: "single", "ddp", or "sharded" (``strategy="lowbit_sharded"``: FSDP2); None:
             "single" on one rank, "sharded" on more.
         precision: Lightning's string. "32-true" leaves the parameters in their own dtypes, as Lightning does.
         optimizer: the name of one of ``lowbit_lightning.optim``, with ``bits``; a class; or an instance over the
-            model's parameters, which has its own settings. Under "sharded" one of torch.optim becomes its twin, with
-            states of ``bits``, as the strategy does it. ``bits=None``: names are torch.optim's, nothing is converted.
-        min_size, block_size, master: of the optimizer. options: any other of its arguments, such as ``momentum``.
+            model's parameters, which has its own settings. Under "sharded" an optimizer of torch.optim becomes its
+            twin, with states of ``bits``, as in the strategy. ``bits=None``: names are torch.optim's, nothing is
+            converted.
+        min_size, block_size, master: arguments of the optimizer. options: any other of its arguments, such as
+            ``momentum``.
         batch: for activations: a tensor, or a tuple or dict of them; only shapes and dtypes matter.
         step: ``step(model, batch) -> loss``. None: the model's own loss (``memory.loss``).
         accumulate: micro-batches in an optimizer step; ``batch`` is one of them.
@@ -119,11 +121,12 @@ class Run:
         release_gradients: as ``optim.release_gradients`` does it.
         activation_checkpointing: the repeated blocks are recomputed in the backward.
         int8: arguments of ``convert.swap_linears``.
-        margin: a share of the total, for what the allocator keeps beside the tensors: ``Plan.fits`` allows for it.
-        paged, resident: of the optimizer's states, as for the optimizers here (an instance has its own).
+        margin: a share of the total, for memory that the allocator keeps beside the tensors; ``Plan.fits`` adds it.
+        paged, resident: paging of the optimizer's states, as for the optimizers of this package (an instance has its
+            own).
 
     Raises:
-        ValueError: for an option that is out of range or does nothing beside the others, naming it.
+        ValueError: for an option that is out of range or has no effect beside the others; the error names it.
     """
 
     world_size: int = option(1, "number of ranks", least=1, metavar="N", refused=_rank_count, always=True)
@@ -202,11 +205,11 @@ class Run:
 
     @classmethod
     def of(cls, **given: Any) -> Run:
-        """A run from keywords: what is no option of a run is one of its optimizer."""
+        """A run from keywords. A keyword that is not an option of a run goes to its optimizer."""
         return cls(**_sorted(cls, given, {}))
 
     def but(self, **changes: Any) -> Run:
-        """This run with other options; those of the optimizer are added to what it has."""
+        """This run with other options; options of the optimizer are added to those that it has."""
         return replace(self, **_sorted(type(self), changes, self.options))
 
     def _changed(self) -> dict[str, Option]:
@@ -222,13 +225,13 @@ class Run:
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
-        """Arguments of the optimizer, those of paging left out."""
+        """Arguments of the optimizer, without those of paging."""
         passed = [declared.name for declared in fields(self) if option_of(declared).passed]
         return {**{name: getattr(self, name) for name in passed if getattr(self, name) is not None}, **self.options}
 
     @property
     def paging(self) -> dict[str, Any]:
-        """The optimizer's options of paging; empty without."""
+        """The optimizer's options of paging; empty if nothing is paged."""
         return {"paged": self.paged, "resident": self.resident} if self.paged else {}
 
     def dtype_of(self, tensor: Tensor) -> torch.dtype:
@@ -238,7 +241,7 @@ class Run:
 
     @property
     def true_dtype(self) -> torch.dtype | None:
-        """What the model is cast to, or None."""
+        """The dtype to which the model is cast, or None."""
         return _TRUE.get(self.precision)
 
     @property
@@ -251,11 +254,12 @@ class Run:
 
     @property
     def ranks(self) -> int:
-        """The ranks that share out one copy of a parameter."""
+        """The number of ranks that share one copy of a parameter."""
         return mesh_shape(self.world_size, self.replicas)[1] if self.sharded else 1
 
     def shown(self) -> dict[str, Any]:
-        """For a table: what is always named, and what is not the default, in words and numbers."""
+        """For a table: the options that are always named and those that differ from the default, in words and
+        numbers."""
         changed, found = self._changed(), dict[str, Any]()
         for declared in fields(self):
             name, value = declared.name, getattr(self, declared.name)
@@ -271,7 +275,7 @@ class Run:
 
 
 def _sorted(cls: type[Run], given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords for ``cls``: what it does not know goes to its ``options``."""
+    """Keywords for ``cls``: those that it does not know go to its ``options``."""
     known, own = {declared.name for declared in fields(cls)}, {**options, **given.get("options", {})}
     own |= {name: value for name, value in given.items() if name not in known}
     return {**{name: value for name, value in given.items() if name in known}, "options": own}

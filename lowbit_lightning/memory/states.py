@@ -1,5 +1,5 @@
-"""Bytes of optimizer states: the sum over the forms that the optimizers give their parameters. What another optimizer
-keeps is found by a step on the meta device."""
+"""Bytes of optimizer states: the sum over the forms that the optimizers give their parameters. The states of other
+optimizers are found by a step on the meta device."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ Parts = Mapping[nn.Parameter, nn.Parameter]
 def make(
     kind: Kind, bits: int | None, parts: Parts, convert: bool, options: dict[str, Any], paging: dict[str, Any]
 ) -> Optimizer:
-    """The optimizer over the parts. ``convert``: one of torch.optim becomes its twin, as the sharded strategy does it.
-    ``paging``: options of optimizers here and of twins.
+    """The optimizer over the parts. ``convert``: an optimizer of torch.optim becomes its twin, as in the sharded
+    strategy.
+    ``paging``: options of this package's optimizers and of twins.
 
     Raises:
-        ValueError, TypeError: naming the argument, for a name, class, instance or option that is of no use here.
+        ValueError, TypeError: for a name, class, instance or option that cannot be used; the error names it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will say what options do nothing
@@ -127,7 +128,7 @@ def count(
 
 
 def _stepped(optimizer: Optimizer) -> dict[str, int]:
-    """What a step on the meta device leaves in ``optimizer.state``."""
+    """The content of ``optimizer.state`` after a step on the meta device."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.empty_like(p)

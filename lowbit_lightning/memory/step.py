@@ -1,9 +1,10 @@
 """What a training step holds in memory at its peak, found by running it on tensors without storage.
 
-The forward and the backward run in torch's ``FakeTensorMode``: shapes, dtypes and autograd are real, values are not
-there. A dispatch mode sees every tensor come, weak references see its storage go, and the sum of what lives is followed
-through the step. So what autograd saves is counted exactly: views once, int8 forms of inputs, autocast's copies of
-weights, and what activation checkpointing frees. What an op allocates inside of itself is not seen.
+The forward and the backward run in torch's ``FakeTensorMode``: shapes, dtypes and autograd are real, but there are no
+values. A dispatch mode sees each new tensor, and weak references see when its storage is freed. So the sum of live
+storage is known at every moment of the step. Tensors that autograd saves are counted exactly: views once, int8 forms of
+inputs, autocast's copies of weights, and what activation checkpointing frees. Temporary memory inside an op is not
+seen.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Reduction:
 
 
 class _Live(TorchDispatchMode):
-    """Follows the bytes of all storages that come up in it."""
+    """Counts the bytes of all live storages that are created in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class _Live(TorchDispatchMode):
         self.passes(0)
 
     def passes(self, size: int) -> None:
-        """So many more bytes for a moment."""
+        """Count so many more bytes for a moment."""
         self.peak = max(self.peak, self.bytes + size)
 
 
@@ -82,7 +83,7 @@ class Measured(NamedTuple):
 
 
 class NoLossError(ValueError):
-    """There is nothing to go backward from."""
+    """There is no loss to run a backward from."""
 
 
 def measure(
@@ -103,13 +104,14 @@ def measure(
         batch: a tensor, a tuple of positional or a dict of keyword arguments; only shapes and dtypes matter. A
             LightningModule's ``training_step`` gets it as it is.
         step: None: the model's own loss (``loss.own_step``).
-        parameter_dtype, input_dtype: what floating ones are cast to before, or None. autocast: its dtype, or None.
+        parameter_dtype, input_dtype: dtypes to which floating tensors are cast first, or None. autocast: its dtype, or
+            None.
         checkpointed: names of modules that are recomputed in the backward.
-        keep_gradients: False: each gradient, or shard of one, goes as soon as it is there. reductions: which gradients
-            become shards.
+        keep_gradients: False: each gradient, or shard of one, is freed as soon as it is complete. reductions: which
+            gradients become shards.
 
     Raises:
-        ValueError: for a step that needs values, or gives no loss to go backward from, naming the batch.
+        ValueError: for a step that needs values, or returns no loss; the error names the batch.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _twin(model, fakes, parameter_dtype)
@@ -172,7 +174,7 @@ def _after_each(params: Iterable[nn.Parameter], do: Callable[[nn.Parameter], Non
 def _reduce(
     named: dict[str, nn.Parameter], reduction: Reduction, live: _Live, keep_shards: bool, order: list[str]
 ) -> None:
-    """Let the last gradient of a group turn all of them into shards."""
+    """When the last gradient of a group is complete, turn all of them into shards."""
     group = {named[name]: shape for name, shape in reduction.shards.items()}
     missing, shards = set(group), []
 

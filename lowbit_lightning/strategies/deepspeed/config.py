@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: where it comes from, and what of it low-bit optimizers can't be run with."""
+"""DeepSpeed's configuration: where it comes from, and which of its options do not work with low-bit optimizers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SUFFIXES = (".json", ".yaml", ".yml")
 
 
 def read(config: Any) -> Config:
-    """A configuration as a dict of its own, from a dict, OmegaConf's DictConfig, or a JSON or YAML file.
+    """A configuration as a new dict, from a dict, OmegaConf's DictConfig, or a JSON or YAML file.
 
     Raises:
-        TypeError, ValueError: for anything else, or a file that holds none.
+        TypeError, ValueError: for anything else, or a file that holds no configuration.
         FileNotFoundError: if the file does not exist.
     """
     if isinstance(config, (str, os.PathLike)):
@@ -51,10 +51,10 @@ def _from_file(path: Path) -> Config:
 
 
 def complete(config: Config, stage: int | None) -> Config:
-    """The configuration with what a client optimizer needs; ``stage`` where it names none.
+    """The configuration with the keys that a client optimizer needs; with ``stage`` if it names no stage.
 
     Raises:
-        TypeError, ValueError: for a stage that is none of 1, 2, 3, or that contradicts the configuration.
+        TypeError, ValueError: for a stage that is not 1, 2 or 3, or that contradicts the configuration.
     """
     zero = config["zero_optimization"] = _section(config, "zero_optimization")
     chosen = zero.setdefault("stage", 2 if stage is None else stage)
@@ -75,15 +75,15 @@ def _section(config: Config, name: str) -> Config:
 
 
 def check_deepspeed(config: Any, optimizer: Optimizer | None = None) -> None:
-    """Refuse what DeepSpeed can't do with low-bit optimizers. ``DeepSpeedStrategy`` asks by itself; who calls
-    ``deepspeed.initialize`` asks before.
+    """Raise for options that DeepSpeed does not support with low-bit optimizers. ``DeepSpeedStrategy`` calls this
+    itself. If you call ``deepspeed.initialize`` yourself, call this first.
 
     Args:
         config: as for ``DeepSpeedStrategy``: a dict, a DictConfig, or a path.
         optimizer: the client optimizer.
 
     Raises:
-        TypeError, ValueError: naming the setting and what to use instead.
+        TypeError, ValueError: the error names the setting and what to use instead.
     """
     config = read(config)
     zero = _section(config, "zero_optimization")

@@ -1,10 +1,10 @@
-"""Which parameters keep 32-bit states under ZeRO, and how schedulers are kept out of it.
+"""Which parameters keep 32-bit states under ZeRO, and how this is hidden from schedulers.
 
-ZeRO makes one flat vector of all parameters of a group and cuts that. In it no row is left to see, and a block of 256
-elements may hold the end of a matrix and the biases after it, under one scale. So parameters whose states are in 32
-bits anywhere else (vectors, small ones, short rows), and embeddings, get a group of their own with ``bits=32``.
+ZeRO concatenates all parameters of a group into one flat vector and cuts it. This vector has no rows, and a block of
+256 elements may hold the end of a matrix and the biases after it, under one scale. So embeddings, and parameters that
+have 32-bit states everywhere else (vectors, small parameters, short rows), get a separate group with ``bits=32``.
 
-A scheduler has counted the groups when it was built. It goes on to see those alone; the new ones follow them.
+A scheduler counted the groups when it was built. It continues to see only those groups; the new groups follow them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SplitGroups:
                 self._pairs.append((number, len(optimizer.param_groups) - 1))
 
     def follow(self) -> None:
-        """Give the new groups the hyperparameters that theirs have now."""
+        """Give the new groups the current hyperparameters of the groups that they were split from."""
         groups = self._optimizer.param_groups
         for number, new in self._pairs:
             groups[new].update({key: value for key, value in groups[number].items() if key not in OWN})
@@ -69,7 +69,7 @@ class SplitGroups:
                 settings[key] = values + [values[number] for number, _ in self._pairs]
 
     def hide_from(self, scheduler: Any) -> None:
-        """Let a scheduler, and those that it holds, in lists too, see the groups that it was built for."""
+        """Let a scheduler, and schedulers that it holds (in lists too), see only the groups that it was built for."""
         if not self._pairs:
             return
         if getattr(scheduler, "optimizer", None) is self._optimizer:

@@ -1,9 +1,10 @@
-"""``strategy="lowbit_deepspeed_stage_2"`` and its like: DeepSpeed's ZeRO with low-bit optimizers.
+"""``strategy="lowbit_deepspeed_stage_2"`` and similar names: DeepSpeed's ZeRO with low-bit optimizers.
 
 How it works
-    Lightning's DeepSpeedStrategy, with an optimizer of ours as DeepSpeed's client optimizer. ZeRO lays the parameters
-    of a group end to end, cuts the vector, and has the optimizer step each rank's piece: codes and scales are those of
-    the piece. Groups are split first, so that vectors and embeddings keep 32-bit states (``groups.py``).
+    This is Lightning's DeepSpeedStrategy, with an optimizer of this package as DeepSpeed's client optimizer. ZeRO
+    concatenates the parameters of a group and cuts the vector. The optimizer steps each rank's piece, so codes and
+    scales are those of the piece. Groups are split first, so that vectors and embeddings keep 32-bit states
+    (``groups.py``).
 
 Requirements
     ``deepspeed`` (the extra of that name), which is imported when a strategy is made. CUDA with NCCL, or CPUs with
@@ -14,7 +15,7 @@ Interactions
     own form; another number of ranks reads them after DeepSpeed's converter (``load_checkpoint``).
 
 Limitations
-    One optimizer. What ``config.check_deepspeed`` names is refused. The grid of blocks depends on the number of ranks.
+    One optimizer. ``config.check_deepspeed`` refuses some options. The block grid depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -73,17 +74,17 @@ class DeepSpeedStrategy(_LightningsStrategy):
     """DeepSpeed's ZeRO with optimizer states in 8 bits, under an unchanged LightningModule.
 
     Args:
-        stage: what is cut among the ranks: 1 optimizer states, 2 gradients too, 3 parameters too. None: the config's,
-            or 2.
+        stage: what is sharded over the ranks: 1 optimizer states, 2 gradients too, 3 parameters too. None: the config's
+            stage, or 2.
         optimizer_bits: torch.optim optimizers become their twins with states of 8 or 32 bits; None leaves them.
         config: DeepSpeed's whole configuration: a dict, an OmegaConf DictConfig, or the path of a JSON or YAML file.
-            None: that of the file which PL_DEEPSPEED_CONFIG_PATH names, or one made of ``options``.
-        paged, resident, page_dir: page low-bit optimizers' states, on each rank its own: the options of
-            ``lowbit_lightning.optim`` (docs/paging.md). ``resident`` is bytes per rank.
+            None: the file that PL_DEEPSPEED_CONFIG_PATH names, or a configuration made from ``options``.
+        paged, resident, page_dir: page the states of low-bit optimizers; each rank pages its own part. These are the
+            options of ``lowbit_lightning.optim`` (docs/paging.md). ``resident`` is bytes per rank.
         options: Lightning's arguments, such as ``offload_optimizer=True`` (states on the host, stepped there).
 
     Raises:
-        TypeError, ValueError: for arguments out of range, options that a config overrules, and what
+        TypeError, ValueError: for arguments out of range, options that a config overrides, and options that
             ``check_deepspeed`` refuses; for an optimizer, when a run begins.
     """
 
@@ -205,7 +206,7 @@ class DeepSpeedStrategy(_LightningsStrategy):
         return optimizer, scheduler
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning has divided the loss by ``accumulate_grad_batches``; the engine would once more.
+        """Lightning has divided the loss by ``accumulate_grad_batches``; the engine would divide it a second time.
 
         Raises:
             RuntimeError: at stages 1 and 2 for a second ``manual_backward`` before a step: DeepSpeed doesn't add them.
@@ -263,8 +264,8 @@ class DeepSpeedStrategy(_LightningsStrategy):
         return {}  # DeepSpeed writes it
 
     def save_checkpoint(self, checkpoint: dict, filepath: _PATH, storage_options: Any = None) -> None:
-        """See Lightning's. A mark in it lets ``python -m deepspeed.checkpoint.ds_to_universal`` convert it; what was
-        converted of an older one at this path is not used any more."""
+        """See Lightning's. A mark in the checkpoint lets ``python -m deepspeed.checkpoint.ds_to_universal`` convert it.
+        The conversion of an older checkpoint at this path is no longer used."""
         from deepspeed.checkpoint import constants
 
         if self.is_global_zero:
@@ -281,12 +282,12 @@ class DeepSpeedStrategy(_LightningsStrategy):
     def load_checkpoint(  # type: ignore[override]  # Lightning 2.5 has no weights_only
         self, checkpoint_path: _PATH, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """Load what this number of ranks saved, or what any number did and DeepSpeed's tool has converted since.
+        """Load a checkpoint that was saved by the same number of ranks, or one that DeepSpeed's tool has converted.
 
         Raises:
-            ValueError: where another number of ranks saved it, and it has not been converted, with the command; for
-                another stage, other groups of parameters, and states that the tool does not know. For evaluation at
-                stage 3, on more ranks than saved it.
+            ValueError: if another number of ranks saved it and it has not been converted (the error gives the command);
+                for another stage, other groups of parameters, and states that the tool does not know; for evaluation at
+                stage 3 on more ranks than saved it.
         """
         assert self.lightning_module is not None
         path = Path(checkpoint_path)
@@ -358,7 +359,7 @@ class DeepSpeedStrategy(_LightningsStrategy):
 
 
 def _vouch_for(optimizer: type[Optimizer]) -> None:
-    """Add a class to those that DeepSpeed knows to work with ZeRO; of others it warns that they are untested."""
+    """Add a class to those that DeepSpeed knows to work with ZeRO; it warns that other classes are untested."""
     from deepspeed.runtime.zero import utils
 
     if optimizer not in utils.ZERO_SUPPORTED_OPTIMIZERS:
