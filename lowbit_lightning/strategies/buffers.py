@@ -56,7 +56,7 @@ def check_layer_sync(module: nn.Module, layer_sync: LayerSync | None) -> None:
     left = [name for name, m in norms.items() if not isinstance(m, nn.SyncBatchNorm)]
     if left and isinstance(layer_sync, TorchSyncBatchNorm):
         raise ValueError(
-            f"sync_batchnorm=True, but the model is sharded already, and {left} are no SyncBatchNorm: convert them in "
+            f"sync_batchnorm=True, but the model is sharded already, and {left} are not SyncBatchNorm: convert them in "
             "configure_model, before fully_shard, by nn.SyncBatchNorm.convert_sync_batchnorm"
         )
 
