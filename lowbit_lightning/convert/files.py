@@ -1,7 +1,7 @@
-"""From checkpoints on disk straight into low bits: ``load_quantized``, for models on the meta device.
+"""``load_quantized``: loads checkpoints from disk directly into low bits, for models on the meta device.
 
-Tensors are read one at a time, each from a mapping of its file that is closed again, so that no more of a file stays in
-memory than the tensor at hand.
+Tensors are read one at a time. Each is read from a mapping of its file, which is closed afterwards, so only the current
+tensor of a file stays in memory.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def load_quantized(
 ) -> Module:
     """Load a checkpoint into a model whose parameters are on the meta device, quantising on the way; returns the model.
 
-    The model is never held in high precision: the peak is the low-bit model plus the largest tensor of the files.
-    Weights that the files hold in low bits, ours or bitsandbytes', stay as they are.
+    The whole model is never held in high precision: the peak is the low-bit model plus the largest tensor of the files.
+    Weights that the files hold in low bits, in this package's or bitsandbytes' format, stay as they are.
 
     Args:
         model: built in ``empty_parameters()`` or ``torch.device("meta")``.
@@ -79,14 +79,15 @@ def load_quantized(
             (``model.safetensors.index.json``), ``model.safetensors`` or ``pytorch_model.bin``.
         weights, fit, compute_dtype, threshold, embeddings, experts: as for ``quantize``.
         choice: ``include``, ``exclude``, ``filter``, ``output_layer``, ``overrides``, as for ``quantize``.
-        dtype: of what is not quantised; None keeps that of the files.
-        device: where the model is to lie.
+        dtype: dtype of the tensors that are not quantised; None keeps that of the files.
+        device: the device of the model.
         strict: raise if the files lack a tensor of the model or have one that the model lacks.
         progress: show a bar.
 
     Raises:
-        FileNotFoundError: for a path that is not there, or a folder without a checkpoint.
-        ValueError: for a damaged file, a tensor of another shape, what ``strict`` refuses, and as ``quantize``.
+        FileNotFoundError: for a path that does not exist, or a folder without a checkpoint.
+        ValueError: for a damaged file, a tensor of another shape, what ``strict`` refuses, and the errors of
+            ``quantize``.
     """
     if dtype not in (None, *FLOATS):
         raise TypeError(f"dtype must be None, torch.float32, torch.float16 or torch.bfloat16, got {dtype}")

@@ -23,7 +23,7 @@ MIN_FEATURES = 32
 
 
 class NothingToSwap(ValueError):
-    """No layer of the model would run in int8; the message says what there is and what to use instead."""
+    """No layer of the model would run in int8; the message lists the model's layers and says what to use instead."""
 
 
 def swap_linears(
@@ -39,25 +39,25 @@ def swap_linears(
 ) -> Report[Products]:
     """Turn the module's linear layers into their int8 forms, in place.
 
-    Only objects whose type is exactly ``nn.Linear`` or Transformers' ``Conv1D``: subclasses bring their own forward or
-    are read by their owner. Idempotent; and a later call with another filter or other settings also takes back what an
-    earlier one swapped.
+    It swaps only objects whose type is exactly ``nn.Linear`` or Transformers' ``Conv1D``: subclasses have their own
+    forward, or their owner reads their weight. The call is idempotent. A later call with another filter or other
+    settings also turns back layers that an earlier call swapped.
 
     Args:
         include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some layer.
-        filter: ``filter(name, linear)``, asked last; False skips the layer.
+        filter: ``filter(name, linear)``, called last; False skips the layer.
         output_layer: "auto" (``layers.outputs`` finds it), a name or pattern, or None (no layer is special).
         min_features: layers with fewer input or output features are skipped.
-        overrides: pattern -> settings that differ for the layers it matches, or None to skip them:
-            ``{"*.down": {"grad_weight": "high"}, "blocks.0.*": None}``. Of several patterns that match a layer the
-            later goes over the earlier.
+        overrides: pattern -> settings for the layers that it matches, or None to skip them:
+            ``{"*.down": {"grad_weight": "high"}, "blocks.0.*": None}``. If several patterns match a layer, the later
+            one overrides the earlier.
         settings: the fields of ``layers.Products``, for all other layers.
 
     Raises:
         TypeError, ValueError: an unknown setting, or a pattern that matches no layer. Nothing is changed then.
         NothingToSwap: a ValueError too; the message lists what is there.
 
-    Warns where the output layer isn't sure (``output_layer="auto"``).
+    Warns if the output layer is uncertain (``output_layer="auto"``).
     """
     products = Products(**settings)
     linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | Int8Layer) or is_conv1d(m)}
@@ -89,7 +89,7 @@ def restore(module: nn.Module) -> tuple[str, ...]:
     """Turn every int8 layer back into the plain one, in place; returns their names.
 
     Raises:
-        ValueError: for layers that have become a class of its own: by ``fully_shard``, or by a parametrization.
+        ValueError: for layers whose class was replaced by ``fully_shard`` or by a parametrization.
     """
     layers = {name: m for name, m in module.named_modules() if isinstance(m, Int8Layer)}
     _check_released(layers)

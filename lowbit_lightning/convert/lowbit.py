@@ -1,4 +1,4 @@
-"""Weights in low bits, in place, and back. Which ones is the matter of ``layers.select``."""
+"""Turn weights into low bits, in place, and back. ``layers.select`` chooses the layers."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def quantize(
     Linear layers are ``nn.Linear`` and Transformers' ``Conv1D``; experts are three-dimensional parameters of modules
     that are not torch's own (``layers.experts``).
 
-    Layers are converted one at a time, each on its device. Only the quantised weights are frozen; what else trains is
-    up to the caller. ``weight_report(module)`` says what became what, in how many bytes, and with what error.
-    ``dequantize`` is the way back.
+    Layers are converted one at a time, each on its device. Only the quantised weights are frozen; the caller decides
+    which other parameters train. ``weight_report(module)`` lists the format, bytes and error of each layer.
+    ``dequantize`` turns the layers back.
 
     Args:
         weights: the format: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"int4"``, ``"int3"``, ``"int2"``, with ``-dq`` and
             ``-g128`` as ``kernels.formats.weight_format`` says.
         include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some layer.
-        filter: ``filter(name, layer)``, asked last; False leaves the layer as it is.
-        output_layer: "auto" (the rule in ``layers.select``) leaves it as it is, None takes it too; or a name.
+        filter: ``filter(name, layer)``, called last; False leaves the layer unchanged.
+        output_layer: "auto" (the rule in ``layers.select``) leaves it unchanged, None quantises it too; or a name.
         overrides: pattern -> another format, other fields of ``layers.Weights``, or None to leave the layers unchanged:
             ``{"*.down_proj": "int8", "*.v_proj": {"weights": "int4", "fit": "absmax"}, "*.0.*": None}``.
-        embeddings: take ``nn.Embedding`` too. One whose weight a layer shares that stays as it is stays too.
-        experts: take experts.
+        embeddings: quantise ``nn.Embedding`` too, except one that shares its weight with a layer that is not quantised.
+        experts: quantise experts.
         device: layers move here, one by one, before they are quantised; the rest of the model follows.
         settings: the fields of ``layers.Weights``: ``fit``, ``compute_dtype``, ``threshold``.
 
@@ -91,9 +91,9 @@ def dequantize(module: Module, dtype: torch.dtype | None = None) -> Module:
     """Turn every low-bit layer back into the plain one, with its decoded weight, in place; returns the module.
 
     Args:
-        dtype: float32, float16 or bfloat16; None: what each weight had before.
+        dtype: float32, float16 or bfloat16; None: the dtype that each weight had before.
 
-    The weights are frozen; ``requires_grad_`` makes them train.
+    The weights are frozen; ``requires_grad_`` makes them trainable.
     """
     if dtype not in (None, *FLOATS):
         raise TypeError(f"dtype must be None, torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
@@ -146,7 +146,7 @@ def adopt(layer: Any, weights: Weights) -> LowBitWeight:
 def select_weights(
     module: nn.Module, weights: Weights, *, embeddings: bool, experts: bool, **choice: Any
 ) -> Selection[Weights]:
-    """What ``quantize`` is to change, by the same arguments; nothing is changed."""
+    """The layers that ``quantize`` would change, with the same arguments; nothing is changed."""
     candidates: dict[str, Any] = {}
     for name, m in module.named_modules():
         if isinstance(m, nn.Linear) or is_conv1d(m) or (embeddings and isinstance(m, nn.Embedding)):
@@ -163,7 +163,7 @@ def select_weights(
 
 
 def _leave_tied(selection: Selection[Weights], candidates: Mapping[str, Any]) -> None:
-    """An embedding and the output layer that shares its weight stay one: both change, or none."""
+    """An embedding and the output layer that shares its weight change together, or neither changes."""
     for name in [n for n in selection.chosen if isinstance(candidates[n], nn.Embedding)]:
         if tied := [n for n in selection.skipped if candidates[n].weight is candidates[name].weight]:
             del selection.chosen[name]
