@@ -38,14 +38,14 @@ class Copies:
 
 def copies_of(twin: nn.Module, run: Run) -> Copies:
     """For the run's model on the meta device."""
+    buffers = sum(b.nbytes for b in twin.buffers())  # of rank 0; DDP sends them before the first forward of a step
     if run.strategy == "ddp":
         buckets = sum(p.nbytes for p in twin.parameters() if p.requires_grad)
-        buffers = sum(b.nbytes for b in twin.buffers())  # of rank 0, before the first forward of a step
         return Copies(reduction=buckets, communication={"all_reduce": buckets, "broadcast": buffers})
-    return _sharded(twin, run) if run.sharded else Copies()
+    return _sharded(twin, run, buffers * run.accumulate) if run.sharded else Copies()
 
 
-def _sharded(twin: nn.Module, run: Run) -> Copies:
+def _sharded(twin: nn.Module, run: Run, buffers: int) -> Copies:
     blocks, root = grouped(twin, chosen_blocks(twin, run.policy))
     names, ranks, cast = {p: name for name, p in twin.named_parameters()}, run.ranks, run.autocast
 
@@ -74,6 +74,7 @@ def _sharded(twin: nn.Module, run: Run) -> Copies:
     travels = {
         "all_gather": run.accumulate * (gather(root) + again * sum(gather(group) for group in blocks)),
         "reduce_scatter": in_float32,
+        "broadcast": buffers,
     }
     if run.replicas > 1:
         travels["all_reduce"] = in_float32 // ranks

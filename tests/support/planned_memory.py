@@ -171,7 +171,7 @@ class Travels(TorchDispatchMode):
 
 def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
     from lowbit_lightning import optim, sharding
-    from lowbit_lightning.strategies import blocks
+    from lowbit_lightning.strategies import blocks, buffers
     from lowbit_lightning.strategies.gather import gather_in_int8
 
     kept: list[Any] = []
@@ -189,8 +189,14 @@ def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
         step, optimizer = train(model, optim.AdamW, data, cast)
         if "released" in name:
             optim.release_gradients(model, optimizer)
-        kept.extend([model, optimizer, step])
-        return step
+
+        def as_the_strategy() -> None:
+            if name != "ddp":
+                buffers.share(model)
+            step()
+
+        kept.extend([model, optimizer, as_the_strategy])
+        return as_the_strategy
 
     found = {"peak": peak_of(build), **left_behind(*kept[:2])}
     with Travels() as travels:
