@@ -42,6 +42,7 @@ from torch.optim import Optimizer
 from lowbit_lightning import optim
 from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.optim.options import check_paging
+from lowbit_lightning.strategies.atomic import naming_a_full_disk
 from lowbit_lightning.strategies.deepspeed import checkpoints
 from lowbit_lightning.strategies.deepspeed.config import check_deepspeed, complete, read
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
@@ -265,7 +266,8 @@ class DeepSpeedStrategy(_LightningsStrategy):
 
     def save_checkpoint(self, checkpoint: dict, filepath: _PATH, storage_options: Any = None) -> None:
         """See Lightning's. A mark in the checkpoint lets ``python -m deepspeed.checkpoint.ds_to_universal`` convert it.
-        The conversion of an older checkpoint at this path is no longer used."""
+        The conversion of an older checkpoint at this path is no longer used. Raises OSError (ENOSPC) if the disk is
+        full."""
         from deepspeed.checkpoint import constants
 
         if self.is_global_zero:
@@ -277,7 +279,8 @@ class DeepSpeedStrategy(_LightningsStrategy):
         if not any(checkpoints.missed_by_converter(zero.optimizer) for zero in zeros):
             mark = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
             added[constants.UNIVERSAL_CHECKPOINT_INFO] = mark
-        super().save_checkpoint({**checkpoint, **added}, filepath, storage_options)
+        with naming_a_full_disk(Path(filepath)):
+            super().save_checkpoint({**checkpoint, **added}, filepath, storage_options)
 
     def load_checkpoint(  # type: ignore[override]  # Lightning 2.5 has no weights_only
         self, checkpoint_path: _PATH, *args: Any, **kwargs: Any
