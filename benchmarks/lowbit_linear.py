@@ -117,10 +117,10 @@ def bits_of(name: str, inputs: int) -> float:
     return 8 if "int8pack" in name else 16 if "bf16" in name else 32
 
 
-def read_bandwidth(megabytes: int = 64) -> float:
+def read_bandwidth(megabytes: int = 256) -> float:
     """Bytes per second of reading alone: the fastest of several sums over int32."""
     data = torch.ones(megabytes << 18, dtype=torch.int32)
-    return data.nbytes / min(seconds(lambda: data.max(), "cpu") for _ in range(40))
+    return data.nbytes / min(seconds(lambda: data.max(), "cpu") for _ in range(20))
 
 
 def case(report: Report, shape: tuple[int, int], rows: int, bandwidth: float) -> None:

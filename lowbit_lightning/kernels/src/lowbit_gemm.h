@@ -36,7 +36,7 @@ constexpr int TILE_ROWS = 5, TILE_COLUMNS = 5;  // of 32 vector registers
 #else
 constexpr int TILE_ROWS = 3, TILE_COLUMNS = 3;
 #endif
-constexpr int64_t PANEL_BYTES = 384 << 10, DEPTH_BYTES = 4 << 10;  // a panel; of a row, what a tile takes at a time
+constexpr int64_t PANEL_BYTES = 384 << 10, DEPTH_BYTES = 8 << 10;  // a panel; of a row, what a tile takes at a time
 
 typedef V Sums[TILE_ROWS][TILE_COLUMNS];
 struct Tile { Sums sums; };
@@ -111,7 +111,7 @@ static void many_rows(const Form& form, const uint8_t* packed, const uint8_t* sc
         std::vector<Tile> tiles(ceil_div(M, TILE_ROWS));
         for (int64_t n = 0; n < count; n += TILE_COLUMNS) {
             memset((void*)tiles.data(), 0, tiles.size() * sizeof(Tile));
-            for (int64_t k = 0; k < length; k += DEPTH)  // that much of the columns stays in the L1 cache
+            for (int64_t k = 0; k < length; k += DEPTH)  // that much of the columns stays close
                 for (size_t i = 0; i < tiles.size(); ++i)
                     tile<D>(ordered.row(i * TILE_ROWS) + k, panel.row(n) + k, length, least(DEPTH, length - k),
                             tiles[i].sums);
