@@ -49,6 +49,9 @@ LB_FN void random_blocks(const RandomKey& key, uint64_t group, uint16_t* words) 
 template <int ROWS, int WIDTH> struct RandomWords {
     uint16_t words[ROWS][WIDTH + 8 + 8 * BLOCKS];
     const uint16_t* row[ROWS];
+    RandomWords() {  // also where none are asked for, addresses are computed from `row`
+        for (int k = 0; k < ROWS; ++k) row[k] = words[k];
+    }
     void fill(int k, const RandomKey& key, uint64_t first, int64_t count) {  // first: index of the first element
         const int64_t before = first % 8;
         for (int64_t n = 0; n < before + count; n += 8 * BLOCKS) random_blocks(key, (first + n) / 8, words[k] + n);
