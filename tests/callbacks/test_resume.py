@@ -383,7 +383,7 @@ class Endless(torch.utils.data.Sampler):
 
 REFUSED = {
     "Stream is an IterableDataset": lambda: DataLoader(Stream(), BATCH),
-    "no torch.utils.data.DataLoader": lambda: [torch.randn(4, 64)] * 3,
+    "not a torch.utils.data.DataLoader": lambda: [torch.randn(4, 64)] * 3,
     "set persistent_workers=False": lambda: loader(num_workers=1, persistent_workers=True),
     "OwnNumpy.rng is a Generator": lambda: loader(shuffle=False, sampler=OwnNumpy(Noisy())),
     "its length is unknown": lambda: loader(shuffle=False, sampler=Endless()),
