@@ -249,7 +249,10 @@ class Reads(nn.Module):
         ({"world_size": 4, "strategy": "sharded", "replicas": 3}, "replicas=3 must divide world_size, 4"),
         ({"optimizer": "Adamw"}, "optimizer must be one of .*'AdamW'.*got 'Adamw'"),
         ({"optimizer": 3}, "optimizer must be a name, a class or an instance"),
-        ({"optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(3))])}, "group 0 holds 1 parameters that do not belong"),
+        (
+            {"optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(3))])},
+            "group 0 holds 1 parameters that do not belong",
+        ),
         ({"optimizer": "Adafactor", "bits": None}, "Adafactor cannot be planned"),
         ({"block_size": 100}, "block_size must be a power of two"),
         ({"nonsense": 1}, "nonsense"),
