@@ -18,9 +18,10 @@ from lowbit_lightning.layers.product import product
 Product = Literal["int8", "high"]
 Rounding = Literal["nearest", "stochastic"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FEWEST_ROWS = {"cpu": (64, 256), "cuda": (128, 1024)}
+FEWEST_ROWS = {"cpu": (64, 128, 256), "cuda": (128, 128, 1024)}
 """Device type -> rows of the input from which on int8 pays in evaluation, where each pass quantises the weight: of
-float32 weights, and of 16-bit ones, which high precision reads without a cast. Measured on CPUs, estimated on GPUs."""
+float32 weights, of those under autocast, and of 16-bit ones, which high precision reads without a cast. Measured on
+CPUs, estimated on GPUs."""
 
 _CHOICES = {
     **dict.fromkeys(("forward", "grad_input", "grad_weight", "save_inputs"), ("int8", "high")),
@@ -163,7 +164,11 @@ class Int8Linear(Int8Layer, nn.Linear):
 
 def fewest_rows(weight: Tensor) -> int:
     """The smallest number of input rows with which an evaluation runs in int8."""
-    return FEWEST_ROWS.get(weight.device.type, (0, 0))[weight.dtype != torch.float32]
+    kind = weight.device.type
+    float32, autocast, half = FEWEST_ROWS.get(kind, (0, 0, 0))
+    if weight.dtype != torch.float32:
+        return half
+    return autocast if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else float32
 
 
 def _checked(x: Tensor, matrix: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def trainer(**settings: Any) -> L.Trainer:
 
 def test_what_a_trainer_quantises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a weight outlives a pass, whatever a step accumulates."""
-    monkeypatch.setitem(FEWEST_ROWS, "cpu", (1, 1))
+    monkeypatch.setitem(FEWEST_ROWS, "cpu", (1, 1, 1))
     batches, layers, module = 6, 2 * LINEARS, Module()
     run = trainer(precision="int8-mixed", accumulate_grad_batches=3)
     kernels.reset_calls()

@@ -136,7 +136,7 @@ def test_a_plugin_inside_a_strategy() -> None:
 def test_every_stage_runs_in_int8_and_converts_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FEWEST_ROWS, "cpu", (1, 1))
+    monkeypatch.setitem(FEWEST_ROWS, "cpu", (1, 1, 1))
     run, model = trainer(precision="int8-mixed", limit_val_batches=BATCHES), Model()
     with caplog.at_level(logging.INFO):
         for stage in ("fit", "validate", "test", "predict"):
