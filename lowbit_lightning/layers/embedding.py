@@ -90,7 +90,8 @@ class StableEmbedding(nn.Embedding):
     """``nn.Embedding`` that trains stably with 8-bit optimizers: Xavier-uniform initialisation, and a layer norm after
     the look-up, in float32 (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861).
 
-    Arguments and shapes are those of ``nn.Embedding``. The optimizers of this package keep 32-bit states for its table.
+    Arguments and shapes are those of ``nn.Embedding``. Its table wants 32-bit optimizer states: give it a group with
+    ``bits=32`` (``optim.group_parameters``).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
