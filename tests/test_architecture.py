@@ -350,7 +350,7 @@ def test_importing_does_not_need_omegaconf_or_cuda() -> None:
 
 def test_no_line_is_longer_than_120_columns() -> None:
     suffixes = {".py", ".h", ".cpp", ".cu", ".inc", ".toml", ".yaml", ".yml", ".txt"}
-    folders = [ROOT / name for name in ("lowbit_lightning", "tests", "examples", "benchmarks")]
+    folders = [ROOT / name for name in ("lowbit_lightning", "lowbit_command", "tests", "examples", "benchmarks")]
     files = [p for folder in folders for p in folder.rglob("*") if p.suffix in suffixes]
     files += [p for p in ROOT.iterdir() if p.suffix in suffixes or p.name == "Makefile"]
     assert len(files) > 10

@@ -40,7 +40,8 @@ def apply(kind: str, path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("heading", examples())
 def test_worked_example(heading: str, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "lowbit_lightning", tmp_path / "lowbit_lightning", ignore=shutil.ignore_patterns("*.pyc"))
+    for package in ("lowbit_lightning", "lowbit_command"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc"))
     touched, checks = set(), ""
     for kind, name, text in FENCE.findall(examples()[heading]):
         stem, _, choice = name.partition("{")

@@ -1,0 +1,5 @@
+import sys
+
+from lowbit_command import main
+
+sys.exit(main())
