@@ -16,9 +16,10 @@ from importlib import import_module
 # other.
 COMMANDS = {
     "plan": "bytes per device of a training run, before anything is allocated",
+    "doctor": "what is wrong with this installation, and the command that mends it",
     "convert": "the optimizer states of a checkpoint, from 8 to 32 bits or back",
 }
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {"doctor": "lowbit_command.doctor.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

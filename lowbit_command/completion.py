@@ -9,6 +9,7 @@ from lowbit_command import COMMANDS
 
 WORDS = {
     "plan": ("--memory", "--json", "--help"),
+    "doctor": ("--full", "--json", "--markdown", "--help"),
     "convert": ("--bits", "--output", "--overwrite", "--trust", "--help"),
 }
 

@@ -116,20 +116,21 @@ def _watchers() -> bool:
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
     """The function ``op`` of the backend that serves ``device``, counted."""
-    name = _forced[-1] if _forced else _backend_of(device.type)
+    name = _forced[-1] if _forced else backend_of(device.type)
     try:
-        result = _function(name, op)(*arguments)
+        result = function(name, op)(*arguments)
     except Unavailable as error:  # it is raised before the op has changed anything
         if _forced:
             raise
         name = _chosen[device.type] = _warned_reference(device.type, str(error))
-        result = _function(name, op)(*arguments)
+        result = function(name, op)(*arguments)
     _calls[op, name] += 1
     return result
 
 
 @cache
-def _function(backend: str, op: str) -> Callable[..., Any]:
+def function(backend: str, op: str) -> Callable[..., Any]:
+    """What a backend runs for an op."""
     return getattr(import_module(f"lowbit_lightning.kernels.{backend}.{OPS[op]}"), op)
 
 
@@ -165,7 +166,8 @@ def load(name: str) -> None:
     import_module(f"lowbit_lightning.kernels.{name}").load()
 
 
-def _backend_of(device_type: str) -> str:
+def backend_of(device_type: str) -> str:
+    """The backend that serves a type of device, chosen when it is first asked for."""
     if device_type not in _chosen:
         _chosen[device_type] = _choose(device_type)
     return _chosen[device_type]

@@ -47,7 +47,7 @@ def library(name: str, make: Callable[[], bytes]) -> ctypes.CDLL:
     """
     reasons: list[str] = []
     for place in _places(reasons, new=False):
-        content = _content(place, name, reasons)
+        content = content_of(place, name, reasons)
         if content is not None:  # it may be for another system image: then it does not load, and is made again
             loaded = _load(place / name, reasons if _noexec(place) else []) or _load_from_memory(content)
             if loaded is not None:
@@ -71,7 +71,7 @@ def find(name: str) -> Path | None:
     """The entry called ``name``, or None: never written, corrupt, or not to be trusted."""
     reasons: list[str] = []
     for place in _places(reasons, new=False):
-        if _content(place, name, reasons) is not None:
+        if content_of(place, name, reasons) is not None:
             return place / name
     _warn(reasons)
     return None
@@ -97,7 +97,7 @@ def directory() -> Path | None:
 
     It is $LOWBIT_LIGHTNING_CACHE, else $XDG_CACHE_HOME/lowbit_lightning, else ~/.cache/lowbit_lightning.
     """
-    place = _wanted()
+    place = wanted()
     return None if place is None or _why_refused(place) else place
 
 
@@ -119,7 +119,7 @@ def no_place(reasons: list[str]) -> NoPlace:
 def _places(reasons: list[str], new: bool = True) -> Iterator[Path]:
     """The directories that may hold entries, best first; ``reasons`` says why not the cache. ``new``: private ones
     are made where there are none."""
-    place = _wanted()
+    place = wanted()
     refused = "there is no home directory for the kernel cache" if place is None else _why_refused(place)
     if place is not None and not refused:
         yield place
@@ -136,7 +136,8 @@ def _places(reasons: list[str], new: bool = True) -> Iterator[Path]:
                 yield made
 
 
-def _wanted() -> Path | None:
+def wanted() -> Path | None:
+    """The directory that the environment names for the cache, whether or not it can be used."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         return Path(os.path.abspath(os.path.expanduser(named)))
@@ -183,7 +184,7 @@ def _remove(owner: int, place: Path) -> None:
 # -- entries ---------------------------------------------------------------------------------------------------------
 
 
-def _content(place: Path, name: str, reasons: list[str]) -> bytes | None:
+def content_of(place: Path, name: str, reasons: list[str]) -> bytes | None:
     """The bytes of an intact entry; None where there is none, or none to be trusted (``reasons`` says why)."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would have us wait
     try:
