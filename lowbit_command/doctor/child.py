@@ -1,8 +1,8 @@
 """The program of a child process: ``python child.py PROBE`` prints a probe's facts.
 
 It makes ``lowbit_lightning`` known without running its ``__init__``, which imports Lightning and torch: what they do
-wrong must not hide what else is wrong. ``bare`` probes do without torch; for these the kernels' ``__init__``, which imports it, is
-left out too.
+wrong must not hide what else is wrong. ``BARE`` probes do without torch; for these the kernels' ``__init__``, which
+imports it, is left out too.
 
 Results are lines of JSON after ``MARK``; whatever else libraries print is ignored.
 """
