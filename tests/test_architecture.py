@@ -52,6 +52,7 @@ LAYERS = {
     "strategies": 4,
     "callbacks": 4,
     "cli": 5,
+    "integrations": 5,
     "": 5,
 }
 # What every backend may use; they share nothing else, so that any of them can be read, or left out, alone.
@@ -303,6 +304,17 @@ def test_public_names_are_pinned(name: str) -> None:
     assert sorted(module.__all__) == sorted(PUBLIC[name])
     missing = [public for public in PUBLIC[name] if not hasattr(module, public)]
     assert not missing
+
+
+def test_only_users_import_the_integrations() -> None:
+    """They import Transformers and PEFT at once, so nothing else in the package may import them."""
+    importers = {
+        module
+        for module, path in modules()
+        for _, target in imports(module, path)
+        if target.startswith("lowbit_lightning.integrations") and unit_of(module) != "integrations"
+    }
+    assert not importers
 
 
 def test_importing_starts_nothing() -> None:

@@ -143,17 +143,23 @@ def adopt(layer: Any, weights: Weights) -> LowBitWeight:
     return layer
 
 
+def candidate_weights(module: nn.Module, *, embeddings: bool, experts: bool) -> dict[str, Any]:
+    """Every layer that could have low-bit weights, by name: modules, and ``Expert`` for a parameter."""
+    found: dict[str, Any] = {}
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Linear) or is_conv1d(m) or (embeddings and isinstance(m, nn.Embedding)):
+            found[name] = m
+        elif experts and not type(m).__module__.startswith("torch."):
+            held = {part: p for part, p in m._parameters.items() if p is not None and p.ndim == 3}
+            found |= {f"{name}.{part}" if name else part: Expert(m, part) for part in held}
+    return found
+
+
 def select_weights(
     module: nn.Module, weights: Weights, *, embeddings: bool, experts: bool, **choice: Any
 ) -> Selection[Weights]:
     """The layers that ``quantize`` would change, with the same arguments; nothing is changed."""
-    candidates: dict[str, Any] = {}
-    for name, m in module.named_modules():
-        if isinstance(m, nn.Linear) or is_conv1d(m) or (embeddings and isinstance(m, nn.Embedding)):
-            candidates[name] = m
-        elif experts and not type(m).__module__.startswith("torch."):
-            held = {part: p for part, p in m._parameters.items() if p is not None and p.ndim == 3}
-            candidates |= {f"{name}.{part}" if name else part: Expert(m, part) for part in held}
+    candidates = candidate_weights(module, embeddings=embeddings, experts=experts)
     selection = select(module, candidates, weights, unfit=_unfit, change=Weights.changed, **choice)
     _leave_tied(selection, candidates)
     if not selection.chosen:

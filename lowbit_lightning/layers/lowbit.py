@@ -154,6 +154,11 @@ class LowBitWeight(nn.Module):
         packed, scales = (parts[part].clone().to(device) for part in PARTS[:2])  # off the file's mapping
         self.hold(packed, scales, weights)
 
+    def check_format(self, name: str) -> None:
+        """Raise a ValueError, which calls the layer ``name``, if ``weight_format`` was loaded of another format."""
+        if not self.weight_format.is_meta and (saved := _untag(self.weight_format)) != str(self.format):
+            raise ValueError(f"{name} was saved as {saved}, but its settings say {self.format}")
+
     @property
     def format(self) -> Format:
         return self.weights.format
