@@ -108,8 +108,8 @@ class _DecodedDora(DoraEmbeddingLayer):
 
 def _plain(low: LowBitWeight) -> Any:
     """A copy of the layer as a plain one, in float32."""
-    plain = copy.deepcopy(low)
-    (LowBitEmbedding if isinstance(plain, LowBitEmbedding) else LowBitLinear).release(plain, torch.float32)  # type: ignore
+    plain: Any = copy.deepcopy(low)
+    (LowBitEmbedding if isinstance(plain, LowBitEmbedding) else LowBitLinear).release(plain, torch.float32)
     return plain
 
 
