@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 
-.PHONY: train test lint unit cuda-compile slow fuzz gpu bench quality floor wheel clean
+.PHONY: train test lint unit docs cuda-compile slow fuzz gpu bench quality floor wheel clean
 
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -22,6 +22,11 @@ lint: $(STAMP)
 # Two processes, each with files of its own. To debug one test: .venv/bin/python -m pytest tests/optim/test_base.py
 unit: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# The site, in build/site; `make unit` builds it too, and runs every code block of it.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --nitpicky --keep-going --quiet docs build/site
+	@echo "open build/site/index.html"
 
 cuda-compile: $(STAMP)
 	$(BIN)/python -m pytest -m six_architectures $(ARGS)

@@ -86,7 +86,7 @@ class StepArguments:
 
     @cached_property
     def written(self) -> list[Tensor]:
-        """All that a step writes: autograd must see that a saved tensor was overwritten by a kernel."""
+        """All that a step writes, because autograd must see that a kernel overwrote a saved tensor."""
         tensors = [*self.params, *self.steps, *self.remainders, *(t for s in (*self.states, *self.scales) for t in s)]
         return [t for t in dict.fromkeys(tensors) if not t.is_inference()]
 

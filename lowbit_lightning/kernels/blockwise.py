@@ -20,7 +20,7 @@ def quantize_blockwise(
     Args:
         x: float32, float16 or bfloat16, of any shape.
         codebook: a name that ``formats.codebook`` knows, or a sorted float32 vector of 2 to 256 values in [-1, 1]
-        that ends at 1.
+            that ends at 1.
         block_size: a power of two from 32 to 4096.
 
     Returns:

@@ -15,7 +15,7 @@ def quantize_rowwise(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor
     Args:
         x: float32, float16 or bfloat16 ``[R, C]``.
         seed: None rounds to nearest, ties to even. An int of 64 bits rounds at random and without bias; the same seed
-        gives the same result on every backend.
+            gives the same result on every backend.
 
     Raises:
         TypeError: if x is not such a matrix, or seed not an int.

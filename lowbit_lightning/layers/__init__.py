@@ -11,12 +11,12 @@ A linear layer has three products, each a contraction along its own axis::
 An int8 product is exact in int32, so all error comes from quantising its two operands. A scale can only be taken out
 of the sum if it is constant along the contracted axis; so each product quantises both operands along *its own* axis,
 with one scale ``absmax / 127`` per row and column that remain. So each of x, w and dy has two int8 forms: by rows for
-one product, by columns (transposed) for another. This keeps the error of an element below
+one product, by columns (transposed) for another. This keeps the error of an element below::
 
     |error of (a @ b.T)[i, j]| <= (|a_i|_1 s_b + |b_j|_1 s_a) / 2 + K s_a s_b / 4,     s = absmax / 127
 
-(|.|_1: sum of magnitudes; the error of each operand's element is at most s / 2). On normally distributed data this is
-about 1 % of the output's norm.
+(``|.|_1`` is the sum of magnitudes; the error of each operand's element is at most s / 2). On normally distributed data
+this is about 1 % of the output's norm.
 All three products run as ``A @ B.T`` of two row-major operands, the layout that int8 matrix units need. Therefore the
 column-wise quantiser writes its result transposed.
 

@@ -272,8 +272,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """The plugin that writes and reads a single file: AtomicCheckpointIO unless the Trainer was given another.
-        Wrappers, such as AsyncCheckpointIO, wrap that plugin, unless they were given another."""
+        """The plugin that writes and reads a single file. It is AtomicCheckpointIO unless the Trainer was given
+        another. Wrappers, such as AsyncCheckpointIO, wrap that plugin, unless they were given another."""
         io = self._checkpoint_io = self._checkpoint_io or AtomicCheckpointIO()
         wrapper: CheckpointIO | None = io
         while isinstance(wrapper, _WrappingCheckpointIO):

@@ -87,7 +87,7 @@ class Format:
 
     @property
     def signs(self) -> tuple[float, ...]:
-        """Those that a least-squares fit tries for the scale: both where that can matter and the scale can have one."""
+        """The signs of the scale that a least-squares fit tries. It tries both where that can matter."""
         return (1.0, -1.0) if self.kind == "nf4" and self.scale_kind == "float32" else (1.0,)
 
     @property

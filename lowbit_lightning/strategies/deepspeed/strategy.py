@@ -164,7 +164,7 @@ class DeepSpeedStrategy(_LightningsStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """With an index, also of the CPU: Lightning gives it to DeepSpeed, which counts with it."""
+        """It has an index, also on the CPU, because Lightning gives it to DeepSpeed, which counts with it."""
         device = super().root_device
         return device if device.index is not None else torch.device(device.type, 0)
 
