@@ -65,7 +65,7 @@ class BlockGrid:
 
     @property
     def in_runs(self) -> bool:
-        """Whether blocks are consecutive elements of the whole tensor, which may then be cut in front of any of them."""
+        """Whether blocks are consecutive elements of the whole tensor, which may then be cut before any of them."""
         return self.rows <= 1 or self.row_length % self.block_size == 0
 
 
