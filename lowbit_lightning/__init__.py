@@ -6,10 +6,11 @@ GPU and starts no compiler.
 
 from lowbit_lightning import callbacks, convert, kernels, layers, memory, optim, precision, strategies
 from lowbit_lightning.convert import dequantize, load_quantized, quantize
-from lowbit_lightning.precision import Int8MixedPrecision
+from lowbit_lightning.precision import Int8MixedPrecision, LowBitWeights
 
 __all__ = [
     "Int8MixedPrecision",
+    "LowBitWeights",
     "callbacks",
     "convert",
     "dequantize",

@@ -51,6 +51,7 @@ LAYERS = {
     "precision": 4,
     "strategies": 4,
     "callbacks": 4,
+    "bitsandbytes": 5,
     "cli": 5,
     "integrations": 5,
     "": 5,
@@ -82,6 +83,7 @@ LIGHTNING_FROM = 4  # below this layer nothing knows of Lightning
 PUBLIC = {
     "": [
         "Int8MixedPrecision",
+        "LowBitWeights",
         "callbacks",
         "convert",
         "dequantize",
@@ -132,6 +134,7 @@ PUBLIC = {
     "layers": [
         "Embedding4bit",
         "Embedding8bit",
+        "Embedding32bit",
         "Int8Layer",
         "Int8Linear",
         "Linear2bit",
@@ -161,7 +164,13 @@ PUBLIC = {
         "group_parameters",
         "release_gradients",
     ],
-    "precision": ["FabricInt8MixedPrecision", "Int8MixedPrecision", "PrecisionNotApplied", "register"],
+    "precision": [
+        "FabricInt8MixedPrecision",
+        "Int8MixedPrecision",
+        "LowBitWeights",
+        "PrecisionNotApplied",
+        "register",
+    ],
     "strategies": [
         "AtomicCheckpointIO",
         "DeepSpeedStrategy",

@@ -128,10 +128,15 @@ def _absmax(name: str, found: Mapping[str, Read], state: Mapping[str, Any]) -> T
     if missing := [part for part in parts if part not in found]:
         raise ValueError(f"{name} of bitsandbytes has quantised scales but lacks {missing}")
     nested, values = (found[part]().float() for part in parts)
-    blocks = torch.arange(absmax.numel()) // int(state.get("nested_blocksize", NESTED_BLOCK))
-    if len(blocks) and int(blocks[-1]) >= nested.numel():
+    block = int(state.get("nested_blocksize", NESTED_BLOCK))
+    if nested.numel() * block < absmax.numel():
         raise ValueError(f"{name} has {absmax.numel()} quantised scales but only {nested.numel()} nested ones")
-    return values[absmax.long()] * nested[blocks] + float(state["nested_offset"])
+    return decoded_scales(absmax, values, nested, block) + float(state["nested_offset"])
+
+
+def decoded_scales(codes: Tensor, values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """float32 ``values[code] * absmax`` of 8-bit codes ``[n]`` in blocks; where scales are quantised themselves."""
+    return values[codes.int()] * absmax.repeat_interleave(block_size)[: codes.numel()]
 
 
 def to_bitsandbytes(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -18,6 +18,11 @@ from lowbit_lightning.layers.select import Overrides, Patterns, Selection, selec
 
 Module = TypeVar("Module", bound=nn.Module)
 
+
+class NothingToQuantize(ValueError):
+    """No layer is left to quantise; the message gives the reason for each."""
+
+
 MIN_EXPERT = 32
 """A three-dimensional parameter with shorter rows, or fewer of them, is taken for something else than experts."""
 
@@ -113,6 +118,20 @@ def low_bit_layers(module: nn.Module) -> Iterator[tuple[str, LowBitWeight]]:
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LowBitWeight))
 
 
+def quantised_state(module: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``state_dict`` in which the weights of the module's low-bit layers are in low bits. Those that are in high
+    precision, of the right shape, are quantised."""
+    found = dict(saved)
+    for name, layer in low_bit_layers(module):
+        prefix = f"{name}." if name else ""
+        weight = found.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and weight.is_floating_point() and f"{prefix}weight_format" not in found:
+            weight = layer.oriented(weight)
+            if weight.shape == layer.weight_shape:
+                found |= {f"{prefix}{part}": x for part, x in layer.saved(weight).items()}
+    return found
+
+
 @dataclass(frozen=True)
 class Expert:
     """A three-dimensional parameter, as a layer that could be changed."""
@@ -164,7 +183,7 @@ def select_weights(
     _leave_tied(selection, candidates)
     if not selection.chosen:
         reasons = [f"  {name}: {reason}" for name, reason in selection.skipped.items()]
-        raise ValueError("\n".join([f"nothing to quantize in {type(module).__name__}; its layers:", *reasons]))
+        raise NothingToQuantize("\n".join([f"nothing to quantize in {type(module).__name__}; its layers:", *reasons]))
     return selection
 
 

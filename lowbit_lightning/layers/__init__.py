@@ -31,13 +31,20 @@ The bias is added, and its gradient summed, in float32. What the optimizer sees 
 the weight's own dtype.
 """
 
-from lowbit_lightning.layers.embedding import Embedding4bit, Embedding8bit, LowBitEmbedding, StableEmbedding
+from lowbit_lightning.layers.embedding import (
+    Embedding4bit,
+    Embedding8bit,
+    Embedding32bit,
+    LowBitEmbedding,
+    StableEmbedding,
+)
 from lowbit_lightning.layers.int8 import Int8Layer, Int8Linear, Products
 from lowbit_lightning.layers.lowbit import Linear2bit, Linear3bit, Linear4bit, Linear8bit, LowBitLinear, Weights
 
 __all__ = [
     "Embedding4bit",
     "Embedding8bit",
+    "Embedding32bit",
     "Int8Layer",
     "Int8Linear",
     "Linear2bit",

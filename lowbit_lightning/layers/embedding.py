@@ -86,21 +86,46 @@ class Embedding4bit(LowBitEmbedding):
     default = "nf4"
 
 
-class StableEmbedding(nn.Embedding):
-    """``nn.Embedding`` that trains stably with 8-bit optimizers: Xavier-uniform initialisation, and a layer norm after
-    the look-up, in float32 (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861).
+class Embedding32bit(nn.Embedding):
+    """``nn.Embedding`` that starts Xavier-uniform and whose table has 32-bit optimizer states.
 
-    Arguments and shapes are those of ``nn.Embedding``. Its table wants 32-bit optimizer states: give it a group with
-    ``bits=32`` (``optim.group_parameters``).
+    Arguments and shapes are those of ``nn.Embedding``. Rows of a table are updated rarely and by very different
+    amounts, which 8 bits resolve badly. Every optimizer of ``lowbit_lightning.optim`` reads the table's attribute
+    ``state_bits``. DeepSpeed's optimizers see flat partitions instead of parameters: there the group needs ``bits=32``.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        self._fill_padding_idx_with_zero()
+
+    # The table becomes another object when it is copied, materialised from the meta device, or sharded.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight" and isinstance(value, nn.Parameter):
+            value.state_bits = 32  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.weight.state_bits = 32  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self.weight.state_bits = 32  # type: ignore[attr-defined]
+        return result
+
+
+class StableEmbedding(Embedding32bit):
+    """``nn.Embedding`` that trains stably with 8-bit optimizers: Xavier-uniform initialisation, 32-bit optimizer states
+    for its table, and a layer norm after the look-up, in float32 (Dettmers et al. 2022, "8-bit Optimizers via
+    Block-wise Quantization", arXiv 2110.02861).
+
+    Arguments and shapes are those of ``nn.Embedding``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.norm = nn.LayerNorm(self.embedding_dim, device=self.weight.device)
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        self._fill_padding_idx_with_zero()
 
     def forward(self, input: Tensor) -> Tensor:
         found = super().forward(input)

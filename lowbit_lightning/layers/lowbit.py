@@ -159,6 +159,11 @@ class LowBitWeight(nn.Module):
         if not self.weight_format.is_meta and (saved := _untag(self.weight_format)) != str(self.format):
             raise ValueError(f"{name} was saved as {saved}, but its settings say {self.format}")
 
+    def saved(self, weight: Tensor) -> dict[str, Tensor]:
+        """The entries that ``state_dict`` would have for a weight in high precision, ``weight_shape``."""
+        packed, scales, self.snr_db = _quantised(weight, self.weights)
+        return dict(zip(PARTS, (packed, scales.view(torch.uint8), _tag(self.format)), strict=True))
+
     @property
     def format(self) -> Format:
         return self.weights.format
@@ -219,13 +224,7 @@ class LowBitWeight(nn.Module):
                 expected = tuple(self.weight_shape)
                 error_msgs.append(f"{prefix}weight must be of shape {expected}, got {tuple(weight.shape)}")
                 return
-            packed, scales, self.snr_db = _quantised(weight, self.weights)
-            state_dict = {
-                **state_dict,
-                f"{prefix}weight": packed,
-                f"{prefix}weight_scales": scales.view(torch.uint8),
-                f"{prefix}weight_format": _tag(self.format),
-            }
+            state_dict = {**state_dict, **{f"{prefix}{part}": x for part, x in self.saved(weight).items()}}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -298,7 +297,7 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
 
     def forward(self, input: Tensor) -> Tensor:
         own = self.weights
-        dtype = own.compute_dtype or _autocast_dtype(input)
+        dtype = own.compute_dtype or autocast_dtype(input)
         x = input if dtype is None else input.to(dtype)
         if own.threshold:
             y = kernels.int8_outlier_matmul(x, self.weight, self.scales, self.bias, own.threshold)
@@ -364,7 +363,8 @@ def _quantised(weight: Tensor, weights: Weights) -> tuple[Tensor, Tensor, float 
     return packed.reshape(*leading, packed.shape[1]), scales.reshape(*leading, scales.shape[1]), snr
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the tensor's device; None where it is off."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

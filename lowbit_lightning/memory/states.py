@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
+from lowbit_lightning.optim.settings import state_bits
 from lowbit_lightning.state.form import Paging
 from lowbit_lightning.state.pages.layout import Want, lay_out
 
@@ -115,7 +116,8 @@ def count(
         settings = optimizer.settings(group)
         for part in group["params"]:
             cut_vector = ranks > 1 and part.ndim < 2
-            form = settings.form(whole[part].shape, part.dtype, keeps_grid=not cut_vector)
+            p = whole[part]
+            form = settings.form(p.shape, part.dtype, keeps_grid=not cut_vector, own_bits=state_bits(p))
             found += form.nbytes(part.shape)
             want = form.want(part.shape)
             if want is not None and form.paging is not None:

@@ -148,8 +148,9 @@ class LowBitOptimizer(Optimizer):
         for group in self.param_groups:
             check_form(group)
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            params = [group["params"][i] for i in indices]
-            work.append((self.settings(group), params, [ordinal + i for i in indices]))
+            for part, chosen in self._parts(group, indices):
+                params = [group["params"][i] for i in chosen]
+                work.append((self.settings(part), params, [ordinal + i for i in chosen]))
             ordinal += len(group["params"])
         asked = Asked(getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._max_norm)
         self._max_norm = None
@@ -157,6 +158,11 @@ class LowBitOptimizer(Optimizer):
         self._plans.run(work, store, self._everyone, asked)
         store.pagers.end_step(self.state, self._everyone)
         return loss
+
+    def _parts(self, group: dict[str, Any], indices: list[int]) -> list[tuple[dict[str, Any], list[int]]]:
+        """The parameters of a group, by their indices, that a step takes with one set of hyperparameters. A subclass
+        may give some of them other values: a copy of the group with these."""
+        return [(group, indices)]
 
     def clip_next_step(self, max_norm: float | None) -> None:
         """Let the next step clip its gradients internally, as ``torch.nn.utils.clip_grad_norm_`` would before it.

@@ -24,7 +24,7 @@ from lowbit_lightning.kernels.formats import FOLD, BlockGrid, Span
 from lowbit_lightning.kernels.reference.step import fold_sums
 from lowbit_lightning.optim import partitions
 from lowbit_lightning.optim.factors import Asked, Factors, factors
-from lowbit_lightning.optim.settings import Settings
+from lowbit_lightning.optim.settings import Settings, state_bits
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import MASTER, STEP, codes_name, is_coded, scales_name
 from lowbit_lightning.state.pages import Chunk, Pager, Piece
@@ -326,9 +326,11 @@ def _collect(settings: Settings, params: list[Tensor], ordinals: list[int]) -> W
 
 
 def _places(work: Work) -> list[Any]:
-    """What ``p.data = ...`` and ``model.to(...)`` change of a parameter that stays the same object."""
+    """What ``p.data = ...``, ``model.to(...)`` and ``p.state_bits = ...`` change of a parameter that stays the same
+    object."""
     views = [(x.data_ptr(), x.stride()) for x in work.local] if work.settings.group["paged"] else []  # pieces are views
-    return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals, *views]
+    bits = map(state_bits, work.params)
+    return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals, *bits, *views]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:

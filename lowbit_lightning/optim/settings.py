@@ -1,4 +1,8 @@
-"""A param group as a step sees it: what its keys decide about forms and scalars."""
+"""A param group as a step sees it: what its keys decide about forms and scalars.
+
+A parameter may decide about its own states: ``parameter.state_bits = 32`` (or 8) overrules the ``bits`` of its group.
+``layers.StableEmbedding`` sets it on its table.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,18 @@ _FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "pag
 """Group keys that decide what a group's launches are."""
 
 
+def state_bits(p: Tensor) -> int | None:
+    """The bits that a parameter wants its states kept in; None: those of its group.
+
+    Raises:
+        ValueError: for other values than 8, 32 and None.
+    """
+    bits = getattr(p, "state_bits", None)
+    if bits not in (None, 8, 32):
+        raise ValueError(f"state_bits of a parameter of shape {tuple(p.shape)} must be 8, 32 or None, got {bits!r}")
+    return bits
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """A group and what its optimizer makes of it. ``initial``: of each state, before the first step. ``derived``:
@@ -43,15 +59,22 @@ class Settings:
         return StateFormat.of(self.rule, self.group["block_size"])
 
     def form(
-        self, shape: tuple[int, ...], dtype: torch.dtype, *, keeps_grid: bool = True, partition: bool = False
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        keeps_grid: bool = True,
+        partition: bool = False,
+        own_bits: int | None = None,
     ) -> Form:
         """How the states of a parameter are kept.
 
         ``shape``: of all of it, not of a rank's part. ``keeps_grid``: whether it is cut between blocks, if at all; see
-        ``shards.keeps_grid``. ``partition``: whether it is a flat partition of DeepSpeed's.
+        ``shards.keeps_grid``. ``partition``: whether it is a flat partition of DeepSpeed's. ``own_bits``: its
+        ``state_bits``.
         """
         group = self.group
-        low = group["bits"] == 8 and keeps_grid and fits_grid(shape, group["min_size"])
+        low = (own_bits or group["bits"]) == 8 and keeps_grid and fits_grid(shape, group["min_size"])
         paging = Paging(group["paged"], parse_bytes(group["resident"]), group["page_dir"]) if group["paged"] else None
         return Form(
             self.rule,
@@ -67,9 +90,9 @@ class Settings:
         """Parameters of the group with their forms."""
         made: dict[tuple, Form] = {}
         for p in params:
-            key = p.shape, p.dtype, shards.keeps_grid(p), partitions.is_partition(p)
+            key = p.shape, p.dtype, shards.keeps_grid(p), partitions.is_partition(p), state_bits(p)
             if key not in made:
-                made[key] = self.form(*key[:2], keeps_grid=key[2], partition=key[3])
+                made[key] = self.form(*key[:2], keeps_grid=key[2], partition=key[3], own_bits=key[4])
             yield p, made[key]
 
     def keep_format(self, store: Store) -> None:

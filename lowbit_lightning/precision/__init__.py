@@ -27,6 +27,7 @@ Limitations
 """
 
 from lowbit_lightning.precision.int8 import FabricInt8MixedPrecision, Int8MixedPrecision
+from lowbit_lightning.precision.low_bit_weights import LowBitWeights
 from lowbit_lightning.precision.registration import PrecisionNotApplied, register
 
-__all__ = ["FabricInt8MixedPrecision", "Int8MixedPrecision", "PrecisionNotApplied", "register"]
+__all__ = ["FabricInt8MixedPrecision", "Int8MixedPrecision", "LowBitWeights", "PrecisionNotApplied", "register"]

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import flop_counter
 
 from lowbit_lightning.precision.int8 import NAME, Int8Mixed
+from lowbit_lightning.precision.low_bit_weights import ATTRIBUTE
 
 
 def patch_accounting() -> None:
@@ -61,7 +62,8 @@ def _wrap_summary(summary: Any) -> None:
     @functools.wraps(original)
     def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         trainer = getattr(model, "_trainer", None)
-        if trainer is None or not isinstance(trainer.precision_plugin, Int8Mixed):
+        plugin = None if trainer is None else trainer.precision_plugin
+        if not isinstance(plugin, Int8Mixed) and not hasattr(plugin, ATTRIBUTE):
             original(self, model, *args, **kwargs)
             return
         with warnings.catch_warnings():

@@ -29,6 +29,7 @@ from lowbit_lightning.precision.int8 import (
     Int8MixedPrecision,
     fit_to,
 )
+from lowbit_lightning.precision.low_bit_weights import LowBitWeights, attach
 
 
 class PrecisionNotApplied(RuntimeError):
@@ -68,7 +69,9 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         wanted = _precision(connector, bound.arguments.get("precision")) == NAME
-        plugins = _listed(bound.arguments.get("plugins"))
+        weights, plugins = _without_weights(_listed(bound.arguments.get("plugins")))
+        if weights is not None:
+            bound.arguments["plugins"] = plugins
         _check_plugins(plugins, plugin, wanted)
         if wanted:
             named = plugin()
@@ -81,10 +84,12 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
         with _without_variable("LT_PRECISION" if wanted else None):
             original(*bound.args, **bound.kwargs)
         in_use = getattr(self, attribute, None)
-        _check_result(self.strategy, in_use, plugin, wanted)
+        _check_result(self.strategy, in_use, plugin, wanted, weights)
         fuse_scaling_and_clipping(in_use)
         if isinstance(in_use, Int8Mixed):
             in_use.device_type = type(self.accelerator).__name__.removesuffix("Accelerator").lower()
+        if weights is not None:
+            attach(weights, in_use, self.strategy)
 
     __init__._lowbit_lightning = True  # type: ignore[attr-defined]
     connector.__init__ = __init__  # type: ignore[misc]
@@ -135,9 +140,24 @@ def _check_plugins(plugins: list[Any], plugin: type[Any], wanted: bool) -> None:
             raise TypeError(f"plugins=[{type(given).__name__}(...)] doesn't fit here; use {plugin.__name__}(...)")
 
 
-def _check_result(strategy: Any, in_use: Any, plugin: type[Any], wanted: bool) -> None:
-    own = ("DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy")
-    theirs = any(base.__name__ in own for base in type(strategy).__mro__)
+def _without_weights(plugins: list[Any]) -> tuple[LowBitWeights | None, list[Any]]:
+    found = [given for given in plugins if isinstance(given, LowBitWeights)]
+    if len(found) > 1:
+        raise ValueError(f"plugins has {len(found)} LowBitWeights; give one, with overrides= for some of the layers")
+    return (found[0] if found else None), [given for given in plugins if not isinstance(given, LowBitWeights)]
+
+
+def _check_result(
+    strategy: Any, in_use: Any, plugin: type[Any], wanted: bool, weights: LowBitWeights | None = None
+) -> None:
+    flat = ("FSDPStrategy", "XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy")
+    bases = {base.__name__ for base in type(strategy).__mro__}
+    theirs = not bases.isdisjoint(("DeepSpeedStrategy", *flat))
+    if weights is not None and not bases.isdisjoint(flat):
+        raise PrecisionNotApplied(
+            f"LowBitWeights doesn't work with {type(strategy).__name__}, which flattens or casts parameters; use "
+            "strategy='auto', 'ddp', 'lowbit_sharded', 'lowbit_deepspeed_stage_2' or a ModelParallelStrategy"
+        )
     if isinstance(in_use, Int8Mixed) and theirs and not isinstance(in_use, DeepSpeedInt8MixedPrecision):
         raise PrecisionNotApplied(
             f"precision={NAME!r} doesn't work with {type(strategy).__name__}, which brings its own precision plugin "

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lowbit_lightning.convert.lowbit import quantised_state
 from lowbit_lightning.optim import LowBitOptimizer
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import codes_name
@@ -253,8 +254,9 @@ def _checked(checkpoint: Any, path: Path) -> State:
 
 
 def fitted(model: nn.Module, saved: Mapping[str, Any], strict: bool, source: _PATH) -> State:
-    """Saved weights, placed as the model's. Raises a ValueError that names everything that does not fit."""
-    own = model.state_dict()
+    """Saved weights, placed as the model's; for its low-bit layers quantised. Raises a ValueError that names everything
+    that does not fit."""
+    own, saved = model.state_dict(), quantised_state(model, saved)
     problems = []
     if strict:
         problems += [f"missing {name}" for name in own.keys() - saved.keys()]

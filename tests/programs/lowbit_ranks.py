@@ -15,16 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from support.ranks import fork, join, write_outcomes
 from support.sharded_model import TOKENS, Data, Traffic, picture, trainer, world
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lowbit_lightning import optim, quantize
+from lowbit_lightning import LowBitWeights, optim, quantize
 from lowbit_lightning.layers import LowBitLinear
+from lowbit_lightning.state import shards
 from lowbit_lightning.strategies import DeepSpeedStrategy, ShardedStrategy
+from lowbit_lightning.strategies.checkpoints import fitted
 
 WIDTH, RANK = 192, 4
+BASE: dict[str, Any] = {"include": "*.base", "output_layer": None}
 
 
 class Adapted(nn.Module):
@@ -51,7 +56,7 @@ class Block(nn.Module):
 
 
 class Net(Data):
-    def __init__(self, weights: str = "nf4", steps: int = 6, bits: int = 32) -> None:
+    def __init__(self, weights: str | None = "nf4", steps: int = 6, bits: int = 32) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.steps, self.bits = steps, bits
@@ -59,7 +64,8 @@ class Net(Data):
         self.layers = nn.ModuleList([Block(), Block()])
         self.head = nn.Linear(WIDTH, TOKENS)
         self.requires_grad_(False)
-        quantize(self, weights, include="*.base", output_layer=None)
+        if weights is not None:
+            quantize(self, weights, **BASE)
         for name, p in self.named_parameters():
             p.requires_grad_(name.endswith(("down.weight", "up.weight")))
         self.losses: list[Tensor] = []
@@ -175,6 +181,52 @@ def mixed_precision_rounds_no_scale(folder: Path) -> str | None:
     return None if off <= 0.02 else f"{losses}"
 
 
+def quantises_by_plugin(folder: Path) -> str | None:
+    """LowBitWeights under DDP and two strategies of FSDP2; what one saves another resumes."""
+    if world() != 2:
+        return None
+    wanted = torch.tensor(torch.load(folder / "nf4.pt")["losses"])
+    path = folder / "by_plugin.ckpt"
+
+    class Sharding(Net):
+        def configure_model(self) -> None:
+            if isinstance(self.embedding, FSDPModule):
+                return
+            quantize(self, "nf4", **BASE)
+            for part in (self.embedding, *self.layers, self.head):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+
+    runs: tuple[tuple[str, Any, Net, int, bool], ...] = (
+        ("sharded", ShardedStrategy(), Net(None), 1, False),
+        ("ddp, resumed", "ddp", Net(None), 2, True),
+        ("sharded, resumed", ShardedStrategy(), Net(None), 2, True),
+        (
+            "model parallel",
+            ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+            Sharding(None),
+            2,
+            False,
+        ),
+    )
+    for name, chosen, model, epochs, resumes in runs:
+        made = trainer(chosen, max_epochs=epochs, plugins=[LowBitWeights("nf4", **BASE)])
+        made.fit(model, ckpt_path=path if resumes else None)
+        if name == "sharded":
+            made.save_checkpoint(path)
+            dist.barrier()
+            whole = {key: shards.full(x) for key, x in model.state_dict().items() if "base" in key}
+            placed = fitted(model, Net(None).state_dict(), True, "a checkpoint in high precision")
+            if not all(torch.equal(shards.full(placed[key]), x) for key, x in whole.items()):
+                return f"{name}: a state_dict in high precision became other codes"
+        found = torch.tensor(model.mean_losses())
+        expected = wanted[6:] if resumes else wanted[: len(found)]
+        if len(found) != len(expected) or not (found - expected).abs().max() <= 1e-5 * wanted.max():
+            return f"{name}: {found.tolist()} and not {expected.tolist()}"
+        if len([m for m in model.modules() if isinstance(m, LowBitLinear)]) != 4:
+            return f"{name}: not quantised"
+    return None
+
+
 def trains_under_deepspeed(folder: Path) -> str | None:
     if world() != 2:
         return None
@@ -193,6 +245,7 @@ CHECKS = (
     packed_weights_are_sharded_and_travel_packed,
     resumes_on_any_number_of_ranks,
     mixed_precision_rounds_no_scale,
+    quantises_by_plugin,
     trains_under_deepspeed,
 )
 

@@ -13,6 +13,7 @@ CHECKS = (
     "packed_weights_are_sharded_and_travel_packed",
     "resumes_on_any_number_of_ranks",
     "mixed_precision_rounds_no_scale",
+    "quantises_by_plugin",
     "trains_under_deepspeed",
 )
 pytestmark = pytest.mark.multiprocess
