@@ -17,9 +17,10 @@ from importlib import import_module
 COMMANDS = {
     "plan": "bytes per device of a training run, before anything is allocated",
     "doctor": "what is wrong with this installation, and the command that mends it",
+    "report": "the report of a run as a page of HTML, or several runs side by side",
     "convert": "the optimizer states of a checkpoint, from 8 to 32 bits or back",
 }
-MODULES: dict[str, str] = {"doctor": "lowbit_command.doctor.command"}
+MODULES: dict[str, str] = {"doctor": "lowbit_command.doctor.command", "report": "lowbit_command.report.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

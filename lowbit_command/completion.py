@@ -10,6 +10,7 @@ from lowbit_command import COMMANDS
 WORDS = {
     "plan": ("--memory", "--json", "--help"),
     "doctor": ("--full", "--json", "--markdown", "--help"),
+    "report": ("--output", "--help"),
     "convert": ("--bits", "--output", "--overwrite", "--trust", "--help"),
 }
 

@@ -96,7 +96,7 @@ PUBLIC = {
         "quantize",
         "strategies",
     ],
-    "callbacks": ["DeterministicResume", "LowBitMonitor"],
+    "callbacks": ["DeterministicResume", "LowBitMonitor", "RunReport"],
     "convert": [
         "MIN_FEATURES",
         "NothingToSwap",

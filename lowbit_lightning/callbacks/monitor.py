@@ -204,6 +204,15 @@ class LowBitMonitor(Callback):
                 f"compiling): {', '.join(unseen[:8])}{' and others' if len(unseen) > 8 else ''}"
             )
 
+    def by_layer(self) -> tuple[int, dict[str, dict[str, float]]]:
+        """The last sample: its step, and layer -> product -> signal-to-noise ratio in dB. Empty before the first."""
+        if not self._history:
+            return 0, {}
+        step, snr = self._history[-1]
+        rows = zip(self._layers, snr.tolist(), strict=True)
+        found = {name: {p: v for p, v in zip(PRODUCTS, row, strict=True) if v == v} for name, row in rows}
+        return step, {name: row for name, row in found.items() if row}
+
     def __str__(self) -> str:
         if not self._history:
             return "LowBitMonitor: no sample yet"
