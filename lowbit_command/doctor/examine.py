@@ -30,12 +30,13 @@ class Examination:
     devices: list[dict[str, Any]]
 
 
-def examine(gather: Gather = children.result, probes: Sequence[str] = PROBES) -> Examination:
-    """All probes' findings. ``gather(arguments, limit)`` observes: what a child tells, or ``Died``."""
+def examine(gather: Gather = children.result, probes: Sequence[str] = PROBES, ops: bool = True) -> Examination:
+    """All probes' findings. ``gather(arguments, limit)`` observes: what a child tells, or ``Died``. ``ops``: also make
+    the table of op x device."""
     modules = {name: import_module(f"lowbit_command.doctor.probes.{name}") for name in probes}
     order = sorted(probes, key=lambda name: name not in SLOWEST_FIRST)
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        ops = pool.submit(gather, ["coverage"], coverage.LIMIT)
+        table = pool.submit(gather, ["coverage"], coverage.LIMIT) if ops else None
         asked = {name: pool.submit(gather, [f"probes.{name}"], modules[name].LIMIT) for name in order}
         facts = {name: asked[name].result() for name in probes}
     findings = [
@@ -43,7 +44,7 @@ def examine(gather: Gather = children.result, probes: Sequence[str] = PROBES) ->
         for name, found in facts.items()
         for finding in ([died(name, found)] if isinstance(found, Died) else modules[name].judge(found))
     ]
-    devices = ops.result()
+    devices = table.result() if table else []
     if isinstance(devices, Died):
         findings += [] if any(f.level == FAIL and f.subject == "torch" for f in findings) else [died("ops", devices)]
         devices = []

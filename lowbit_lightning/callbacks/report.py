@@ -80,6 +80,7 @@ class RunReport(Callback):
         self.every_n_seconds, self.name = every_n_seconds, name
         self.record: Record | None = None
         self._folder: Path | None = None
+        self._trainer: L.Trainer | None = None  # while it trains
         self._restored: Mapping[str, Any] | None = None
         self._pending: list[tuple[int, float, list[Any], Any, int, int]] = []
         self._losses: list[Any] = []
@@ -92,7 +93,7 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = trainer.log_dir or trainer.default_root_dir  # asks the other ranks: on all of them
-        self.record = None
+        self.record = self._trainer = None
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         self._pending, self._losses, self._samples, self._tokens = [], [], 0, 0
@@ -120,7 +121,7 @@ class RunReport(Callback):
         record.config = plain(observed.configuration(trainer, module, folder))
         record.linear = observed.linear(module)
         record.previous = _previous(place)
-        self.record, self._folder = record, folder
+        self.record, self._folder, self._trainer = record, folder, trainer
 
     def _earlier(self, folder: Path, step: int) -> Record:
         """The record that is continued: the checkpoint's, or that of this folder; a new one for a new run."""
@@ -230,7 +231,7 @@ class RunReport(Callback):
         record = self.record
         if record is None:
             return
-        record.status, record.ended = status, _now()
+        record.status, record.ended, self._trainer = status, _now(), None
         module, optimizers = trainer.lightning_module, trainer.optimizers
         self._guarded(self._flush, trainer)
         for gather in (
@@ -276,13 +277,11 @@ class RunReport(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.record is None:
             return {}
+        if self._trainer is not None:
+            self._guarded(self._flush, self._trainer)
         kept = ("name", "started", "sessions", "seconds", "steps")
         series = {name: curve.to_dict() for name, curve in self.record.series.items()}
         return {"version": VERSION, **{name: getattr(self.record, name) for name in kept}, "series": series}
-
-    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.record is not None:
-            self._guarded(self._flush, trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
