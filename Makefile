@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 
-.PHONY: train test lint unit docs cuda-compile slow fuzz gpu bench quality floor wheel clean
+.PHONY: train test lint unit docs cuda-compile slow fuzz gpu bench quality floor wheel release clean
 
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -48,13 +48,11 @@ gpu:
 	PYTHONPATH=. python benchmarks/int8_linear.py
 	PYTHONPATH=. python benchmarks/default_precision.py --models vit
 
+# Every benchmark in a small size, beside the rivals that are installed: a quarter of an hour on two cores. Writes
+# docs/benchmarks/DATE-all-cpu.md. For one part: make bench ARGS="--only int8_linear"
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
-	$(BIN)/python benchmarks/optimizer_step.py
-	$(BIN)/python benchmarks/paging.py
-	$(BIN)/python benchmarks/int8_quantize.py
-	$(BIN)/python benchmarks/int8_linear.py
-	$(BIN)/python benchmarks/default_precision.py
+	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 # What 8 bits cost: int8 products beside bf16 ones, then every optimizer at 32 and 8 bits on two small models, into
 # docs/benchmarks. It takes an hour.
@@ -73,6 +71,16 @@ wheel: $(STAMP)
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd build/wheel && bin/python -I ../../tests/wheel_smoke.py
+
+# All that a release needs, results as it goes: the wheel; sdist and wheel in clean environments of the oldest and newest
+# versions, on the oldest and newest Python that are installed; the suite on the oldest versions; the slow tests. Hours.
+release: $(STAMP)
+	$(MAKE) wheel
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python .ci/check_built.py dist
+	$(MAKE) floor
+	$(MAKE) slow
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \

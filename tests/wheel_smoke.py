@@ -5,8 +5,10 @@ Not collected by pytest: it has to see the installed package, never the checkout
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 
@@ -24,4 +26,7 @@ codes, scales = kernels.quantize_blockwise(x)
 back = kernels.dequantize_blockwise(codes, scales)
 error = ((back - x).norm() / x.norm()).item()
 assert error < 0.05, f"relative error {error:.3g} after one round trip"
+command = Path(sys.prefix) / "bin" / "lowbit"
+said = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+assert lowbit_lightning.__version__ in said, said
 print(f"wheel: imports from {sys.prefix}, round-trip error {error:.4f}, kernels {kernels.calls()}")
