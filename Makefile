@@ -72,8 +72,8 @@ wheel: $(STAMP)
 	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd build/wheel && bin/python -I ../../tests/wheel_smoke.py
 
-# All that a release needs: the wheel; sdist and wheel in clean environments of the oldest and the newest versions, on the
-# oldest and the newest Python that are installed; the suite on the oldest versions; the slow tests. It takes hours.
+# All that a release needs: the wheel; sdist and wheel in clean environments of the oldest and the newest versions, on
+# the oldest and the newest Python that are installed; the suite on the oldest versions; the slow tests. It takes hours.
 release: $(STAMP)
 	$(MAKE) wheel
 	rm -rf dist
