@@ -16,7 +16,7 @@ or a reason why it is skipped. The first of these rules that applies decides:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
@@ -75,7 +75,8 @@ def select(
     check_overrides(setting, overrides, change)
     included, excluded = _patterns("include", include, candidates), _patterns("exclude", exclude, candidates)
     _patterns("overrides", overrides, candidates)
-    outputs = _output_layers(module, output_layer, candidates)
+    named = {name for name in candidates if _by_name(name, included, excluded, {}) is None}
+    outputs = _output_layers(module, output_layer, candidates, named)
     chosen: dict[str, Setting] = {}
     skipped: dict[str, str] = {}
     for name, candidate in candidates.items():
@@ -126,18 +127,20 @@ def _overridden(
     return own
 
 
-def _output_layers(module: nn.Module, rule: str | None, candidates: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name -> reason to skip it; warns if the reason is doubtful."""
+def _output_layers(
+    module: nn.Module, rule: str | None, candidates: Mapping[str, nn.Module], named: Container[str]
+) -> dict[str, str]:
+    """Name -> reason to skip it; warns if the reason is doubtful for one of ``named``."""
     if rule is None:
         return {}
     if rule != "auto":
         pattern = _patterns("output_layer", rule, candidates)[0]
         return dict.fromkeys((name for name in candidates if fnmatchcase(name, pattern)), OUTPUT)
     found = output_layers(module, {name: m for name, m in candidates.items() if sizes(m) is not None})
-    if found.doubtful:
+    if doubtful := {name: why for name, why in found.doubtful.items() if name in named}:
         warnings.warn(
             f"not sure which layers of {type(module).__name__} are output layers; left alone because they may be: "
-            f"{_reasons(found.doubtful)}. Name them (output_layer='NAME' or a pattern), or say output_layer=None",
+            f"{_reasons(doubtful)}. Name them (output_layer='NAME' or a pattern), or say output_layer=None",
             stacklevel=3,
         )
     doubtful = {name: f"perhaps an output layer: {why} (output_layer= decides)" for name, why in found.doubtful.items()}

@@ -3,7 +3,7 @@
 They know Lightning's own precisions by name and by class, and treat all others as float32. They do not count this
 package's ops. So:
 
-- ``ModelSummary``: the size in MB is that of the parameters in their own dtypes.
+- ``ModelSummary``: the size in MB is that of the parameters in their own dtypes, also with ``LowBitWeights``.
 - ``ThroughputMonitor`` (the Trainer's and Fabric's): utilisation is relative to the int8 peak that Lightning's table
   has for the GPU. If it has none, and on the CPU, there is no utilisation. Ops that do not run in int8 (such as
   attention) are measured by that peak too, because it is the limit of the hardware.
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import flop_counter
 
-from lowbit_lightning.precision.int8 import NAME, Int8Mixed
+from lowbit_lightning.precision.int8 import Int8Mixed
 from lowbit_lightning.precision.low_bit_weights import ATTRIBUTE
 
 
@@ -67,7 +67,7 @@ def _wrap_summary(summary: Any) -> None:
             original(self, model, *args, **kwargs)
             return
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f"Precision {NAME} is not supported by the model summary")
+            warnings.filterwarnings("ignore", message=r"Precision \S+ is not supported by the model summary")
             original(self, model, *args, **kwargs)
         self._precision_megabytes = _bytes_per_parameter(model) * 1e-6
 

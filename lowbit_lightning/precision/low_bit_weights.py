@@ -18,7 +18,7 @@ Interactions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class LowBitWeights(Precision):
         weights: the format: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"int4"``, ``"int3"``, ``"int2"``, with ``-dq`` and
             ``-g128`` as ``kernels.formats.weight_format`` says.
         include, exclude, filter, output_layer, overrides, embeddings, experts: which layers; see ``quantize``.
-        settings: the fields of ``layers.Weights``: ``fit``, ``compute_dtype``, ``threshold``.
+        fit, compute_dtype, threshold: see ``layers.Weights``.
 
     ``report`` is the ``WeightReport`` of the model, once a run has begun; it is logged too. Optimizers are built from
     the quantised model: in ``configure_optimizers``, or after ``fabric.setup``.
@@ -78,11 +78,11 @@ class LowBitWeights(Precision):
         own: dict[str, Any] = {"fit": fit, "compute_dtype": compute_dtype, "threshold": threshold}
         check_overrides(Weights.of(weights, **own), overrides or {}, Weights.changed)
         self.report: WeightReport | None = None
-        self._filter = filter
+        self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._arguments = {
             "weights": weights,
-            "include": _kept(include),
-            "exclude": _kept(exclude),
+            "include": include if isinstance(include, str) else tuple(include),
+            "filter": filter,
             "output_layer": output_layer,
             "overrides": dict(overrides or {}),
             "embeddings": embeddings,
@@ -102,24 +102,13 @@ class LowBitWeights(Precision):
                 )
         else:
             try:
-                quantize(module, filter=self._chosen(module), **self._arguments)
+                quantize(module, exclude=(*self._exclude, *_trained(module)), **self._arguments)
             except NothingToQuantize:
                 if not quantised:
                     raise
         _check_training(module)
         self._say(weight_report(module))
         return module
-
-    def _chosen(self, module: nn.Module) -> Callable[[str, Any], bool]:
-        weights = [m.weight for m in module.modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
-        some_frozen = any(not weight.requires_grad for weight in weights)  # type: ignore[union-attr]
-
-        def chosen(name: str, layer: Any) -> bool:
-            if some_frozen and layer.weight.requires_grad:
-                return False
-            return self._filter is None or self._filter(name, layer)
-
-        return chosen
 
     def _say(self, report: WeightReport) -> None:
         if report != self.report:
@@ -158,5 +147,8 @@ def _check_training(module: nn.Module) -> None:
     )
 
 
-def _kept(patterns: str | Iterable[str]) -> Any:
-    return patterns if isinstance(patterns, str) else tuple(patterns)
+def _trained(module: nn.Module) -> list[str]:
+    """The linear layers that train beside frozen ones: adapters, or a new head."""
+    weights = {name: m.weight for name, m in module.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    trained = [name for name, weight in weights.items() if weight.requires_grad]  # type: ignore[union-attr]
+    return trained if len(trained) < len(weights) else []
