@@ -9,6 +9,7 @@ import torch
 
 from lowbit_lightning.kernels import compile, rules
 from lowbit_lightning.kernels.cuda import table
+from lowbit_lightning.kernels.cuda.lowbit_form import text_of
 from lowbit_lightning.kernels.sources import MAP_NUMBERS, StepVariant, specialised
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -60,6 +61,9 @@ def texts() -> dict[str, str]:
         for tile_n in (128, 256):
             text = specialised("int8_product.cu", ELEMENT=out, BIAS=bias, TILE_N=tile_n, STAGES=3)
             found[f"int8 product {out} bias {bias} tile {tile_n}"] = text
+    for form in ("int8", "nf4", "nf4-dq-g128", "fp4", "int4", "int3", "int2"):
+        for dtype in (F32, BF16, F16):
+            found[f"decode {form} {dtype}"] = text_of("lowbit_decode.cu", form, ELEMENT=dtype)
     found["table"] = specialised("table.cu", WORDS=table._WORDS)
     return found
 
@@ -80,6 +84,7 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
     assert {kernel for _, kernel, _ in rows} == {
         *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
         *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product"),
+        "decode",
     }
     # A thread of the product holds 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
     assert all(8 <= r.registers <= (255 if kernel == "int8_product" else 128) for _, kernel, r in rows)

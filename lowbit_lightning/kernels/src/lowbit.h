@@ -14,6 +14,7 @@
 // BITS is defined by the includer.
 #pragma once
 #include "vec.h"
+#include "lowbit_scales.h"
 
 struct Form {          // _Form in cpu/lowbit.py
     int64_t block;     // elements that share a scale
@@ -115,12 +116,6 @@ struct Values {
 
 // ---- scales
 
-LB_FN float power(uint8_t exponent) {  // 2^(exponent - 127); infinite for 255, so that times zero it is NaN
-    const uint32_t bits = (uint32_t)exponent << 23;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
 constexpr int PADDING = W;  // floats after a row's scales that may be read
 
 template <class F> LB_FN void for_vectors(int64_t n, const F& body) {
@@ -140,14 +135,14 @@ static inline void decode_scales(const Form& form, const uint8_t* row, float* sc
     const V unit = splat<V>(power(row[0]));
     for_vectors(n, [&](int64_t b, int width) __attribute__((always_inline)) {
         const V root = to_float(widen(load_raw<Bytes>(codes + b, width)));
-        store(scales + b, root * root * unit, width);
+        store(scales + b, square_scale(root, unit), width);
     });
     if (!form.affine) return;
     memset(offsets + n, 0, PADDING * sizeof(float));
     const V offset_unit = splat<V>(power(row[1]));
     for_vectors(n, [&](int64_t b, int width) __attribute__((always_inline)) {
         const V root = to_float(widen_signed(load_raw<Bytes>(codes + n + b, width)));
-        store(offsets + b, root * absolute(root) * offset_unit, width);
+        store(offsets + b, square_offset(root, offset_unit), width);
     });
 }
 
