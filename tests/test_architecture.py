@@ -65,8 +65,8 @@ SAME_LAYER = {
     "kernels.reference": BACKEND_BASE - {"kernels.compile", "kernels.sources", "kernels.structs"},
     "kernels.sources": BACKEND_BASE - {"kernels.sources"},
     "kernels.structs": {"kernels.arguments", "kernels.formats"},
-    "kernels.cpu": BACKEND_BASE,
-    "kernels.cuda": BACKEND_BASE | {"kernels.reference"},
+    "kernels.cpu": BACKEND_BASE | {"kernels.reference"},
+    "kernels.cuda": BACKEND_BASE,
     "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed
     "state.bitsandbytes": {"state.form"},
     "state.blocks": {"state.form"},

@@ -94,6 +94,12 @@ class LowBit(Protocol):
     def lowbit_matmul_backward(self, dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
         """``dy @ weight``: ``[M, K]``, of dy ``[M, N]`` and in its dtype, and a weight ``[N, K]``; none is empty."""
 
+    def split_outliers(
+        self, x: Tensor, packed: Tensor, scales: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """x ``[M, K]`` with zeros in its outlier columns, and these columns' product with an int8 weight ``[N, K]``,
+        float32 ``[M, N]``. A backend that knows without waiting that there are none returns x and None."""
+
     def lowbit_embedding(
         self, packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
     ) -> Tensor:

@@ -60,8 +60,10 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
         form: the format.
 
     Returns:
-        ``[..., N]`` in x's dtype, summed in float32. For float32 and float16 x no operand is rounded. For bfloat16 x a
-        backend may use bfloat16 products: the weight is then rounded as if dequantised to bfloat16, or less.
+        ``[..., N]`` in x's dtype, summed in float32. For float32 x no operand is rounded (above 8 rows a GPU
+        multiplies as ``torch.backends.cuda.matmul`` says). For bfloat16 x, and on a GPU for float16 x, products may be
+        those of x's dtype: the weight is then rounded as if dequantised to it, or less. Beyond float16's range it is
+        infinite there if x has more than 32 rows.
 
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
@@ -278,15 +280,11 @@ def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     (*leading, length), outputs = x.shape, packed.shape[0]
     if prod(leading) <= FEW_ROWS or not (outputs and length):
         return _run_product(x, packed, scales, bias, "int8")
-    rows = x.reshape(prod(leading), length)
+    rows, outliers = x.reshape(prod(leading), length).contiguous(), None
     packed, scales = packed.contiguous(), scales.contiguous()
-    columns = (rows.abs() >= threshold).any(0).nonzero().flatten() if threshold else None
-    outliers = None
-    if columns is not None and len(columns):
-        part = packed[:, columns].view(torch.int8).float() * scales
-        outliers = rows[:, columns].float() @ part.T
-        rows = rows.index_fill(1, columns, 0.0)
-    codes, row_scales = run("quantize_rowwise", x.device, rows.contiguous(), None)
+    if threshold:
+        rows, outliers = run("split_outliers", x.device, rows, packed, scales, threshold)
+    codes, row_scales = run("quantize_rowwise", x.device, rows, None)
     operands = codes, packed.view(torch.int8), row_scales, scales.flatten()
     if outliers is None:
         y = run("int8_matmul", x.device, *operands, bias, x.dtype)

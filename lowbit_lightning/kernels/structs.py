@@ -1,4 +1,5 @@
-"""The structs that Python fills and the step's kernels read, the same ones on the CPU and on the GPU."""
+"""The structs that Python fills and kernels read, the same ones on the CPU and on the GPU: those of the step, and what
+the quantisers of low-bit weights are told."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
+from lowbit_lightning.kernels.formats import weight_format
+from lowbit_lightning.kernels.formats.weights import AFFINE_ROUNDS, CODEBOOK_ROUNDS, NARROWER, SMALLEST_DIVISOR
 
 _C_TYPES = {ctypes.c_void_p: "const float*", ctypes.c_uint64: "uint64_t", ctypes.c_int32: "int32_t"}
 _SHAPE_WORDS = 5  # row_length to first_block
@@ -92,3 +95,34 @@ def _shapes(arguments: StepArguments, addresses: int) -> array:
         first_block += grid.rows * grid.blocks_per_row
     words.extend([0] * (addresses + _SHAPE_WORDS - 1) + [first_block])
     return words
+
+
+class FitRule(ctypes.Structure):
+    """``struct Rule`` of src/lowbit_fit.h: how rows of a low-bit weight are fitted."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("length", "block", "blocks", "packed_stride", "scales_stride")),
+        *((name, ctypes.c_int32) for name in ("bits", "affine", "square", "least_squares", "signs")),
+        *((name, ctypes.c_int32) for name in ("starts", "codebook_rounds", "affine_rounds")),
+        *(("start", ctypes.c_float * 8), ("smallest_divisor", ctypes.c_float)),
+        *((name, ctypes.c_float * 16) for name in ("ascending", "middles")),
+        ("order", ctypes.c_int32 * 16),
+    ]
+
+
+@cache
+def fit_rule(name: str, length: int, fit: str) -> FitRule:
+    """Of a format, rows of ``length`` elements and a fit."""
+    f = weight_format(name)
+    rule = FitRule(
+        *(length, f.block_length(length), f.blocks_per_row(length), f.packed_width(length)),
+        *(f.scales_width(length) * f.scales_dtype.itemsize, f.bits, f.is_affine, f.scale_kind == "square"),
+        *(fit == "lsq", len(f.signs), len(NARROWER), CODEBOOK_ROUNDS, AFFINE_ROUNDS),
+        *((ctypes.c_float * 8)(*NARROWER), SMALLEST_DIVISOR),
+    )
+    if not f.is_affine:
+        ascending = f.table()[list(f.order())]
+        rule.ascending[:] = ascending.tolist()
+        rule.middles[:15] = ((ascending[:-1] + ascending[1:]) / 2).tolist()
+        rule.order[:] = f.order()
+    return rule

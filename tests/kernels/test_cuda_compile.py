@@ -61,17 +61,40 @@ def texts() -> dict[str, str]:
         for tile_n in (128, 256):
             text = specialised("int8_product.cu", ELEMENT=out, BIAS=bias, TILE_N=tile_n, STAGES=3)
             found[f"int8 product {out} bias {bias} tile {tile_n}"] = text
-    for form in ("int8", "nf4", "nf4-dq-g128", "fp4", "int4", "int3", "int2"):
-        for dtype in (F32, BF16, F16):
-            found[f"decode {form} {dtype}"] = text_of("lowbit_decode.cu", form, ELEMENT=dtype)
     found["table"] = specialised("table.cu", WORDS=table._WORDS)
     return found
 
 
-def compile_all(architecture: str) -> list[tuple[str, str, compile.Resources]]:
+def lowbit_texts(every: bool) -> dict[str, str]:
+    """Those of low-bit weights: of every format, or of some."""
+    found = {}
+    forms = ("int8", "nf4", "nf4-dq-g128", "fp4", "int4", "int3", "int2") if every else ("nf4",)
+    for form in forms:
+        for dtype in (F32, BF16, F16) if every else (BF16,):
+            found[f"decode {form} {dtype}"] = text_of("lowbit_decode.cu", form, ELEMENT=dtype)
+        for columns in (8, 16, 32) if every else (8,):
+            dtypes = {"ELEMENT": BF16 if columns == 16 else F16, "BIAS": F32}
+            stages = {"COLUMNS": columns, "PACKETS": columns != 16, "STAGES": 4 if columns == 8 else 2}
+            found[f"gemv {form} {columns} rows"] = text_of("lowbit_gemv.cu", form, **dtypes, **stages)
+        for columns, dtype in ((1, F32), (8, F32), (4, BF16)) if every else ((1, F32),):
+            macros = {"ELEMENT": dtype, "BIAS": BF16, "COLUMNS": columns}
+            found[f"plain gemv {form} {dtype} {columns} rows"] = text_of("lowbit_gemv_plain.cu", form, **macros)
+        for tile, transposed, dtype in ((64, 0, F16), (128, 0, BF16), (128, 1, F16)) if every else ((128, 1, BF16),):
+            macros = {"ELEMENT": dtype, "BIAS": F32, "TRANSPOSED": transposed, "TILE_M": tile, "STAGES": 3}
+            found[f"product {form} {dtype} tile {tile} transposed {transposed}"] = text_of(
+                "lowbit_product.cu", form, **macros
+            )
+    for dtype in (F32, BF16, F16) if every else (BF16,):
+        found[f"outliers {dtype}"] = specialised("lowbit_outliers.cu", ELEMENT=dtype)
+    for dtype, block in ((F32, 32), (BF16, 64), (F16, 128), (F32, 512), (BF16, 4096)) if every else ((F16, 64),):
+        found[f"quantise {dtype} block {block}"] = specialised("lowbit_quantize.cu", BLOCK=block, ELEMENT=dtype)
+    return found
+
+
+def compile_all(architecture: str, every: bool = True) -> list[tuple[str, str, compile.Resources]]:
     """Text, kernel and resources of every kernel; a warning of the compiler fails."""
     rows = []
-    for name, text in texts().items():
+    for name, text in (texts() | lowbit_texts(every)).items():
         log = compile.cubin(text, architecture).log
         assert "warning" not in log, f"{name} for {architecture}:\n{log}"
         rows += [(name, kernel, resources) for kernel, resources in compile.resources(log).items()]
@@ -84,16 +107,18 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
     assert {kernel for _, kernel, _ in rows} == {
         *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
         *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product"),
-        "decode",
+        *("decode", "quantize_weight", "lowbit_gemv", "lowbit_gemv_plain", "lowbit_product", "sum_parts"),
+        *("flag_columns", "list_columns", "multiply_columns"),
     }
-    # A thread of the product holds 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
-    assert all(8 <= r.registers <= (255 if kernel == "int8_product" else 128) for _, kernel, r in rows)
+    # A thread of a product holds up to 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
+    wide = ("int8_product", "lowbit_product", "lowbit_gemv", "lowbit_gemv_plain")
+    assert all(8 <= r.registers <= (255 if kernel in wide else 128) for _, kernel, r in rows)
     assert all(r.shared <= 48 * 1024 for _, _, r in rows)
 
 
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = compile_all("sm_90")
+    rows = compile_all("sm_90", every=False)
     assert_nothing_spills(rows)
     step = max(r.registers for name, _, r in rows if name == "step adamw")
     with capsys.disabled():

@@ -18,14 +18,13 @@ from torch import Tensor
 from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.cpu.int8 import quantize_rowwise
 from lowbit_lightning.kernels.formats import Format, weight_format
-from lowbit_lightning.kernels.formats.weights import AFFINE_ROUNDS, CODEBOOK_ROUNDS, NARROWER, SMALLEST_DIVISOR
+from lowbit_lightning.kernels.reference.lowbit import split_outliers as split_outliers  # plain torch is as fast
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
+from lowbit_lightning.kernels.structs import fit_rule
 
 _MANY = 1 << 16  # elements of a weight below which a second thread costs more than it saves
 _PANEL = 1 << 20  # elements of a panel
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-# nf4 in bfloat16 is off by 0.063 % (rms) in this unit, by 0.106 % in its own; fp4 is exact in this one
-_UNITS = {"nf4": 1.437, "fp4": 12.0}
 
 
 class _Form(ctypes.Structure):
@@ -42,7 +41,7 @@ class _Form(ctypes.Structure):
 def _form(name: str, length: int) -> tuple[Any, Any, Format]:
     """The compiled library of a format, the argument that describes it, and the format."""
     f = weight_format(name)
-    factor = _UNITS.get(f.kind, 1.0)
+    factor = f.bfloat16_unit
     table = f.table() if f.bits < 8 else torch.zeros(16)
     values = table.repeat(16 // len(table))
     narrow = (values * factor).to(torch.bfloat16).view(torch.int16).repeat(2)
@@ -52,36 +51,6 @@ def _form(name: str, length: int) -> tuple[Any, Any, Format]:
         *((ctypes.c_float * 16)(*values.tolist()), (ctypes.c_uint16 * 32)(*(n & 0xFFFF for n in narrow.tolist()))),
     )
     return library(f.bits), ctypes.byref(form), f
-
-
-class _Rule(ctypes.Structure):
-    """``struct Rule`` of src/lowbit_quantize.cpp."""
-
-    _fields_ = [
-        *((name, _LONG) for name in ("length", "block", "blocks", "packed_stride", "scales_stride")),
-        *((name, _INT) for name in ("bits", "affine", "square", "least_squares", "signs")),
-        *((name, _INT) for name in ("starts", "codebook_rounds", "affine_rounds")),
-        *(("start", ctypes.c_float * 8), ("smallest_divisor", ctypes.c_float)),
-        *((name, ctypes.c_float * 16) for name in ("ascending", "middles")),
-        ("order", _INT * 16),
-    ]
-
-
-@cache
-def _rule(name: str, length: int, fit: str) -> tuple[_Rule, Format]:
-    f = weight_format(name)
-    rule = _Rule(
-        *(length, f.block_length(length), f.blocks_per_row(length), f.packed_width(length)),
-        *(f.scales_width(length) * f.scales_dtype.itemsize, f.bits, f.is_affine, f.scale_kind == "square"),
-        *(fit == "lsq", len(f.signs), len(NARROWER), CODEBOOK_ROUNDS, AFFINE_ROUNDS),
-        *((ctypes.c_float * 8)(*NARROWER), SMALLEST_DIVISOR),
-    )
-    if not f.is_affine:
-        ascending = f.table()[list(f.order())]
-        rule.ascending[:] = ascending.tolist()
-        rule.middles[:15] = ((ascending[:-1] + ascending[1:]) / 2).tolist()
-        rule.order[:] = f.order()
-    return rule, f
 
 
 @cache
@@ -99,7 +68,7 @@ def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor
     if weight_format(form).kind == "int8":
         codes, scales = quantize_rowwise(weight.view(rows, length), None)
         return codes.view(torch.uint8).view(weight.shape), scales.view(*leading, 1)
-    rule, f = _rule(form, length, fit)
+    rule, f = fit_rule(form, length, fit), weight_format(form)
     packed = torch.empty(*leading, f.packed_width(length), dtype=torch.uint8, device="cpu")
     scales = torch.empty(*leading, f.scales_width(length), dtype=f.scales_dtype, device="cpu")
     if weight.numel():

@@ -1,45 +1,57 @@
-"""Low-bit weights on the GPU: src/lowbit_decode.cu."""
+"""Low-bit weights on the GPU: src/lowbit_quantize.cu, src/lowbit_decode.cu; lowbit_product.py has the products."""
 
 from __future__ import annotations
 
 import ctypes
-import warnings
-from collections.abc import Callable
-from functools import cache, wraps
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.cuda import launch
-from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
+from lowbit_lightning.kernels.cuda import launch, lowbit_product
+from lowbit_lightning.kernels.cuda.int8 import quantize_rowwise
+from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry
 from lowbit_lightning.kernels.cuda.lowbit_form import form_argument, text_of
-from lowbit_lightning.kernels.reference import lowbit
+from lowbit_lightning.kernels.formats import weight_format
+from lowbit_lightning.kernels.sources import specialised
+from lowbit_lightning.kernels.structs import fit_rule
+
+_MOST_BLOCKS = 1 << 16  # CUDA blocks of a quantiser, each of which takes further rows
 
 
-@cache
-def _warn() -> None:
-    warnings.warn(
-        "low-bit weights on a GPU are quantised and multiplied by plain torch: the numbers are right, the speed is "
-        "below that of a high-precision layer, and a product decodes its whole weight",
-        stacklevel=2,
-    )
+def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    (*leading, length), rows, f = weight.shape, prod(weight.shape[:-1]), weight_format(form)
+    if f.kind == "int8":
+        codes, row_scales = quantize_rowwise(weight.view(rows, length), None)
+        return codes.view(torch.uint8).view(weight.shape), row_scales.view(*leading, 1)
+    packed = torch.empty(*leading, f.packed_width(length), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(*leading, f.scales_width(length), dtype=f.scales_dtype, device=weight.device)
+    if not weight.numel():
+        return packed, scales.zero_()
+    work = torch.empty(rows, 2, f.blocks_per_row(length), dtype=torch.float32, device=weight.device)
+    text = specialised("lowbit_quantize.cu", BLOCK=f.block_size, ELEMENT=weight.dtype)
+    arguments = weight, ctypes.c_int64(rows), fit_rule(form, length, fit), work, packed, scales
+    grid, block = (min(rows, _MOST_BLOCKS), 1, 1), geometry(f.block_size)[0]
+    launch.run(Launch(text, "quantize_weight", grid, block, arguments))
+    return packed, scales
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)
-    def warned(*arguments: Any) -> Any:
-        _warn()
-        return function(*arguments)
-
-    return warned
+def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """See the reference."""
+    gemv = lowbit_product.tensor_gemv if lowbit_product.has_tensor_cores(x) else lowbit_product.plain_gemv
+    return gemv(x, packed, scales, bias, form)
 
 
-lowbit_gemv = _plain(lowbit.lowbit_gemv)
-lowbit_matmul = _plain(lowbit.lowbit_matmul)
-lowbit_matmul_backward = _plain(lowbit.lowbit_matmul_backward)
-lowbit_quantize = _plain(lowbit.lowbit_quantize)
+def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """See the reference."""
+    return lowbit_product.forward(x, packed, scales, bias, form)
+
+
+def lowbit_matmul_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
+    """See the reference."""
+    return lowbit_product.backward(dy, packed, scales, form, row_length)
 
 
 def lowbit_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
@@ -66,3 +78,19 @@ def _decode(
         grid = ceil_div(count * ceil_div(length, 8), 256), 1, 1
         launch.run(Launch(text_of("lowbit_decode.cu", form, ELEMENT=dtype), "decode", grid, 256, arguments))
     return out
+
+
+def split_outliers(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """See the reference. Without outliers the product is zero: how many there are stays on the device."""
+    (m, k), n = x.shape, packed.shape[0]
+    text = specialised("lowbit_outliers.cu", ELEMENT=x.dtype)
+    flags = torch.zeros(k, dtype=torch.int32, device=x.device)
+    columns = torch.empty(k + 1, dtype=torch.int32, device=x.device)  # and their number
+    out = torch.empty(m, n, dtype=torch.float32, device=x.device)
+    sizes, length = (ctypes.c_int64(m), ctypes.c_int64(n)), ctypes.c_int64(k)
+    grid = ceil_div(k, 32 * (16 // x.element_size())), min(ceil_div(m, 64), 64), 1
+    launch.run(Launch(text, "flag_columns", grid, 256, (x, sizes[0], length, ctypes.c_float(threshold), flags)))
+    launch.run(Launch(text, "list_columns", (1, 1, 1), 1024, (flags, length, columns[:k], columns[k:])))
+    arguments = x, packed, scales, columns[:k], columns[k:], *sizes, length, out
+    launch.run(Launch(text, "multiply_columns", (ceil_div(n, 64), ceil_div(m, 64), 1), 256, arguments))
+    return x.masked_fill(flags.bool(), 0.0), out

@@ -10,25 +10,23 @@ import torch
 from lowbit_lightning.kernels.formats import weight_format
 from lowbit_lightning.kernels.sources import specialised
 
-_LONG = ctypes.c_int64
 
-
-class _Form(ctypes.Structure):
+class Form(ctypes.Structure):
     """``struct Form`` of src/lowbit_units.h."""
 
     _fields_ = [
-        *((name, _LONG) for name in ("length", "packed_stride", "scales_stride")),
-        ("values", ctypes.c_float * 16),
+        *((name, ctypes.c_int64) for name in ("length", "packed_stride", "scales_stride")),
+        *(("unit", ctypes.c_float), ("values", ctypes.c_float * 16)),
     ]
 
 
 @cache
-def form_argument(name: str, length: int) -> _Form:
-    """The struct for rows of ``length`` elements."""
+def form_argument(name: str, length: int, factor: float = 1.0) -> Form:
+    """The struct for rows of ``length`` elements. The table is multiplied by ``factor``, and the unit divided by it."""
     f = weight_format(name)
-    values = f.values if f.bits < 8 else ()
+    values = [value * factor for value in f.values] if f.bits < 8 else ()
     scales_stride = f.scales_width(length) * f.scales_dtype.itemsize
-    return _Form(length, f.packed_width(length), scales_stride, (ctypes.c_float * 16)(*values))
+    return Form(length, f.packed_width(length), scales_stride, 1 / factor, (ctypes.c_float * 16)(*values))
 
 
 @cache

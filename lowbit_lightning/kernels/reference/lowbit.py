@@ -2,7 +2,8 @@
 
 Equal on every backend to the bit: codes and scales of the fit ``"absmax"``, and what is dequantised. A least-squares
 fit sums float32 in any order, so that a few codes may differ, and the error by parts in ten thousand. Products are
-summed in float32 or better, in any order; bfloat16 x may meet table values that are rounded to bfloat16.
+summed in float32 or better, in any order. 16-bit x may meet weights, or values of the table, that are rounded to its
+dtype: on the CPU bfloat16 x, on a GPU float16 x too.
 """
 
 from __future__ import annotations
@@ -78,6 +79,16 @@ def lowbit_embedding(
     flat = indices.flatten()
     rows = packed.index_select(0, flat), scales.index_select(0, flat)
     return lowbit_dequantize(*rows, form, row_length, dtype).reshape(*indices.shape, row_length)
+
+
+def split_outliers(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor | None]:
+    """x ``[M, K]`` with zeros in its outlier columns, and these columns' product with an int8 weight ``[N, K]`` in
+    float32. Outlier columns have a magnitude of at least ``threshold``; a NaN is none."""
+    columns = (x.abs() >= threshold).any(0).nonzero().flatten()
+    if not len(columns):
+        return x, None
+    part = packed[:, columns].view(torch.int8).float() * scales
+    return x.index_fill(1, columns, 0.0), x[:, columns].float() @ part.T
 
 
 # -- codes in bytes --------------------------------------------------------------------------------------------------

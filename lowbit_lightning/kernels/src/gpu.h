@@ -15,6 +15,7 @@ typedef unsigned long long uint64_t;
 
 #define LB_FN static __device__ __forceinline__
 #define LB_METHOD __device__ __forceinline__
+#define LB_LAMBDA  // the compiler inlines them
 
 typedef float V;
 typedef int32_t I;

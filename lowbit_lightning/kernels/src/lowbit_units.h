@@ -1,7 +1,7 @@
 // Low-bit weights on the GPU: where a row's codes and scales lie (formats/weights.py says what they mean), in units.
 //
-// A *unit* is 8 neighbouring elements of a row, from a multiple of 8 on: 8, 4 or 2 bytes of codes, of 3 bits 2 bytes and
-// one more of the plane of high bits. Blocks are multiples of 32, so a unit has one scale.
+// A *unit* is 8 neighbouring elements of a row, from a multiple of 8 on: 8, 4 or 2 bytes of codes; of 3 bits 2 bytes,
+// and one more of the plane of high bits. Blocks are multiples of 32, so a unit has one scale.
 //
 // Specialised by macros: BITS (8, 4, 3, 2), BLOCK (elements that share a scale; 0: a row does), SQUARE (scales are
 // codes of 8 bits with an exponent), AFFINE (and there are offsets).
@@ -9,8 +9,9 @@
 #include "gpu.h"
 #include "lowbit_scales.h"
 
-struct Form {  // _Form in cuda/lowbit_form.py
+struct Form {  // Form in cuda/lowbit_form.py
     int64_t length, packed_stride, scales_stride;  // of a row; strides in bytes
+    float unit;                                    // of the values
     float values[16];                              // by code; of 8 bits unused
 };
 

@@ -1,4 +1,4 @@
-// What an int8 product needs of the tensor cores and of the copies that feed them. Each operation is one instruction of
+// What products need of the tensor cores and of the copies that feed them. Each operation is one instruction of
 // PTX (or what an architecture has in its place), and where __CUDA_ARCH__ is not defined plain C++ that moves the same
 // values between the same lanes, by shuffles.
 #pragma once
@@ -64,6 +64,7 @@ template <int N, class T> LB_FN void store_whole(T* to, const T* v) {
 //   A, 16 x 32 int8, four such words:     rows 0-7 and 8-15 of columns 0-15, the same of columns 16-31
 //   B, 8 x 32 int8, two such words:       columns 0-15, columns 16-31
 //   sums, 16 x 8 int32, four words:       row g, columns 2t and 2t + 1; row g + 8, the same columns
+// Of 16-bit floats A is 16 x 16 and B 8 x 16, in words alike, and sums are float32.
 
 // Four matrices of 8 rows of 16 bytes; lane i says where row i % 8 of matrix i / 8 lies.
 LB_FN void load_matrices(const int8_t* row, uint32_t (&words)[4]) {
@@ -74,6 +75,21 @@ LB_FN void load_matrices(const int8_t* row, uint32_t (&words)[4]) {
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; ++i)
         words[i] = ((const uint32_t*)__shfl_sync(ALL_LANES, (uint64_t)row, 8 * i + lane / 4))[lane % 4];
+#endif
+}
+
+// The same of 16-bit elements, each matrix transposed: the word of a lane has rows 2t and 2t + 1 of column g.
+LB_FN void load_matrices_transposed(const int8_t* row, uint32_t (&words)[4]) {
+#ifdef __CUDA_ARCH__
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(shared_address(row)));
+#else
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t even = __shfl_sync(ALL_LANES, (uint64_t)row, 8 * i + lane % 4 * 2);
+        const uint64_t odd = __shfl_sync(ALL_LANES, (uint64_t)row, 8 * i + lane % 4 * 2 + 1);
+        words[i] = (uint32_t)((const uint16_t*)odd)[lane / 4] << 16 | ((const uint16_t*)even)[lane / 4];
+    }
 #endif
 }
 
@@ -100,6 +116,97 @@ LB_FN void multiply_add(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32
             for (int half = 0; half < 64; half += 32)
                 sums[s] = __dp4a((int)(as[s / 2] >> half), (int)(bs[s % 2] >> half), sums[s]);
     }
+#endif
+}
+
+#ifndef __CUDA_ARCH__
+// The same for 16-bit floats: a product is exact in float32.
+template <class T> LB_FN void multiply_add_floats(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint64_t low = (uint64_t)a[2] << 32 | a[0], high = (uint64_t)a[3] << 32 | a[1];  // rows g and g + 8
+    const uint64_t row = (uint64_t)b[1] << 32 | b[0];
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t as[2] = {__shfl_sync(ALL_LANES, low, 4 * g + i), __shfl_sync(ALL_LANES, high, 4 * g + i)};
+        const uint64_t bs[2] = {__shfl_sync(ALL_LANES, row, 8 * t + i), __shfl_sync(ALL_LANES, row, 8 * t + 4 + i)};
+        for (int s = 0; s < 4; ++s)
+            for (int k = 0; k < 64; k += 16)
+                sums[s] += widen(T{(uint16_t)(as[s / 2] >> k)}) * widen(T{(uint16_t)(bs[s % 2] >> k)});
+    }
+}
+#endif
+LB_FN void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(__CUDA_ARCH__)  // sm_75: halves of it
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+                     "{%0, %1, %2, %3};"
+                     : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                     : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+#else
+    multiply_add_floats<Half>(sums, a, b);
+#endif
+}
+LB_FN void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(__CUDA_ARCH__)
+    __trap();  // sm_75 has none; nothing of bfloat16 that needs it is started there
+#else
+    multiply_add_floats<BFloat16>(sums, a, b);
+#endif
+}
+
+// Two 16-bit floats in a word.
+template <class T> LB_FN uint32_t pair_of(T low, T high) { return (uint32_t)high.bits << 16 | low.bits; }
+LB_FN uint32_t narrow_pair(float low, float high, Half) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+#else
+    return pair_of(narrow<Half>(low), narrow<Half>(high));
+#endif
+}
+LB_FN uint32_t narrow_pair(float low, float high, BFloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+#else
+    return pair_of(narrow<BFloat16>(low), narrow<BFloat16>(high));
+#endif
+}
+// a - b, where the results are exact.
+template <class T> LB_FN uint32_t subtract_pairs_plainly(uint32_t a, uint32_t b) {
+    const auto one = [&](int shift) {
+        return narrow<T>(widen(T{(uint16_t)(a >> shift)}) - widen(T{(uint16_t)(b >> shift)}));
+    };
+    return pair_of(one(0), one(16));
+}
+LB_FN uint32_t subtract_pairs(uint32_t a, uint32_t b, Half) {
+#ifdef __CUDA_ARCH__
+    uint32_t result;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+#else
+    return subtract_pairs_plainly<Half>(a, b);
+#endif
+}
+LB_FN uint32_t subtract_pairs(uint32_t a, uint32_t b, BFloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(b), "r"(0xbf80bf80), "r"(a));
+    return result;
+#else
+    return subtract_pairs_plainly<BFloat16>(a, b);
 #endif
 }
 
