@@ -46,6 +46,7 @@ gpu:
 	PYTHONPATH=. python benchmarks/paging.py
 	PYTHONPATH=. python benchmarks/int8_quantize.py
 	PYTHONPATH=. python benchmarks/int8_linear.py
+	PYTHONPATH=. python benchmarks/lowbit_linear.py
 	PYTHONPATH=. python benchmarks/default_precision.py --models vit
 
 # Every benchmark in a small size, beside the rivals that are installed: a quarter of an hour on two cores. Writes

@@ -1,14 +1,19 @@
-"""Products with low-bit weights on the CPU, weights out of cache: ours, torch's int4 and int8 kernels, bitsandbytes.
+"""Products with low-bit weights, out of cache: ours, torch's int4 and int8 kernels, torchao, bitsandbytes.
 
-    python benchmarks/lowbit_linear.py [--shapes 4096x4096,11008x4096] [--rows 1,8,256] [--output docs/benchmarks]
+    python benchmarks/lowbit_linear.py [--device cuda] [--shapes 4096x4096,11008x4096] [--rows 1,8,256]
+        [--output docs/benchmarks]
 
 A shape is output features x input features. Every product takes another weight of the shape, as the layers of a model
-do, so that none of them is found in the caches: their 4-bit forms take more than 64 MB. The floor is what reading a
-weight's own bytes takes at the bandwidth that threads reach by reading alone.
+do, so that none of them is found in the caches: their 4-bit forms take more than 64 MB, on a GPU more than 256 MB. The
+floor is what reading a weight's own bytes takes at the bandwidth that threads reach by reading alone, on a GPU at that
+of a copy.
 
-Ratios are those of the shortest times: products are short, and anything else that runs on the machine only adds.
+Ratios are those of the shortest times: products are short, and anything else that runs on the machine only adds. On a
+GPU the products of all weights are captured in a CUDA graph, which is timed: launches from Python would take longer
+than they do.
 
-bitsandbytes' rival is ``Linear4bit`` as it runs after its first forward in eval mode, when it has repacked the weight.
+bitsandbytes' rival is ``Linear4bit``; on a CPU as it runs after its first forward in eval mode, when it has repacked
+the weight.
 """
 
 from __future__ import annotations
@@ -20,28 +25,42 @@ from functools import partial
 from typing import Any
 
 import torch
-from _common import Candidate, Report, measure, parser, rival, seconds, skipped
+from _common import Candidate, Report, copy_bandwidth, measure, parser, rival, seconds, skipped
 from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.formats import weight_format
 
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 OURS = [
     *((form, torch.bfloat16) for form in ("nf4", "nf4-dq", "fp4", "int4", "int3", "int2", "int8")),
     *((form, torch.float32) for form in ("nf4", "int4", "int8")),
+]
+AO = [
+    ("int4", {"config": "Int4WeightOnlyConfig", "group_size": 64, "int4_packing_format": "tile_packed_to_4d"}),
+    ("int8", {"config": "Int8WeightOnlyConfig"}),
 ]
 Product = Callable[[Tensor], Tensor]
 
 
 def in_turn(products: list[Product], x: Tensor) -> Callable[[], None]:
+    """On a CPU one product in each call, on a GPU all of them."""
     turns = itertools.cycle(products)
 
     def run() -> None:
         with torch.no_grad():
             next(turns)(x)
 
-    return run
+    if x.device.type == "cpu":
+        return run
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()  # compiles and allocates
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in products:
+            run()
+    return graph.replay
 
 
 def ours(weight: Tensor, count: int, form: str) -> list[Product]:
@@ -54,10 +73,14 @@ def plain(weight: Tensor, count: int, dtype: torch.dtype) -> list[Product]:
 
 
 def torch_int4(weight: Tensor, count: int, dtype: torch.dtype, group: int = 64) -> list[Product]:
-    codes = torch.randint(0, 16, weight.shape, dtype=torch.int32)  # its speed does not depend on them
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scales = torch.rand(weight.shape[1] // group, weight.shape[0], 2).to(dtype)
-    op = torch.ops.aten._weight_int4pack_mm_for_cpu
+    scales = torch.rand(weight.shape[1] // group, weight.shape[0], 2, device=weight.device).to(dtype)
+    if weight.is_cuda:  # its speed does not depend on the codes
+        pairs = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8, device=weight.device)
+        packed, op = torch.ops.aten._convert_weight_to_int4pack(pairs, 8), torch.ops.aten._weight_int4pack_mm
+    else:
+        codes = torch.randint(0, 16, weight.shape, dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        op = torch.ops.aten._weight_int4pack_mm_for_cpu
     return [lambda x, p=p, s=s: op(x, p, group, s) for p, s in copies(count, packed, scales)]  # type: ignore[misc]
 
 
@@ -75,9 +98,20 @@ def bitsandbytes(weight: Tensor, count: int, dtype: torch.dtype) -> list[Product
             inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=False
         )
         layer.weight.data = weight
-        layers.append(layer.to("cpu").eval())
+        layers.append(layer.to(weight.device).eval())
         with torch.no_grad():
-            layers[-1](torch.zeros(1, inputs, dtype=dtype))  # it repacks the weight now
+            layers[-1](torch.zeros(1, inputs, dtype=dtype, device=weight.device))  # on a CPU it repacks the weight now
+    return layers
+
+
+def torchao(weight: Tensor, count: int, dtype: torch.dtype, config: str, **options: Any) -> list[Product]:
+    quantize, made = rival("torchao.quantization", "quantize_"), rival("torchao.quantization", config)(**options)
+    layers = []
+    for _ in range(count):
+        layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device, dtype=dtype)
+        layer.weight.data = weight.to(dtype)
+        quantize(layer, made)
+        layers.append(layer)
     return layers
 
 
@@ -85,10 +119,15 @@ def copies(count: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return [tuple(t.clone() for t in tensors) for _ in range(count)]
 
 
-def candidates(shape: tuple[int, int], rows: int) -> list[Candidate]:
+def count_of(shape: tuple[int, int], device: str) -> int:
+    """Weights that products take in turn."""
+    return -(-CACHE_BYTES[device] // (shape[0] * shape[1] // 2))
+
+
+def candidates(shape: tuple[int, int], rows: int, device: str) -> list[Candidate]:
     torch.manual_seed(0)
-    count = -(-CACHE_BYTES // (shape[0] * shape[1] // 2))
-    weight, x = torch.randn(shape), torch.randn(rows, shape[1])
+    count = count_of(shape, device)
+    weight, x = torch.randn(shape, device=device), torch.randn(rows, shape[1], device=device)
 
     def several(make: Callable[..., list[Product]], dtype: torch.dtype) -> Callable[[], Callable[[], None]]:
         return lambda: in_turn(make(weight, count), x.to(dtype))
@@ -102,6 +141,7 @@ def candidates(shape: tuple[int, int], rows: int) -> list[Candidate]:
         *(Candidate(f"torch int4pack {name(d)}", several(partial(torch_int4, dtype=d), d)) for d in both),
         *(Candidate(f"torch int8pack {name(d)}", several(partial(torch_int8, dtype=d), d)) for d in both),
         *(Candidate(f"bitsandbytes nf4 {name(d)}", several(partial(bitsandbytes, dtype=d), d)) for d in both),
+        *(Candidate(f"torchao {kind} bf16", several(partial(torchao, dtype=both[0], **o), both[0])) for kind, o in AO),
         *(Candidate(f"ours {form} {name(d)}", several(partial(ours, form=form), d)) for form, d in OURS),
     ]
 
@@ -114,7 +154,9 @@ def bits_of(name: str, inputs: int) -> float:
         return 4 + 2 * (16 if "bf16" in name else 32) / 64
     if "bitsandbytes" in name:
         return 4 + 16 / 64
-    return 8 if "int8pack" in name else 16 if "bf16" in name else 32
+    if "torchao int4" in name:
+        return 4 + 2 * 16 / 64
+    return 8 if "int8" in name else 16 if "bf16" in name else 32
 
 
 def read_bandwidth(megabytes: int = 256) -> float:
@@ -127,16 +169,17 @@ def case(report: Report, shape: tuple[int, int], rows: int, bandwidth: float) ->
     arguments = report.arguments
     outputs, inputs = shape
     report.add(f"## {rows} rows of x, {inputs} to {outputs} features", "")
-    everyone = candidates(shape, rows)
+    everyone = candidates(shape, rows, arguments.device)
     running = measure(everyone, arguments)
-    times = {c.name: c.best for c in running}
+    calls = 1 if arguments.device == "cpu" else count_of(shape, arguments.device)
+    times = {c.name: c.best / calls for c in running}
 
     def ratio(name: str, bases: list[str]) -> str:
         found = [times[base] for base in bases if base in times]
         return f"{min(found) / times[name]:.2f}x" if found else "-"
 
     def rivals(name: str) -> list[str]:
-        group = ("int8pack",) if "int8" in name else ("int4pack", "bitsandbytes")
+        group = ("int8pack", "torchao int8") if "int8" in name else ("int4pack", "torchao int4", "bitsandbytes")
         return [other for other in times if any(part in other for part in group)]
 
     table = []
@@ -144,7 +187,7 @@ def case(report: Report, shape: tuple[int, int], rows: int, bandwidth: float) ->
         own = outputs * inputs * bits_of(c.name, inputs) / 8
         table.append(
             [
-                *(c.name, f"{1e3 * c.best:.3f}", f"{1e3 * c.median:.3f}", c.spread),
+                *(c.name, f"{1e3 * times[c.name]:.4f}", f"{1e3 * c.median / calls:.4f}", c.spread),
                 *(f"{own / times[c.name] / 1e9:.1f}", f"{100 * own / times[c.name] / bandwidth:.0f} %"),
                 ratio(c.name, ["F.linear bf16"]),
                 ratio(c.name, ["F.linear bf16", "F.linear fp32"]),
@@ -162,11 +205,13 @@ def main() -> None:
     options.add_argument("--rows", default="1,8,256", help="rows of x, comma-separated")
     arguments = options.parse_args()
     report = Report("lowbit linear", arguments)
-    bandwidth = read_bandwidth()
+    on_cpu = arguments.device == "cpu"
+    bandwidth = read_bandwidth() if on_cpu else copy_bandwidth(arguments)
     report.add(
-        f"Reading alone reaches {bandwidth / 1e9:.1f} GB/s. All take turns in every round; ms is the shortest time, and"
-        " what the other columns come from. A ratio above 1x means faster than its base. The rivals of a 4-bit format"
-        " are torch's int4 kernel and bitsandbytes, that of int8 is torch's int8 kernel; the fastest of them counts.",
+        f"{'Reading alone' if on_cpu else 'A copy'} reaches {bandwidth / 1e9:.1f} GB/s. All take turns in every round;"
+        " ms is the shortest time, and what the other columns come from. A ratio above 1x means faster than its base."
+        " The rivals of a 4-bit format are torch's int4 kernel, torchao and bitsandbytes, those of int8 torch's int8"
+        " kernel and torchao; the fastest of them counts.",
         "",
     )
     for shape in arguments.shapes.split(","):

@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(256) decode(
     const Scale scale = load_scale(form, scales + row * form.scales_stride, block_of(u * UNIT));
     ELEMENT result[UNIT];
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) result[i] = narrow<ELEMENT>(decoded(values, code_of(unit, i), scale));
+    for (int i = 0; i < UNIT; ++i) result[i] = narrow<ELEMENT>(decoded(values, unit, i, scale));
 
     ELEMENT* there = out + to * form.length + u * UNIT;
     if ((u + 1) * UNIT <= form.length && (uint64_t)there % 16 == 0) {

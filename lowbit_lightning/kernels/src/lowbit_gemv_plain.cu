@@ -12,7 +12,7 @@
 constexpr int THREADS = 256, WARPS = THREADS / 32, ROWS = 4;
 
 // Unit u of a row of x, zeros after its end.
-LB_FN void load_x(const ELEMENT* row, int64_t u, int64_t length, bool packets, float (&v)[UNIT]) {
+LB_FN void load_x(const ELEMENT* row, int u, int length, bool packets, float (&v)[UNIT]) {
     const ELEMENT* from = row + u * UNIT;
     if (packets && (u + 1) * UNIT <= length) load_packet<UNIT>(from, v);
     else
@@ -25,29 +25,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) lowbit_gemv_plain(
     int64_t N, const BIAS* bias, ELEMENT* out) {
     __shared__ float of_warp[WARPS][ROWS * COLUMNS];
     const Values values(form);
-    const int64_t first = (int64_t)blockIdx.x * ROWS, units = ceil_div(form.length, UNIT);
+    const int64_t first = (int64_t)blockIdx.x * ROWS;
+    const int units = (int)ceil_div(form.length, UNIT), length = (int)form.length;
     const bool packets = has_packets(form, packed);
     const bool x_packets = (uint64_t)x % 16 == 0 && form.length * sizeof(ELEMENT) % 16 == 0;
     float sums[ROWS][COLUMNS] = {};
-    for (int64_t u = threadIdx.x; u < units; u += THREADS) {
+    const uint8_t *rows[ROWS], *scale_rows[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const int64_t row = min(first + r, N - 1);  // the last one again where there are no more
+        rows[r] = packed + row * form.packed_stride;
+        scale_rows[r] = scales + row * form.scales_stride;
+    }
+    for (int u = threadIdx.x; u < units; u += THREADS) {
         Unit unit[ROWS];
         Scale scale[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t row = min(first + r, N - 1);  // the last one again where there are no more
-            unit[r] = load_unit(form, packed + row * form.packed_stride, u, packets);
-            scale[r] = load_scale(form, scales + row * form.scales_stride, block_of(u * UNIT));
+            unit[r] = load_unit(form, rows[r], u, packets);
+            scale[r] = load_scale(form, scale_rows[r], block_of(u * UNIT));
         }
         float v[COLUMNS][UNIT];
 #pragma unroll
         for (int m = 0; m < COLUMNS; ++m)
-            load_x(x + min((int64_t)m, M - 1) * form.length, u, form.length, x_packets, v[m]);
+            load_x(x + min((int64_t)m, M - 1) * form.length, u, length, x_packets, v[m]);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             float part[COLUMNS] = {};
 #pragma unroll
             for (int i = 0; i < UNIT; ++i) {
-                const float value = values.of(code_of(unit[r], i));
+                const float value = values.of(unit[r], i);
 #pragma unroll
                 for (int m = 0; m < COLUMNS; ++m) part[m] = fused(value, v[m][i], part[m]);
             }

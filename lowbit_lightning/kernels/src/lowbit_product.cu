@@ -15,6 +15,7 @@
 // reads or writes together, a chunk of 8 rows or 8 chunks of a row, lie in different banks.
 #include "lowbit_units.h"
 #include "tensor_core.h"
+#include "lowbit_copies.h"
 #include "lowbit_parts.h"
 
 constexpr int TILE_O = 128, STEP = 64, THREADS = 256;
@@ -32,18 +33,19 @@ LB_FN int w_place(int r, int c) { return r * W_CHUNKS + (c ^ r % 8); }
 struct Piece { Unit unit; Scale scale; };  // zeros where there is none
 struct Weight {
     const uint8_t *packed, *scales;
-    int64_t rows;
+    uint32_t packed_stride, scales_stride;
+    int rows, length;
     bool packets;
     // This thread's pieces of the tile whose first element is in that row and column.
-    LB_METHOD void load(const Form& form, int64_t row, int64_t column, Piece (&pieces)[PIECES]) const {
+    LB_METHOD void load(const Form& form, int row, int column, Piece (&pieces)[PIECES]) const {
 #pragma unroll
         for (int p = 0; p < PIECES; ++p) {
             const int place = threadIdx.x + p * THREADS;
-            const int64_t r = row + place / W_CHUNKS, k = column + place % W_CHUNKS * UNIT;
+            const int r = row + place / W_CHUNKS, k = column + place % W_CHUNKS * UNIT;
             pieces[p] = {};
-            if (r >= rows || k >= form.length) continue;
-            pieces[p].unit = load_unit(form, packed + r * form.packed_stride, k / UNIT, packets);
-            pieces[p].scale = load_scale(form, scales + r * form.scales_stride, block_of(k));
+            if (r >= rows || k >= length) continue;
+            pieces[p].unit = load_unit(form, packed + (uint64_t)r * packed_stride, k / UNIT, packets);
+            pieces[p].scale = load_scale(form, scales + (uint64_t)r * scales_stride, block_of(k));
         }
     }
 };
@@ -54,8 +56,8 @@ LB_FN void decode(const Values& values, const Piece (&pieces)[PIECES], uint4* to
         uint32_t word[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float low = decoded(values, code_of(pieces[p].unit, 2 * i), pieces[p].scale);
-            const float high = decoded(values, code_of(pieces[p].unit, 2 * i + 1), pieces[p].scale);
+            const float low = decoded(values, pieces[p].unit, 2 * i, pieces[p].scale);
+            const float high = decoded(values, pieces[p].unit, 2 * i + 1, pieces[p].scale);
             word[i] = narrow_pair(low, high, ELEMENT());
         }
         to[w_place(place / W_CHUNKS, place % W_CHUNKS)] = make_uint4(word[0], word[1], word[2], word[3]);
@@ -101,27 +103,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_product(
     extern __shared__ __align__(128) uint4 tiles[];
     uint4 *decoded_tiles = tiles, *ring = tiles + 2 * DECODED_CHUNKS;
     const Values values(form);
-    const Weight weight{packed, scales, rows, has_packets(form, packed)};
+    const Weight weight{packed, scales, (uint32_t)form.packed_stride, (uint32_t)form.scales_stride, (int)rows,
+                        (int)form.length, has_packets(form, packed)};
     const int64_t outputs = TRANSPOSED ? form.length : rows, length = TRANSPOSED ? rows : form.length;
     const uint32_t tiles_m = (uint32_t)ceil_div(M, TILE_M);
     const int64_t tile_m = (int64_t)(blockIdx.x % tiles_m) * TILE_M, tile_o = (int64_t)(blockIdx.x / tiles_m) * TILE_O;
-    const int64_t first_step = blockIdx.y * steps, last_step = min(ceil_div(length, STEP), first_step + steps);
+    const int first_step = (int)(blockIdx.y * steps);
+    const int last_step = (int)min(ceil_div(length, STEP), first_step + steps);
 
-    const auto load_weight = [&](int64_t step, Piece (&pieces)[PIECES]) {
-        weight.load(form, TRANSPOSED ? step * STEP : tile_o, TRANSPOSED ? tile_o : step * STEP, pieces);
+    const auto load_weight = [&](int step, Piece (&pieces)[PIECES]) {
+        weight.load(form, TRANSPOSED ? step * STEP : (int)tile_o, TRANSPOSED ? (int)tile_o : step * STEP, pieces);
     };
-    const auto start_step = [&](int64_t step, int stage) {
-#pragma unroll
-        for (int i = threadIdx.x; i < STAGE_CHUNKS; i += THREADS) {
-            const int r = i / X_CHUNKS, c = i % X_CHUNKS;
-            const int64_t k = step * STEP + c * 8;
-            start_copy(ring + stage * STAGE_CHUNKS + x_place(r, c), x + (tile_m + r) * x_stride + k,
-                       tile_m + r < M && k < x_stride);
-        }
-    };
+    const int x_bytes = (int)x_stride * 2;
+    Copies<THREADS, TILE_M, X_CHUNKS> of_x(x, x_bytes, tile_m, M, x_bytes, first_step * STEP * 2, x_place);
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
-        if (first_step + s < last_step) start_step(first_step + s, s);
+        if (first_step + s < last_step) of_x.template start<true>(ring + s * STAGE_CHUNKS);
         close_group();
     }
     Piece pieces[PIECES];
@@ -133,11 +130,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_product(
     const int row = warp % WARPS_M * WARP_M, column = warp / WARPS_M * WARP_O;
     float sums[OF_X][OF_W][4] = {};
     int full = 0, empty = STAGES - 1;  // the stage that is multiplied next, and the one that is filled next
-    for (int64_t step = first_step; step < last_step; ++step) {
-        const int turn = (int)(step - first_step) % 2;
+    for (int step = first_step; step < last_step; ++step) {
+        const int turn = (step - first_step) % 2;
         wait_for_all_but<STAGES - 2>();
         __syncthreads();  // what this step reads has arrived and was decoded, and everyone has read what it overwrites
-        if (step + STAGES - 1 < last_step) start_step(step + STAGES - 1, empty);
+        if (step + STAGES - 1 < last_step) of_x.template start<true>(ring + empty * STAGE_CHUNKS);
         close_group();  // with nothing in it at the end, so that the count above stays right
         if (step + 1 < last_step) {
             decode(values, pieces, decoded_tiles + (1 - turn) * DECODED_CHUNKS);

@@ -29,7 +29,7 @@ LB_FN bool has_packets(const Form& form, const uint8_t* packed) {
     return (((uint64_t)packed | (uint64_t)form.packed_stride) & (UNIT_BYTES - 1)) == 0;
 }
 // Unit u of a row; zeros after the row's end.
-LB_FN Unit load_unit(const Form& form, const uint8_t* row, int64_t u, bool packets) {
+template <class T> LB_FN Unit load_unit(const Form& form, const uint8_t* row, T u, bool packets) {
     Unit unit = {};
     const uint8_t* from = row + u * UNIT_BYTES;
     if (packets && (u + 1) * UNIT <= form.length) {
@@ -50,12 +50,9 @@ LB_FN Unit load_unit(const Form& form, const uint8_t* row, int64_t u, bool packe
     if (BITS == 3) unit.high = row[low_width(form) + u];
     return unit;
 }
-// The i-th: in each byte the first is in the highest bits.
-LB_FN int32_t code_of(const Unit& unit, int i) {
-    if (BITS == 8) return (int8_t)(unit.low[i / 4] >> (8 * (i % 4)));
-    if (BITS == 4) return unit.low[0] >> (8 * (i / 2) + 4 - i % 2 * 4) & 15;
-    const int32_t low = unit.low[0] >> (8 * (i / 4) + 6 - i % 4 * 2) & 3;
-    return BITS == 2 ? low : low | (unit.high >> (7 - i) & 1) << 2;
+// Where the i-th code begins in its byte: the first is in the highest bits.
+LB_FN constexpr int shift_of(int i) {
+    return BITS == 8 ? i % 4 * 8 : BITS == 4 ? i / 2 * 8 + 4 - i % 2 * 4 : i / 4 * 8 + 6 - i % 4 * 2;
 }
 
 // ---- values and scales
@@ -69,21 +66,29 @@ struct Values {
         __syncthreads();
         table = values;
     }
-    LB_METHOD float of(int32_t code) const { return BITS == 8 ? (float)code : table[code]; }
+    LB_METHOD float of(const Unit& unit, int i) const {  // the i-th
+        if (BITS == 8) return (float)(int8_t)(unit.low[i / 4] >> shift_of(i));
+        // The code times four, which is its value's place in bytes.
+        const int shift = shift_of(i) - 2, high_shift = 7 - i - 4;
+        uint32_t place = shift < 0 ? unit.low[0] << -shift : unit.low[0] >> shift;
+        place &= BITS == 4 ? 60 : 12;
+        if (BITS == 3) place |= (high_shift < 0 ? unit.high << -high_shift : unit.high >> high_shift) & 16;
+        return *(const float*)((const uint8_t*)table + place);
+    }
 };
 
 struct Scale { float scale, offset; };
 
 LB_FN int64_t blocks_of(const Form& form) { return BLOCK ? ceil_div(form.length, BLOCK ? BLOCK : 1) : 1; }
-LB_FN int64_t block_of(int64_t element) { return BLOCK ? element / (BLOCK ? BLOCK : 1) : 0; }
-LB_FN Scale load_scale(const Form& form, const uint8_t* row, int64_t block) {
+template <class T> LB_FN T block_of(T element) { return BLOCK ? element / (BLOCK ? BLOCK : 1) : 0; }
+template <class T> LB_FN Scale load_scale(const Form& form, const uint8_t* row, T block) {
     if (!SQUARE) return {((const float*)row)[block], 0.0f};
     const uint8_t* codes = row + (AFFINE ? 2 : 1) + block;
     const float scale = square_scale((float)codes[0], power(row[0]));
     if (!AFFINE) return {scale, 0.0f};
     return {scale, square_offset((float)(int8_t)codes[blocks_of(form)], power(row[1]))};
 }
-LB_FN float decoded(const Values& values, int32_t code, Scale s) {
-    const float value = values.of(code) * s.scale;
+LB_FN float decoded(const Values& values, const Unit& unit, int i, Scale s) {
+    const float value = values.of(unit, i) * s.scale;
     return AFFINE ? value + s.offset : value;
 }
