@@ -293,6 +293,15 @@ def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     return y.view(*leading, outputs)
 
 
+def _run_split(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    _check_outliers(x, packed, scales, None, threshold)
+    operands = x.contiguous(), packed.contiguous(), scales.contiguous()
+    rest, product = run("split_outliers", x.device, *operands, threshold)
+    return (
+        (rest, product) if product is not None else (x.clone(), x.new_zeros(len(x), len(packed), dtype=torch.float32))
+    )
+
+
 def _like_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     _check_outliers(x, packed, scales, bias, threshold)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
@@ -346,6 +355,14 @@ _matmul = declare(
     implementation=_run_product,
     setup_context=_save,
     backward=_gradients,
+)
+_split = declare(  # the first step of int8_outlier_matmul, by itself
+    "split_outliers(Tensor x, Tensor packed, Tensor scales, float threshold) -> (Tensor, Tensor)",
+    fake=lambda x, packed, *_: (
+        torch.empty_like(x),
+        x.new_empty(x.shape[0], packed.shape[0], dtype=torch.float32),
+    ),
+    implementation=_run_split,
 )
 _outliers = declare(
     "int8_outlier_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? bias, float threshold) -> Tensor",

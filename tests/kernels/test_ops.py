@@ -66,6 +66,7 @@ def lowbit(form: str) -> tuple[torch.Tensor, torch.Tensor]:
         ("lowbit_matmul", lambda: (torch.randn(2, 3, 70), *lowbit("nf4"), torch.rand(5), "nf4")),
         ("lowbit_matmul_backward", lambda: (torch.randn(2, 3, 5), *lowbit("int4"), "int4", 70)),
         ("int8_outlier_matmul", lambda: (torch.randn(16, 70), *lowbit("int8"), None, 2.0)),
+        ("split_outliers", lambda: (torch.randn(16, 70), *lowbit("int8"), 2.0)),
         ("optimizer_step", lambda: (*step_arguments(), None)),
         ("optimizer_norms", lambda: lamb_arguments()),
     ],

@@ -80,7 +80,7 @@ def _decode(
     return out
 
 
-def split_outliers(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def split_outliers(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor | None]:
     """See the reference. Without outliers the product is zero: how many there are stays on the device."""
     (m, k), n = x.shape, packed.shape[0]
     text = specialised("lowbit_outliers.cu", ELEMENT=x.dtype)

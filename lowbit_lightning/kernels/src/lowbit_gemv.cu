@@ -171,13 +171,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv(
     const int row = warp * 16 * FRAGMENTS + g;
     const RowScales row_scales(form, scales, tile_row + row, N);
     const uint32_t one = narrow<ELEMENT>(1.0f).bits, ones[4] = {one * 65537, one * 65537, one * 65537, one * 65537};
-    // Where this lane's parts of each span lie in a stage, in bytes.
+    // Where this lane's parts of each span lie in a stage, in bytes. Up to 8 rows of x, lanes of rows that do not exist
+    // read the last one, at no cost: their sums are not kept.
+    const int x_row = J == 1 ? min(g, (int)M - 1) : g;
     int low_at[SPANS], x_at[SPANS];
 #pragma unroll
     for (int s = 0; s < SPANS; ++s) {
         const int byte = (s * 4 + t) * UNIT_BYTES;
         low_at[s] = low_place(row, byte / CHUNK) * CHUNK + byte % CHUNK;
-        x_at[s] = (TILE_N * (LOW_CHUNKS + HIGH_CHUNKS) + x_place(g, 4 * s + t)) * CHUNK;
+        x_at[s] = (TILE_N * (LOW_CHUNKS + HIGH_CHUNKS) + x_place(x_row, 4 * s + t)) * CHUNK;
     }
     const int high_at = (TILE_N * LOW_CHUNKS + row) * CHUNK + t;
     Sums sums = {};
