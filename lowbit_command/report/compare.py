@@ -60,7 +60,7 @@ def _curves(runs: list[tuple[str, Record, int]]) -> list[str]:
 def _results(runs: list[tuple[str, Record, int]]) -> str:
     head = ("run", "status", "steps", "time", "loss at the end", "samples/s", "states", "peak", "low bits")
     rows = [(parts.key(c, name), record.status, *_numbers(record)) for name, record, c in runs]
-    return parts.card("Results", parts.table(head, rows, range(2, len(head)), scroll=True))
+    return parts.card("Results", parts.table(head, rows, range(2, len(head)), "fold", scroll=True))
 
 
 def _numbers(record: Record) -> list[str]:
@@ -87,6 +87,6 @@ def _differences(runs: list[tuple[str, Record, int]]) -> str:
     ):
         rows = [(key, *values) for key, values in differing(configs).items()]
         head = ("", *(parts.key(c, name) for name, _, c in runs))
-        inside = parts.table(head, rows, scroll=True) if rows else '<p class="soft">None.</p>'
+        inside = parts.table(head, rows, css="fold", scroll=True) if rows else '<p class="soft">None.</p>'
         found.append(parts.card(title, inside, css="gap"))
     return "".join(found)

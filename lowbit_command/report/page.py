@@ -259,7 +259,7 @@ def _configuration(record: Record) -> Iterator[str]:
         changed = differing([before, record.config])
         rows = [(k, Html(f'<span class="was">{escape(a)}</span>'), b) for k, (a, b) in changed.items()]
         note = f"the previous run is {record.previous.get('folder', '')}"
-        inside = parts.table(("", "before", "now"), rows) if rows else '<p class="soft">None.</p>'
+        inside = parts.table(("", "before", "now"), rows, css="fold") if rows else '<p class="soft">None.</p>'
         yield card("Differences to the previous run", inside, note)
     if record.config:
         yield parts.folded("Configuration", parts.facts(flat(record.config)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -46,16 +47,19 @@ def tiles(values: Iterable[tuple[str, str]]) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = (), css: str = "", scroll: bool = False
 ) -> str:
-    """``numbers``: columns that are aligned to the right. A cell that is ``Html`` is put in as it is."""
+    """``numbers``: columns that are aligned to the right. A cell that is ``Html`` is put in as it is. ``css="fold"``:
+    on a narrow page a row is a block: its first cell, and below it the others, each under the head of its column."""
     right = set(numbers)
+    names = [escape(re.sub("<[^>]*>", "", name) if isinstance(name, Html) else name) for name in head]
 
     def line(cells: Sequence[Any], kind: str) -> str:
         out = []
         for i, value in enumerate(cells):
-            css = "n" if i in right else value.css if isinstance(value, Html) else ""
+            of = "n" if i in right else value.css if isinstance(value, Html) else ""
             text = str(value) if isinstance(value, Html) else escape(str(value))
-            out.append(tag(kind, text, css))
-        return f"<tr>{''.join(out)}</tr>"
+            above = f' data-head="{names[i]}"' if css == "fold" and kind == "td" and i and head else ""
+            out.append(f"<{kind}{f' class={of}' if of else ''}{above}>{text}</{kind}>")
+        return f"<tr{' class=head' if kind == 'th' else ''}>{''.join(out)}</tr>"
 
     top = line(head, "th") if head else ""
     made = f'<table class="{css}">{top}{"".join(line(row, "td") for row in rows)}</table>'
@@ -107,7 +111,7 @@ def folded(title: str, inside: str) -> str:
 
 def facts(values: Mapping[str, Any]) -> str:
     """Names and values in two columns."""
-    return table((), [(Html.cell(escape(k), "k"), str(v)) for k, v in values.items()])
+    return table((), [(Html.cell(escape(k), "k"), str(v)) for k, v in values.items()], css="fold")
 
 
 def amount(nbytes: float) -> str:

@@ -72,8 +72,17 @@ class Series:
     def until(self, step: int) -> Series:
         """The part up to a step, for a run that goes on from there."""
         kept = sum(s <= step for s in self.steps)
-        cut = {name: getattr(self, name)[:kept] for name in ("steps", "seconds", "low", "high", "mean")}
-        return Series(self.unit, self.every, **cut, nonfinite=[s for s in self.nonfinite if s <= step], open=self.every)
+        return Series(
+            unit=self.unit,
+            every=self.every,
+            steps=self.steps[:kept],
+            seconds=self.seconds[:kept],
+            low=self.low[:kept],
+            high=self.high[:kept],
+            mean=self.mean[:kept],
+            nonfinite=[s for s in self.nonfinite if s <= step],
+            open=self.every,
+        )
 
     def last(self) -> float | None:
         """The newest finite value."""
@@ -91,10 +100,18 @@ class Series:
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Series:
         """What ``to_dict`` gave."""
-        found = {k: list(v) if isinstance(v, list) else v for k, v in told.items()}
-        found.setdefault("low", list(found["mean"]))
-        found.setdefault("high", list(found["mean"]))
-        return cls(**found, open=found["every"])
+        mean = list(told["mean"])
+        return cls(
+            unit=told["unit"],
+            every=told["every"],
+            steps=list(told["steps"]),
+            seconds=list(told["seconds"]),
+            low=list(told.get("low", mean)),
+            high=list(told.get("high", mean)),
+            mean=mean,
+            nonfinite=list(told.get("nonfinite", ())),
+            open=told["every"],
+        )
 
 
 def _of(choose: Any, a: float | None, b: float | None) -> float | None:

@@ -64,8 +64,11 @@ footer{margin-top:30px;color:var(--soft);font-size:13px}
 .narrow{display:none!important}
 @media(max-width:760px){.broad{display:none!important}.narrow{display:block!important}main{padding:18px 12px 28px}
 h1{font-size:21px}.tile b{font-size:18px}.tiles{grid-template-columns:repeat(2,1fr);gap:8px}
-.tile,.card{padding:12px}.fold td.bar,.fold th.bar,.fold th:first-child{display:none}
-.fold tr{display:grid;grid-template-columns:repeat(auto-fit,minmax(70px,1fr));border-bottom:1px solid var(--edge)}
-.fold td,.fold th{border:0}.fold td:first-child{grid-column:1/-1;padding-bottom:0}.fold td.n{padding-top:0}}
+.tile,.card{padding:12px}.fold td.bar,.fold .head{display:none!important}
+.fold tr{display:grid;grid-template-columns:repeat(auto-fit,minmax(96px,1fr));gap:0 8px;padding:5px 0;
+border-bottom:1px solid var(--edge)}.fold tr:last-child{border:0}
+.fold td,.fold td.n{border:0;padding:0;text-align:left}.fold td:first-child{grid-column:1/-1;font-weight:600}
+.fold td[data-head]:before{content:attr(data-head);display:block;color:var(--soft);font-size:12px}
+.fold td.k+td{grid-column:1/-1}}
 @media print{body{background:#fff}.card,.tile{break-inside:avoid}}
 """

@@ -166,12 +166,14 @@ class RunReport(Callback):
         self._losses, self._samples, self._tokens = [], 0, 0
         if len(self._pending) >= PENDING or now - self._written > self.every_n_seconds:
             self._guarded(self._flush, trainer)
+            self._guarded(self._metrics, trainer)
             if now - self._written > self.every_n_seconds:
                 self._guarded(self._write)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self.record is not None and not trainer.sanity_checking:
             self._guarded(self._flush, trainer)
+            self._guarded(self._metrics, trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finish(trainer, FINISHED)
@@ -210,10 +212,10 @@ class RunReport(Callback):
             if rate is not None:
                 self.record.curve(RATE).add(step, seconds, float(rate))
             self.record.steps, self.record.seconds = step, seconds
-        self._metrics(trainer)
 
     def _metrics(self, trainer: L.Trainer) -> None:
-        """A point for every metric that was logged."""
+        """A point for every metric that was logged. Not where ranks may have parted, at the end: a metric that is
+        still to be computed would wait for them."""
         assert self.record is not None
         step = trainer.global_step
         if step == self._metric_step:
@@ -234,6 +236,8 @@ class RunReport(Callback):
         record.status, record.ended, self._trainer = status, _now(), None
         module, optimizers = trainer.lightning_module, trainer.optimizers
         self._guarded(self._flush, trainer)
+        if trainer.world_size == 1:
+            self._guarded(self._metrics, trainer)
         for gather in (
             lambda: setattr(record, "ops", observed.ops(self._calls)),  # before the next ones call ops themselves
             lambda: self._memory(trainer, record),

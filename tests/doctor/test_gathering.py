@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,19 @@ def test_this_machine_is_described() -> None:
         assert probe.judge(facts), probe.__name__
 
 
+def test_a_second_runtime_is_seen_where_it_is_mapped(tmp_path: Path) -> None:
+    """Two copies of a library with the name of a runtime, in a process of its own."""
+    found = [str(tmp_path / name) for name in ("libgomp.so.1", "libgomp-a34b3233.so.1")]
+    subprocess.run(["c++", "-shared", "-x", "c++", "-", "-o", found[0]], input="int gomp;", text=True, check=True)
+    shutil.copy(*found)
+    program = (
+        "import ctypes, sys; from lowbit_command.doctor.probes import torch as probe\n"
+        "held = [ctypes.CDLL(path) for path in sys.argv[1:]]; print(*probe.runtimes())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *found], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted(found)
+
+
 def test_cpu_quotas_of_control_groups(tmp_path: Path) -> None:
     group = tmp_path / "a"
     group.mkdir()
@@ -208,6 +223,22 @@ def test_the_command_on_a_machine_without_a_compiler_and_with_a_hostile_cache(
     (on_cpu,) = [device for device in told["devices"] if device["device"] == "cpu"]
     assert on_cpu["backend"] == "reference"
     assert {state for states in on_cpu["ops"].values() for state in states} == {coverage.REFERENCE}
+
+
+def test_a_torch_that_cannot_be_imported_hides_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "torch" / "__init__.py"
+    broken.parent.mkdir()
+    broken.write_text('raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.99\' not found")\n')
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.delenv("CXX", raising=False)
+    assert cli.main(["doctor"]) == 3
+    said = capsys.readouterr().out
+    assert "FAIL  torch        the libstdc++ that is loaded first is too old for this torch" in said
+    assert "OK    compiler" in said
+    assert said.count("FAIL") == 1
+    assert said.rstrip().endswith("1 failure") or "warning" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("level", "status"), [(OK, 0), (WARN, 1), (FAIL, 3)])

@@ -29,7 +29,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "torch": {
         "environment": {"LD_PRELOAD": "", "LD_LIBRARY_PATH": "", "OMP_NUM_THREADS": ""},
         **{"conda": False, "error": "", "mount": "/", "version": "2.9.0", "cuda": "13.0", "hip": None, "threads": 8},
-        **{"runtimes": GOMP[:1], "with_kernel": GOMP[:1], "kernel": ""},
+        **{"runtimes": GOMP[:1], "with_kernel": GOMP[:1], "kernel": "", "bundled": []},
     },
     "compiler": {
         **{"cxx": "", "gpu": False, "system": "Linux", "distribution": ["debian"], "conda": False, "root": False},
@@ -173,6 +173,7 @@ def test_what_needs_no_mending_is_ok() -> None:
     assert "no NVIDIA GPU" in judge("gpu", gpu=False, library="libcuda.so.1: not found")[0].text
     preloaded = judge("torch", with_kernel=GOMP, environment={**TORCH_ENV, "LD_PRELOAD": GOMP[0]})
     assert {f.level for f in preloaded} == {OK}
+    assert "scikit_learn would load another" in judge("torch", bundled=["scikit_learn"])[1].text
     assert judge("limits", quota=2.0, threads="2")[2].level == OK
 
 

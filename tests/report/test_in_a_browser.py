@@ -44,6 +44,7 @@ function measure(view) {
     return texts.flatMap((a, i) => texts.slice(i + 1).filter(b => overlap(rect(a), rect(b)))
       .map(b => a.textContent + ' over ' + b.textContent)); });
   told.smallest = Math.min(...all('svg text').map(e => rect(e).height));
+  told.crushed = all('td,th').filter(e => e.textContent.length > 4 && rect(e).width < 36).map(e => e.textContent);
   told.charts = all('svg').length;
   told.blank = all('.line').filter(e => e.getAttribute('d').includes('L') && rect(e).width < 5).length;
   return told;
@@ -81,7 +82,9 @@ def test_nothing_overflows_is_cut_off_or_too_small(tmp_path: Path) -> None:
     for where, told in found.items():
         if "page 2" in where:
             continue
-        problems = {name: told[name] for name in ("wider", "outside", "cut", "overlaps", "blank") if told[name]}
+        problems = {
+            name: told[name] for name in ("wider", "outside", "cut", "overlaps", "crushed", "blank") if told[name]
+        }
         assert not problems, (where, problems)
         assert told["smallest"] > 10, where
         assert told["charts"] >= 4, where

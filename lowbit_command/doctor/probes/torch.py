@@ -30,7 +30,7 @@ def gather() -> dict[str, Any]:
         where = mount_of(Path(sys.prefix))[0]
         return facts | {"error": f"{type(error).__name__}: {error}", "mount": where}
     facts |= {"error": "", "version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
-    facts |= {"threads": torch.get_num_threads(), "runtimes": _runtimes()}
+    facts |= {"threads": torch.get_num_threads(), "runtimes": runtimes(), "bundled": _bundled(Path(torch.__file__))}
     return facts | _with_a_kernel()
 
 
@@ -49,10 +49,10 @@ def _with_a_kernel() -> dict[str, Any]:
             return {"kernel": "" if isinstance(error, compile.CompilerNotFound) else str(error)}
         except (OSError, compile.CompileError) as error:
             return {"kernel": str(error)}
-        return {"kernel": "", "with_kernel": _runtimes()}
+        return {"kernel": "", "with_kernel": runtimes()}
 
 
-def _runtimes() -> list[str]:
+def runtimes() -> list[str]:
     """The files of OpenMP runtimes that this process has mapped, each once."""
     found: dict[tuple[str, str], str] = {}
     for line in text("/proc/self/maps").splitlines():
@@ -60,6 +60,12 @@ def _runtimes() -> list[str]:
         if len(fields) == 6 and _RUNTIME.search(fields[5].strip()):
             found[fields[3], fields[4]] = fields[5].strip()
     return sorted(set(found.values()))
+
+
+def _bundled(torch: Path) -> list[str]:
+    """Other packages beside torch that bring a libgomp of their own, which they load when they are imported."""
+    folders = {path.parent.name for path in torch.parents[1].glob("*.libs/libgomp*")}
+    return sorted(folder.removesuffix(".libs") for folder in folders if not folder.startswith("torch"))
 
 
 def judge(facts: dict[str, Any]) -> list[Finding]:
@@ -114,19 +120,20 @@ def _newer_libstdcxx(facts: dict[str, Any]) -> str:
 
 
 def _openmp(facts: dict[str, Any]) -> Finding:
-    runtimes = facts.get("with_kernel") or facts["runtimes"]
-    names = ", ".join(os.path.basename(path) for path in runtimes) or "none"
+    loaded = facts.get("with_kernel") or facts["runtimes"]
+    names = ", ".join(os.path.basename(path) for path in loaded) or "none"
     preloaded = [path for path in facts["environment"]["LD_PRELOAD"].replace(":", " ").split() if _RUNTIME.search(path)]
-    if len(runtimes) > 1 and not preloaded:
+    if len(loaded) > 1 and not preloaded:
         text = (
-            f"{len(runtimes)} OpenMP runtimes are loaded in one process ({names}): their threads fight for the cores,"
+            f"{len(loaded)} OpenMP runtimes are loaded in one process ({names}): their threads fight for the cores,"
             " and results can be wrong"
         )
-        return warn("OpenMP", text, f"export LD_PRELOAD={(facts['runtimes'] or runtimes)[0]}")
+        return warn("OpenMP", text, f"export LD_PRELOAD={(facts['runtimes'] or loaded)[0]}")
     if facts["threads"] == 1 and facts["environment"]["OMP_NUM_THREADS"] == "1":
         return ok("OpenMP", f"{names}; one thread, as OMP_NUM_THREADS=1 asks for")
-    shared = f", preloaded: {os.path.basename(preloaded[0])}" if preloaded and len(runtimes) > 1 else ""
-    return ok("OpenMP", f"{names}{shared}; {facts['threads']} threads")
+    shared = f", preloaded: {os.path.basename(preloaded[0])}" if preloaded and len(loaded) > 1 else ""
+    others = f"; {', '.join(facts['bundled'])} would load another" if facts["bundled"] and not preloaded else ""
+    return ok("OpenMP", f"{names}{shared}; {facts['threads']} threads{others}")
 
 
 def _first(said: str) -> str:
