@@ -17,7 +17,7 @@ from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, BlockGrid, chec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-_PLACE, _KIND = attrgetter("shape", "device"), attrgetter("dtype", "layout")
+_PLACE = attrgetter("shape", "device", "layout", "dtype")
 
 
 class StepScalars(NamedTuple):
@@ -91,8 +91,14 @@ class StepArguments:
         return [t for t in dict.fromkeys(tensors) if not t.is_inference()]
 
     @cached_property
-    def _places(self) -> list[tuple[torch.Size, torch.device]]:
-        return list(map(_PLACE, self.params))
+    def plain(self) -> bool:
+        """Whether no parameter is a tensor subclass."""
+        return {*map(type, self.params)} <= {Tensor, torch.nn.Parameter}
+
+    @cached_property
+    def _places(self) -> dict[torch.dtype, list[tuple]]:
+        """What gradients of a dtype must be, as ``_PLACE`` gives it."""
+        return {dtype: [(p.shape, p.device, torch.strided, dtype) for p in self.params] for dtype in FLOATS}
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -109,7 +115,7 @@ class StepArguments:
         dtype = grads[0].dtype
         if dtype not in FLOATS:
             raise TypeError(f"grads must be float32, float16 or bfloat16, got {dtype}")
-        if list(map(_PLACE, grads)) != self._places or set(map(_KIND, grads)) != {(dtype, torch.strided)}:
+        if list(map(_PLACE, grads)) != self._places[dtype]:
             for i, grad in enumerate(grads):
                 self._check_gradient(i, grad, dtype)
         for name in _TENSORS:

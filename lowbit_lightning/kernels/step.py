@@ -57,12 +57,12 @@ def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: 
 def _through_dispatcher(arguments: StepArguments) -> bool:
     """Whether torch has to see the op: when it traces, or with tensor subclasses. Thousands of tensors take it
     milliseconds, a good part of what the step itself takes."""
-    return torch.compiler.is_compiling() or any(type(p) not in (Tensor, torch.nn.Parameter) for p in arguments.params)
+    return torch.compiler.is_compiling() or not arguments.plain
 
 
 def _step(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None) -> None:
     near = _contiguous(arguments)
-    run("optimizer_step", arguments.device, near, [g.contiguous() for g in grads], scalars, norms)
+    run("optimizer_step", arguments.device, near, _all_contiguous(grads), scalars, norms)
     for original, p in zip(arguments.params, near.params, strict=True) if near is not arguments else ():
         if p is not original:
             original.copy_(p)
@@ -70,15 +70,20 @@ def _step(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalar
 
 
 def _norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
-    return run("optimizer_norms", arguments.device, _contiguous(arguments), [g.contiguous() for g in grads], scalars)
+    return run("optimizer_norms", arguments.device, _contiguous(arguments), _all_contiguous(grads), scalars)
 
 
 def _contiguous(arguments: StepArguments) -> StepArguments:
     """The arguments with copies of parameters that are not contiguous: in channels_last, say."""
-    if all(p.is_contiguous() for p in arguments.params):
+    params = _all_contiguous(arguments.params)
+    if params is arguments.params:
         return arguments
     _warn_of_copies()
-    return replace(arguments, params=[p.contiguous() for p in arguments.params])
+    return replace(arguments, params=params)
+
+
+def _all_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tensors if all(map(Tensor.is_contiguous, tensors)) else [x.contiguous() for x in tensors]
 
 
 @cache

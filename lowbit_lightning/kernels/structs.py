@@ -80,7 +80,7 @@ def parameter_rows(arguments: StepArguments, grads: Sequence[Tensor]) -> array:
     width = len(columns) + _SHAPE_WORDS
     for number, tensors in enumerate(columns):
         if tensors:
-            words[number : len(tensors) * width : width] = array("q", map(Tensor.data_ptr, tensors))
+            words[number : len(tensors) * width : width] = array("q", [*map(Tensor.data_ptr, tensors)])
     return words
 
 

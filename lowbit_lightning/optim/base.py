@@ -144,18 +144,19 @@ class LowBitOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work, ordinal = [], 0
+        groups, ordinal = [], 0
         for group in self.param_groups:
             check_form(group)
-            indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            for part, chosen in self._parts(group, indices):
-                params = [group["params"][i] for i in chosen]
-                work.append((self.settings(part), params, [ordinal + i for i in chosen]))
-            ordinal += len(group["params"])
+            params, grads = group["params"], [p.grad for p in group["params"]]
+            some = [i for i, grad in enumerate(grads) if grad is not None]
+            for part, chosen in self._parts(group, some) if some else ():
+                columns = [params[i] for i in chosen], [grads[i] for i in chosen], [ordinal + i for i in chosen]
+                groups.append((self.settings(part), *columns))
+            ordinal += len(params)
         asked = Asked(getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._max_norm)
         self._max_norm = None
         store = self._store
-        self._plans.run(work, store, self._everyone, asked)
+        self._plans.run(groups, store, self._everyone, asked)
         store.pagers.end_step(self.state, self._everyone)
         return loss
 
@@ -185,7 +186,7 @@ class LowBitOptimizer(Optimizer):
         """
         check_form(group)
         store = self._store
-        self._plans.run([(self.settings(group), [p], [ordinal])], store, self._everyone, Asked())
+        self._plans.run([(self.settings(group), [p], [p.grad], [ordinal])], store, self._everyone, Asked())
         store.pagers.record_order(p)
 
     def form_states(self) -> None:

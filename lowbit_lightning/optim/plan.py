@@ -53,11 +53,13 @@ class Plans:
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, dict[Tensor, Plan]] = WeakKeyDictionary()
 
-    def run(
-        self, groups: Iterable[tuple[Settings, list[Tensor], list[int]]], store: Store, everyone: Everyone, asked: Asked
-    ) -> None:
-        """A step of parameters that have a gradient: of each group those, with their places among all parameters."""
-        work = [_collect(*group) for group in groups if group[1]]
+    def run(self, groups: Iterable[tuple], store: Store, everyone: Everyone, asked: Asked) -> None:
+        """A step; ``groups``: of each that has gradients the settings, and parameters, gradients and places of these.
+
+        Raises:
+            ValueError: for a sparse gradient.
+        """
+        work = [_collect(*group) for group in groups]
         plans = self._plans_of(work, store, everyone)
         params, grads = [p for part in work for p in part.params], [grad for part in work for grad in part.grads]
         found = factors(params, grads, asked, any(part.settings.group["skip_nonfinite"] for part in work))
@@ -123,9 +125,8 @@ class Plan:
 
     def _norms(self, work: Work, kinds: int, scalars: Scalars) -> dict[torch.device, Tensor]:
         """For each device the norms of all parameters there, by their numbers, of all ranks; a collective."""
-        found = {
-            p.device: torch.zeros(len(work.params), kinds, dtype=torch.float64, device=p.device) for p in work.local
-        }
+        devices = dict.fromkeys(p.device for p in work.local)  # in the same order on all ranks
+        found = {x: torch.zeros(len(work.params), kinds, dtype=torch.float64, device=x) for x in devices}
         cut: dict[torch.device, dict[int, list[Tensor]]] = {device: {} for device in found}
         for launch in self._launches:
             device = launch.arguments.device
@@ -196,15 +197,12 @@ class Launch:
                 rows[k] = row._replace(step=self._copies[-1][0])
         self._settings, self._rows, self._place = settings, rows, place
         self.arguments = _arguments(settings, rows)
+        self.bits = 8 if any(column[0].dtype == torch.uint8 for column in self.arguments.states) else 32
 
     @property
     def index(self) -> int:
         """Where it comes in the order of chunks; first what is not paged."""
         return -1 if self._place is None else self._place[1].index
-
-    @property
-    def bits(self) -> int:
-        return 8 if any(column[0].dtype == torch.uint8 for column in self.arguments.states) else 32
 
     def copy_step_counts(self) -> None:
         """Have the step counts of pieces be their parameters'."""
@@ -312,17 +310,15 @@ def _row(work: Work, kept: dict[str, Tensor], i: int, piece: Piece | None) -> Ro
     return row._replace(states=[near[name] for name in codes], remainder=near.get(MASTER))
 
 
-def _collect(settings: Settings, params: list[Tensor], ordinals: list[int]) -> Work:
-    grads = []
-    for p in params:
-        assert p.grad is not None
-        if p.grad.layout is not torch.strided:
+def _collect(settings: Settings, params: list[Tensor], grads: list[Tensor], ordinals: list[int]) -> Work:
+    for p, grad in zip(params, grads, strict=True):
+        if grad.layout is not torch.strided:
             raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}); "
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({grad.layout}); "
                 "build its embedding with sparse=False"
             )
-        grads.append(shards.part_of(p, p.grad))
-    return Work(settings, params, [shards.local(p) for p in params], grads, ordinals)
+    local = [shards.local(p) for p in params]
+    return Work(settings, params, local, list(map(shards.part_of, params, grads)), ordinals)
 
 
 def _places(work: Work) -> list[Any]:

@@ -7,8 +7,8 @@ A parameter may decide about its own states: ``parameter.state_bits = 32`` (or 8
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import Form, Paging, StateFormat, fits_grid
 from lowbit_lightning.state.store import Store
 
-_FORM = ("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
-"""Group keys that decide what a group's launches are."""
+_form = itemgetter("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
+"""The values of a group's keys that decide what its launches are."""
 
 
 def state_bits(p: Tensor) -> int | None:
@@ -38,8 +38,7 @@ def state_bits(p: Tensor) -> int | None:
     return bits
 
 
-@dataclass(frozen=True, eq=False)
-class Settings:
+class Settings(NamedTuple):
     """A group and what its optimizer makes of it. ``initial``: of each state, before the first step. ``derived``:
     hyperparameters of the rule that are no keys, by the bits of the parameters' states."""
 
@@ -51,7 +50,7 @@ class Settings:
     @property
     def key(self) -> tuple:
         """Equal for settings that lead to the same plan."""
-        return (self.rule.name, *(self.group[name] for name in _FORM))
+        return self.rule.name, *_form(self.group)
 
     @property
     def format(self) -> StateFormat:
@@ -118,7 +117,7 @@ class Settings:
         return StepScalars(
             [float(values[name]) for name in self.rule.hyper],
             lr.detach().float() if on_device else None,
-            **{name: value if value is None else value.to(device) for name, value in asked._asdict().items()},
+            *[factor if factor is None else factor.to(device) for factor in asked],
             seed=self.group["seed"],
             maximize=self.group["maximize"],
         )

@@ -43,7 +43,7 @@ struct Block {
 
 // Adjacent blocks of one parameter.
 struct Run {
-    Parameter q;
+    const Parameter& q;
     int64_t parameter;  // its index
     int count;
     Block block[RUN_BLOCKS];
@@ -122,7 +122,7 @@ LB_FN void keep_states(
 
 // An element any of whose coded states is not finite has all its states set to zero, those in 32 bits too. A value
 // below zero of a state that has none counts as zero.
-static __attribute__((noinline)) void drop_non_finite(const Parameter& q, const Block& block, Pending& pending) {
+static __attribute__((noinline)) void drop_non_finite(Parameter q, Block block, Pending& pending) {
     for (int i = 0; i < block.n; i += W) {
         I finite = splat<I>(-1);
         for (int s = 0; s < RULE_STATES; ++s)
@@ -156,16 +156,17 @@ template <int S = 0> LB_FN void find_scales(const Extremes* seen, Scales& scales
     }
 }
 
-template <int S = 0> LB_FN void encode_states(const Run& run, const Pending* pending, const Scales* scales) {
+template <int S = 0> LB_FN void
+encode_states(const Parameter& q, const Run& run, const Pending* pending, const Scales* scales) {
     if constexpr (S < RULE_STATES) {
         typedef typename MapOf<RULE_NON_NEGATIVE[S]>::Constants C;
         for (int k = 0; k < run.count && coded(S); ++k) {
             const Block block = run.block[k];
-            run.q.scales[S][block.number] = scales[k].of[S];
-            uint8_t* codes = (uint8_t*)run.q.state[S] + block.start;
+            q.scales[S][block.number] = scales[k].of[S];
+            uint8_t* codes = (uint8_t*)q.state[S] + block.start;
             encode_block<C>(pending[k].values[S], block.n, scales[k].of[S], codes);
         }
-        encode_states<S + 1>(run, pending, scales);
+        encode_states<S + 1>(q, run, pending, scales);
     }
 }
 
@@ -264,7 +265,7 @@ static void update_run(const Shared& of_all, const Run& run) {
         const Block block = run.block[k];
         scales[k] = update_block(shared, q, block, pending[k]);
     }
-    encode_states(run, pending, scales);
+    encode_states(q, run, pending, scales);
 }
 
 extern "C" void optimizer_step(const Call* call) {
@@ -303,16 +304,17 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
     }
     const float factor = factor_of(*call);
     for_runs(*call, [&](const Run& run) {
+        const Parameter q = run.q;
         for (int k = 0; k < run.count; ++k) {
             const Block& block = run.block[k];
-            const Scales scales = scales_of(run.q, block);
+            const Scales scales = scales_of(q, block);
             alignas(64) float squares[RULE_NORMS][BLOCK] = {};
             for (int i = 0; i < block.n; i += W) {
                 const int count = std::min(W, block.n - i);
                 const int64_t at = block.start + i;
                 V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
-                V p = load_parameter(run.q, at, count), g = load((const GRAD*)run.q.g + at, count) * factor;
-                load_states(run.q, at, count, s);
+                V p = load_parameter(q, at, count), g = load((const GRAD*)q.g + at, count) * factor;
+                load_states(q, at, count, s);
                 rule_direction(scalars[run.parameter], p, g, s, scales.of, t);
                 rule_norm_values(p, t, n);
                 for (int j = 0; j < RULE_NORMS; ++j) store(squares[j] + i, n[j] * n[j], count);
