@@ -67,17 +67,9 @@ def quantize(
         TypeError, ValueError: for a bad setting, a pattern that matches nothing, or nothing left to quantise. Nothing
             is changed then.
     """
-    selection = select_weights(
-        module,
-        Weights.of(weights, **settings),
-        include=include,
-        exclude=exclude,
-        filter=filter,
-        output_layer=output_layer,
-        overrides=overrides,
-        embeddings=embeddings,
-        experts=experts,
-    )
+    which: dict[str, Any] = {"include": include, "exclude": exclude, "filter": filter, "output_layer": output_layer}
+    which |= {"overrides": overrides, "embeddings": embeddings, "experts": experts}
+    selection = select_weights(module, Weights.of(weights, **settings), **which)
     seen: dict[int, LowBitWeight] = {}
     for name, own in selection.chosen.items():
         layer = layer_at(module, name)

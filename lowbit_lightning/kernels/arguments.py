@@ -1,5 +1,5 @@
-"""The arguments of the optimizer step, for every rule and backend: what stays from step to step (``StepArguments``),
-the gradients, and what else is new in each step (``StepScalars``)."""
+"""The arguments of the optimizer step, for every rule and backend: ``StepArguments``, which stay from step to step, the
+gradients, and ``StepScalars``, which are new in each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ _PLACE = attrgetter("shape", "device", "layout", "dtype")
 
 
 class StepScalars(NamedTuple):
-    """What is new in each step, beside the gradients.
+    """The scalars that are new in each step.
 
-    ``hyper``: the rule's hyperparameters in its order, as Python floats. Optional 0-d float32 tensors on the
-    parameters' device, read there without a synchronisation: ``lr`` replaces ``hyper``'s; ``unscale`` and ``clip``
-    multiply the gradients; ``skip``: non-zero means that nothing happens, step counts included. ``seed`` is the one of
-    ``stochastic_rounding``; ``maximize`` negates the gradients.
+    ``hyper``: the rule's hyperparameters in its order, as Python floats. ``lr``, ``unscale``, ``clip`` and ``skip`` are
+    optional 0-d float32 tensors on the parameters' device, which are read there without a synchronisation. ``lr``
+    replaces that of ``hyper``. ``unscale`` and ``clip`` multiply the gradients. If ``skip`` is not zero, nothing
+    changes, not even step counts. ``seed`` is for ``stochastic_rounding``. ``maximize`` negates the gradients.
     """
 
     hyper: Sequence[float]
@@ -38,26 +38,28 @@ class StepScalars(NamedTuple):
     maximize: bool = False
 
 
-_TENSORS = [name for name, kind in StepScalars.__annotations__.items() if "Tensor" in str(kind)]
+SCALARS: dict[str, Any] = get_type_hints(StepScalars)
+"""Names and types. torch's schema of the step and the struct of its kernels follow from them."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepArguments:
-    """What stays from one step to the next: n parameters that one launch updates, and their states.
+    """The arguments that stay from one step to the next: n parameters that one launch updates, and their states.
 
-    ``params``: n tensors. ``steps``: n 0-d float32 tensors, the number of steps taken so far.
-    ``states[s][i]``: state s of parameter i, of the parameter's shape: uint8 codes, or float32. ``scales[s][i]``:
-    float32 of ``BlockGrid.scales_shape`` for codes; unused (any tensor) for float32. Parameters have one dtype,
-    float32, float16 or bfloat16, and each of the states one.
+    ``params``: n tensors of one dtype: float32, float16 or bfloat16. ``steps``: n 0-d float32 tensors with the number
+    of steps taken so far. ``states[s][i]``: state s of parameter i, of the parameter's shape: uint8 codes, or float32.
+    A state has the same dtype for all parameters. ``scales[s][i]``: for codes float32 of ``BlockGrid.scales_shape``;
+    for float32 states any tensor, which is not used.
 
     ``ordinals`` (a number per parameter) and ``offsets`` (the global index of each parameter's first element, for
-    shards) key, with the seed, the random words of ``stochastic_rounding`` (bfloat16 parameters only).
+    shards) are, with the seed, the key of the random words of ``stochastic_rounding`` (bfloat16 parameters only).
 
-    ``remainders``: none, or for each parameter, all bfloat16, the next eight bits of a 24-bit master copy: int8, of
-    its shape. The master's bits are those of the parameter, followed by eight zeros, plus the remainder.
+    ``remainders``: empty, or for each parameter, which must be bfloat16, the next eight bits of a 24-bit master copy:
+    int8, of the parameter's shape. The bits of the master are the parameter's bits, followed by eight zeros, plus the
+    remainder.
 
     Raises:
-        TypeError, ValueError: naming what does not fit.
+        TypeError, ValueError: for arguments that do not fit together; the error names them.
     """
 
     rule: str
@@ -86,7 +88,7 @@ class StepArguments:
 
     @cached_property
     def written(self) -> list[Tensor]:
-        """All that a step writes, because autograd must see that a kernel overwrote a saved tensor."""
+        """All tensors that a step writes: autograd must notice if a kernel overwrites a tensor that it saved."""
         tensors = [*self.params, *self.steps, *self.remainders, *(t for s in (*self.states, *self.scales) for t in s)]
         return [t for t in dict.fromkeys(tensors) if not t.is_inference()]
 
@@ -97,13 +99,13 @@ class StepArguments:
 
     @cached_property
     def _places(self) -> dict[torch.dtype, list[tuple]]:
-        """What gradients of a dtype must be, as ``_PLACE`` gives it."""
+        """What ``_PLACE`` must return for the gradients, by their dtype."""
         return {dtype: [(p.shape, p.device, torch.strided, dtype) for p in self.params] for dtype in FLOATS}
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def check_step(self, grads: Sequence[Tensor], scalars: StepScalars) -> None:
-        """Raise TypeError or ValueError, naming the argument, for what does not fit these parameters.
+        """Raise TypeError or ValueError, which name the argument, if these arguments do not fit the parameters.
 
         ``grads``: one for each parameter, of its shape; float32, float16 or bfloat16, all alike.
         """
@@ -118,9 +120,8 @@ class StepArguments:
         if list(map(_PLACE, grads)) != self._places[dtype]:
             for i, grad in enumerate(grads):
                 self._check_gradient(i, grad, dtype)
-        for name in _TENSORS:
-            value = getattr(scalars, name)
-            if value is None:
+        for name, value in zip(SCALARS, scalars, strict=True):
+            if not isinstance(value, Tensor):
                 continue
             if value.dtype != torch.float32 or value.numel() != 1 or value.device != self.device:
                 raise ValueError(
@@ -207,5 +208,5 @@ class StepArguments:
 
 
 def as_int64(seed: int) -> int:
-    """The same 64 bits as what a schema's int holds."""
+    """The int64 with the same 64 bits, for the ``int`` of a schema."""
     return seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63

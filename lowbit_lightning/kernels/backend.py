@@ -1,12 +1,12 @@
-"""What a backend must offer, and the one list of its ops.
+"""The interface of a backend, and the list of its ops.
 
-A backend is a folder of ``kernels`` with a ``load`` function and one file for each class below, which has the functions
-of that class. ``reference`` says what they mean; ``cpu`` and ``cuda`` agree with it to the bit. A folder that is named
-like a device type (``torch.device.type``) serves that device.
+A backend is a folder of ``kernels`` with a ``load`` function and one file for each class below. The file has the
+functions of that class. The functions of ``reference`` define the results, and those of ``cpu`` and ``cuda`` are equal
+to them bit for bit. If a folder's name is a device type (``torch.device.type``), it serves that device.
 
-What the functions may rely on (``dispatch.py`` and the ops see to it): arguments were checked, all tensors lie on one
-device and are contiguous. What they owe: fresh results, no synchronisation with the device, and nothing kept of the
-arguments beyond their life.
+The functions may rely on this (``dispatch.py`` and the ops ensure it): arguments have been checked, and all tensors are
+contiguous and on one device. The functions return new tensors, do not synchronise with the device, and keep no
+reference to their arguments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Load(Protocol):
     """``__init__.py``."""
 
     def load(self) -> None:
-        """Raise ``CompilerNotFound``, with what to install, where the backend cannot serve. Compiles nothing."""
+        """Raise ``CompilerNotFound``, which says what to install, if the backend cannot run. Compiles nothing."""
 
 
 class Blockwise(Protocol):
@@ -70,11 +70,11 @@ class Int8Product(Protocol):
     def int8_matmul(
         self, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
-        """``(a @ b.T) * a_scales[:, None] * b_scales (+ bias)``: ``[M, N]`` in ``out_dtype``; the sums fit an int32."""
+        """``(a @ b.T) * a_scales[:, None] * b_scales (+ bias)``, ``[M, N]`` in ``out_dtype``. Sums fit into int32."""
 
 
 class LowBit(Protocol):
-    """``lowbit.py``: weights of 8 to 2 bits. ``form``: ``str`` of a ``formats.Format``; ``row_length``: K."""
+    """``lowbit.py``: weights of 8 to 2 bits. ``form`` is the ``str`` of a ``formats.Format``, ``row_length`` is K."""
 
     def lowbit_quantize(self, weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
         """uint8 ``[..., packed_width]`` and scales ``[..., scales_width]`` of a weight ``[..., K]``."""
@@ -85,14 +85,14 @@ class LowBit(Protocol):
         """The weight ``[..., K]`` in ``dtype``."""
 
     def lowbit_gemv(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-        """``lowbit_matmul`` for 1 to ``lowbit.FEW_ROWS`` rows of x: the weight is read once."""
+        """``lowbit_matmul`` for 1 to ``lowbit.FEW_ROWS`` rows of x. It reads the weight once."""
 
     def lowbit_matmul(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-        """``x @ weight.T (+ bias)``: ``[M, N]``, of x ``[M, K]`` and in its dtype, and a weight ``[N, K]``; none of
-        them is empty."""
+        """``x @ weight.T (+ bias)``, ``[M, N]`` in x's dtype, for x ``[M, K]`` and a weight ``[N, K]``; neither is
+        empty."""
 
     def lowbit_matmul_backward(self, dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
-        """``dy @ weight``: ``[M, K]``, of dy ``[M, N]`` and in its dtype, and a weight ``[N, K]``; none is empty."""
+        """``dy @ weight``, ``[M, K]`` in dy's dtype, for dy ``[M, N]`` and a weight ``[N, K]``; neither is empty."""
 
     def split_outliers(
         self, x: Tensor, packed: Tensor, scales: Tensor, threshold: float
@@ -103,19 +103,19 @@ class LowBit(Protocol):
     def lowbit_embedding(
         self, packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
     ) -> Tensor:
-        """Rows of the weight ``[rows, K]`` in ``dtype``: ``[*indices.shape, K]``."""
+        """Rows of a weight ``[rows, K]``: ``[*indices.shape, K]`` in ``dtype``."""
 
 
 class Step(Protocol):
-    """``step.py``: the optimizer step. Gradients have one dtype too."""
+    """``step.py``: the optimizer step. All gradients have one dtype."""
 
     def optimizer_step(
         self, arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None
     ) -> None:
-        """One step, in place. ``norms``: float64 ``[n, len(rule.norms)]``, sums of squares."""
+        """One step, in place. ``norms``: sums of squares, float64 ``[n, len(rule.norms)]``; None for rules without."""
 
     def optimizer_norms(self, arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
-        """The sums of squares, float64 ``[n, len(rule.norms)]``; changes nothing."""
+        """The sums of squares, float64 ``[n, len(rule.norms)]``. Changes nothing."""
 
 
 FILES: dict[str, type] = {

@@ -1,8 +1,8 @@
-"""The one door for ops: ``declare`` makes an op known to torch, ``run`` hands it to a backend and counts it.
+"""The entrance for all ops: ``declare`` makes an op known to torch, ``run`` runs it on a backend and counts it.
 
 To add an op, write
 
-1. its contract, a method in ``backend.py``: that is where its name is listed;
+1. its contract, a method in ``backend.py``, which also lists its name;
 2. its declaration, beside the public function that checks the arguments::
 
        _rowwise = declare(
@@ -14,11 +14,11 @@ To add an op, write
    in ``src/``.
 
 An op is opaque to ``torch.compile`` and to autograd. ``declare(..., setup_context=, backward=)`` makes one
-differentiable: ``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *grads)`` needs, inputs and results
-only (what the backward wants of the forward's work is a further result), and ``backward`` returns a gradient, or None,
-for each input. It may call other ops; give those a ``backward`` that raises if they have no derivative of their own.
-Forward-mode AD, ``vmap`` and derivatives of gradients are the caller's to serve (``is_transformed``).
-Ops of other packages, such as ``layers/ops.py``, are declared by the same function and need no contract.
+differentiable. ``setup_context(ctx, inputs, output)`` saves what ``backward(ctx, *grads)`` needs. It may save only
+inputs and results, so intermediate values for the backward must be additional results. ``backward`` returns a gradient,
+or None, for each input. It may call other ops; if these have no derivative, give them a ``backward`` that raises.
+Callers handle forward-mode AD, ``vmap`` and derivatives of gradients themselves (``is_transformed``).
+Ops of other packages, such as ``layers/ops.py``, are declared by the same function, and need no contract.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def declare(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> OpOverload:
-    """Define ``torch.ops.lowbit_lightning.NAME``; returns what calls it.
+    """Define ``torch.ops.lowbit_lightning.NAME``, and return the overload, which can be called.
 
     Args:
-        schema: ``"NAME(arguments) -> results"`` in torch's language, with what is mutated. It is written out because
-            torch cannot infer it from ``Tensor | None``.
-        fake: gives results of the right shapes, dtypes and device without computing.
-        implementation: what the op does; by default it runs on the backend of its first argument's device.
-        setup_context, backward: autograd, as ``torch.library.register_autograd`` wants them.
+        schema: ``"NAME(arguments) -> results"`` in torch's schema language, with marks for mutated arguments. It is
+            given because torch cannot infer it from ``Tensor | None``.
+        fake: returns results of the right shapes, dtypes and device without computing.
+        implementation: what the op does. By default it runs on the backend of its first argument's device.
+        setup_context, backward: the arguments of ``torch.library.register_autograd``.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -86,19 +86,20 @@ def _on_backend(op: OpOverload) -> Callable[..., Any]:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode AD is at work.
+    """Whether a transform of ``torch.func`` or forward-mode AD is active.
 
-    torch lets both pass through an op that has only a ``backward`` and takes its tangent for zero, silently. So what
-    calls such an op asks here first, and goes another way.
+    If an op has only a ``backward``, torch silently takes its tangent to be zero under both. So callers of such an op
+    ask here first, and use other ops if the answer is True.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:
-    """Whether nothing needs to see an op on these tensors: no gradient, tracing, mode, transform or subclass.
+    """Whether torch's dispatcher is not needed for an op on these tensors: there is no gradient, tracing, mode,
+    transform or subclass.
 
-    Then its implementation may be called as a plain function. torch's dispatcher takes 15 to 45 microseconds to reach
-    it, as long as a small product.
+    Then the implementation may be called as a plain function. The dispatcher takes 15 to 45 microseconds, as long as a
+    small product.
     """
     if torch.compiler.is_compiling() or _watchers():
         return False
@@ -110,12 +111,12 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _watchers() -> bool:
-    """Whether there are modes, of dispatch or of functions, or transforms."""
+    """Whether a dispatch mode, a function mode or a transform is active."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed())
 
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
-    """The function ``op`` of the backend that serves ``device``, counted."""
+    """Run the function ``op`` of the backend for ``device``, and count the call."""
     name = _forced[-1] if _forced else backend_of(device.type)
     try:
         result = function(name, op)(*arguments)
@@ -149,7 +150,7 @@ def reset_calls() -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block on the backend ``name`` ("reference", "cpu" or "cuda"), whatever the device."""
+    """Run the ops inside the block on the backend ``name`` ("reference", "cpu" or "cuda"), for any device."""
     load(name)
     _forced.append(name)
     try:
@@ -160,7 +161,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @cache
 def load(name: str) -> None:
-    """Raise ValueError for a backend that there is not, CompilerNotFound where it cannot serve."""
+    """Raise ValueError for an unknown backend, and CompilerNotFound for one that cannot run here."""
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
     import_module(f"lowbit_lightning.kernels.{name}").load()

@@ -1,6 +1,6 @@
-"""What the compilers are given: files of ``src/``, specialised by macros, with the headers that Python generates.
+"""The texts for the compilers: files of ``src/``, specialised by macros, with the headers that Python generates.
 
-Both compilers get it from here, so that a dtype, a code map, a rule and the variants of a step are named once.
+Both compilers get their texts from here, so that dtypes, code maps, rules and variants of a step are named only once.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lowbit_lightning.kernels.compile import source_text
 from lowbit_lightning.kernels.structs import cpp_settings
 
 CPP_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-"""A dtype's name in ``src/vec.h`` and ``src/gpu.h``."""
+"""The name of a dtype in ``src/vec.h`` and ``src/gpu.h``."""
 DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(CPP_TYPES)}
-"""A dtype as an argument."""
+"""The number of a dtype as an argument of kernels."""
 MAP_NUMBERS = {"dynamic_signed": 0, "dynamic_unsigned": 1, "custom": 2}
-"""A codebook as an argument or macro."""
+"""The number of a codebook as an argument or macro."""
 
 
 @cache
 def specialised(source: str, rule: str = "", **macros: torch.dtype | int) -> str:
-    """``src/SOURCE`` with ``#define NAME VALUE`` before it: dtypes by their names there, flags as 0 or 1."""
+    """``src/SOURCE`` with lines ``#define NAME VALUE`` before it: dtypes as in ``CPP_TYPES``, flags as 0 or 1."""
     defines = [f"#define {k} {CPP_TYPES[v] if isinstance(v, torch.dtype) else int(v)}" for k, v in macros.items()]
     generated = {"dynamic_tables.h": formats.cpp_tables(), "step_settings_struct.h": cpp_settings()}
     if rule:
@@ -34,7 +34,7 @@ def specialised(source: str, rule: str = "", **macros: torch.dtype | int) -> str
 
 
 class StepVariant(NamedTuple):
-    """What an optimizer step is compiled for. Bit s of ``coded``: state s is 8-bit codes."""
+    """The case that an optimizer step is compiled for. If bit s of ``coded`` is set, state s is 8-bit codes."""
 
     rule: str
     param: torch.dtype

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels import rules
-from lowbit_lightning.kernels.arguments import StepArguments, StepScalars, as_int64
-from lowbit_lightning.kernels.dispatch import declare, run
+from lowbit_lightning.kernels.arguments import SCALARS, StepArguments, StepScalars, as_int64
+from lowbit_lightning.kernels.dispatch import declare, run, unwatched
 
 
 def optimizer_step(
@@ -36,28 +36,22 @@ def optimizer_step(
             f"norms must be float64 of shape {expected} for rule {rule.name!r}; optimizer_norms gives them"
         )
     norms = norms if rule.norms else None
-    if _through_dispatcher(arguments):
-        _step_op(*_flatten(arguments, grads, scalars), norms)
-    else:
+    if arguments.plain and unwatched():  # thousands of tensors take torch's dispatcher milliseconds
         _step(arguments, grads, scalars, norms)
+    else:
+        _step_op(*_flatten(arguments, grads, scalars), norms)
 
 
 def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
-    """Sums of squares of what the rule wants norms of: float64 ``[n, len(rule.norms)]``, in a fixed order of
-    summation.
+    """Sums of squares of the values whose norms the rule needs: float64 ``[n, len(rule.norms)]``, summed in a fixed
+    order.
 
-    The first phase of rules with a trust ratio; reads the arguments, which are those of the step, and changes nothing.
+    This is the first phase of rules with a trust ratio. The arguments are those of the step. Nothing is changed.
     """
     arguments.check_step(grads, scalars)
-    if _through_dispatcher(arguments):
-        return _norms_op(*_flatten(arguments, grads, scalars))
-    return _norms(arguments, grads, scalars)
-
-
-def _through_dispatcher(arguments: StepArguments) -> bool:
-    """Whether torch has to see the op: when it traces, or with tensor subclasses. Thousands of tensors take it
-    milliseconds, a good part of what the step itself takes."""
-    return torch.compiler.is_compiling() or not arguments.plain
+    if arguments.plain and unwatched():
+        return _norms(arguments, grads, scalars)
+    return _norms_op(*_flatten(arguments, grads, scalars))
 
 
 def _step(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None) -> None:
@@ -74,7 +68,7 @@ def _norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScala
 
 
 def _contiguous(arguments: StepArguments) -> StepArguments:
-    """The arguments with copies of parameters that are not contiguous: in channels_last, say."""
+    """The arguments, with copies of parameters that are not contiguous (for example channels_last)."""
     params = _all_contiguous(arguments.params)
     if params is arguments.params:
         return arguments
@@ -89,19 +83,20 @@ def _all_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 @cache
 def _warn_of_copies() -> None:
     warnings.warn(
-        "an optimizer's parameters are not all contiguous (channels_last, say): every step copies those that are not, "
+        "some parameters of an optimizer are not contiguous (channels_last, for example): every step copies them, "
         "there and back; model.to(memory_format=torch.contiguous_format) before training avoids it",
         stacklevel=2,
     )
 
 
-# -- as ops of torch, which know tensors and lists of them -----------------------------------------------------------
+# -- the ops of torch, whose arguments are tensors and lists of tensors ----------------------------------------------
 
 _ARGUMENTS = (
     "str rule, Tensor{a} params, Tensor{b} steps, Tensor{c} states, Tensor{d} scales, int block_size, int[] ordinals, "
     "int[] offsets, bool stochastic_rounding, Tensor{e} remainders"
 )
-_SCALARS = "float[] hyper, Tensor? lr, Tensor? unscale, Tensor? clip, Tensor? skip, int seed, bool maximize"
+_TYPES: dict[Any, str] = {Sequence[float]: "float[]", Tensor | None: "Tensor?", int: "int", bool: "bool"}
+_SCALARS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in SCALARS.items())
 _CHANGED, _READ = {x: f"({x}!)[]" for x in "abcde"}, dict.fromkeys("abcde", "[]")
 
 

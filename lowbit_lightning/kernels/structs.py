@@ -1,5 +1,7 @@
-"""The structs that Python fills and kernels read, the same ones on the CPU and on the GPU: those of the step, and what
-the quantisers of low-bit weights are told."""
+"""The structs that Python fills and kernels read: those of the step, and those of the quantisers of low-bit weights.
+
+They are the same on the CPU and on the GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,59 +9,49 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from functools import cache
-from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
+from lowbit_lightning.kernels.arguments import SCALARS, StepArguments, StepScalars
 from lowbit_lightning.kernels.formats import weight_format
 from lowbit_lightning.kernels.formats.weights import AFFINE_ROUNDS, CODEBOOK_ROUNDS, NARROWER, SMALLEST_DIVISOR
 
-_C_TYPES = {ctypes.c_void_p: "const float*", ctypes.c_uint64: "uint64_t", ctypes.c_int32: "int32_t"}
+_TYPES: dict[Any, tuple[Any, str]] = {
+    Tensor | None: (ctypes.c_void_p, "const float*"),
+    int: (ctypes.c_uint64, "uint64_t"),
+    bool: (ctypes.c_int32, "int32_t"),
+}
+"""The type of a scalar, for ctypes and in C++ text."""
+_SETTINGS = [(name, *_TYPES[kind]) for name, kind in SCALARS.items() if name != "hyper"]
 _SHAPE_WORDS = 5  # row_length to first_block
 _rows: WeakKeyDictionary[StepArguments, array] = WeakKeyDictionary()
 
 
-SETTINGS: list[tuple[str, Any]] = [
-    ("lr", ctypes.c_void_p),
-    ("unscale", ctypes.c_void_p),
-    ("clip", ctypes.c_void_p),
-    ("skip", ctypes.c_void_p),
-    ("seed", ctypes.c_uint64),
-    ("maximize", ctypes.c_int32),
-]
-
-
 class StepSettings(ctypes.Structure):
-    """What a step is told as a whole: pointers to one float, or null, then values. ``src/step_settings.h`` uses it."""
+    """``StepScalars`` without ``hyper``: values, and pointers to one float or null, for ``src/step_settings.h``."""
 
-    _fields_ = SETTINGS
-
-
-_pointers_of = attrgetter(*(name for name, kind in SETTINGS if kind is ctypes.c_void_p))
-_values_of = attrgetter(*(name for name, kind in SETTINGS if kind is not ctypes.c_void_p))
+    _fields_ = [(name, kind) for name, kind, _ in _SETTINGS]
 
 
 def settings_tensors(scalars: StepScalars) -> list[Tensor]:
-    """What ``StepSettings`` points at."""
-    return [value for value in _pointers_of(scalars) if value is not None]
+    """The tensors that ``StepSettings`` points to."""
+    return [value for value in scalars if isinstance(value, Tensor)]
 
 
 def settings_values(scalars: StepScalars) -> list[int | None]:
-    """The fields of ``StepSettings``."""
-    pointers = [None if value is None else value.data_ptr() for value in _pointers_of(scalars)]
-    return [*pointers, *_values_of(scalars)]
+    """The values of the fields of ``StepSettings``."""
+    return [value.data_ptr() if isinstance(value, Tensor) else value for value in scalars[1:]]
 
 
 def cpp_settings() -> str:
-    """C++ text: ``struct StepSettings``."""
-    return f"struct StepSettings {{ {' '.join(f'{_C_TYPES[kind]} {name};' for name, kind in SETTINGS)} }};"
+    """The C++ text of ``struct StepSettings``."""
+    return f"struct StepSettings {{ {' '.join(f'{text} {name};' for name, _, text in _SETTINGS)} }};"
 
 
 def hyper_values(scalars: StepScalars) -> ctypes.Array:
-    """The rule's hyperparameters as doubles, at least one."""
+    """The rule's hyperparameters as an array of doubles with at least one element."""
     return _doubles(len(scalars.hyper) or 1)(*scalars.hyper)
 
 
@@ -69,8 +61,8 @@ def _doubles(count: int) -> type[ctypes.Array]:
 
 
 def parameter_rows(arguments: StepArguments, grads: Sequence[Tensor]) -> array:
-    """Rows of ``struct Parameter`` (src/parameter.h) as int64, and one that ends them; its last word is the number of
-    all blocks. Addresses are looked up in every call, shapes once."""
+    """Rows of ``struct Parameter`` (src/parameter.h) as int64: one per parameter, and a last row, whose last word is
+    the number of all blocks. Addresses are looked up in every call, shapes once."""
     a = arguments
     nothing: list[list[Tensor]] = [] if a.states else [[]]
     columns: list[Sequence[Tensor]] = [a.params, grads, a.steps, *a.states, *nothing, *a.scales, *nothing, a.remainders]

@@ -122,14 +122,7 @@ def measure(
     fake_batch = tree_map(lambda x: _fake(x, input_dtype, fakes) if isinstance(x, Tensor) else x, batch)
     live = _Live()
     live.ignore((*twin.parameters(), *twin.buffers()))
-    named, order, reductions = dict(twin.named_parameters()), list[str](), list(reductions)
-    names = {p: name for name, p in named.items()}
-    if not reductions:
-        _after_each(named.values(), lambda p: order.append(names[p]))
-        if not keep_gradients:
-            _after_each(named.values(), lambda p: setattr(p, "grad", None))
-    for reduction in reductions:
-        _reduce(named, reduction, live, keep_gradients, order)
+    order = _follow_gradients(twin, live, keep_gradients, list(reductions))
     cast = torch.autocast("cpu", autocast) if autocast else nullcontext()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), fakes:
@@ -163,6 +156,19 @@ def _run(twin: nn.Module, batch: Batch, name: str, step: Step, live: _Live, cast
         del out
     loss.backward()
     return name
+
+
+def _follow_gradients(twin: nn.Module, live: _Live, keep: bool, reductions: list[Reduction]) -> list[str]:
+    """Free gradients, or shards of them, unless they are to be kept. The names come into the list as they arrive."""
+    named, order = dict(twin.named_parameters()), list[str]()
+    names = {p: name for name, p in named.items()}
+    if not reductions:
+        _after_each(named.values(), lambda p: order.append(names[p]))
+        if not keep:
+            _after_each(named.values(), lambda p: setattr(p, "grad", None))
+    for reduction in reductions:
+        _reduce(named, reduction, live, keep, order)
+    return order
 
 
 def _after_each(params: Iterable[nn.Parameter], do: Callable[[nn.Parameter], None]) -> None:
