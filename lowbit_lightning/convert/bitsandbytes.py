@@ -1,13 +1,14 @@
-"""bitsandbytes' low-bit weights as files have them, read and written without bitsandbytes (its version 0.50).
+"""The file format of bitsandbytes' low-bit weights (version 0.50), read and written without bitsandbytes.
 
-4-bit (``NAME`` ends in ``weight``): ``NAME``, the codes, two in a byte, the first in the higher half, of the whole
-tensor in blocks that don't stop at rows; ``NAME.absmax``, float32 scales, or uint8 if they are quantised themselves;
-``NAME.quant_map``, the 16 values; ``NAME.nested_absmax`` and ``NAME.nested_quant_map`` then; and the JSON
-``NAME.quant_state.bitsandbytes__nf4`` (or ``fp4``) as bytes. The codes may be stored as another dtype of equal bytes
-(``quant_storage``). 8-bit: ``NAME``, int8 ``[N, K]``; ``SCB`` beside it, float32 ``[N]``, the rows' largest magnitudes.
+A 4-bit weight has these entries (``NAME`` ends in ``weight``). ``NAME``: the codes, two in a byte, the first in the
+higher half. Blocks run over the whole tensor, and may cross rows. The codes may be stored as another dtype with the
+same bytes (``quant_storage``). ``NAME.absmax``: float32 scales, or uint8 if the scales are quantised themselves; then
+there are also ``NAME.nested_absmax`` and ``NAME.nested_quant_map``. ``NAME.quant_map``: the 16 values.
+``NAME.quant_state.bitsandbytes__nf4`` (or ``fp4``): JSON as bytes. An 8-bit weight has ``NAME``, int8 ``[N, K]``, and
+``SCB`` beside it, float32 ``[N]``: the largest magnitude of each row.
 
-Codes are taken as they are where rows are multiples of a block, so that blocks lie inside rows. Elsewhere the weight is
-decoded and quantised again, which a warning says.
+If rows are multiples of a block, blocks lie inside rows, and the codes are taken over unchanged. Otherwise the weight
+is decoded and quantised again, with a warning.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NESTED_BLOCK = 256
 
 
 def is_weight(name: str, found: Mapping[str, Any]) -> bool:
-    """Whether ``name`` is a weight of bitsandbytes, by what stands beside it."""
+    """Whether ``name`` is a weight of bitsandbytes. The entries beside it tell."""
     prefix = name.removesuffix("weight")
     return f"{prefix}SCB" in found or any(f"{name}.{STATE}{kind}" in found for kind in KINDS)
 
@@ -46,7 +47,7 @@ def weights_of(found: Iterable[str]) -> list[str]:
 
 
 def parts_of(name: str, found: Iterable[str]) -> list[str]:
-    """All entries that belong to a weight, without itself."""
+    """All entries that belong to a weight, without the weight itself."""
     prefix = name.removesuffix("weight")
     return [key for key in found if key.startswith(f"{name}.") or key in (f"{prefix}SCB", f"{prefix}weight_format")]
 
@@ -54,7 +55,7 @@ def parts_of(name: str, found: Iterable[str]) -> list[str]:
 def read(
     name: str, found: Mapping[str, Read], shape: torch.Size, weights: Weights, device: torch.device
 ) -> tuple[Tensor, Tensor, Weights]:
-    """Codes, scales and settings of a weight ``[N, K]``, in the format that the file has.
+    """Codes (uint8), scales (float32) and settings of a weight ``[N, K]``, in the format of the file.
 
     Raises:
         ValueError: for a part that is missing or damaged, or another shape.
@@ -120,7 +121,7 @@ def _state(name: str, raw: Tensor) -> dict[str, Any]:
 
 
 def _absmax(name: str, found: Mapping[str, Read], state: Mapping[str, Any]) -> Tensor:
-    """The scales in float32, of quantised ones the decoded values."""
+    """The scales as a float32 vector. Quantised scales are decoded."""
     absmax = found[f"{name}.absmax"]().reshape(-1)
     if absmax.dtype != torch.uint8:
         return absmax.float()
@@ -140,12 +141,13 @@ def decoded_scales(codes: Tensor, values: Tensor, absmax: Tensor, block_size: in
 
 
 def to_bitsandbytes(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A state_dict of the module as bitsandbytes' layers and Transformers' readers of its files want it.
+    """The module's state_dict in the format that bitsandbytes' layers, and readers of its files in Transformers, take.
 
-    4-bit weights are written with float32 scales, int8 ones as rows. What is not in low bits is written as it is.
+    4-bit weights are written with float32 scales, int8 weights with one scale for each row. All other entries are
+    written unchanged.
 
     Args:
-        dtype: what readers are to decode to, of 4-bit weights; None: what each weight had.
+        dtype: the dtype to which readers decode 4-bit weights; None: the dtype that each weight had.
 
     Raises:
         ValueError: for a format that bitsandbytes lacks (int4, int3, int2), and where blocks do not divide a row.

@@ -1,6 +1,7 @@
-"""What unscaling, clipping and skipping ask of a step: three numbers on the device, read there by the kernel.
+"""The factors of a step for unscaling, clipping and skipping: three numbers on the device, which the kernel reads
+there.
 
-None of this waits for the device. The gradients themselves are read once for each norm, and never written.
+Nothing here waits for the device. The gradients are read once for each norm, and never written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s, added to the norm
 
 
 class Factors(NamedTuple):
-    """0-d float32 tensors: gradients are multiplied by ``unscale`` and ``clip``; ``skip`` other than 0: no step."""
+    """0-d float32 tensors. Gradients are multiplied by ``unscale`` and ``clip``. The step is skipped unless ``skip`` is
+    0."""
 
     unscale: Tensor | None = None
     clip: Tensor | None = None
@@ -25,11 +27,11 @@ class Factors(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is asked of a step.
+    """What a GradScaler and ``clip_next_step`` ask of a step.
 
-    ``grad_scale``: what gradients were multiplied by. ``found_inf``: other than 0 for a step to be skipped; no tensor
-    where nothing was looked at. Both are what a GradScaler sets. ``max_norm``: of all unscaled gradients as one vector,
-    the 2-norm.
+    ``grad_scale``: the factor that gradients were multiplied by. ``found_inf``: the step is skipped if it is not 0; no
+    tensor if gradients were not checked. A GradScaler sets both. ``max_norm``: the largest allowed 2-norm of all
+    unscaled gradients, taken as one vector.
     """
 
     grad_scale: Tensor | None = None
@@ -40,8 +42,8 @@ class Asked(NamedTuple):
 def factors(params: Sequence[Tensor], grads: Sequence[Tensor], asked: Asked, skip_nonfinite: bool) -> Factors:
     """The factors of a step, on the device of the first parameter. With sharded parameters a collective.
 
-    ``grads``: this rank's parts of the gradients, of as many ``params``. ``skip_nonfinite``: skip a step with a
-    gradient that is not finite.
+    ``grads``: this rank's parts of the gradients of ``params``. ``skip_nonfinite``: skip a step if a gradient is not
+    finite.
     """
     grad_scale, found_inf, max_norm = asked
     if not params:
@@ -62,7 +64,7 @@ def factors(params: Sequence[Tensor], grads: Sequence[Tensor], asked: Asked, ski
 
 
 def _norm(params: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The 2-norm of all gradients of all ranks: one float64."""
+    """The 2-norm of all gradients on all ranks: one float64."""
     zero = torch.zeros((), dtype=torch.float32, device=device)
     norms = _norms(grads, 2.0, device)
     squares = torch.stack([norms.get(i, zero) for i in range(len(grads))]).double().square()
@@ -70,16 +72,17 @@ def _norm(params: Sequence[Tensor], grads: Sequence[Tensor], device: torch.devic
 
 
 def _any_nonfinite(params: Sequence[Tensor], grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One float: 1 if any gradient of any rank is not finite."""
+    """One float32: 1 if any gradient on any rank is not finite, otherwise 0."""
     flag = torch.zeros((), dtype=torch.float32, device=device)
     norms = _norms(grads, float("inf"), device)
-    if norms:  # a rank may hold no rows of anything, and still takes part in what follows
+    if norms:  # a rank without any rows still takes part in the collective below
         flag = 1.0 - torch.isfinite(torch.stack([*norms.values()])).all().float()
     return shards.any_rank(params, flag)
 
 
 def _norms(grads: Sequence[Tensor], order: float, device: torch.device) -> dict[int, Tensor]:
-    """The norm of each gradient that is not empty, by its index; one call for those of a device and dtype."""
+    """The float32 norm of each gradient that is not empty, by its index. Gradients of one device and dtype take one
+    call."""
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, grad in enumerate(grads):
         if grad.numel():

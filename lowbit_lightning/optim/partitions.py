@@ -1,13 +1,14 @@
-"""Flat partitions: what DeepSpeed's ZeRO hands an optimizer in place of the model's parameters.
+"""Flat partitions, which DeepSpeed's ZeRO gives an optimizer instead of the model's parameters.
 
-ZeRO lays the parameters of a group end to end in float32, cuts the vector into one piece per rank, and puts its piece
-into ``group["params"]``: a plain 1-D tensor, no ``nn.Parameter``. What follows from that, with Lightning or without:
+ZeRO concatenates the parameters of a group in float32, cuts the vector into one piece per rank, and puts each rank's
+piece into ``group["params"]``. It is a plain 1-D tensor, and not an ``nn.Parameter``. This has consequences, with
+Lightning and without:
 
-- Saved states are float32 under their 32-bit names: DeepSpeed's converter to universal checkpoints takes ``exp_avg``
-  and ``exp_avg_sq`` for float32 values. Loading quantises them, to the same codes.
-- Loading a universal checkpoint writes such values straight into ``optimizer.state``, beside codes of before, and one
-  ``step`` tensor for several partitions, on the CPU. The next step takes that over.
-- Trust ratios need the norms of layers, which a partition hasn't got.
+- States are saved as float32 under their 32-bit names, because DeepSpeed's converter to universal checkpoints expects
+  float32 values in ``exp_avg`` and ``exp_avg_sq``. Loading quantises them to the same codes.
+- Loading a universal checkpoint writes such values directly into ``optimizer.state``, beside the old codes. It also
+  writes one ``step`` tensor on the CPU for several partitions. The next step takes them over.
+- Trust ratios need the norms of layers, and a partition has no layers.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def are_partitions(params: Sequence[Tensor]) -> bool:
 
 
 def share_of_machine(p: Tensor, known: float | None) -> float:
-    """How much of p's states will lie on this machine: all of what is cut already; of what ZeRO will cut, ``known``.
+    """The share of p's states that will lie on this machine: 1 if p is sharded or a partition already, else ``known``.
 
-    None, where no strategy says: all, unless DeepSpeed has set up its communication, so that ZeRO is taken to follow.
-    Then the part of the ranks that the launcher says it started here, or of one, the least that it can be.
+    ``known``: what the strategy says; None if there is none. Then the share is 1, unless DeepSpeed has set up its
+    communication, in which case ZeRO is expected to cut p. The launcher says how many of the ranks it started on this
+    machine. If it does not, the share of one rank is returned, which is the least.
     """
     if shards.is_sharded(p) or is_partition(p):
         return 1.0
@@ -51,10 +53,11 @@ def share_of_machine(p: Tensor, known: float | None) -> float:
 
 
 def check_rule(rule: Rule, params: Sequence[Tensor]) -> None:
-    """
+    """Check that the rule can update these parameters.
+
     Raises:
-        ValueError: for a rule with trust ratios. (Not for the vectors of DeepSpeed's stage 0, whose float32 copies
-            look like partitions: its matrices do not.)
+        ValueError: for a rule with trust ratios and parameters that are all partitions. (In DeepSpeed's stage 0 the
+            float32 copies of vectors look like partitions, but those of matrices do not.)
     """
     if rule.norms and are_partitions(params):
         raise ValueError(

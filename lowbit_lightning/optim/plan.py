@@ -1,10 +1,10 @@
-"""One step: the parameters of a group become launches, which are kept for the next step.
+"""The plan of a step: it turns the parameters of a group into launches, which are kept for the next step.
 
-Parameters are grouped once: a launch takes all of a device, of equal dtypes (of parameter, gradient and states), and,
-where states are paged, of one chunk. A parameter that is cut into several chunks becomes several rows, cut at the
-borders of rows or blocks: its scales, its gradient and its random words are cut with it. Each piece needs a step count
-of its own to advance. A norm over all of it is the fold of its pieces' sums, in the order that the reference's
-``optimizer_norms`` defines.
+Parameters are grouped once. A launch takes the parameters on one device with equal dtypes (of parameter, gradient and
+states), and, if states are paged, those of one chunk. A parameter that is cut into several chunks becomes several rows
+of launches. It is cut at the borders of its rows or blocks, and its scales, its gradient and its random words are cut
+with it. Each piece advances a step count of its own. A norm over the whole parameter is the fold of its pieces' sums,
+in the order that the reference's ``optimizer_norms`` defines.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from lowbit_lightning.state.pages import Chunk, Pager, Piece
 from lowbit_lightning.state.store import Everyone, Given, Store
 
 Scalars = Callable[[torch.device, int], StepScalars]
-"""Those of a step, for parameters on a device whose states have so many bits."""
+"""Gives the scalars of a step for parameters on a device, with the given bits of their states."""
 _PLACE, _DTYPE = operator.attrgetter("shape", "dtype", "device"), operator.attrgetter("dtype")
 
 
 class Work(NamedTuple):
-    """The parameters of a group that a step is to change: as the user knows them, this rank's part of each, and of its
-    gradient. ``ordinals``: their places among all parameters."""
+    """The parameters of a group that a step changes.
+
+    ``params``: the parameters as the user knows them. ``local``, ``grads``: this rank's parts of them and of their
+    gradients. ``ordinals``: their indices among all parameters of the optimizer.
+    """
 
     settings: Settings
     params: list[Tensor]
@@ -47,14 +50,19 @@ class Work(NamedTuple):
 
 
 class Plans:
-    """The plans of an optimizer: for each parameter the last one that it was in, as long as the store keeps the version
-    that it was made for."""
+    """The plans of an optimizer: for each parameter the last plan that it was in.
+
+    A plan is kept as long as the store keeps the version that the plan was made for.
+    """
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, dict[Tensor, Plan]] = WeakKeyDictionary()
 
     def run(self, groups: Iterable[tuple], store: Store, everyone: Everyone, asked: Asked) -> None:
-        """A step; ``groups``: of each that has gradients the settings, and parameters, gradients and places of these.
+        """Do a step.
+
+        ``groups``: for each group with gradients its settings, and the parameters, gradients and ordinals of those that
+        have one.
 
         Raises:
             ValueError: for a sparse gradient.
@@ -70,7 +78,7 @@ class Plans:
         while True:
             version = store.pagers.version
             plans = [self._plan(part, store, everyone) for part in work]
-            if store.pagers.version is version:  # or a new pager took over what earlier plans are for
+            if store.pagers.version is version:  # otherwise a new pager took over states of earlier plans
                 return plans
 
     def _plan(self, work: Work, store: Store, everyone: Everyone) -> Plan:
@@ -80,7 +88,7 @@ class Plans:
         if plan is not None and plan.fits(work, store.held(params)):
             return plan
         del plan
-        for p in params:  # which are to free what is converted
+        for p in params:  # old plans would keep the memory of states that are converted now
             known.pop(p, None)
         if settings.rule.norms:
             partitions.check_rule(settings.rule, [p for p, _ in everyone()])
@@ -94,7 +102,7 @@ class Plans:
 
 
 class Plan:
-    """The launches of a group's steps, in order, good while parameters and states stay the same objects."""
+    """The launches of a group's steps, in order. They are valid while parameters and states stay the same objects."""
 
     def __init__(self, work: Work, given: list[Given]) -> None:
         self._key, self._params, self._places = work.settings.key, list(work.params), _places(work)
@@ -106,7 +114,7 @@ class Plan:
         return same and self._places == _places(work)
 
     def run(self, work: Work, found: Factors) -> None:
-        """The step; ``found``: what it is asked to multiply and skip by."""
+        """Do the step. ``found``: the factors of gradients, and whether to skip."""
         known: dict[tuple[torch.device, int], StepScalars] = {}
 
         def scalars(device: torch.device, bits: int) -> StepScalars:
@@ -124,7 +132,7 @@ class Plan:
         shards.mark_changed(work.params)
 
     def _norms(self, work: Work, kinds: int, scalars: Scalars) -> dict[torch.device, Tensor]:
-        """For each device the norms of all parameters there, by their numbers, of all ranks; a collective."""
+        """The norms over all ranks, float64 ``[n, kinds]`` for each device, by number. A collective."""
         devices = dict.fromkeys(p.device for p in work.local)  # in the same order on all ranks
         found = {x: torch.zeros(len(work.params), kinds, dtype=torch.float64, device=x) for x in devices}
         cut: dict[torch.device, dict[int, list[Tensor]]] = {device: {} for device in found}
@@ -139,7 +147,10 @@ class Plan:
 
 
 class Row(NamedTuple):
-    """One parameter of a launch, or a part of one. ``number``: in the work; ``span``: None for all of it."""
+    """One parameter of a launch, or a part of one.
+
+    ``number``: the parameter's index in the work. ``span``: the part's elements; None for the whole parameter.
+    """
 
     number: int
     span: Span | None
@@ -152,7 +163,7 @@ class Row(NamedTuple):
     offset: int
 
     def cut(self, span: Span, block_size: int) -> Row:
-        """A part of it. Its step count is still that of the whole."""
+        """A part of this row. It still has the step count of the whole."""
         grid = BlockGrid.of(self.param.shape, block_size)
         return self._replace(
             span=span,
@@ -185,14 +196,17 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 
 
 class Launch:
-    """One launch of a step. ``place``: the pager and the chunk that its states travel in, if they are paged. ``count``:
-    of the work's parameters."""
+    """One launch of a step.
+
+    ``place``: the pager and the chunk of its states, if they are paged. ``count``: the number of parameters in the
+    work.
+    """
 
     def __init__(self, settings: Settings, rows: list[Row], place: tuple[Pager, Chunk] | None, count: int) -> None:
         self._takes_all = [(row.number, row.span) for row in rows] == [(i, None) for i in range(count)]
-        self._copies: list[tuple[Tensor, Tensor]] = []  # step counts of pieces, with those that they follow
+        self._copies: list[tuple[Tensor, Tensor]] = []  # step counts of pieces, with their parameters' counts
         for k, row in enumerate(rows):
-            if row.span is not None and row.span.start:  # the first one advances the parameter's own
+            if row.span is not None and row.span.start:  # the first piece advances the parameter's own count
                 self._copies.append((torch.zeros_like(row.step), row.step))
                 rows[k] = row._replace(step=self._copies[-1][0])
         self._settings, self._rows, self._place = settings, rows, place
@@ -201,16 +215,16 @@ class Launch:
 
     @property
     def index(self) -> int:
-        """Where it comes in the order of chunks; first what is not paged."""
+        """The launch's place in the order of chunks. Launches without paged states come first."""
         return -1 if self._place is None else self._place[1].index
 
     def copy_step_counts(self) -> None:
-        """Have the step counts of pieces be their parameters'."""
+        """Copy the step counts of parameters to their pieces."""
         for count, followed in self._copies:
             count.copy_(followed)
 
     def step(self, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None) -> None:
-        """``grads`` and ``norms``: of all parameters of the work."""
+        """Launch the step. ``grads`` and ``norms`` are those of all parameters of the work."""
         if not self._takes_all:
             grads = _of(self._rows, grads, self.arguments.block_size)
             norms = None if norms is None else norms.index_select(0, self._numbers)
@@ -220,8 +234,8 @@ class Launch:
     def add_norms(
         self, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor, cut: dict[int, list[Tensor]]
     ) -> None:
-        """Write sums of squares into ``norms``, float64 ``[n, kinds]``; append those of pieces, ``[folds, kinds]``, to
-        ``cut``, by the numbers of their parameters."""
+        """Write sums of squares into ``norms``, float64 ``[n, kinds]``. The sums of pieces, ``[folds, kinds]``, are
+        appended to ``cut``, by the number of their parameter."""
         self._bring_near(changes=False)
         rows, arguments = self._folds
         values = kernels.optimizer_norms(arguments, _of(rows, grads, self.arguments.block_size), scalars)
@@ -238,12 +252,12 @@ class Launch:
 
     @cached_property
     def _numbers(self) -> Tensor:
-        """Sent to the device once, since every copy waits for the host."""
+        """The rows' numbers. They are sent to the device once, because the host waits for every copy."""
         return torch.tensor([row.number for row in self._rows], device=self.arguments.device)
 
     @cached_property
     def _folds(self) -> tuple[list[Row], StepArguments]:
-        """The same with pieces cut into what is folded first, each by itself."""
+        """The rows with pieces cut further, into parts that are folded by themselves, and the launch's arguments."""
         if all(row.span is None for row in self._rows):
             return self._rows, self.arguments
         size, rows = FOLD * self.arguments.block_size, list[Row]()
@@ -260,7 +274,7 @@ class Launch:
 
 
 def _of(rows: Sequence[Row], grads: Sequence[Tensor], block_size: int) -> list[Tensor]:
-    """The rows' gradients, from those of whole parameters."""
+    """The gradients of the rows, cut from those of whole parameters."""
     return [
         grads[row.number]
         if row.span is None
@@ -322,8 +336,8 @@ def _collect(settings: Settings, params: list[Tensor], grads: list[Tensor], ordi
 
 
 def _places(work: Work) -> list[Any]:
-    """What ``p.data = ...``, ``model.to(...)`` and ``p.state_bits = ...`` change of a parameter that stays the same
-    object."""
+    """The properties that ``p.data = ...``, ``model.to(...)`` and ``p.state_bits = ...`` can change while a parameter
+    stays the same object."""
     views = [(x.data_ptr(), x.stride()) for x in work.local] if work.settings.group["paged"] else []  # pieces are views
     bits = map(state_bits, work.params)
     return [*map(_PLACE, work.params), *map(_DTYPE, work.grads), *work.ordinals, *bits, *views]

@@ -1,4 +1,4 @@
-"""A param group as a step sees it: what its keys decide about forms and scalars.
+"""A param group as a step sees it: the forms and scalars that follow from its keys.
 
 A parameter may decide about its own states: ``parameter.state_bits = 32`` (or 8) overrules the ``bits`` of its group.
 ``layers.StableEmbedding`` sets it on its table.
@@ -23,7 +23,7 @@ from lowbit_lightning.state.form import Form, Paging, StateFormat, fits_grid
 from lowbit_lightning.state.store import Store
 
 _form = itemgetter("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
-"""The values of a group's keys that decide what its launches are."""
+"""Gets the values of those keys of a group that decide its launches."""
 
 
 def state_bits(p: Tensor) -> int | None:
@@ -39,8 +39,11 @@ def state_bits(p: Tensor) -> int | None:
 
 
 class Settings(NamedTuple):
-    """A group and what its optimizer makes of it. ``initial``: of each state, before the first step. ``derived``:
-    hyperparameters of the rule that are no keys, by the bits of the parameters' states."""
+    """A group, and what its optimizer derives from it.
+
+    ``initial``: the value of each state before the first step. ``derived``: hyperparameters of the rule that are not
+    keys of the group, by the bits of the parameters' states.
+    """
 
     group: dict[str, Any]
     rule: Rule
@@ -49,12 +52,12 @@ class Settings(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """Equal for settings that lead to the same plan."""
+        """Two settings with equal keys have the same plan."""
         return self.rule.name, *_form(self.group)
 
     @property
     def format(self) -> StateFormat:
-        """Of the 8-bit states, as the group wants them."""
+        """The format that the group asks for its 8-bit states."""
         return StateFormat.of(self.rule, self.group["block_size"])
 
     def form(
@@ -68,9 +71,9 @@ class Settings(NamedTuple):
     ) -> Form:
         """How the states of a parameter are kept.
 
-        ``shape``: of all of it, not of a rank's part. ``keeps_grid``: whether it is cut between blocks, if at all; see
-        ``shards.keeps_grid``. ``partition``: whether it is a flat partition of DeepSpeed's. ``own_bits``: its
-        ``state_bits``.
+        ``shape``: the shape of the whole parameter, not of a rank's part. ``keeps_grid``: whether the parameter is cut
+        only between blocks, or not at all; see ``shards.keeps_grid``. ``partition``: whether it is a flat partition of
+        DeepSpeed's. ``own_bits``: the parameter's ``state_bits``.
         """
         group = self.group
         low = (own_bits or group["bits"]) == 8 and keeps_grid and fits_grid(shape, group["min_size"])
@@ -101,13 +104,13 @@ class Settings(NamedTuple):
             ValueError: for scales that fit no block size; nothing has been changed then.
         """
         changed = self.group["state_format"]["block_size"] != self.group["block_size"]
-        # Of partitions, DeepSpeed may show some at a time: each scale tells its size.
+        # DeepSpeed may show only some of its partitions at a time. The scales tell the block size of each.
         if changed or partitions.are_partitions(self.group["params"]):
             store.requantise(self.forms(self.group["params"]))
         self.group["state_format"] = self.format.to_dict()
 
     def scalars(self, device: torch.device, bits: int, asked: Factors) -> StepScalars:
-        """Those of a step, for parameters on a device whose states have so many bits."""
+        """The scalars of a step for parameters on ``device`` whose states have ``bits`` bits."""
         values = {**self.group, **self.derived[bits]}
         values |= {f"beta{i + 1}": beta for i, beta in enumerate(values.get("betas", ()))}
         lr = values["lr"]

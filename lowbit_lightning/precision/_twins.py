@@ -1,7 +1,7 @@
-"""Lightning's own precision plugins for the Trainer, as subclasses of the same names that mix in ``InStep``.
+"""Subclasses of Lightning's own precision plugins for the Trainer, with the same names, that mix in ``InStep``.
 
-The module's name is private: LightningCLI looks a bare ``--trainer.plugins=MixedPrecision`` up among public subclasses,
-and that name remains Lightning's.
+The module is private because LightningCLI looks up a bare ``--trainer.plugins=MixedPrecision`` among public subclasses,
+and has to find Lightning's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MixedPrecision(InStep, plugins.MixedPrecision):
     __doc__ = plugins.MixedPrecision.__doc__
 
 
-# By the same names: checkpoints hold a plugin's state under that of its class.
+# The names are the same because checkpoints store a plugin's state under the name of its class.
 _TWINS = {
     plugins.Precision: Precision,
     plugins.HalfPrecision: HalfPrecision,
@@ -34,6 +34,7 @@ _TWINS = {
 
 
 def fuse_scaling_and_clipping(plugin: Any) -> None:
-    """Make a plugin that is exactly one of Lightning's the subclass above; the same object, whoever made it."""
+    """Change the class of a plugin to the subclass above, if it is exactly one of Lightning's. The object stays the
+    same."""
     if type(plugin) in _TWINS:
         plugin.__class__ = _TWINS[type(plugin)]

@@ -1,7 +1,8 @@
-"""The string ``precision="int8-mixed"``: Lightning has no registry for it, so its connectors are wrapped.
+"""Registration of the string ``precision="int8-mixed"``.
 
-The wrapped connector of the Trainer also puts unscaling and clipping into the step (``in_step.py``). The annotations of
-the Trainer and Fabric get the string too: LightningCLI reads from them which values ``--trainer.precision`` takes.
+Lightning has no registry for precision strings, so its connectors are wrapped. The wrapped connector of the Trainer
+also moves unscaling and clipping into the step (``in_step.py``). The string is added to the annotations of the Trainer
+and Fabric, because LightningCLI reads the values of ``--trainer.precision`` from them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from lowbit_lightning.precision.low_bit_weights import LowBitWeights, attach
 
 
 class PrecisionNotApplied(RuntimeError):
-    """``precision="int8-mixed"`` was asked for, but Lightning would run something else."""
+    """Raised if ``precision="int8-mixed"`` was asked for, but Lightning would run something else."""
 
 
 def register() -> None:
-    """Make ``lightning.Trainer`` and ``lightning.Fabric`` know ``precision="int8-mixed"``, and the Trainer leave
-    unscaling, clipping and skipping to the step of our optimizers; idempotent."""
+    """Make ``lightning.Trainer`` and ``lightning.Fabric`` accept ``precision="int8-mixed"``, and let the steps of our
+    optimizers unscale, clip and skip under the Trainer. Idempotent."""
     from lightning.fabric.connector import _Connector
     from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -96,7 +97,7 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
 
 
 def _annotate(reader: type) -> None:
-    """Add the string to those that the annotation of ``precision`` allows."""
+    """Add the string to the values that the annotation of ``precision`` allows."""
     annotations = inspect.unwrap(reader.__init__).__annotations__  # type: ignore[misc]
     allowed = annotations.get("precision")
     if allowed is not None and Literal[NAME] not in get_args(allowed):
@@ -104,7 +105,8 @@ def _annotate(reader: type) -> None:
 
 
 def _precision(connector: Any, argument: Any) -> Any:
-    """The precision asked for: Fabric lets LT_PRECISION overrule its argument; the Trainer has read its variable."""
+    """The precision that was asked for. In Fabric the variable LT_PRECISION overrides the argument; the Trainer has
+    already read its variable."""
     from_env = getattr(connector, "_argument_from_env", None)
     return argument if from_env is None else from_env("precision", argument, default=None)
 
@@ -116,7 +118,7 @@ def _listed(plugins: Any) -> list[Any]:
 
 
 def _has_engine(strategy: Any) -> bool:
-    """Whether a strategy, or the one of that name, wants the precision plugin of an engine that runs the step."""
+    """Whether a strategy, or the strategy of that name, needs a precision plugin for an engine that runs the step."""
     known = isinstance(strategy, str) and strategy in StrategyRegistry
     kind = StrategyRegistry[strategy]["strategy"] if known else strategy
     return getattr(kind, "runs_int8_in_engine", False)

@@ -1,10 +1,10 @@
-"""Optimizer states as bitsandbytes saves them, in this library's form.
+"""Conversion of optimizer states that bitsandbytes saved into this library's form.
 
-bitsandbytes numbers its states (``state1``, ``state2``; AdEMAMix stacks its two momenta in ``state1``), quantises the
-flattened tensor in blocks of 256 and keeps a block's ``absmax`` and, per tensor, the map. Its codes index the same
-sorted maps as ours. Where its blocks are ours (rows that are multiples of the block size, or vectors) codes and scales
-are taken as they are, to the bit; elsewhere the values are decoded. Its optimizers of one state use the signed map for
-non-negative states too: those are decoded as well.
+bitsandbytes numbers its states (``state1``, ``state2``; AdEMAMix stacks its two momenta in ``state1``). It quantises
+the flattened tensor in blocks of 256, and keeps the ``absmax`` of each block and one map per tensor. Its codes index
+the same sorted maps as ours. If its blocks are also ours (in vectors, and in rows that are multiples of the block
+size), codes and scales are taken over bit for bit. Otherwise the values are decoded. They are also decoded for
+non-negative states of its optimizers with one state, which use the signed map.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from lowbit_lightning.state.form import StateFormat, codes_name, scales_name
 MARKER = "__bnb_optimizer_quant_state__"
 BLOCK_SIZE = 256
 _KEYS = ("betas", "eps", "alpha", "t_alpha", "t_beta3")
-"""Group keys that it gives to optimizers that know nothing of them."""
+"""Group keys that bitsandbytes also gives to optimizers that do not use them."""
 _IGNORED = {"amsgrad": False, "centered": False, "nesterov": False, "dampening": 0.0}
-"""What its steps do not do, whatever its constructors accept."""
+"""Options that its constructors accept and its steps ignore."""
 
 
 def is_foreign(entries: Mapping[str, Any]) -> bool:
-    """Whether a parameter's saved entries are bitsandbytes'."""
+    """Whether bitsandbytes saved these entries of a parameter."""
     return MARKER in entries or "state1" in entries
 
 
 def native_groups(saved: dict[str, Any], known: Container[str]) -> dict[str, Any]:
-    """The checkpoint with bitsandbytes' groups under this library's keys, of which the optimizer knows ``known``.
+    """The checkpoint with the keys of bitsandbytes' groups renamed to this library's.
 
-    bitsandbytes keeps SGD's and LARS's momentum, and RMSprop's alpha, as the first of ``betas``.
+    ``known``: the keys that the optimizer has. bitsandbytes keeps the momentum of SGD and LARS, and the alpha of
+    RMSprop, as the first of ``betas``.
     """
 
     def native(group: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def native_groups(saved: dict[str, Any], known: Container[str]) -> dict[str, Any
 
 
 def translate(p: Tensor, entries: Mapping[str, Any], rule: Rule) -> tuple[dict[str, Any], StateFormat]:
-    """The entries of parameter p in this library's names, and their format.
+    """The entries of parameter p under this library's names, and their format.
 
     Raises:
         ValueError: for states that are missing or do not fit the rule.
@@ -98,7 +99,7 @@ def _layer(value: Any, place: int, p: Tensor) -> Any:
 
 
 def _decoded(state: State, codes: Tensor, absmax: Tensor, table: Tensor) -> dict[str, Tensor]:
-    """Codes and scales where blocks and map are ours, values elsewhere."""
+    """Codes and scales if blocks and map are the same as ours; otherwise values."""
     grid = BlockGrid.of(codes.shape, BLOCK_SIZE)
     if grid.in_runs and not state.slow and torch.allclose(table, codebook(state.codebook), rtol=1e-5, atol=1e-10):
         return {codes_name(state.name): codes, scales_name(state.name): absmax.reshape(grid.scales_shape)}

@@ -1,6 +1,6 @@
-"""The two forms of a state, and the ways between them: codes and scales of local tensors.
+"""Conversion between the two forms of a state: float32 values, and uint8 codes with float32 scales.
 
-Nothing here asks what a parameter is, or where its other parts lie.
+All tensors here are local. This file does not know what a parameter is, or where its other parts are.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ Coding = tuple[str, int]
 
 
 def filled(entry: Entry, device: torch.device, spread: bool = False) -> Tensor:
-    """An entry before the first step. ``spread``: one number on the CPU, seen as all of it, which takes no memory."""
+    """An entry before the first step, of ``entry.shape`` and ``entry.dtype``.
+
+    ``spread``: the result is an expanded view of one number on the CPU, which takes no memory.
+    """
     if spread:
         return torch.full((), entry.value, dtype=entry.dtype, device="cpu").expand(entry.shape)
     return torch.full(entry.shape, entry.value, dtype=entry.dtype, device=device)
 
 
 def block_size_of(shape: tuple[int, ...], entries: Mapping[str, object], name: str, likely: int) -> int:
-    """The block size of the 8-bit state ``name``, which its scales tell: ``likely``, if they fit it.
+    """The block size of the 8-bit state ``name``, found from the shape of its scales. ``likely`` is tried first.
 
-    ``shape``: of the parameter, or of the part of it that the entries are of.
+    ``shape``: the shape of the parameter, or of the part of it that the entries belong to.
 
     Raises:
         ValueError: for scales that fit no block size.
@@ -49,11 +52,12 @@ def block_size_of(shape: tuple[int, ...], entries: Mapping[str, object], name: s
 
 
 def convert(kept: Mapping[str, Tensor], codings: Mapping[str, Coding], form: Form, device: torch.device) -> Kept:
-    """The states in ``form``, from entries in any form: the same tensors where nothing changes, new ones on ``device``.
+    """The states in ``form``, made from entries in any form.
 
-    ``codings``: of the coded states. The states of an element are encoded together, as a step encodes them: where one
-    of them is not finite, all become 0. (An overflowed second moment alone would become 0 under a momentum that stays,
-    and the next update would have no bound.)
+    A state that does not change keeps its tensors. New tensors lie on ``device``. ``codings`` names the codebook and
+    block size of each state that is coded now. The states of an element are encoded together, as in a step: if one of
+    them is not finite, all of them become 0. (If only an overflowed second moment became 0 and the momentum stayed, the
+    next update would be unbounded.)
     """
     wanted = {
         state.name: (state.codebook, form.block_size) if bits == 8 else None

@@ -1,9 +1,9 @@
-"""How one parameter's state is kept: a value that is decided once and then travels.
+"""How one parameter's state is kept. This is decided once, and passed on as a value.
 
-In 32 bits a state is one float32 tensor under its own name: ``exp_avg``. In 8 bits it is two tensors under names
-that cannot be mistaken for it: ``exp_avg_codes`` (uint8, the parameter's shape) and ``exp_avg_scales`` (float32, one
-per block). ``Form`` says which, and all else that decides what tensors there are. ``StateFormat`` is what a checkpoint
-says about its 8-bit states.
+In 32 bits a state is one float32 tensor under its own name: ``exp_avg``. In 8 bits it is two tensors under other names,
+so that nobody takes them for 32-bit values: ``exp_avg_codes`` (uint8, the parameter's shape) and ``exp_avg_scales``
+(float32, one per block). ``Form`` holds this choice and all other choices that decide which tensors exist.
+``StateFormat`` describes the 8-bit states of a checkpoint.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ def fits_grid(shape: Shape, min_size: int) -> bool:
 
 
 class Paging(NamedTuple):
-    """Where paged states lie: ``kind`` is True (host memory) or "disk"; ``resident`` bytes stay near; ``directory``
-    of the file, None for a temporary one."""
+    """Where paged states are kept.
+
+    ``kind``: True for host memory, or "disk". ``resident``: bytes that stay in near memory. ``directory``: the
+    directory of the page file; None for a temporary one.
+    """
 
     kind: bool | str
     resident: int
@@ -67,8 +70,8 @@ class Paging(NamedTuple):
 class Entry(NamedTuple):
     """One tensor of ``optimizer.state[p]``, or of this rank's part of it.
 
-    ``kind``: "steps", "32-bit", "codes", "scales" or "master remainders". ``value``: that of all its elements before
-    the first step. ``paged``: whether it lies in a slab.
+    ``kind``: "steps", "32-bit", "codes", "scales" or "master remainders". ``value``: the value of all its elements
+    before the first step. ``paged``: whether it lies in a slab.
     """
 
     name: str
@@ -87,8 +90,8 @@ class Entry(NamedTuple):
 class Form:
     """How one parameter's state is kept.
 
-    ``bits``: 8 or 32, of each of the rule's states; ``initial``: their values before the first step. ``master``:
-    whether a 24-bit master copy's lower bits are kept. ``paging``: None for states that lie where the parameter does.
+    ``bits``: 8 or 32 for each of the rule's states. ``initial``: their values before the first step. ``master``:
+    whether the lower bits of a 24-bit master copy are kept. ``paging``: None for states on the parameter's own device.
     ``partition``: whether the parameter is one of DeepSpeed's flat partitions.
     """
 
@@ -118,11 +121,11 @@ class Form:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Of all entries."""
+        """The names of all entries."""
         return frozenset(entry.name for entry in self.entries((1, 1)))
 
     def nbytes(self, shape: Shape) -> Counter[str]:
-        """Bytes by kind, of what is not paged; ``shape``: of this rank's part of the parameter."""
+        """Bytes by kind of the entries that are not paged. ``shape``: of this rank's part of the parameter."""
         found: Counter[str] = Counter()
         for entry in self.entries(shape):
             if not entry.paged:
@@ -130,9 +133,9 @@ class Form:
         return found
 
     def want(self, shape: Shape, contiguous: bool = True) -> Want | None:
-        """What a slab is to hold of a parameter, or a part of one, of this shape; None where nothing of it is paged.
+        """What a slab has to hold for a parameter, or a part of one, of this shape. None if nothing of it is paged.
 
-        ``contiguous``: whether the parameter is; another one cannot be cut.
+        ``contiguous``: whether the parameter is contiguous. Other parameters cannot be cut.
         """
         dtypes = tuple((entry.name, entry.dtype) for entry in self.entries(shape) if entry.paged)
         if not dtypes:
@@ -140,15 +143,15 @@ class Form:
         grid, unit = BlockGrid.of(shape, self.block_size), prod(shape)
         if contiguous and grid.in_runs:
             unit = self.block_size * (FOLD if self.rule.norms else 1)
-        elif contiguous and not self.rule.norms:  # whose sums go on from row to row
+        elif contiguous and not self.rule.norms:  # the sums of norms continue from row to row
             unit = grid.row_length
         return Want(tuple(shape), dtypes, unit)
 
 
 @dataclass(frozen=True)
 class StateFormat:
-    """What a checkpoint says of its 8-bit states: version, block size, and each state's map (which tells its
-    sign)."""
+    """The description of 8-bit states in a checkpoint: version, block size, and the map of each state (which says
+    whether it can be negative)."""
 
     maps: Mapping[str, str]
     block_size: int

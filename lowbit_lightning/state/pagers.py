@@ -1,4 +1,4 @@
-"""Paged states: which parameters' they are, and the pagers that hold them, one for each device."""
+"""Which parameters have paged states, and the pagers that hold them: one pager for each device."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ State = MutableMapping[Tensor, Any]
 
 
 class Version:
-    """Of where states lie: what was made for an older one is void."""
+    """A version of the places of all states. What was made for an older version is invalid."""
 
 
 class Pagers:
-    """The pagers of an optimizer: one for each device that paged parameters lie on."""
+    """The pagers of an optimizer: one for each device with parameters whose states are paged."""
 
     def __init__(self) -> None:
         self._pagers: dict[torch.device, Pager] = {}
@@ -40,7 +40,7 @@ class Pagers:
         self.version = Version()
 
     def renewed(self) -> Pagers:
-        """One without pagers, for states that are loaded: the old ones' slab stays as it is."""
+        """New ``Pagers`` without a pager, for states that are loaded. The old slabs stay unchanged."""
         new = Pagers()
         new._order, new._unpageable, new._partial = self._order, self._unpageable, self._partial
         new._before = self._before | {device: pager.statistics for device, pager in self._pagers.items()}
@@ -54,9 +54,10 @@ class Pagers:
     # -- whose states are paged --------------------------------------------------------------------------------------
 
     def place(self, state: State, p: Tensor, form: Form, everyone: Callable[[], Forms]) -> Place | None:
-        """Where p's states are to lie; None where they are not paged.
+        """The place of p's states; None if they are not paged.
 
-        Where no pager has room for them in their form, makes one for all of ``everyone`` that is paged on p's device.
+        If no pager has a place for them in this form, a new pager is made for all paged states on p's device.
+        ``everyone``: gives all parameters with their forms.
         """
         if form.paging is None:
             return None
@@ -80,7 +81,7 @@ class Pagers:
     # -- pagers ------------------------------------------------------------------------------------------------------
 
     def _build(self, state: State, device: torch.device, paging: Paging, forms: Forms) -> None:
-        """A new pager for a device, with all states in it that the old one had in their present form."""
+        """Make a new pager for a device. It takes over the states of the old one that are already in their form."""
         wants = self._wants_on(state, device, paging, forms)
         transport = pages.open_transport(paging.kind, device, paging.directory)
         if transport is None:
@@ -134,7 +135,7 @@ class Pagers:
                     state[p] = Entries(p, entries.raw, new, number)
 
     def drop_unused(self, state: State) -> None:
-        """Close pagers that no state lies in any more."""
+        """Close pagers that hold no state any more."""
         used = {id(entries.pager) for entries in state.values() if isinstance(entries, Entries)}
         for device, pager in list(self._pagers.items()):
             if id(pager) not in used:
@@ -145,12 +146,12 @@ class Pagers:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def record_order(self, p: Tensor) -> None:
-        """A step of a single parameter, in an order that is not known before."""
+        """Note that a step updated the single parameter p. The order of such steps is not known before."""
         if self._order is None and self._pagers:
             self._passed.append(p)
 
     def end_step(self, state: State, everyone: Callable[[], Forms]) -> None:
-        """The step is over. After the first one of single parameters, what lies in the slab is put in their order."""
+        """End the step. After the first step that updated parameters one by one, the slab is put in their order."""
         for pager in self._pagers.values():
             last = pager, len(pager.wants) - 1
             if not self._partial or any(self._places.get(p) == last for p, _ in everyone()):
@@ -175,8 +176,9 @@ class Pagers:
 
 
 def check(forms: Iterable[tuple[Tensor, Form, float]]) -> None:
-    """Raise before training where states cannot be paged as their forms say; ``forms``: each parameter with its form
-    and the share of its states that will lie on this machine.
+    """Raise before training if states cannot be paged as their forms say.
+
+    ``forms``: each parameter with its form and the share of its states that will lie on this machine.
 
     Raises:
         ValueError, OSError: for settings that differ, and a disk that cannot serve (see ``open_transport``,

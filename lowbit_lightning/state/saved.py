@@ -1,6 +1,7 @@
-"""A parameter's states as a checkpoint has them: checked, then brought into the form that is asked for.
+"""Reading a parameter's states from a checkpoint: they are checked, and converted to the form that is asked for.
 
-They come as plain tensors or DTensors of global shapes, in any form, under this library's names or bitsandbytes'.
+The saved states are plain tensors or DTensors of global shapes. They may be in any form, under this library's names or
+those of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from lowbit_lightning.state.form import MASTER, STEP, Form, StateFormat, codes_n
 
 
 def read(p: Tensor, entries: Mapping[str, Any], coded: StateFormat | None, form: Form) -> dict[str, Any]:
-    """Entries of p in ``form``: the same tensors where nothing changes. What is to be paged comes in host memory.
+    """Entries of p in ``form``. Entries that do not change keep their tensors; paged ones are returned in host memory.
 
-    ``coded``: the format of those that are coded.
+    ``coded``: the format of the coded entries.
 
     Raises:
         ValueError: for entries that are missing or malformed.
@@ -41,7 +42,7 @@ def read(p: Tensor, entries: Mapping[str, Any], coded: StateFormat | None, form:
     known = {STEP, MASTER, *(name for state in form.rule.states for name in names_of(state.name))}
     others = {name: value for name, value in entries.items() if name not in known}
     paged = {entry.name for entry in form.entries(shards.local(p).shape) if entry.paged}
-    if paged:  # what stays near is no memory of the checkpoint
+    if paged:  # entries that stay near are copies: they must not keep the checkpoint's memory alive
         made = {name: to_host(value) if name in paged else value.clone() for name, value in made.items()}
     shapes = {entry.name: entry.shape for entry in form.entries(p.shape)}
     wrapped = {name: shards.leave(p, value, shapes[name], stays=name in paged) for name, value in made.items()}
@@ -68,7 +69,7 @@ def _step(entries: Mapping[str, Any]) -> Tensor:
 def _enter(
     p: Tensor, name: str, entries: Mapping[str, Any], coded: StateFormat | None, made: Kept, codings: dict[str, Coding]
 ) -> None:
-    """This rank's part of a saved state, into ``made``."""
+    """Put this rank's part of a saved state into ``made``, and its coding, if it stays coded, into ``codings``."""
     if not is_coded(entries, name):
         if name not in entries:
             raise ValueError(f"the checkpoint holds neither {name} nor {codes_name(name)}: {sorted(entries)}")
@@ -96,7 +97,7 @@ def _enter(
     if shards.keeps_grid(p):
         made |= {codes_name(name): shards.enter(p, codes), scales_name(name): shards.enter(p, scales)}
         codings[name] = coding
-    else:  # p's cut goes through blocks
+    else:  # the cuts between the ranks' parts of p go through blocks
         codes, scales = (shards.full(x).to(shards.local(p).device) for x in (codes, scales))
         made[name] = shards.enter(p, kernels.dequantize_blockwise(codes, scales, *coding))
 

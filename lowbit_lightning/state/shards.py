@@ -1,10 +1,10 @@
-"""The two doors of the store: a DTensor is made local where it enters, and wrapped where it leaves.
+"""The two doors of the store: DTensors that enter become local tensors, and local tensors that leave become DTensors.
 
-All that the states know of ``torch.distributed`` is here.
+No other file of the states uses ``torch.distributed``.
 
-The block grid belongs to the parameter: cutting along dimension 0 never cuts a block. So a parameter that is sharded
-as ``Shard(0)`` has codes and scales that are ``Shard(0)`` too, on the same mesh, and any number of ranks reads what
-any other wrote.
+The block grid belongs to the parameter, and a cut along dimension 0 never cuts a block. So if a parameter is sharded as
+``Shard(0)``, its codes and scales are ``Shard(0)`` on the same mesh. Any number of ranks can read what any other number
+of ranks wrote.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether x is a DTensor, of whatever placement."""
+    """Whether x is a DTensor, with any placement."""
     return isinstance(x, DTensor)
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+    """This rank's part of a DTensor; other tensors are returned unchanged."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def full(x: Tensor) -> Tensor:
-    """All of a DTensor, gathered from the ranks that share it; any other tensor as it is."""
+    """The whole DTensor, gathered from the ranks that share it; other tensors are returned unchanged."""
     return _on_mesh(x).full_tensor() if isinstance(x, DTensor) else x
 
 
 def _on_mesh(x: DTensor) -> DTensor:
-    """x with its part where collectives work: a paged state's lies in host memory, beside a mesh of GPUs."""
+    """x with its local part on the mesh's device, where collectives work: a paged state may lie in host memory."""
     part = x.to_local()
     return x if part.device.type == x.device_mesh.device_type else leave(x, part, x.shape)  # type: ignore
 
@@ -46,7 +46,7 @@ def enter(p: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def moved(p: Tensor, value: Any) -> Any:
-    """A copy, where p is, of an entry of p; DTensors stay such."""
+    """A copy of an entry of p on p's device. A DTensor stays a DTensor."""
     if not isinstance(value, Tensor):
         return value
     part = local(value).to(local(p).device, copy=True)
@@ -54,9 +54,9 @@ def moved(p: Tensor, value: Any) -> Any:
 
 
 def leave(p: Tensor, part: Tensor, shape: Sequence[int], stays: bool = False) -> Tensor:
-    """A DTensor of global ``shape``, placed as p is, from this rank's part; the part itself for a plain p.
+    """A DTensor of global ``shape`` with p's placements, made from this rank's part. For a plain p: the part itself.
 
-    ``stays``: the part is not moved to the mesh's device; a GPU's may lie in host memory.
+    ``stays``: the part is not moved to the mesh's device. It may lie in the host memory of a GPU's rank.
     """
     if not isinstance(p, DTensor):
         return part
@@ -73,8 +73,9 @@ def leave(p: Tensor, part: Tensor, shape: Sequence[int], stays: bool = False) ->
 
 
 def part_of(p: Tensor, value: Tensor) -> Tensor:
-    """This rank's part, as p is placed, of a tensor of p's shape or one row per row of p: a DTensor, or a plain
-    tensor that every rank has.
+    """This rank's part of ``value``, cut as p is.
+
+    ``value``: a DTensor, or a plain tensor that every rank has; of p's shape, or with one row for each row of p.
 
     Raises:
         ValueError: for a plain tensor where p is neither replicated nor sharded in plain chunks.
@@ -102,7 +103,7 @@ def part_of(p: Tensor, value: Tensor) -> Tensor:
 
 
 def _row_cut(p: DTensor) -> int | None:
-    """The mesh dimension along which p's rows are shared out, where that is all that is done to it."""
+    """The mesh dimension that p's rows are sharded over, if p is sharded in no other way; otherwise None."""
     cuts = [i for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
     if len(cuts) != 1:
         return None
@@ -111,9 +112,9 @@ def _row_cut(p: DTensor) -> int | None:
 
 
 def keeps_grid(p: Tensor) -> bool:
-    """Whether p's placement cuts no block: plain, replicated, or cut once along dimension 0 of at least two.
+    """Whether p's placement cuts no block: p is plain, replicated, or a matrix that is cut once along dimension 0.
 
-    Anything else (Shard(1), strided or nested shards, a sharded vector) keeps its state in 32 bits.
+    With any other placement (Shard(1), strided or nested shards, a sharded vector) the state stays in 32 bits.
     """
     if not isinstance(p, DTensor) or all(isinstance(placement, Replicate) for placement in p.placements):
         return True
@@ -121,7 +122,7 @@ def keeps_grid(p: Tensor) -> bool:
 
 
 def first_index(p: Tensor) -> int:
-    """The global index of this rank's first element, where p is cut once along dimension 0; 0 otherwise."""
+    """The global index of this rank's first element if p is cut once along dimension 0; otherwise 0."""
     cut = _row_cut(p) if isinstance(p, DTensor) else None
     if cut is None:
         return 0

@@ -1,8 +1,8 @@
-"""The store of an optimizer's states: gives them in the form that is asked for, and takes in what is loaded.
+"""The store of an optimizer's states. It gives them in the form that is asked for, and takes in loaded states.
 
-``optimizer.state[p]`` stays the place where everybody finds the entries of p, as plain tensors, or as DTensors where p
-is one. The store is the only one that puts them there. It makes them local once, when it gives them to a step, and
-wraps once what it has made or converted.
+The entries of p are always found in ``optimizer.state[p]``: as plain tensors, or as DTensors if p is one. Only the
+store writes them there. It makes DTensors local once, when it gives them to a step, and wraps once what it has made or
+converted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ Made = tuple[Form, Callable[[], dict[str, Any]]]
 
 
 class Given(NamedTuple):
-    """What a step gets of a parameter: this rank's part of its entries, and, if it is paged, their pieces. ``held``:
-    the objects that its entries are now."""
+    """What a step gets for one parameter.
+
+    ``kept``: this rank's part of its entries. ``held``: the objects that are its entries now. ``pager``, ``pieces``:
+    the place of its paged entries; None and empty if nothing is paged.
+    """
 
     kept: Kept
     held: list[Any]
@@ -40,7 +43,8 @@ class Given(NamedTuple):
 class Store:
     """The states of an optimizer.
 
-    ``state``: ``optimizer.state``. ``pagers``: of those that are paged; their ``version`` changes when they are moved.
+    ``state``: ``optimizer.state``. ``pagers``: the pagers of the paged states; their ``version`` changes when states
+    are moved.
     """
 
     def __init__(self, state: State, pagers: Pagers | None = None) -> None:
@@ -49,7 +53,7 @@ class Store:
     # -- for a step --------------------------------------------------------------------------------------------------
 
     def give(self, p: Tensor, form: Form, everyone: Everyone) -> Given:
-        """The entries of p, created, or converted to ``form``, and paged or not as it says."""
+        """The entries of p in ``form``. They are created, converted, paged or brought back as needed."""
         place = self.pagers.place(self.state, p, form, everyone)
         if form.partition:
             _adopt(p, raw(self.state[p]), form)
@@ -89,13 +93,13 @@ class Store:
             self.pagers.drop_unused(self.state)
 
     def held(self, params: Iterable[Tensor]) -> list[Any]:
-        """The objects that the parameters' entries are now: a plan is good for these."""
+        """The objects that are the parameters' entries now. A plan is valid for these objects."""
         return [value for p in params for value in raw(self.state[p]).values()]
 
     # -- conversions -------------------------------------------------------------------------------------------------
 
     def requantise(self, forms: Forms) -> None:
-        """Bring what is coded in another block size into that of its form, which nothing else of it changes.
+        """Requantise the coded states whose block size is not that of their form. Nothing else changes.
 
         Raises:
             ValueError: for scales that fit no block size; nothing has been changed then.
@@ -115,7 +119,7 @@ class Store:
             _put(p, held, kept, blocks.convert(kept, codings, form, shards.local(p).device), form)
 
     def load(self, made: Mapping[Tensor, Made], everyone: Everyone) -> None:
-        """Take in entries, each made when its turn comes; what is to be paged goes to its slab at once."""
+        """Take in loaded entries. They are made one parameter at a time, and paged ones go to their slab at once."""
         self.state.update({p: {STEP: None} for p in made})  # whose states are paged, all in one slab
         for p, (form, make) in made.items():
             self.state[p] = _owned(make())
@@ -128,8 +132,8 @@ def _local(entries: Mapping[str, Any]) -> Kept:
 
 
 def _put(p: Tensor, entries: Any, kept: Kept, made: Kept, form: Form, unwrapped: Collection[str] = ()) -> None:
-    """Let the entries of p be what was ``made`` of ``kept``. Where p is a DTensor they are too, but for the count and
-    ``unwrapped`` ones."""
+    """Replace ``kept``, the entries of p, by ``made``. If p is a DTensor they become DTensors, except the step count
+    and the ``unwrapped`` ones."""
     for name in {name for state in form.rule.states for name in names_of(state.name)} & kept.keys() - made.keys():
         del entries[name]
     shapes = {entry.name: entry.shape for entry in form.entries(p.shape)}
@@ -139,8 +143,8 @@ def _put(p: Tensor, entries: Any, kept: Kept, made: Kept, form: Form, unwrapped:
 
 
 def _adopt(p: Tensor, entries: dict[str, Any], form: Form) -> None:
-    """Take over what DeepSpeed has written into a partition's entries: values, which are newer than any codes, and one
-    ``step`` for several partitions, on the CPU."""
+    """Take over what DeepSpeed wrote into a partition's entries: values, which are newer than the codes, and one
+    ``step`` on the CPU for several partitions."""
     for state in form.rule.states:
         if state.name in entries:
             entries.pop(codes_name(state.name), None)
@@ -151,6 +155,7 @@ def _adopt(p: Tensor, entries: dict[str, Any], form: Form) -> None:
 
 
 def _owned(entries: dict[str, Any]) -> dict[str, Any]:
-    """Entries that no step of another optimizer changes: those of a live one, if paged, are its slab's memory."""
+    """Entries that no other optimizer's step will change. Paged entries of a live optimizer are its slab's memory, so
+    they are copied."""
     shared = any(isinstance(value, Tensor) and in_a_slab(value) for value in entries.values())
     return copy.deepcopy(entries) if shared else entries

@@ -1,6 +1,7 @@
-"""A checkpoint of Lightning as tensors under flat keys, which ``torch.distributed.checkpoint`` takes, and all the rest.
+"""A checkpoint of Lightning, split into tensors under flat keys, for ``torch.distributed.checkpoint``, and the rest.
 
-``state_dict.NAME``; ``optimizer_0.state.3.exp_avg_codes``: entry of the state of the first optimizer's parameter 3.
+The keys are ``state_dict.NAME``, and for example ``optimizer_0.state.3.exp_avg_codes``: an entry of the state of
+parameter 3 of the first optimizer.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ State = dict[str, Any]
 
 
 def split(checkpoint: State) -> tuple[dict[str, Tensor], State]:
+    """The tensors of a checkpoint by flat key, and everything else. Tied weights are stored once."""
     tensors = {}
     weights: State = {}
-    names: dict[int, str] = {}  # tied weights are stored once: the first name of each tensor
+    names: dict[int, str] = {}  # the first name of each tensor
     tied: dict[str, str] = {}
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(value, Tensor):
@@ -47,6 +49,7 @@ def split(checkpoint: State) -> tuple[dict[str, Tensor], State]:
 
 
 def join(tensors: dict[str, Tensor], rest: State) -> State:
+    """The checkpoint from the two parts that ``split`` returned. ``rest`` is changed."""
     weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
     tied = rest.pop("tied")
     rest["state_dict"] = {**rest["state_dict"], **weights, **{name: weights[first] for name, first in tied.items()}}
@@ -59,7 +62,10 @@ def join(tensors: dict[str, Tensor], rest: State) -> State:
 
 
 def room(metadata: Metadata, model: nn.Module | None, optimizers: list[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """An empty tensor for each saved one that is wanted, by key."""
+    """Tensors to load into, by key: one for each saved tensor that is wanted.
+
+    ``model``: None if weights are not wanted. ``optimizers``: empty if their states are not wanted.
+    """
     owners: dict[str, Tensor] = {}
     if model is not None:
         owners.update((f"state_dict.{name}", x) for name, x in model.state_dict().items() if isinstance(x, Tensor))
@@ -78,7 +84,8 @@ def room(metadata: Metadata, model: nn.Module | None, optimizers: list[Optimizer
 
 
 def _room_like(owner: Tensor | None, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros of a global size: a DTensor with as many rows as its owner, where that is one; else whole."""
+    """Zeros of global shape ``size``: a DTensor placed as its owner if both have the same rows; otherwise a whole
+    tensor."""
     if isinstance(owner, DTensor) and size and size[0] == owner.shape[0] and is_cut_by_rows(owner):
         local = owner.to_local()
         return shards.leave(owner, torch.zeros((local.shape[0], *size[1:]), dtype=dtype, device=local.device), size)

@@ -1,7 +1,7 @@
-"""One kernel launch as data, and the executor that hands it to the CUDA driver.
+"""One kernel launch as data, and the function that passes it to the CUDA driver.
 
-The ops describe every launch as a ``Launch`` and know nothing of streams or contexts; ``run`` knows nothing of the
-ops. Tests put an emulator in its place, and so execute the ops' own geometry and arguments without a GPU.
+The ops describe every launch as a ``Launch``, without streams or contexts, and ``run`` does not know the ops. Tests
+replace ``run`` by an emulator. So they execute the ops' own geometry and arguments without a GPU.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SHARED_FOR_ALL = 48 << 10  # bytes a CUDA block that a kernel may have without 
 class Launch:
     """A kernel of a CUDA text, its geometry and its arguments.
 
-    ``arguments``: a Tensor for a pointer, None for a null pointer, a ctypes value for a scalar or a struct, of exactly
-    the type that the kernel declares. ``memory()``: tensors that the kernel reaches through pointers in other tensors;
-    for checks only. ``shared``: bytes of dynamic shared memory.
+    ``arguments``: a Tensor for a pointer, None for a null pointer, or a ctypes value of exactly the declared type for a
+    scalar or a struct. ``memory()``: tensors that the kernel reaches through pointers in other tensors; only checks use
+    it. ``shared``: bytes of dynamic shared memory.
     """
 
     text: str
@@ -44,7 +44,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def geometry(block_size: int) -> tuple[int, int]:
-    """Threads of a CUDA block, and how many quantisation blocks it handles at a time: as in src/group.h."""
+    """The threads of a CUDA block, and how many quantisation blocks it handles at a time, as in src/group.h."""
     group = block_size // 8
     threads = max(256, group)
     return threads, threads // group
@@ -58,7 +58,7 @@ def as_ctypes(argument: Any) -> Any:
 
 
 def load() -> None:
-    """Raise CompilerNotFound, saying what to install, where CUDA kernels cannot be compiled and launched."""
+    """Raise CompilerNotFound, which says what to install, if CUDA kernels cannot be compiled and launched."""
     nvrtc_version()
     if not torch.cuda.is_available():
         raise CompilerNotFound("torch sees no CUDA device; install a CUDA build of torch and a driver")
@@ -103,7 +103,7 @@ def _architecture(device: torch.device) -> str:
 
 @functools.cache
 def _allow_shared(kernel: Any, size: int, device: int) -> None:
-    """Dynamic shared memory beyond what every kernel may have; a device has to be told once."""
+    """Allow a kernel more dynamic shared memory than the default. This is needed once per device."""
     from cuda.bindings import driver
 
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -135,7 +135,7 @@ def _kernel(text: str, name: str, architecture: str) -> Any:
 
 
 def _need_context(device: torch.device) -> None:
-    """A thread that has called nothing of CUDA's runtime yet has no context, though torch has chosen its device."""
+    """Give this thread a context: it has none before its first call of the CUDA runtime, even if torch has a device."""
     from cuda.bindings import driver
     from cuda.core import Device
 

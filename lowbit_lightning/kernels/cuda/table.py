@@ -1,7 +1,7 @@
-"""The table of parameters that the optimizer kernels read: addresses and shapes, one row each, in device memory.
+"""The table of parameters that the optimizer kernels read: one row of addresses and shapes each, in device memory.
 
-It travels there as kernel arguments (``src/table.cu`` says why) and is kept for the next step: as long as parameters,
-states and gradients stay where they are, no step sends it again.
+It is sent as kernel arguments (``src/table.cu`` explains why), and kept for the next step. It is not sent again as long
+as the addresses of parameters, states and gradients stay the same.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def forget() -> None:
 def _on_device(words: array, device: torch.device) -> Tensor:
     """The words as an int64 tensor, valid for what is launched on the current stream after this call."""
     if _capturing(device):
-        # Every replay of the graph has to find the table, wherever later steps move it: it gets its own, sent by nodes
-        # of the graph into memory of the graph.
+        # Every replay of the graph needs this table, and later steps may replace it. So the graph gets a table of its
+        # own: nodes of the graph write it into memory of the graph.
         return _send(words, device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = device, stream, words.tobytes()

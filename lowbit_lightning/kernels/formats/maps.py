@@ -31,7 +31,7 @@ from torch import Tensor
 MAPS = ("dynamic_signed", "dynamic_unsigned")
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE, DEFAULT_BLOCK_SIZE = 32, 4096, 256
 SMALLEST_SCALE = 2.0**-126
-"""A block that is not all zero has a scale of at least this magnitude: its reciprocal is finite."""
+"""The scale of a block that is not all zero has at least this magnitude, so that its reciprocal is finite."""
 DECADES = 7
 FOLD = 256
 """Blocks whose sums are folded at once, for norms over a whole parameter."""
@@ -70,7 +70,7 @@ class BlockGrid:
 
 
 class Span(NamedTuple):
-    """The elements ``start`` to ``stop - 1`` of a tensor, cut in front of a block or, at least, a row."""
+    """The elements ``start`` to ``stop - 1`` of a tensor. The cuts are before a block, or before a row."""
 
     start: int
     stop: int
@@ -80,7 +80,7 @@ class Span(NamedTuple):
         return self.stop - self.start
 
     def of(self, x: Tensor, grid: BlockGrid) -> Tensor:
-        """This part of a tensor with that grid: a view where it is contiguous; a vector, or whole rows."""
+        """This part of a tensor with the grid: a vector or whole rows; a view if the tensor is contiguous."""
         if grid.in_runs:
             return x.contiguous().view(-1)[self.start : self.stop]
         return x.contiguous()[self.start // grid.row_length : self.stop // grid.row_length]

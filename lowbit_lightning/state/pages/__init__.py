@@ -1,7 +1,7 @@
-"""Optimizer states that lie in a far tier of memory and are copied to the near one for their step.
+"""Optimizer states that lie in a far tier of memory and are copied to near memory for their step.
 
-``pager`` decides what is near when; ``layout`` where everything lies; ``transport`` says what moves it; ``entries`` is
-what ``optimizer.state`` shows of it.
+``pager`` decides what is in near memory at which time, ``layout`` decides the place of everything, ``transport``
+describes what copies, and ``entries`` is what ``optimizer.state`` holds.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = [
 
 
 def open_transport(paged: bool | str, device: torch.device, directory: str | None = None) -> Transport | None:
-    """The transport between ``device`` and what ``paged`` names; None where there is nothing to page to.
+    """The transport between ``device`` and the far tier that ``paged`` names. None if there is no such tier.
 
-    ``paged``: True for host memory, which only a GPU has behind it, or "disk" for a file in ``directory`` (None: a
-    temporary one), which serves the CPU.
+    ``paged``: True for host memory, which is a far tier only for a GPU, or "disk" for a file in ``directory`` (None: a
+    temporary directory), which is one for the CPU.
 
     Raises:
         ValueError: for "disk" under a GPU.

@@ -1,8 +1,8 @@
 """Pinned host memory under a GPU: one stream in, one stream out, and events.
 
-Everything is made once and kept: the slab, the streams, an event for each chunk and direction. A step allocates nothing
-and waits for nothing on the host. Buffers are freed only after ``close``, when all copies are done, so that the
-allocator need not know of the streams.
+The slab, the streams, and an event for each chunk and direction are made once and kept. A step allocates nothing, and
+the host waits for nothing in it. Buffers are freed only after ``close``, when all copies are done. So the allocator
+need not know the streams.
 
 Kernels run on whatever streams are current when ``wait`` is called: backward may use several for one chunk. The event
 of ``computed`` comes after all of them.
@@ -28,16 +28,16 @@ class CudaTransport:
     def __init__(self, device: torch.device) -> None:
         self.device, self._process = device, os.getpid()
         self._slab: Tensor | None = None
-        self._computing: list[torch.cuda.Stream] = []  # which have waited since the last ``computed``
+        self._computing: list[torch.cuda.Stream] = []  # streams that have waited since the last ``computed``
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        # A wait concerns what an event was recorded for when the wait was asked for: events may be used again.
+        # A wait refers to the last record of the event before the call of wait. So events may be recorded again.
         self._events: defaultdict[tuple[str, Moves], torch.cuda.Event] = defaultdict(torch.cuda.Event)
         self._pairs: dict[Moves, list[tuple[Tensor, Tensor]]] = {}
 
     def allocate(self, nbytes: int) -> Tensor:
         slab = aligned(nbytes)
         # Pinned in place, for all devices: torch's own pinned allocations are rounded up to the next power of two.
-        with torch.cuda.device(self.device):  # or there would be a context on the current one
+        with torch.cuda.device(self.device):  # otherwise the current device would get a context
             status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), nbytes, 1) if nbytes else 0
         if int(status) != 0:
             self._forget_error()
@@ -50,24 +50,14 @@ class CudaTransport:
 
     def buffer(self, nbytes: int) -> Tensor:
         memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self._in.wait_stream(torch.cuda.current_stream(self.device))  # whose kernels may have used it before
+        self._in.wait_stream(torch.cuda.current_stream(self.device))  # its kernels may have used this memory before
         return memory
 
     def fetch(self, moves: Moves, after: torch.cuda.Event | None) -> torch.cuda.Event:
-        with torch.cuda.stream(self._in):
-            if after is not None:
-                self._in.wait_event(after)
-            for near, far in self._tensors(moves):
-                near.copy_(far, non_blocking=True)
-            return self._recorded("fetch", moves, self._in)
+        return self._copied("fetch", self._in, moves, after)
 
     def store(self, moves: Moves, after: torch.cuda.Event | None) -> torch.cuda.Event:
-        with torch.cuda.stream(self._out):
-            if after is not None:
-                self._out.wait_event(after)
-            for near, far in self._tensors(moves):
-                far.copy_(near, non_blocking=True)
-            return self._recorded("store", moves, self._out)
+        return self._copied("store", self._out, moves, after)
 
     def computed(self, moves: Moves) -> torch.cuda.Event:
         stream = torch.cuda.current_stream(self.device)
@@ -104,16 +94,27 @@ class CudaTransport:
                 torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # when CUDA may be gone already, and takes all with it
+        if not sys.is_finalizing():  # at the interpreter's end CUDA may be gone already, and its memory with it
             self.close()
 
     def _forget_error(self) -> None:
-        """The runtime keeps the last error, and torch would raise it for the next kernel, whoever launches that."""
+        """Clear the runtime's last error: otherwise torch would raise it at the next kernel launch of any code."""
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self.device)
 
+    def _copied(
+        self, kind: str, stream: torch.cuda.Stream, moves: Moves, after: torch.cuda.Event | None
+    ) -> torch.cuda.Event:
+        with torch.cuda.stream(stream):
+            if after is not None:
+                stream.wait_event(after)
+            for near, far in self._tensors(moves):
+                to, source = (near, far) if kind == "fetch" else (far, near)
+                to.copy_(source, non_blocking=True)
+            return self._recorded(kind, moves, stream)
+
     def _tensors(self, moves: Moves) -> list[tuple[Tensor, Tensor]]:
-        """Near memory, and the part of the slab."""
+        """Pairs of near memory and its part of the slab."""
         if moves not in self._pairs:
             assert self._slab is not None
             self._pairs[moves] = [(near, self._slab[first : first + near.numel()]) for near, first in moves.parts]

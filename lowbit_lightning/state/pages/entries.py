@@ -1,4 +1,4 @@
-"""``optimizer.state[p]`` of a paged parameter."""
+"""The value of ``optimizer.state[p]`` for a parameter with paged states."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ _PAGERS: WeakSet[Pager] = WeakSet()
 
 
 class Entries:
-    """The entries of a parameter, of which some lie in a pager's slab; reads like a dict.
+    """The entries of a parameter, some of which lie in a pager's slab. It can be read like a dict.
 
-    Whoever reads a value sees the states as the last step left them: what is near is stored first, and no copy is under
-    way. A tensor that was read is the slab's memory, and later steps change it behind the reader's back, without
-    waiting: read again, or clone. Assigning a tensor to a paged state copies it into the slab.
+    A reader of a value sees the states as the last step left them: states in near memory are stored first, and no copy
+    is under way. A tensor that was read is the slab's memory, and later steps change it without notice. So read it
+    again, or clone it. Assigning a tensor to a paged state copies it into the slab.
 
-    No ``Mapping``: Lightning moves whatever is in one to the device, and these have to stay. ``dict(entries)`` works.
+    The class is no ``Mapping``, because Lightning moves the content of mappings to the device, and these entries must
+    stay. ``dict(entries)`` works.
     """
 
     def __init__(self, p: Tensor, entries: Mapping[str, Any], pager: Pager, number: int) -> None:
-        """Take in the ``entries`` of p, the pager's parameter of that ``number``: those that it wants are copied."""
+        """Take over the ``entries`` of p, which is parameter ``number`` of the pager. Those that the pager wants are
+        copied into its slab."""
         self._p, self.pager, self.number = p, pager, number
         _PAGERS.add(pager)
         self._far = pager.far[number]
         pager.write(number, {name: shards.local(entries[name]) for name in self._far})
         self.raw: dict[str, Any] = {**entries, **self._far}
-        """The same entries, for those who know what they do."""
+        """The same entries, without waiting: paged ones may be out of date."""
 
     @property
     def place(self) -> tuple[Pager, int]:
         return self.pager, self.number
 
     def named(self) -> dict[str, Any]:
-        """The entries as they are without paging: DTensors where p is one. Those in the slab are not copied."""
+        """The entries in the form that they have without paging: DTensors if p is one. Nothing is copied."""
         return {
             name: shards.leave(self._p, value, self._p.shape, stays=True) if self.is_paged(name) else value
             for name, value in self.items()
@@ -93,7 +95,7 @@ class Entries:
 
 
 def raw(entries: Any) -> dict[str, Any]:
-    """The entries as a dict, without waiting for their values to be true."""
+    """The entries as a dict, without waiting: paged ones may be out of date."""
     return entries.raw if isinstance(entries, Entries) else entries
 
 

@@ -1,21 +1,22 @@
-"""The slab in a file: optimizer states larger than memory. ``FileTransport`` moves pages between it and RAM.
+"""A slab in a file, for optimizer states larger than memory. ``FileTransport`` copies pages between the file and RAM.
 
 How it works
-    The file has no name: it is unlinked the moment it is made. So there is nothing to clean up, whatever ends the
-    process, ``kill -9`` and a power cut included, and ranks on one node cannot get in each other's way. Its space is
-    allocated before anything is trained; on a disk that is too full that is an error there and then.
+    The file has no name: it is unlinked as soon as it is made. So nothing remains to be cleaned up, however the process
+    ends (``kill -9`` and power cuts included), and ranks on one node do not disturb each other. The space is allocated
+    before training begins. If the disk is too full, an error is raised then.
 
-    Worker threads read and write with O_DIRECT, past the page cache: memory that pages take is the pager's buffers and
-    no more, and the processor has next to nothing to do. Three things make that fast; ``docs/paging.md`` has figures:
-    buffers on huge pages (a request to the disk is as long as its memory is contiguous), pieces of 16 MiB, and two
-    threads each way. O_DIRECT wants memory, offset and length to be multiples of 4096: the ragged ends of a part go
-    through the page cache, and so does all of a part whose place in memory and in the slab differ by anything else, and
-    everything on a file system without O_DIRECT, which is written through at once and dropped from the cache.
+    Worker threads read and write with O_DIRECT, which bypasses the page cache. So pages take no more memory than the
+    pager's buffers, and almost no processor time. Three measures make this fast (``docs/paging.md`` has figures):
+    buffers on huge pages, since a request to the disk is as long as its memory is contiguous; pieces of 16 MiB; and two
+    threads in each direction. O_DIRECT requires memory address, offset and length to be multiples of 4096. The page
+    cache is used for the ragged ends of a part, for a whole part whose places in memory and slab differ modulo 4096,
+    and for everything on a file system without O_DIRECT. Such data is written to the disk at once and dropped from the
+    cache.
 
-    A copy is handed to the threads by the event that it waits for, so that no thread waits.
+    The event that a copy waits for hands it to the threads, so that no thread waits.
 
-The slab as memory is a shared mapping of the same file. The kernel keeps it coherent with what the threads do as long
-as nothing is under way, which is all that ``Transport.allocate`` promises.
+The slab as memory is a shared mapping of the same file. The kernel keeps it coherent with the threads' accesses as long
+as no copy is under way, and ``Transport.allocate`` promises no more.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ FOLDER = "LOWBIT_LIGHTNING_PAGES"
 """The environment variable that names the folder of page files."""
 ALIGNMENT = 4096
 PIECE = 16 * 2**20
-"""What one thread reads or writes at once: a part is cut into pieces of this size."""
+"""Bytes that one thread reads or writes at once. A part is cut into pieces of this size."""
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 
 _READ, _WRITE = "reading", "writing"
 
 
 class _Piece(NamedTuple):
-    """Bytes of near memory, their offset in the slab, and how they travel."""
+    """Bytes of near memory, their offset in the slab, and whether they are copied with O_DIRECT."""
 
     memory: memoryview
     offset: int
@@ -82,11 +83,11 @@ class FileTransport:
 
     @property
     def direct(self) -> bool:
-        """Whether the file is read and written past the page cache."""
+        """Whether the file is read and written without the page cache."""
         return self._files is not None and self._files.direct is not None
 
     def check_room(self, nbytes: int) -> None:
-        """Raise OSError where the disk has not so many bytes free; nothing is taken."""
+        """Raise OSError if the disk has fewer than ``nbytes`` bytes free. Nothing is allocated."""
         _check_room(self.folder, nbytes)
 
     def allocate(self, nbytes: int) -> Tensor:
@@ -111,11 +112,11 @@ class FileTransport:
 
     def settle(self, event: Event) -> None:
         if self._workers is not None:
-            self._workers.finish()  # whoever was interrupted may have lost an event
+            self._workers.finish()  # a caller that was interrupted may have lost an event
         event.wait()
 
     def trim(self) -> None:
-        """Gives back what all slabs of this process cost: one is filled from another, which must not stay in memory."""
+        """Give back the memory of all slabs of this process: if one is filled from another, both take memory."""
         if self._files is not None:
             self._files.flush()
         for files in list(_OPEN):
@@ -141,7 +142,7 @@ class FileTransport:
 
 
 def _cut(part: Tensor, offset: int, direct: bool) -> list[_Piece]:
-    """The part in pieces: whole blocks directly, if memory and offset agree, and what is left through the cache."""
+    """The part in pieces: whole blocks with O_DIRECT, if memory and offset agree, and the rest through the cache."""
     memory, pieces = part.numpy().data, []
     head = -offset % ALIGNMENT
     aligned = direct and (part.data_ptr() - offset) % ALIGNMENT == 0
@@ -161,7 +162,7 @@ def _cut(part: Tensor, offset: int, direct: bool) -> list[_Piece]:
 
 
 class _Files:
-    """The open page file, three times: as memory, with O_DIRECT, and for ragged ends (without reading ahead)."""
+    """The page file, opened three times: as memory, with O_DIRECT, and for ragged ends (without reading ahead)."""
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         self.folder = folder
@@ -169,7 +170,7 @@ class _Files:
         base = _allocated(folder, size)
         with contextlib.ExitStack() as on_error:
             on_error.callback(os.close, base)
-            self._map = mmap.mmap(base, size)  # shared; goes when no tensor holds it
+            self._map = mmap.mmap(base, size)  # shared; removed when no tensor holds it
             self.slab = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
             self.direct = _direct(base)
             self._base, self._ends = base, base
@@ -194,7 +195,7 @@ class _Files:
         del self.slab, self._map  # an error of ``copy`` holds this object
 
     def copy(self, way: str, piece: _Piece) -> None:
-        """Read or write all of a piece. Raises OSError, with the place."""
+        """Read or write a whole piece. Raises OSError, which names the place."""
         memory, offset = piece.memory, piece.offset
         file = self.direct if piece.direct and self.direct is not None else self._ends
         call = os.preadv if way == _READ else os.pwritev
@@ -217,11 +218,11 @@ class _Files:
             ) from error
 
     def flush(self) -> None:
-        """Write what was written to the slab as memory to the disk; only then can its memory be given back."""
+        """Write changes of the slab as memory to the disk. Only then can its memory be given back."""
         self._map.flush()
 
     def trim(self) -> None:
-        """Give back memory and page cache that the slab as memory costs. The file keeps its content, at any time."""
+        """Give back memory and page cache that the slab as memory takes. The content of the file stays."""
         self._map.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(self._base, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -230,7 +231,7 @@ _OPEN: weakref.WeakSet[_Files] = weakref.WeakSet()
 
 
 def _allocated(folder: Path, size: int) -> int:
-    """A descriptor of a new file without a name, mode 0600, with all its space."""
+    """A descriptor of a new file without a name, mode 0600, with its space allocated."""
     _check_room(folder, size)  # asking for too much would first take all there is from everybody else
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         try:
@@ -254,7 +255,7 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 def _direct(base: int) -> int | None:
-    """The same file opened with O_DIRECT; None where a file system has none."""
+    """The same file opened with O_DIRECT; None if the file system does not support that."""
     try:
         file = os.open(f"/proc/self/fd/{base}", os.O_RDWR | os.O_DIRECT)
     except OSError:
@@ -299,7 +300,7 @@ def _checked(folder: Path) -> Path:
 
 
 def filesystem(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The type of the file system that ``folder`` lies on, as "ext4"; "" where the system does not say."""
+    """The type of ``folder``'s file system, such as "ext4"; "" if the system does not say."""
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:

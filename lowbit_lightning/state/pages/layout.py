@@ -1,11 +1,11 @@
-"""Where every state lies in the slab, and which of them travel together.
+"""The place of every state in the slab, and which states are copied together.
 
-Parameters lie one after another in the order of the step, each with all its states. A *chunk* holds consecutive
-parameters, as many as fit; one that is larger than a chunk is cut into *spans* of elements, each a chunk of its own, so
-that all states of an element travel together. In the slab every state is contiguous, also of a parameter that is cut.
-The first chunks, up to the budget, are *resident*: they stay near.
+Parameters lie one after another in the order of the step, each with all its states. A *chunk* holds as many consecutive
+parameters as fit. A parameter that is larger than a chunk is cut into *spans* of elements. Each span is a chunk of its
+own, so that all states of an element are copied together. In the slab every state is contiguous, also that of a cut
+parameter. The first chunks, up to the budget, are *resident*: they stay in near memory.
 
-What travels lies at the same offset within a page of 4096 bytes, near and far: direct I/O wants that.
+Each part has the same offset modulo 4096 in near memory and in the slab, because direct I/O requires that.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 from lowbit_lightning.kernels.formats import Span
 
 CHUNK = 32 << 20
-"""Bytes of a chunk where states are large; copies of this size run at the link's speed."""
+"""Bytes of a chunk if states are large. Copies of this size reach the link's speed."""
 RING = 3
 SMALLEST = 64 << 10
-"""Bytes below which chunks are not made smaller for the ring's sake."""
+"""Chunks are not made smaller than this, in bytes, to get enough of them for the ring."""
 _SHARE = 8
-"""The streamed states are at least so many chunks, unless chunks were smaller than ``SMALLEST``."""
+"""Streamed states make at least this many chunks, unless chunks would become smaller than ``SMALLEST``."""
 _PAGE, _ALIGNED = 4096, 256
 _FINE = 8
-"""A parameter is cut at pages of the slab, where a chunk then still has so many places to be cut at."""
+"""A parameter is cut at pages of the slab if a chunk then has at least this many places for a cut."""
 
 
 class Want(NamedTuple):
-    """What a parameter keeps in the slab: ``shape``, and the dtype of each state by its name. It may be cut in front of
+    """What a parameter needs in the slab: its ``shape``, and the name and dtype of each state. It may be cut before
     elements whose index is a multiple of ``unit``."""
 
     shape: tuple[int, ...]
@@ -44,13 +44,16 @@ class Want(NamedTuple):
         return prod(self.shape)
 
     def nbytes(self, numel: int) -> int:
-        """Bytes of so many elements of all states, each state aligned."""
+        """Bytes of ``numel`` elements of all states, with each state aligned."""
         return sum(_up(numel * dtype.itemsize) for _, dtype in self.dtypes)
 
 
 class Placed(NamedTuple):
-    """A part of a parameter, by its number, in a chunk: first bytes of each state, far (in the slab) and near (in the
-    chunk's memory)."""
+    """A part of a parameter in a chunk.
+
+    ``want``: the parameter's number. ``far``, ``near``: the first byte of each state in the slab and in the chunk's
+    near memory.
+    """
 
     want: int
     span: Span
@@ -64,10 +67,10 @@ class ChunkPlan:
     placed: list[Placed] = field(default_factory=list)
     nbytes: int = 0
     moves: list[tuple[int, int, int]] = field(default_factory=list)
-    """Far and near offset, and bytes, of what is contiguous in both."""
+    """Far offset, near offset and bytes of each run that is contiguous in both."""
 
     def add(self, want: int, span: Span, far: list[int], sizes: list[int], padded: bool) -> None:
-        """``sizes``: bytes of each state. Where ``padded``, the bytes up to the next state belong to it."""
+        """``sizes``: bytes of each state. ``padded``: the bytes up to the next state are copied too."""
         near = []
         for offset, size in zip(far, sizes, strict=True):
             first = self.nbytes + (offset - self.nbytes) % _PAGE
@@ -85,18 +88,18 @@ class ChunkPlan:
 class Layout(NamedTuple):
     chunks: list[ChunkPlan]
     places: list[tuple[int, ...]]
-    """For each parameter the first byte of each state in the slab."""
+    """The first byte of each state in the slab, for each parameter."""
     nbytes: int
 
     @property
     def ring(self) -> list[int]:
-        """Bytes of the buffers that streamed chunks take turns in."""
+        """Bytes of the buffers that streamed chunks use in turn."""
         streamed = [chunk.nbytes for chunk in self.chunks if not chunk.resident]
         return [max(streamed[slot::RING]) for slot in range(min(RING, len(streamed)))]
 
     @property
     def resident(self) -> int:
-        """Bytes of the chunks that stay near."""
+        """Bytes of the chunks that stay in near memory."""
         return sum(chunk.nbytes for chunk in self.chunks if chunk.resident)
 
     @property
@@ -105,14 +108,15 @@ class Layout(NamedTuple):
 
 
 def lay_out(wants: Sequence[Want], resident: int, limit: int = CHUNK) -> Layout:
-    """Chunks of at most ``limit`` bytes, unless a single unit is larger, and at most ``resident`` bytes of them
-    resident. Streamed chunks are smaller where there would be few."""
+    """A layout with chunks of at most ``limit`` bytes, unless a single unit is larger. At most ``resident`` bytes are
+    resident. Streamed chunks are made smaller if there would be few of them."""
     streamed = max(0, sum(want.nbytes(want.numel) for want in wants) - resident)
     return _Builder(limit, min(limit, max(SMALLEST, -(-streamed // _SHARE))), resident).build(wants)
 
 
 class _Builder:
-    """``ring``: bytes of a streamed chunk; ``limit``: of a resident one; ``left``: of the budget."""
+    """``ring``: most bytes of a streamed chunk. ``limit``: most bytes of a resident one. ``left``: unused bytes of the
+    budget."""
 
     def __init__(self, limit: int, ring: int, resident: int) -> None:
         self.limit, self.ring, self.left, self.far = limit, ring, resident, 0
@@ -169,12 +173,12 @@ class _Builder:
         self.full = False
 
     def _elements(self, want: Want, room: int) -> int:
-        """How many elements, a multiple of the unit, fit."""
+        """How many elements fit into ``room`` bytes: a multiple of the unit."""
         each = sum(dtype.itemsize for _, dtype in want.dtypes)
         return max(0, room - _PAGE * (1 + len(want.dtypes))) // each // want.unit * want.unit
 
     def _far_of(self, want: Want, to: int = _ALIGNED) -> tuple[int, ...]:
-        """A place for all of it, each state at a multiple of ``to``."""
+        """A place in the slab for the whole parameter, with each state at a multiple of ``to``."""
         offsets = []
         for _, dtype in want.dtypes:
             offsets.append(self.far)

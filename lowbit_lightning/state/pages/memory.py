@@ -1,4 +1,4 @@
-"""Memory that copies run into and out of: aligned, and not shared with forked processes."""
+"""Memory for the source and target of copies. It is aligned, and forked processes do not share it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _WIPE_ON_FORK = 18  # MADV_WIPEONFORK. MADV_DONTFORK leaves a hole that a child 
 
 
 def aligned(nbytes: int) -> Tensor:
-    """uint8 ``[nbytes]``, at a multiple of 4096; from one huge page on at a multiple of that, and on huge pages where
-    the system has them. A forked process finds zeros there; on Linux, and nowhere else.
+    """uint8 ``[nbytes]``, aligned to 4096 bytes. From 2 MiB on it is aligned to that, and uses huge pages if the system
+    has them. On Linux a forked process finds zeros in this memory.
 
-    Without that a fork shares such memory until somebody writes to it, which gives the child a copy of all near memory
-    as soon as the parent takes a step; and what the disk is reading at that time may land in the wrong one (open(2)).
-    Memory that is pinned for a GPU would be copied by the fork itself, all of it.
+    Without that, parent and child would share the memory until one of them writes to it. The child would get a copy of
+    all near memory as soon as the parent takes a step, and data that the disk is reading at that time might arrive in
+    the wrong copy (open(2)). Memory that is pinned for a GPU would be copied by the fork itself.
     """
     if sys.platform != "linux":
         return torch.empty(nbytes, dtype=torch.uint8)

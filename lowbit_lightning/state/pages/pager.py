@@ -1,18 +1,18 @@
-"""The pager: fixed resident pages, and a ring of near buffers through which the rest streams.
+"""The pager keeps some pages resident in near memory, and streams the others through a ring of near buffers.
 
-A step touches every state once, in a fixed order, so that a cache would miss every page (an LRU evicts what comes
-next). Instead the first chunks stay near for good, and every other one has its place in a ring of three buffers: while
-kernels work on one, the one before travels out and the next two travel in. What follows a chunk is known from the last
-step. At the end of a step the first chunks of the next one are sent for, while the last ones are still on their way
-out: both overlap the next forward and backward.
+A step touches every state once, in a fixed order. A cache would miss every page, since LRU evicts the page that comes
+next. So the first chunks always stay in near memory, and each other chunk has its slot in a ring of three buffers.
+While kernels work on one chunk, the chunk before is stored, and the next two are fetched. The last step tells which
+chunk comes next. At the end of a step the first chunks of the next step are fetched, while the last ones are still
+being stored. Both overlap the next forward and backward.
 
-Every near buffer has *one chain of events*: whatever happens to it, waits for what happened to it last. A chunk always
-uses the same buffer, so that the chain orders its place in the slab too. These are all the rules there are:
+Every near buffer has *one chain of events*: each action on the buffer waits for the last action on it. A chunk always
+uses the same buffer, so that the chain also orders the accesses to its place in the slab. There are no other rules:
 
 * a fetch into a buffer runs after the last event of the buffer,
 * kernels on a buffer run after its last event,
 * a store runs after the kernels,
-* before the host touches the slab, what only lies near is stored, and all chains are waited for.
+* before the host touches the slab, data that is only in near memory is stored, and the host waits for all chains.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from lowbit_lightning.state.pages.layout import RING, Want
 from lowbit_lightning.state.pages.statistics import PageStatistics
 from lowbit_lightning.state.pages.transport import Event, Moves, Transport
 
-_STALL = 1e-4  # seconds that a wait takes at least to be called one
+_STALL = 1e-4  # seconds from which a wait counts as a stall
 
 
 @dataclass(eq=False)
 class Slot:
-    """A near buffer: the moves of the chunk that it holds, and the last event of its chain."""
+    """A near buffer, the moves of the chunk that it holds, and the last event of its chain."""
 
     memory: Tensor
     holds: Moves | None = None
     last: Event | None = None
     unsaved: bool = False
-    """Whether kernels have changed what it holds since it was stored."""
+    """Whether kernels have changed its content since it was stored."""
 
 
 @dataclass(eq=False)
 class Chunk:
-    """What travels together."""
+    """Parts that are copied together."""
 
     index: int
     slot: Slot
@@ -57,7 +57,7 @@ class Chunk:
 
 
 class Piece(NamedTuple):
-    """A part of a parameter's states, near while its chunk is: flat, by name."""
+    """A part of a parameter's states by name, as flat tensors. They are valid while the chunk is near."""
 
     chunk: Chunk
     span: Span
@@ -65,16 +65,16 @@ class Piece(NamedTuple):
 
 
 class Pager:
-    """Keeps states of parameters in the slab of a transport, and brings them near for their step.
+    """Keeps states of parameters in the slab of a transport, and brings them into near memory for their step.
 
     Args:
-        transport: its own; ``close`` closes it.
-        wants: what each parameter keeps, in the order of the step.
-        resident: bytes that stay near.
-        chunk: bytes of a chunk at most, unless a single row of a parameter is larger.
+        transport: owned by the pager; ``close`` closes it.
+        wants: what each parameter keeps in the slab, in the order of the step.
+        resident: bytes that stay in near memory.
+        chunk: most bytes of a chunk, unless a single row of a parameter is larger.
 
-    ``far[i][name]`` are the states of parameter i in the slab, as CPU tensors, true after ``settle()`` and until the
-    next ``near()``; ``pieces[i]`` are the same states in chunks.
+    ``far[i][name]`` are the states of parameter i in the slab, as CPU tensors. They are up to date after ``settle()``
+    and until the next ``near()``. ``pieces[i]`` are the same states in chunks.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class Pager:
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def near(self, chunk: Chunk, changes: bool = True) -> None:
-        """Have kernels that are launched from now on find ``chunk`` near, until another one is asked for.
+        """Bring ``chunk`` near for the kernels that are launched from now on, until the next call for another chunk.
 
-        ``changes``: whether they change it.
+        ``changes``: whether the kernels change it.
         """
         self._check_process()
         if self._open is not chunk:
@@ -160,7 +160,7 @@ class Pager:
         self._open, self._changes, self._stepping = chunk, self._changes or changes, True  # unless waiting failed
 
     def end_step(self) -> None:
-        """The step is over: send out what is near, and for what the next one needs first. Waits for nothing."""
+        """End the step: store the open chunk, and start to fetch what the next step needs first. Waits for nothing."""
         self._leave()
         if not self._stepping:
             return
@@ -197,14 +197,14 @@ class Pager:
         self.statistics.bytes_out += slot.holds.nbytes
 
     def _follow(self, chunk: Chunk) -> None:
-        """Note where in the last step's order this step is."""
+        """Note how far this step is in the order of the last step."""
         self._visited.append(chunk)
         if self._order[self._next : self._next + 1] != [chunk]:
             self._next = self._order.index(chunk) if chunk in self._order else len(self._order)
         self._next = min(self._next + 1, len(self._order))
 
     def _look_ahead(self, opened: Chunk | None) -> None:
-        """Send for what comes next, as far as the ring has room beside the opened chunk."""
+        """Start to fetch the next chunks, as far as the ring has room beside the opened chunk."""
         taken = [] if opened is None or opened.resident else [opened.slot]
         for later in self._order[self._next : self._next + RING - len(taken)]:
             if later.slot in taken:  # it waits for a chunk that comes before it
@@ -223,7 +223,7 @@ class Pager:
     # -- the slab as memory ------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Have all states in the slab and nothing under way: the host may read and change it until the next step."""
+        """Wait until all states are in the slab. Then the host may read and change it until the next step."""
         self._check_process()
         if self._settled:
             return
@@ -238,7 +238,7 @@ class Pager:
         self._settled = True
 
     def write(self, number: int, states: Mapping[str, Tensor]) -> None:
-        """Copy states of parameter ``number`` into the slab, from wherever they lie."""
+        """Copy states of parameter ``number`` into the slab, from any device."""
         self.settle()
         for name, value in states.items():
             self.far[number][name].copy_(value)
@@ -248,7 +248,7 @@ class Pager:
             self.transport.trim()
 
     def close(self) -> None:
-        """Settle, and give back near memory and the far tier; ``far`` stays readable."""
+        """Settle, and give back near memory and the far tier. ``far`` stays readable."""
         if not self._closed:
             self._closed = True
             try:
@@ -267,7 +267,7 @@ class Pager:
 
 
 def _view(slab: Tensor, first: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Part of the slab as a tensor with a storage of its own: ``torch.save`` writes whole storages, and refuses one
+    """Part of the slab as a tensor with its own storage: ``torch.save`` writes whole storages, and refuses a storage
     that tensors of different dtypes share."""
     count = 1
     for length in shape:

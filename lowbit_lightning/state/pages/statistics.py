@@ -1,4 +1,4 @@
-"""What a pager has done so far."""
+"""Statistics of paging."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 class PageStatistics:
     """Counters of a pager, or of all pagers of an optimizer, since the first step.
 
-    ``far_bytes``: of the slab. ``resident_bytes``: of states that stay near. ``near_bytes``: of near memory, which are
-    the resident states and the ring; scales and step counts are not counted. ``bytes_in``, ``bytes_out``: that
-    travelled. ``waits``: how often kernels had to wait for a copy. ``stalls``, ``stall_seconds``: how often, and how
-    long, that made the host wait; on a GPU its stream waits, and the host does not know (``stalls_on_host`` is False).
-    ``step_seconds``: of the host, inside steps.
+    ``far_bytes``: size of the slab. ``resident_bytes``: size of the states that stay in near memory. ``near_bytes``:
+    size of near memory, which holds the resident states and the ring, without scales and step counts. ``bytes_in``,
+    ``bytes_out``: bytes copied. ``waits``: how often kernels waited for a copy. ``stalls``, ``stall_seconds``: how
+    often and how long the host waited for that. On a GPU the stream waits, which the host does not notice
+    (``stalls_on_host`` is False). ``step_seconds``: the host's time inside steps.
     """
 
     far_bytes: int = 0
@@ -36,20 +36,20 @@ class PageStatistics:
 
     @property
     def overlap(self) -> float | None:
-        """The share of the steps' time in which the host did not wait for a copy; None where it cannot know."""
+        """The share of the steps' time in which the host did not wait for a copy; None if it is not known."""
         if not self.stalls_on_host or not self.step_seconds:
             return None
         return max(0.0, 1.0 - self.stall_seconds / self.step_seconds)
 
     def go_on(self, before: PageStatistics) -> None:
-        """Count on from another pager's, which this one's took the place of."""
+        """Add the counts of the pager that this one replaced."""
         for f in fields(self):
             if f.name not in ("far_bytes", "resident_bytes", "near_bytes", "stalls_on_host"):
                 setattr(self, f.name, getattr(self, f.name) + getattr(before, f.name))
 
     @classmethod
     def total(cls, parts: Iterable[PageStatistics]) -> PageStatistics:
-        """The sum of several; the host's stalls count where all of them are on the host."""
+        """The sum of several. ``stalls_on_host`` is True if it is True for all of them."""
         parts = list(parts)
         sums = {f.name: sum(getattr(p, f.name) for p in parts) for f in fields(cls) if f.name != "stalls_on_host"}
         return cls(stalls_on_host=all(p.stalls_on_host for p in parts), **sums)

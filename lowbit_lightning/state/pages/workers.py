@@ -1,11 +1,11 @@
-"""Threads that do what they are told to after events, made so that Ctrl-C may strike anywhere.
+"""Threads that run tasks after events. Ctrl-C may interrupt their callers at any instruction.
 
-Python runs signal handlers on the main thread, between any two of its instructions, and what they raise leaves from
-there. Futures, executors and all of ``threading`` but its plain lock are such instructions: struck at the wrong place,
-one of their locks stays locked, a worker waits for it for ever, and the interpreter, when it ends, for the worker. So
-whoever asks for work here makes single calls of C: it puts an event into a ``SimpleQueue``, and waits at a lock that
-workers do nothing with but release it. All books are kept by the workers, which signals do not reach. The interpreter
-ends without waiting for them; what is under way then is lost.
+Python runs signal handlers on the main thread, between any two of its instructions, and a handler's exception is raised
+there. Futures, executors and most of ``threading`` are written in Python. If an exception interrupts them at the wrong
+instruction, a lock stays locked: a worker waits for it for ever, and at its end the interpreter waits for the worker.
+So callers make only single calls of C functions here: they put an event into a ``SimpleQueue``, and wait at a lock that
+workers only release. Workers do all the bookkeeping, because signals do not reach them. The interpreter ends without
+waiting for them, and work under way is lost then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Task = Callable[[], None]
 
 
 class Event:
-    """Past once its tasks are done, or one of them has failed and the others are done or have failed."""
+    """An event is past once all its tasks have been done or have failed."""
 
     def __init__(self, tasks: Iterable[Task] = (), after: Event | None = None) -> None:
         self.past, self.error = False, None
@@ -31,7 +31,7 @@ class Event:
         self._gate.acquire()
 
     error: BaseException | None
-    """Of the first task that failed, or of the event that this one waited for."""
+    """The error of the first task that failed, or of the event that this one waited for."""
 
     def join(self) -> None:
         """Wait until it is past."""
@@ -48,7 +48,8 @@ class Event:
     # -- in the workers ----------------------------------------------------------------------------------------------
 
     def _begin(self, queue: Queue) -> None:
-        """Do the first task and hand the others to the queue's threads, now or when the event before is past."""
+        """Do the first task, and hand the others to the queue's threads. If the event before is not past yet, it calls
+        this again later."""
         before, tasks = self._after, self._tasks
         if before is not None:
             with before._books:
@@ -67,7 +68,7 @@ class Event:
     def _run(self, task: Task) -> None:
         try:
             task()
-        except BaseException as error:  # whatever it is, whoever waits gets it
+        except BaseException as error:  # any error is raised where somebody waits for the event
             with self._books:
                 self.error = self.error or error
         with self._books:
@@ -97,7 +98,7 @@ def past() -> Event:
 
 
 class Workers:
-    """``threads`` threads for each of some kinds of work. Calls come from one thread at a time."""
+    """``threads`` threads for each kind of work. Only one thread may call the methods at a time."""
 
     def __init__(self, kinds: Sequence[str], threads: int) -> None:
         self._process, self._idle = os.getpid(), True
@@ -108,7 +109,7 @@ class Workers:
             for _ in range(threads):
                 start_new_thread(_work, (queue, turn, self._under_way))
         self.close = weakref.finalize(self, _dismiss, list(self._queues.values()) * threads)
-        """Let the threads end once they have done what they have been given. Waits for nothing."""
+        """Let the threads end after the work that they have been given. Returns at once."""
         self.close.atexit = False
 
     def start(self, kind: str, tasks: Iterable[Task], after: Event | None = None) -> Event:
@@ -119,7 +120,7 @@ class Workers:
         return event
 
     def finish(self) -> None:
-        """Wait until all that was started is past, also where the call that started it was interrupted."""
+        """Wait until everything that was started is past, even if the call that started it was interrupted."""
         if self._idle or os.getpid() != self._process:  # a forked process has the books, and no threads
             return
         for kind in self._queues:

@@ -1,7 +1,8 @@
-"""What a checkpoint says about itself, asked before anything of it is loaded.
+"""Checks of a checkpoint's description of itself, before anything is loaded.
 
-DeepSpeed pairs the saved groups with a run's by their numbers, and leaves what has no partner as it is: parameters
-whose states were saved in another group would go on from zeros. So a checkpoint says which parameters its groups hold.
+DeepSpeed matches the saved groups with those of the run by number, and leaves states without a match unchanged. So
+parameters whose states were saved in another group would continue from zeros. To prevent that, a checkpoint names the
+parameters of its groups.
 """
 
 from __future__ import annotations
@@ -15,30 +16,31 @@ from torch.optim import Optimizer
 
 from lowbit_lightning.optim import LowBitOptimizer
 
-FOLDER = "checkpoint"  # Lightning's tag: the folder inside a checkpoint's folder
-CONVERTED = "latest_universal"  # where DeepSpeed's converter leaves the name of the folder it has made
-OURS = "lowbit_lightning"  # what we add to a checkpoint
+FOLDER = "checkpoint"  # the folder inside a checkpoint's folder, which Lightning names
+CONVERTED = "latest_universal"  # the file in which DeepSpeed's converter names the folder that it made
+OURS = "lowbit_lightning"  # the key of this library's entries
 
 Groups = Sequence[Sequence[str]]
 """The names of the parameters of each group."""
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What rank 0 saved beside states of optimizers; weights stay on the disk. None where there is none to be read."""
+    """What rank 0 saved beside the optimizers' states; None if there is no such file. Weights stay on the disk."""
     files = sorted((path / FOLDER).glob("*mp_rank_00_model_states.pt"))
     return torch.load(files[0], mmap=True, map_location="cpu", weights_only=False) if files else None
 
 
 def read_groups(path: Path) -> list[dict[str, Any]]:
-    """The hyperparameters of each group, from what DeepSpeed's converter made."""
+    """The hyperparameters of each group, from the output of DeepSpeed's converter."""
     file = path / (path / CONVERTED).read_text().strip() / "zero" / "optimizer_state.pt"
     return torch.load(file, mmap=True, map_location="cpu", weights_only=False)["param_groups"]
 
 
 def check_stage(path: Path, saved: dict[str, Any], stage: int) -> None:
-    """
+    """Check that DeepSpeed can load the checkpoint at this run's stage.
+
     Raises:
-        ValueError: where one of the checkpoint's stage and this run's is 3 and the other is not.
+        ValueError: if one of the two stages is 3 and the other is not.
     """
     theirs = saved["ds_config"]["zero_optimization"]["stage"]
     if (theirs == 3) != (stage == 3):
@@ -49,14 +51,15 @@ def check_stage(path: Path, saved: dict[str, Any], stage: int) -> None:
 
 
 def check_groups(path: Path, saved: dict[str, Any], groups: Groups, split: bool) -> None:
-    """
+    """Check that the checkpoint's groups hold the same parameters as this run's.
+
     Args:
-        saved: what ``read`` returned.
-        groups: this run's.
-        split: whether some were split off (``groups.py``); no other strategy does that.
+        saved: the result of ``read``.
+        groups: the groups of this run.
+        split: whether some groups were split off (``groups.py``); no other strategy does that.
 
     Raises:
-        ValueError: where the checkpoint's are others.
+        ValueError: if the groups differ.
     """
     ours = saved.get(OURS)
     same = not split if ours is None else list(map(sorted, ours["groups"])) == list(map(sorted, groups))
@@ -70,8 +73,8 @@ def check_groups(path: Path, saved: dict[str, Any], groups: Groups, split: bool)
 
 
 def missed_by_converter(optimizer: Optimizer) -> list[str]:
-    """The states of an optimizer, if DeepSpeed's converter would drop some of them, or fail: it takes ``exp_avg`` and
-    ``exp_avg_sq`` for all there are."""
+    """The names of an optimizer's states if DeepSpeed's converter would drop some of them, or fail; otherwise an empty
+    list. The converter expects exactly ``exp_avg`` and ``exp_avg_sq``."""
     if isinstance(optimizer, LowBitOptimizer):
         names = {state.name for group in optimizer.param_groups for state in optimizer.rule_of(group).states}
     else:
