@@ -43,6 +43,7 @@ def main(file: Path, folder: Path, thorough: bool, rounds: list[str]) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
+    getattr(module, "before_ranks", lambda: None)()
     for asked in rounds:
         ranks, _, names = asked.partition(":")
         fork(rank_main, (int(ranks), names.split(","), module, folder), max(int(ranks), 1))

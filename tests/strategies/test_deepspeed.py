@@ -1,8 +1,4 @@
-"""``DeepSpeedStrategy``, and DeepSpeed's engine with our optimizers alone.
-
-The ranks run ``programs/deepspeed_ranks.py``, once for all tests here: on two, then on one and on three, which load
-what two saved and DeepSpeed's own tool converted.
-"""
+"""What ``DeepSpeedStrategy`` makes of precision, groups, schedulers and partitions, without its engine."""
 
 from __future__ import annotations
 
@@ -18,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.plugins import DeepSpeedPrecision
-from support.run_program import check, outcomes, run
 from torch import Tensor, nn
 
 from lowbit_lightning import Int8MixedPrecision, kernels, optim
@@ -26,51 +21,10 @@ from lowbit_lightning.optim import partitions
 from lowbit_lightning.strategies import DeepSpeedStrategy
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
 
-CHECKS = {
-    2: (
-        "stages_train_like_torch",
-        "clipping_accumulation_and_offload",
-        "a_checkpoint_resumes_to_the_bit",
-        "evaluates_without_and_after_fit",
-        "refusals_come_before_training",
-        "deepspeed_alone",
-        "gradients_are_those_of_ddp",
-        "evaluation_is_that_of_ddp",
-        "learning_rates_are_logged_as_under_ddp",
-        "configurations_are_heeded",
-        "a_universal_checkpoint_where_none_was_needed",
-        "other_groups_and_stages_are_refused",
-        "what_the_converter_would_drop",
-        "steps_that_are_not_finite_are_skipped",
-    ),
-    1: (
-        "a_universal_checkpoint_resumes",
-        "an_unconverted_checkpoint_is_refused",
-        "a_checkpoint_is_evaluated_on_fewer_ranks",
-        "other_groups_and_stages_are_refused",
-        "what_the_converter_would_drop",
-    ),
-    3: ("a_universal_checkpoint_resumes", "evaluation_on_more_ranks_is_refused"),
-}
-
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux"),
     pytest.mark.usefixtures("deepspeed_imported"),
 ]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By round and rank: what each check found wrong."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run("deepspeed_ranks.py", folder, *CHECKS, DS_ACCELERATOR="cpu")
-    return outcomes(folder)
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in CHECKS.items() for name in names])
-def test_on_ranks(ranks: int, name: str, results: dict[str, Any]) -> None:
-    check(name, (results[f"{ranks}.{rank}"] for rank in range(ranks)))
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ It becomes a test for each number of ranks. The first one that pytest comes to s
 that imports the file once, forks the ranks of each number in turn and lets them run all the checks that were selected,
 in the order of the file; the others read what it found. ``ALONE`` is a single process without a process group, which
 runs before all others: what it leaves in ``folder``, which is one for all checks of a file, theirs are compared with.
-``AGAIN`` is the same after all others.
+``AGAIN`` is the same after all others. If the file has a ``before_ranks()``, it runs once before the ranks are forked.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _NAMES = {ALONE: "alone", AGAIN: "alone again"}
 @dataclass(frozen=True)
 class Check:
     function: Callable[[Path], Any]
-    needs_alone: bool
-    after: Callable[..., Any] | None
+    rounds: tuple[int, ...]
+    after: Any
 
 
 def on_ranks(*quick: int, slow: Sequence[int] = (), after: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -42,7 +42,8 @@ def on_ranks(*quick: int, slow: Sequence[int] = (), after: Callable[..., Any] | 
     Args:
         quick: numbers of ranks, ``ALONE`` and ``AGAIN`` among them, in the order in which they run.
         slow: those for ``make slow``, in a run of its own.
-        after: a check whose files this one reads: it runs wherever this one does.
+        after: a check whose files this one reads. It runs wherever this one does; if it is not of these ranks, on its
+            own first ones, before.
     """
     rounds = [pytest.param(ranks, False, id=_NAMES.get(ranks, str(ranks))) for ranks in quick]
     marks = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -61,7 +62,7 @@ def on_ranks(*quick: int, slow: Sequence[int] = (), after: Callable[..., Any] | 
             check(function.__name__, (found or {} for found in by_rank))
 
         test.__name__, test.__doc__ = function.__name__, function.__doc__
-        test.check = Check(function, ALONE in (*quick, *slow), after)  # type: ignore[attr-defined]
+        test.check = Check(function, (*quick, *slow), after)  # type: ignore[attr-defined]
         return test
 
     return decorate
@@ -95,12 +96,12 @@ def _run(file: Path, thorough: bool, session: Any, folder: Path) -> Results:
 
 
 def _add(test: Any, ranks: int, rounds: dict[int, list[str]]) -> None:
-    """A check, and what it reads of others: those that come before it here, and its own of one device."""
-    names = rounds.setdefault(ranks, [])
-    if test.__name__ in names:
+    """A check, and before it what it reads: of another check, and its own of one device."""
+    if test.__name__ in rounds.get(ranks, []):
         return
-    if test.check.after is not None:
-        _add(test.check.after, ranks, rounds)
-    if test.check.needs_alone and ranks != ALONE:
+    after = test.check.after
+    if after is not None:
+        _add(after, ranks if ranks in after.check.rounds else after.check.rounds[0], rounds)
+    if ALONE in test.check.rounds and ranks != ALONE:
         _add(test, ALONE, rounds)
-    names.append(test.__name__)
+    rounds.setdefault(ranks, []).append(test.__name__)

@@ -17,7 +17,9 @@ PROGRAMS = ROOT / "tests" / "programs"
 
 def run(program: str | Path, *arguments: Any, timeout: float = 280, **environment: str) -> str:
     """What it prints. It has a process group of its own, which ends with it, and needs no installed package."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     process = subprocess.Popen(
         [sys.executable, str(PROGRAMS / program), *map(str, arguments)],
         stdout=subprocess.PIPE,
