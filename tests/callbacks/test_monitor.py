@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from support.int8_models import matmuls
 from support.monitored import BATCHES, FEATURES, Model, Validated, data, fit, ours, quiet
-from support.run_program import run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -300,25 +298,3 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 def test_a_state_of_another_version() -> None:
     with pytest.raises(ValueError, match="version 1 of its state, not 2"):
         quiet().load_state_dict({"version": 2})
-
-
-# -- two ranks -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.multiprocess
-def test_ranks_agree(tmp_path: Path) -> None:
-    """tests/programs/monitored_ranks.py says what each rank reports."""
-    run("monitored_ranks.py", tmp_path)
-    run("monitored_ranks.py", tmp_path, "alone")
-    first, second, alone = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("rank0", "rank1", "alone"))
-    assert first == second
-    outlier = "int8/forward/snr/net.0"
-    assert alone[0][outlier] - alone[1][outlier] > 20  # decibels, and the mean is taken for each operand
-    means = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
-    ratios = {name: value for name, value in first["replicated"].items() if "/snr/" in name}
-    assert ratios == pytest.approx({name: value for name, value in means.items() if "/snr/" in name}, abs=1)
-    assert 0 < first["sharded"]["int8/optimizer/exp_avg/largest"] < 0.1
-    assert first["sharded"] == pytest.approx(first["replicated"], abs=1e-3)
-    assert first["fallen_back"] == {"net.0": ["forward"]}
-    assert first["products"][:3] == ["high", "int8", "int8"]
-    assert (tmp_path / "int8_snr.png").exists()

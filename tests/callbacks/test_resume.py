@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lowbit_lightning.callbacks.resume import KEY
 from lowbit_lightning.precision import Int8MixedPrecision
 
 SAMPLES, BATCH, EPOCHS = 36, 4, 3  # 9 batches an epoch
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # ModelCheckpoint isn't needed
 
 
 class Noisy(Dataset):
@@ -71,69 +72,97 @@ class Model(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
-class StopAt(L.Callback):
+class At(L.Callback):
+    """Does something whenever ``hook`` is called at ``place``, an epoch and a batch or an epoch alone."""
+
+    def __init__(self, hook: str, place: tuple[int, ...], act: Callable[[L.Trainer], None]) -> None:
+        def acts(trainer: L.Trainer, *_: Any, **__: Any) -> None:
+            if (trainer.current_epoch, trainer.fit_loop.batch_idx)[: len(place)] == place:
+                act(trainer)
+
+        setattr(self, hook, acts)
+
+
+def interrupt(_: L.Trainer) -> None:
     """What a kill is: training ends in the middle, after whatever was saved before."""
+    raise KeyboardInterrupt
 
-    def __init__(self, epoch: int, batch: int) -> None:
-        self.at = epoch, batch
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if (trainer.current_epoch, trainer.fit_loop.batch_idx) == self.at:
-            raise KeyboardInterrupt
+def saving(path: Path) -> Callable[[L.Trainer], None]:
+    return lambda trainer: trainer.save_checkpoint(path)
+
+
+def stop_at(epoch: int, batch: int) -> L.Callback:
+    return At("on_train_batch_start", (epoch, batch), interrupt)
 
 
 def loader(**settings: Any) -> DataLoader:
     return DataLoader(Noisy(), BATCH, **{"shuffle": True, **settings})
 
 
-def trainer(tmp_path: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+def trainer(*callbacks: L.Callback, resumes: bool = True, **settings: Any) -> L.Trainer:
+    """``resumes``: with DeterministicResume, unless there is one among the callbacks."""
+    if resumes and not any(isinstance(c, DeterministicResume) for c in callbacks):
+        callbacks = (DeterministicResume(), *callbacks)
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "max_epochs": EPOCHS,
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         "num_sanity_val_steps": 1,
-        "default_root_dir": tmp_path,
         "plugins": Int8MixedPrecision(autocast="off"),
     }
-    if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-        defaults["enable_checkpointing"] = False
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
 
 
-def seeded(seed: int) -> None:
+def fit(make: Any, *callbacks: L.Callback, seed: int = 0, ckpt_path: Any = None, **settings: Any) -> tuple[Any, Any]:
+    """The model and the trainer of a run in a "new process", which ``seed`` stands for."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+    model = make if isinstance(make, Model) else Model(make)
+    run = trainer(*callbacks, **settings)
+    run.fit(model, ckpt_path=ckpt_path)
+    return model, run
+
+
+@cache
+def through(make: Any, settings: tuple[tuple[str, Any], ...] = ()) -> Model:
+    """The run that nothing stops."""
+    return fit(make, **dict(settings))[0]
+
+
+def resumed(make: Any, ckpt_path: Any, *callbacks: L.Callback, **settings: Any) -> Model:
+    """What follows a checkpoint; its losses have to be those of the run that nothing stops."""
+    found, run = fit(make, *callbacks, seed=1234, ckpt_path=ckpt_path, **settings)
+    expected = through(make, tuple(settings.items()))
+    assert found.losses, "nothing was trained after the checkpoint"
+    assert found.losses == expected.losses[-len(found.losses) :]  # with their epochs and batches
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+    assert run.global_step == run.fit_loop.epoch_loop._batches_that_stepped or "accumulate_grad_batches" in settings
+    return found
 
 
 def compare(
-    tmp_path: Path, make: Any, save: dict[str, Any], stop: tuple[int, int], resume: DeterministicResume, **settings: Any
-) -> tuple[Model, Model]:
-    """Run through; run again, die at ``stop``, resume in a "new process" (other seeds); compare each batch's loss."""
-    seeded(0)
-    through = Model(make)
-    trainer(tmp_path, DeterministicResume(), **settings).fit(through)
-
-    seeded(0)
+    tmp_path: Path,
+    make: Any,
+    save: dict[str, Any],
+    stop: tuple[int, int],
+    *resume: DeterministicResume,
+    **settings: Any,
+) -> Model:
+    """Run, die at ``stop``, resume; compare each batch's loss with those of the run that nothing stops."""
     stopped = Model(make)
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, **save)
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, **save)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        trainer(tmp_path, DeterministicResume(), StopAt(*stop), checkpoint, **settings).fit(stopped)
-    last = max((tmp_path / "ckpt").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-
-    seeded(1234)
-    resumed = Model(make)
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # ModelCheckpoint isn't needed
-    trainer(tmp_path, resume, **settings).fit(resumed, ckpt_path=last)
-    assert resumed.losses, "nothing was trained after the checkpoint"
-    assert stopped.losses == through.losses[: len(stopped.losses)]
-    assert resumed.losses == through.losses[-len(resumed.losses) :]
-    for name, value in through.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        fit(stopped, stop_at(*stop), checkpoint, **settings)
+    assert stopped.losses == through(make, tuple(settings.items())).losses[: len(stopped.losses)]
+    last = max(tmp_path.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
     assert "exp_avg_codes" in torch.load(last, weights_only=True)["optimizer_states"][0]["state"][0]
-    return through, resumed
+    return resumed(make, last, *resume, **settings)
 
 
 SAVES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -143,8 +172,6 @@ SAVES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "at the epoch's end": ({"save_on_train_epoch_end": True}, (1, 4)),
     "right after the first batch": ({"every_n_train_steps": 1}, (0, 1)),
 }
-
-
 BY_STEPS = {"max_epochs": -1, "max_steps": 27}
 
 
@@ -152,50 +179,41 @@ BY_STEPS = {"max_epochs": -1, "max_steps": 27}
     ("save", "limit"), [*((save, {}) for save in SAVES), ("mid-epoch", BY_STEPS), ("at the epoch's end", BY_STEPS)]
 )
 def test_losses_to_the_bit(tmp_path: Path, save: str, limit: dict[str, Any]) -> None:
-    arguments, stop = SAVES[save]
-    through, resumed = compare(tmp_path, loader, arguments, stop, DeterministicResume(), val_check_interval=3, **limit)
-    assert len(set(through.losses)) == 27
-    assert 0 < len(resumed.losses) <= 27
+    settings = {"val_check_interval": 3, **limit}
+    found = compare(tmp_path, loader, *SAVES[save], **settings)
+    assert 0 < len(found.losses) <= 27
+    assert len(set(through(loader, tuple(settings.items())).losses)) == 27
 
 
 def test_without_the_callback_the_losses_differ(tmp_path: Path) -> None:
     """That the comparison can fail, and what it is that the callback adds."""
-    seeded(0)
-    through = Model(loader)
-    trainer(tmp_path).fit(through)
-    seeded(0)
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4)
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4)
     with pytest.raises(SystemExit):
-        trainer(tmp_path, StopAt(0, 5), checkpoint).fit(Model(loader))
-    resumed = Model(loader)
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        fit(loader, stop_at(0, 5), checkpoint, resumes=False)
     with pytest.warns(UserWarning, match="your dataloader is not resumable"):
-        trainer(tmp_path).fit(resumed, ckpt_path=checkpoint.best_model_path)
-    assert resumed.losses != through.losses[-len(resumed.losses) :]
+        found, _ = fit(loader, ckpt_path=checkpoint.best_model_path, resumes=False)
+    expected = through(loader, (("resumes", False),)).losses
+    assert found.losses != expected[-len(found.losses) :]
+
+
+class Plain(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.net.eval()  # no dropout
+        loss = self.net(batch).square().mean()
+        self.losses.append((self.current_epoch, batch_idx, loss.item()))
+        return loss
 
 
 def test_an_epochs_end_needs_no_callback_where_nothing_is_random(tmp_path: Path) -> None:
-    def make() -> DataLoader:
-        return DataLoader(Noisy(noise=False), BATCH)
+    def model() -> Model:
+        torch.manual_seed(0)
+        return Plain(DataLoader(Noisy(noise=False), BATCH))
 
-    class Plain(Model):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.net.eval()  # no dropout
-            loss = self.net(batch).square().mean()
-            self.losses.append((self.current_epoch, batch_idx, loss.item()))
-            return loss
-
-    seeded(0)
-    through = Plain(make)
-    trainer(tmp_path).fit(through)
-    seeded(0)
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt")
-    trainer(tmp_path, checkpoint, max_epochs=1).fit(Plain(make))
-    seeded(1)
-    resumed = Plain(make)
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-    trainer(tmp_path).fit(resumed, ckpt_path=checkpoint.best_model_path)
-    assert resumed.losses == through.losses[9:]
+    expected, _ = fit(model(), resumes=False)
+    checkpoint = ModelCheckpoint(tmp_path)
+    fit(model(), checkpoint, max_epochs=1, resumes=False)
+    found, _ = fit(model(), seed=1, ckpt_path=checkpoint.best_model_path, resumes=False)
+    assert found.losses == expected.losses[9:]
 
 
 def test_batches_already_used_are_not_loaded_again(tmp_path: Path) -> None:
@@ -205,42 +223,33 @@ def test_batches_already_used_are_not_loaded_again(tmp_path: Path) -> None:
         made.append(loader())
         return made[-1]
 
-    _, resumed = compare(tmp_path, make, {"every_n_train_steps": 7}, (0, 8), DeterministicResume(), max_epochs=1)
-    assert len(resumed.losses) == 2
-    assert len(made[-1].dataset.loaded) == 2 * BATCH  # type: ignore[attr-defined]
-    assert sorted(made[0].dataset.loaded) == list(range(SAMPLES))  # type: ignore[attr-defined]
+    found = compare(tmp_path, make, {"every_n_train_steps": 7}, (0, 8), max_epochs=1)
+    assert len(found.losses) == 2
+    loaded = [each.dataset.loaded for each in made]  # type: ignore[attr-defined]
+    assert sorted(map(len, loaded))[0] == 2 * BATCH
+    assert sorted(max(loaded, key=len)) == list(range(SAMPLES))
 
 
-@pytest.mark.parametrize("every", [2, 6])
-def test_workers(tmp_path: Path, every: int) -> None:
-    def make() -> DataLoader:
-        return DataLoader(Noisy(noise=False), BATCH, shuffle=True, num_workers=2)
-
-    arguments = {"every_n_train_steps": every}
-    compare(tmp_path, make, arguments, (1, 4), DeterministicResume(), max_epochs=2)
+def test_workers(tmp_path: Path) -> None:
+    make = partial(DataLoader, Noisy(noise=False), BATCH, shuffle=True, num_workers=2)
+    compare(tmp_path / "within an epoch", make, {"every_n_train_steps": 2}, (1, 4), max_epochs=2)
+    compare(tmp_path / "before the last batches", make, {"every_n_train_steps": 6}, (1, 4), max_epochs=2)
 
 
 def test_workers_with_random_augmentations_are_replayed(tmp_path: Path) -> None:
-    def make() -> DataLoader:
-        return loader(num_workers=2)
-
     resume = DeterministicResume(replay_workers=True)
-    compare(tmp_path, make, {"every_n_train_steps": 5}, (0, 7), resume, max_epochs=2)
+    compare(tmp_path, partial(loader, num_workers=2), {"every_n_train_steps": 5}, (0, 7), resume, max_epochs=2)
 
 
 def test_gradient_accumulation(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2}
-    compare(tmp_path, loader, {"every_n_train_steps": 3}, (1, 4), DeterministicResume(), **settings)
+    compare(tmp_path, loader, {"every_n_train_steps": 3}, (1, 4), **settings)
 
 
 def test_a_checkpoint_inside_an_accumulation_window_warns(tmp_path: Path) -> None:
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.fit_loop.batch_idx == 2:
-                trainer.save_checkpoint(tmp_path / "inside.ckpt")
-
+    save = At("on_train_batch_end", (0, 2), saving(tmp_path / "inside.ckpt"))
     with pytest.warns(UserWarning, match="inside a window of 2 accumulated batches"):
-        trainer(tmp_path, DeterministicResume(), Save(), accumulate_grad_batches=2, max_epochs=1).fit(Model(loader))
+        fit(loader, save, accumulate_grad_batches=2, max_epochs=1)
 
 
 def own_generator(in_loader: bool) -> DataLoader:
@@ -252,19 +261,17 @@ def own_generator(in_loader: bool) -> DataLoader:
 
 
 @pytest.mark.parametrize("in_loader", [True, False])
-@pytest.mark.parametrize("every", [5, 9])
-def test_generators_of_the_loaders_own(tmp_path: Path, in_loader: bool, every: int) -> None:
-    def make() -> DataLoader:
-        return own_generator(in_loader)
-
-    compare(tmp_path, make, {"every_n_train_steps": every}, (1, 7), DeterministicResume(), max_epochs=2)
+def test_generators_of_the_loaders_own(tmp_path: Path, in_loader: bool) -> None:
+    make = partial(own_generator, in_loader)
+    for every in (5, 9):
+        compare(tmp_path / str(every), make, {"every_n_train_steps": every}, (1, 7), max_epochs=2)
 
 
 def test_several_loaders_of_different_lengths(tmp_path: Path) -> None:
     def make() -> dict[str, DataLoader]:
         return {"long": loader(), "short": DataLoader(Noisy(samples=12), BATCH, shuffle=True)}
 
-    compare(tmp_path, make, {"every_n_train_steps": 4}, (1, 6), DeterministicResume())
+    compare(tmp_path, make, {"every_n_train_steps": 4}, (1, 6))
 
 
 def distributed() -> DataLoader:
@@ -282,82 +289,55 @@ LIMITS: list[dict[str, int]] = [
 
 @pytest.mark.parametrize("limits", LIMITS, ids=["max_steps", "both", "max_epochs"])
 @pytest.mark.parametrize("steps", [14, 18], ids=["within an epoch", "at its end"])
-@pytest.mark.parametrize("save", ["at a step", "at the epoch's end", "after fit"])
-def test_stopped_by_max_steps(tmp_path: Path, limits: dict[str, int], steps: int, save: str) -> None:
+def test_stopped_by_max_steps(tmp_path: Path, limits: dict[str, int], steps: int) -> None:
     """Without the callback Lightning skips the rest of the epoch, a whole epoch, or the number of one."""
-    seeded(0)
-    through = Model(distributed)
-    trainer(tmp_path, DeterministicResume(), **limits).fit(through)
-    seeded(0)
-    when: Any = {"every_n_train_steps": steps} if save == "at a step" else {"save_on_train_epoch_end": True}
-    checkpoint = ModelCheckpoint(tmp_path / "ckpt", **when)
-    first = trainer(tmp_path, DeterministicResume(), checkpoint, **{**limits, "max_steps": steps})
-    first.fit(Model(distributed))
-    last = tmp_path / "late.ckpt" if save == "after fit" else checkpoint.best_model_path
-    if save == "after fit":
-        first.save_checkpoint(last)
-    seeded(1)
-    resumed = Model(distributed)
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-    second = trainer(tmp_path, DeterministicResume(), **limits)
-    second.fit(resumed, ckpt_path=last)
-    assert resumed.losses == through.losses[steps:]  # with their epochs and batches
-    assert second.global_step == second.fit_loop.epoch_loop._batches_that_stepped == 27
+    at_a_step = ModelCheckpoint(tmp_path / "at a step", every_n_train_steps=steps)
+    at_the_end = ModelCheckpoint(tmp_path / "at the epoch's end", save_on_train_epoch_end=True)
+    _, first = fit(distributed, at_a_step, at_the_end, **{**limits, "max_steps": steps})
+    first.save_checkpoint(tmp_path / "after fit.ckpt")
+    for path in (at_a_step.best_model_path, at_the_end.best_model_path, tmp_path / "after fit.ckpt"):
+        assert len(resumed(distributed, path, **limits).losses) == 27 - steps, path
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=["max_steps", "both", "max_epochs"])
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_saved_before_an_epoch(tmp_path: Path, limits: dict[str, int], epoch: int) -> None:
-    class Save(L.Callback):
-        def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.current_epoch == epoch:
-                trainer.save_checkpoint(tmp_path / "start.ckpt")
-
-    seeded(0)
-    through = Model(distributed)
-    trainer(tmp_path, DeterministicResume(), Save(), **limits).fit(through)
-    seeded(1)
-    resumed = Model(distributed)
-    trainer(tmp_path, DeterministicResume(), **limits).fit(resumed, ckpt_path=tmp_path / "start.ckpt")
-    assert resumed.losses == through.losses[9 * epoch :]
+def test_saved_before_an_epoch(tmp_path: Path, limits: dict[str, int]) -> None:
+    saves = [At("on_train_epoch_start", (epoch,), saving(tmp_path / f"{epoch}.ckpt")) for epoch in (0, 1)]
+    fit(distributed, *saves, **limits)
+    for epoch in (0, 1):
+        assert len(resumed(distributed, tmp_path / f"{epoch}.ckpt", **limits).losses) == 27 - 9 * epoch
 
 
 def test_saved_inside_a_step(tmp_path: Path) -> None:
     """An exception's checkpoint: the batch in progress is fetched again, with the random numbers it had."""
 
-    class Save(L.Callback):
-        def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_step == 4:
-                trainer.save_checkpoint(tmp_path / "inside.ckpt")
-                raise KeyboardInterrupt
+    def act(trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(tmp_path / "inside.ckpt")
+        raise KeyboardInterrupt
 
-    seeded(0)
-    through = Model(loader)
-    trainer(tmp_path, DeterministicResume(), max_epochs=1).fit(through)
-    seeded(0)
     with pytest.raises(SystemExit):
-        trainer(tmp_path, DeterministicResume(), Save(), max_epochs=1).fit(Model(loader))
-    seeded(1)
-    resumed = Model(loader)
-    trainer(tmp_path, DeterministicResume(), max_epochs=1).fit(resumed, ckpt_path=tmp_path / "inside.ckpt")
-    assert resumed.losses == through.losses[4:]
+        fit(loader, At("on_before_backward", (0, 4), act), max_epochs=1)
+    assert len(resumed(loader, tmp_path / "inside.ckpt", max_epochs=1).losses) == 5
 
 
-def test_checkpoint_is_readable_with_weights_only(tmp_path: Path) -> None:
-    run = trainer(tmp_path, DeterministicResume(), max_epochs=1)
-    run.fit(Model(loader))
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert len(checkpoint[KEY]["ranks"]) == 1
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of an epoch."""
+    path = tmp_path_factory.mktemp("saved") / "a.ckpt"
+    fit(loader, max_epochs=1)[1].save_checkpoint(path)
+    return path
 
 
-def test_a_loader_given_to_fit_is_given_back_unchanged(tmp_path: Path) -> None:
+def test_checkpoint_is_readable_with_weights_only(saved: Path) -> None:
+    assert len(torch.load(saved, weights_only=True)[KEY]["ranks"]) == 1
+
+
+def test_a_loader_given_to_fit_is_given_back_unchanged() -> None:
     mine = loader()
-    trainer(tmp_path, DeterministicResume(), max_epochs=1, max_steps=1).fit(Model(None), mine)
+    trainer(max_epochs=1, max_steps=1).fit(Model(None), mine)
     assert type(mine) is DataLoader
     assert not hasattr(mine, "_reader")
     with pytest.raises(SystemExit):
-        trainer(tmp_path, DeterministicResume(), StopAt(0, 1)).fit(Model(None), mine)
+        trainer(stop_at(0, 1)).fit(Model(None), mine)
     assert type(mine) is DataLoader
 
 
@@ -391,9 +371,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_resumed_is_refused(tmp_path: Path, message: str) -> None:
+def test_what_cannot_be_resumed_is_refused(message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        trainer(tmp_path, DeterministicResume(), max_epochs=1).fit(Model(None), REFUSED[message]())
+        trainer(max_epochs=1).fit(Model(None), REFUSED[message]())
 
 
 class Stateful(DataLoader):
@@ -406,30 +386,24 @@ class Stateful(DataLoader):
 
 def test_stateful_loaders_are_left_to_lightning(tmp_path: Path) -> None:
     mine = Stateful(Stream(), BATCH)
-    run = trainer(tmp_path, DeterministicResume(), max_epochs=1)
-    run.fit(Model(None), mine)
+    _, run = fit(mine, max_epochs=1)
     assert type(mine) is Stateful
     run.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)[KEY]["ranks"][0]["loaders"] == []
 
 
-def test_replaying_workers_that_are_not_there_warns(tmp_path: Path) -> None:
+def test_replaying_workers_that_are_not_there_warns() -> None:
     with pytest.warns(UserWarning, match="does nothing where num_workers=0"):
-        trainer(tmp_path, DeterministicResume(replay_workers=True), max_epochs=1).fit(Model(loader))
+        fit(loader, DeterministicResume(replay_workers=True), max_epochs=1)
 
 
-def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, DeterministicResume(), max_epochs=1)
-    run.fit(Model(loader))
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    other = DataLoader(Noisy(), 2, shuffle=True)
+def test_resuming_with_other_data_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="has 9 batches, this run's 18"):
-        trainer(tmp_path, DeterministicResume()).fit(Model(None), other, ckpt_path=tmp_path / "a.ckpt")
+        fit(DataLoader(Noisy(), 2, shuffle=True), ckpt_path=saved)
 
 
 def test_a_checkpoint_without_the_state_warns(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(Model(loader))
+    _, run = fit(loader, max_epochs=1, resumes=False)
     run.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match="saved without DeterministicResume"):
-        trainer(tmp_path, DeterministicResume(), max_epochs=2).fit(Model(loader), ckpt_path=tmp_path / "a.ckpt")
+        fit(loader, ckpt_path=tmp_path / "a.ckpt", max_epochs=2)

@@ -3,7 +3,6 @@ wherever the answer depends on them."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from support.run_program import run
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -174,14 +172,6 @@ def test_a_checkpoint_of_before_is_resumed(machine: Any, tmp_path: Path) -> None
     model = Model()
     fit(model, Int8MixedPrecision(), tmp_path / "a.ckpt", epochs=2)
     assert model.dtypes == {torch.bfloat16}
-
-
-@pytest.mark.multiprocess
-def test_all_ranks_take_the_first_ones(tmp_path: Path) -> None:
-    """On each of two ranks the other one is faster."""
-    run("autocast_ranks.py", tmp_path)
-    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert found == [["torch.bfloat16"]] * 2
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 import os
 import pickle
@@ -18,7 +17,6 @@ import torch
 from lightning.fabric.connector import _Connector
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from support.int8_models import matmuls
-from support.run_program import run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -359,21 +357,3 @@ def test_pytorch_lightning_refuses_with_a_hint() -> None:
         pl.Trainer(**settings, precision="int8-mixed")
     with pytest.raises(Exception, match=r"<Int8MixedPrecision for lightning\.Trainer \(not pytorch_lightning"):
         pl.Trainer(**settings, plugins=[Int8MixedPrecision()])
-
-
-# -- two ranks -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.multiprocess
-def test_two_ranks(tmp_path: Path) -> None:
-    """DDP with DeterministicResume, and FSDP2; tests/programs/two_ranks.py says what each rank reports."""
-    run("two_ranks.py", tmp_path)
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first["through"]["weights"] == second["through"]["weights"]
-    assert first["through"]["losses"] != second["through"]["losses"]
-    for rank in (first, second):
-        assert rank["sharded"] == []
-        assert rank["matmuls"] == 2 * 8 * (2 + 3)
-        assert len(rank["resumed"]["losses"]) == 2 * 8 - 3
-        assert rank["resumed"]["losses"] == rank["through"]["losses"][3:]
-        assert rank["resumed"]["weights"] == rank["through"]["weights"]
