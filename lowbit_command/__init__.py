@@ -15,12 +15,23 @@ from importlib import import_module
 # Command -> what it does, in one line. A command is the module of this name in lowbit_lightning/cli, if MODULES has no
 # other.
 COMMANDS = {
+    "fit": "train the model of a config",
+    "validate": "run the validation loop of a config",
+    "test": "run the test loop of a config",
+    "predict": "run the predict loop of a config",
+    "configs": "list, show and copy the packaged experiments",
     "plan": "bytes per device of a training run, before anything is allocated",
     "doctor": "what is wrong with this installation, and the command that mends it",
     "report": "the report of a run as a page of HTML, or several runs side by side",
+    "sweep": "train once for each combination of values, and compare",
     "convert": "the optimizer states of a checkpoint, from 8 to 32 bits or back",
 }
-MODULES: dict[str, str] = {"doctor": "lowbit_command.doctor.command", "report": "lowbit_command.report.command"}
+MODULES = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), "lowbit_lightning.cli.fit"),
+    "configs": "lowbit_command.configs",
+    "doctor": "lowbit_command.doctor.command",
+    "report": "lowbit_command.report.command",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

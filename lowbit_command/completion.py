@@ -6,11 +6,16 @@ import sys
 from collections.abc import Sequence
 
 from lowbit_command import COMMANDS
+from lowbit_command.configs import NAMES
 
+_LOOPS = ("--config", "--ckpt_path", "--resume", "--print_config", "--help")
 WORDS = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), _LOOPS),
+    "configs": ("list", "show", "copy", "--help"),
     "plan": ("--memory", "--json", "--help"),
     "doctor": ("--full", "--json", "--markdown", "--help"),
     "report": ("--output", "--help"),
+    "sweep": ("--config", "--set", "--paired", "--jobs", "--metric", "--help"),
     "convert": ("--bits", "--output", "--overwrite", "--trust", "--help"),
 }
 
@@ -48,7 +53,7 @@ def script(shell: str) -> str:
 
 
 def _words(command: str) -> list[str]:
-    return [*WORDS.get(command, ("--help",))]
+    return [*WORDS.get(command, ("--help",)), *(NAMES if command == "configs" else ())]
 
 
 def _bash(zsh: bool) -> str:

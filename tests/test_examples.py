@@ -9,7 +9,6 @@ from pathlib import Path
 
 import gpt
 import pytest
-import torch
 import train_gpt
 from gpt_settings import Settings, parse
 from omegaconf import OmegaConf
@@ -73,22 +72,6 @@ def test_absent_config_is_named() -> None:
         parse(["--config", "nowhere.yaml"])
 
 
-def test_text_of_a_folder_is_the_same_in_any_creation_order(tmp_path: Path) -> None:
-    for folder, names in (("a", "xyz"), ("b", "zyx")):
-        for name in names:
-            (tmp_path / folder / name).mkdir(parents=True)
-            (tmp_path / folder / name / "f.txt").write_text(name * 3)
-    first, second = (gpt.read_text(str(tmp_path / folder)) for folder in "ab")
-    assert first == second
-    assert sorted(first.split(b"\n")) == [b"xxx", b"yyy", b"zzz"]
-
-
-def test_standard_library_is_there() -> None:
-    text = gpt.read_text("")
-    assert len(text) > 5_000_000
-    assert b"import " in text
-
-
 @pytest.mark.parametrize("content", [b"", b"too short"])
 def test_too_little_text_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t.txt"
@@ -97,17 +80,6 @@ def test_too_little_text_is_refused(tmp_path: Path, content: bytes) -> None:
         gpt.Text(Settings(text=str(path)))
     with pytest.raises(SystemExit, match="no such file"):
         gpt.Text(Settings(text=str(tmp_path / "absent")))
-
-
-def test_windows_are_slices_and_repeat() -> None:
-    text = torch.arange(250, dtype=torch.uint8)
-    settings = Settings(context=8, batch=3)
-    one, two = (gpt.Windows(text, settings, 5, seed=4) for _ in range(2))
-    for i in range(len(one)):
-        window = one[i]
-        assert torch.equal(window, two[i])
-        assert window.shape == (3, 9)
-        assert torch.equal(window - window[:, :1], torch.arange(9).expand(3, 9))
 
 
 def result(loss: float, ran: int, predicted: int, int8_layers: int = 8) -> dict[str, object]:

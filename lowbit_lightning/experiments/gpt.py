@@ -1,0 +1,56 @@
+"""A byte-level GPT in plain Lightning: nothing here knows of low-bit arithmetic."""
+
+from __future__ import annotations
+
+import lightning as L
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+
+from lowbit_lightning.experiments.text import VOCABULARY
+from lowbit_lightning.experiments.transformer import Block, initialise
+
+
+class GPT(L.LightningModule):
+    """A GPT on bytes. A batch is windows of bytes, int64 [batch, context + 1]; ``experiments.Text`` has such.
+
+    It has no optimizer of its own: the config of ``lowbit fit`` names one, or a subclass configures one.
+
+    Args:
+        width: channels of the residual stream. layers: blocks. heads: of attention; they divide ``width``.
+    """
+
+    def __init__(self, width: int = 256, layers: int = 3, heads: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters("width", "layers", "heads")
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        initialise(self, layers)
+        self.val_loss = MeanMetric()
+        self.val_perplexity = Perplexity()
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [batch, context] -> [batch, context, 256]
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens))))
+        return logits.float()
+
+    def training_step(self, windows: Tensor, index: int) -> Tensor:
+        loss = F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, windows: Tensor, index: int) -> None:
+        logits, targets = self(windows[:, :-1]), windows[:, 1:]
+        self.val_loss(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        self.val_perplexity(logits, targets)
+        self.log("val_loss", self.val_loss, prog_bar=True)
+        self.log("val_perplexity", self.val_perplexity, prog_bar=True)
+
+    def test_step(self, windows: Tensor, index: int) -> None:
+        self.validation_step(windows, index)
+
+    def predict_step(self, windows: Tensor, index: int) -> Tensor:
+        """The likeliest next byte of each position, int64 [batch, context]."""
+        return self(windows[:, :-1]).argmax(-1)
