@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.arguments import SCALARS, StepArguments, StepScalars, as_int64
-from lowbit_lightning.kernels.dispatch import declare, run, unwatched
+from lowbit_lightning.kernels.dispatch import declare, run
 
 
 def optimizer_step(
@@ -36,10 +36,10 @@ def optimizer_step(
             f"norms must be float64 of shape {expected} for rule {rule.name!r}; optimizer_norms gives them"
         )
     norms = norms if rule.norms else None
-    if arguments.plain and unwatched():  # thousands of tensors take torch's dispatcher milliseconds
-        _step(arguments, grads, scalars, norms)
-    else:
+    if _through_dispatcher(arguments):
         _step_op(*_flatten(arguments, grads, scalars), norms)
+    else:
+        _step(arguments, grads, scalars, norms)
 
 
 def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
@@ -49,9 +49,15 @@ def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: 
     This is the first phase of rules with a trust ratio. The arguments are those of the step. Nothing is changed.
     """
     arguments.check_step(grads, scalars)
-    if arguments.plain and unwatched():
-        return _norms(arguments, grads, scalars)
-    return _norms_op(*_flatten(arguments, grads, scalars))
+    if _through_dispatcher(arguments):
+        return _norms_op(*_flatten(arguments, grads, scalars))
+    return _norms(arguments, grads, scalars)
+
+
+def _through_dispatcher(arguments: StepArguments) -> bool:
+    """Whether torch has to see the op: while it traces, and for tensor subclasses. Otherwise its dispatcher is avoided,
+    which takes milliseconds for thousands of tensors."""
+    return torch.compiler.is_compiling() or not arguments.plain
 
 
 def _step(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None) -> None:
