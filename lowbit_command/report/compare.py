@@ -65,14 +65,13 @@ def _results(runs: list[tuple[str, Record, int]]) -> str:
 
 def _numbers(record: Record) -> list[str]:
     loss, speed, share = record.series.get("loss"), record.series.get(FIRST[1]), int8_share(record)
-    ends = [v for v in loss.mean[-max(1, len(loss.mean) // 20) :] if v is not None] if loss else []
-    speeds = sorted(v for v in speed.mean if v is not None) if speed else []
+    end, median = loss.end() if loss else None, speed.median() if speed else None
     states = sum(row["bytes"] for row in record.memory if "states" in row["kind"])
     return [
         f"{record.steps:,}",
         duration(record.seconds),
-        number(sum(ends) / len(ends)) if ends else MISSING,
-        number(speeds[len(speeds) // 2]) if speeds else MISSING,
+        MISSING if end is None else number(end),
+        MISSING if median is None else number(median),
         amount(states) if record.memory else MISSING,
         amount(record.peak["bytes"]) if record.peak else MISSING,
         f"{100 * share:.0f} %" if share is not None else MISSING,

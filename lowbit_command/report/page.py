@@ -60,14 +60,13 @@ def _problem(record: Record) -> str:
 
 def _tiles(record: Record) -> str:
     values = [("steps", f"{record.steps:,}"), ("training time", duration(record.seconds))]
-    loss = record.series.get("loss")
-    if loss and loss.last() is not None:
-        ends = [v for v in loss.mean[-max(1, len(loss.mean) // 20) :] if v is not None]
-        values.append(("loss at the end", number(sum(ends) / len(ends)) if ends else "not finite"))
-    speed = record.series.get("samples per second")
-    if speed and speed.last() is not None:
-        known = sorted(v for v in speed.mean if v is not None)
-        values.append(("samples per second, median", number(known[len(known) // 2])))
+    loss, speed = record.series.get("loss"), record.series.get(FIRST[1])
+    if loss and loss.steps:
+        end = loss.end()
+        values.append(("loss at the end", "not finite" if end is None else number(end)))
+    median = speed.median() if speed else None
+    if median is not None:
+        values.append(("samples per second, median", number(median)))
     if record.memory:
         states = sum(row["bytes"] for row in record.memory if "states" in row["kind"])
         values.append(("optimizer states", amount(states)))
@@ -75,7 +74,7 @@ def _tiles(record: Record) -> str:
         values.append((f"peak memory, {record.peak['of']}", amount(record.peak["bytes"])))
     share = int8_share(record)
     if share is not None:
-        values.append(("of linear weights in int8", f"{100 * share:.0f} %"))
+        values.append(("of linear weights in low bits", f"{100 * share:.0f} %"))
     return parts.tiles(values)
 
 

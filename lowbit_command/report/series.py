@@ -88,6 +88,18 @@ class Series:
         """The newest finite value."""
         return next((value for value in reversed(self.mean) if value is not None), None)
 
+    def end(self) -> float | None:
+        """The mean of the last twentieth; None where the newest value is not finite."""
+        if not self.mean or self.mean[-1] is None:
+            return None
+        values = [value for value in self.mean[-max(1, len(self.mean) // 20) :] if value is not None]
+        return sum(values) / len(values)
+
+    def median(self) -> float | None:
+        """Of the stretches' means."""
+        values = sorted(value for value in self.mean if value is not None)
+        return values[len(values) // 2] if values else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; ``low`` and ``high`` are left out where they equal ``mean``."""
         told: dict[str, Any] = {"unit": self.unit, "every": self.every, "steps": self.steps}

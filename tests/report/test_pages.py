@@ -86,7 +86,8 @@ def test_values_that_are_not_finite_are_kept_apart() -> None:
     for i in range(3 * MOST):
         series.add(i, i, math.nan if i in (5, 6) or i > 2 * MOST else 1.0)
     assert series.nonfinite[:3] == [5, 6, 2 * MOST + 1]
-    assert series.last() == 1.0
+    assert series.last() == series.median() == 1.0
+    assert series.end() is None, "the newest is not finite"
     assert series.mean[-1] is None
     assert "NaN" not in json.dumps(series.to_dict(), allow_nan=False)
 
