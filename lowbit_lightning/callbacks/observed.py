@@ -26,6 +26,7 @@ from lowbit_lightning.kernels.formats import dynamic_map
 from lowbit_lightning.layers import Int8Layer, LowBitEmbedding, LowBitLinear
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import codes_name
+from lowbit_lightning.state.pages import Entries
 
 PACKAGES = ("lowbit-lightning", "torch", "lightning", "numpy", "deepspeed", "transformers", "peft")
 MOST_MEASURED = 1 << 25
@@ -63,17 +64,17 @@ def _by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, int]:
 def _states(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     """Of optimizer states: codes and scales of a state are one row."""
     sizes: Counter[tuple[str, str]] = Counter()
-    for optimizer in optimizers:
-        for entries in list(getattr(optimizer, "state", {}).values()):
-            names = {*entries} if isinstance(entries, Mapping) else set()
-            for name in names:
-                value = entries[name]
-                if not isinstance(value, Tensor):
-                    continue
-                base = name.removesuffix("_codes").removesuffix("_scales")
-                coded = base != name and codes_name(base) in names
-                kind = "8-bit states" if coded or value.dtype in (torch.uint8, torch.int8) else "32-bit states"
-                sizes[kind, f"{base}{': codes and scales' if coded else ''}"] += nbytes([value])
+    for entries in (entries for optimizer in optimizers for entries in getattr(optimizer, "state", {}).values()):
+        paged = isinstance(entries, Entries)
+        held = entries.raw if paged else entries  # sizes can be told without waiting for pages
+        for name, value in held.items() if isinstance(held, Mapping) else ():
+            if not isinstance(value, Tensor):
+                continue
+            base = name.removesuffix("_codes").removesuffix("_scales")
+            coded = base != name and codes_name(base) in held
+            kind = "8-bit states" if coded or value.dtype in (torch.uint8, torch.int8) else "32-bit states"
+            kind = "paged states" if paged and entries.is_paged(name) else kind
+            sizes[kind, f"{base}{': codes and scales' if coded else ''}"] += nbytes([value])
     return [{"kind": kind, "what": what, "bytes": size} for (kind, what), size in sorted(sizes.items()) if size]
 
 
@@ -99,8 +100,10 @@ def linear(module: nn.Module) -> dict[str, list[int]]:
     """Layers with matmuls: how many, and with how many weights, by how they compute."""
     counts: dict[str, list[int]] = {}
     for layer in module.modules():
-        if isinstance(layer, (LowBitLinear, LowBitEmbedding)):
-            kind, size = "low-bit", _weights_of(layer)
+        if isinstance(layer, LowBitLinear):
+            kind, size = "low-bit", layer.out_features * layer.in_features
+        elif isinstance(layer, LowBitEmbedding):
+            kind, size = "low-bit", layer.num_embeddings * layer.embedding_dim
         elif isinstance(layer, Int8Layer) and layer.products.int8:
             kind, size = "int8", shards.local(layer.weight).numel()
         elif isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
@@ -110,11 +113,6 @@ def linear(module: nn.Module) -> dict[str, list[int]]:
         found = counts.setdefault(kind, [0, 0])
         found[0], found[1] = found[0] + 1, found[1] + size
     return {kind: counts[kind] for kind in ("int8", "low-bit", "high") if kind in counts}
-
-
-def _weights_of(layer: nn.Module) -> int:
-    rows = getattr(layer, "out_features", None) or getattr(layer, "num_embeddings", 0)
-    return int(rows) * int(getattr(layer, "in_features", None) or getattr(layer, "embedding_dim", 0))
 
 
 def layers(trainer: L.Trainer, module: nn.Module) -> tuple[dict[str, dict[str, float]], str]:
@@ -141,12 +139,13 @@ def layers(trainer: L.Trainer, module: nn.Module) -> tuple[dict[str, dict[str, f
 
 
 def codes(optimizers: Iterable[Optimizer]) -> dict[str, dict[str, Any]]:
-    """How often each code of the 8-bit states occurs, on this rank."""
+    """How often each code of the 8-bit states occurs, on this rank; paged ones would have to be read, and are not."""
     found: dict[str, dict[str, Any]] = {}
     for optimizer in paging.low_bit(optimizers):
         for group in optimizer.param_groups:
             for name, codebook in group["state_format"]["maps"].items():
-                held = [optimizer.state.get(p, {}).get(codes_name(name)) for p in group["params"]]
+                states = [optimizer.state.get(p, {}) for p in group["params"]]
+                held = [state.get(codes_name(name)) for state in states if not isinstance(state, Entries)]
                 counts = _counted([shards.local(codes) for codes in held if codes is not None])
                 if counts is None:
                     continue
@@ -193,7 +192,7 @@ def configuration(trainer: L.Trainer, module: L.LightningModule, folder: Path | 
 def _saved_config(folder: Path | None) -> dict[str, Any]:
     if folder is None or not (folder / "config.yaml").is_file():
         return {}
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

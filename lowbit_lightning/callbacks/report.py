@@ -94,7 +94,7 @@ class RunReport(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = trainer.log_dir or trainer.default_root_dir  # asks the other ranks: on all of them
         self.record = self._trainer = None
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
         self._pending, self._losses, self._samples, self._tokens = [], [], 0, 0
         self._gradients, self._step, self._calls = 0, trainer.global_step, kernels.calls()

@@ -142,6 +142,18 @@ def test_differences_to_the_previous_run_and_weights_without_a_monitor(tmp_path:
         assert words in page.partition("Configuration</summary>")[0], words
 
 
+def test_paged_states_are_a_kind_of_their_own(tmp_path: Path) -> None:
+    class Paged(Model):
+        def configure_optimizers(self) -> Any:
+            return optim.AdamW(self.parameters(), lr=1e-3, min_size=1024, paged="disk")
+
+    run(tmp_path, Paged(), RunReport(), steps=2)
+    record = load(tmp_path)
+    assert not record.notes
+    assert sum(row["bytes"] for row in record.memory if row["kind"] == "paged states") >= 2 * 2 * 128 * FEATURES
+    assert "paged states" in (tmp_path / PAGE).read_text()
+
+
 def test_the_saved_config_of_a_run_is_used(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("trainer: {max_steps: 2}\nvars: {width: 64}\n")
     run(tmp_path, Model(), RunReport(), steps=2)
