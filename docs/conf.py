@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 
 project = "lowbit_lightning"
 author = "the lowbit_lightning developers"
+copyright = "the lowbit_lightning developers, Apache-2.0"
 release = lowbit_lightning.__version__
 extensions = [
     "myst_parser",
