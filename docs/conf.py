@@ -83,4 +83,10 @@ def setup(app: Sphinx) -> None:
             name: (address, _inventory(name, Path(app.doctreedir))) for name, address in SITES.items()
         }
 
+    def plain(app: Sphinx, what: str, name: str, of: object, options: object, lines: list[str]) -> None:
+        """A property's docstring is prose: without this, napoleon takes what stands before a colon for its type."""
+        if what in ("attribute", "property"):
+            lines[:0] = ["..", ""]  # an empty comment
+
     app.connect("config-inited", offline)
+    app.connect("autodoc-process-docstring", plain, priority=400)
