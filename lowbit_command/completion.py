@@ -12,7 +12,7 @@ _LOOPS = ("--config", "--ckpt_path", "--resume", "--print_config", "--help")
 WORDS = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _LOOPS),
     "configs": ("list", "show", "copy", "--help"),
-    "plan": ("--memory", "--json", "--help"),
+    "plan": ("--config", "--memory", "--json", "--help"),
     "doctor": ("--full", "--json", "--markdown", "--help"),
     "report": ("--output", "--help"),
     "sweep": ("--config", "--set", "--paired", "--jobs", "--metric", "--help"),

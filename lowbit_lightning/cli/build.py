@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -17,9 +19,10 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI, ReduceLROnPlateau, instantiate_class
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.optim import Optimizer
 
 from lowbit_lightning.cli.check import OWN
 from lowbit_lightning.cli.config import ConfigError
@@ -41,7 +44,10 @@ class Builder(LightningCLI):
         self.trainer: L.Trainer | None = None
         given = {key: copy.deepcopy(value) for key, value in values.items() if key not in OWN and value is not None}
         try:
-            super().__init__(args=given, run=False, save_config_callback=None, parser_kwargs={"exit_on_error": False})
+            with _old_names():
+                super().__init__(
+                    args=given, run=False, save_config_callback=None, parser_kwargs={"exit_on_error": False}
+                )
         except ArgumentError as error:
             raise ConfigError(" ".join(str(error).split())) from None
         except Exception as error:  # whatever a constructor raises
@@ -86,12 +92,37 @@ class Builder(LightningCLI):
         """The config with all defaults, as YAML that ``lowbit fit --config`` takes."""
         own = {key: values[key] for key in OWN if values.get(key)}
         head = yaml.safe_dump(own, sort_keys=False) if own else ""
-        return head + self.parser.dump(self.config, skip_none=False, format="yaml")
+        with _old_names():
+            return head + self.parser.dump(self.config, skip_none=False, format="yaml")
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """Lightning 2.6, and so we, call jsonargparse by names that it has renamed since; it warns of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*(JSONARGPARSE_DEPRECATION_WARNINGS|was deprecated in v4)")
+        yield
+
+
+def instantiate(node: Mapping[str, Any], base: type) -> Any:
+    """The object of a class in a checked config; classes in its arguments too."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "it", fail_untyped=False, required=True)
+    try:
+        with _old_names():
+            return parser.instantiate_classes(parser.parse_object({"it": copy.deepcopy(dict(node))})).it
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def optimizer_of(model: nn.Module, node: Any, groups: Mapping[str, Any]) -> Optimizer:
+    """The optimizer of a checked config over the trainable parameters of a model, in its groups."""
+    made: Optimizer = instantiate_class(group_parameters(model, groups), node)
+    return made
 
 
 def _configured(model: nn.Module, optimizer: Any, scheduler: Any, groups: Mapping[str, Any]) -> Any:
-    parameters = group_parameters(model, groups)
-    built = instantiate_class(parameters, optimizer)
+    built = optimizer_of(model, optimizer, groups)
     if not scheduler:
         return built
     schedule = instantiate_class(built, scheduler)

@@ -40,16 +40,22 @@ def make_model(path: str) -> nn.Module:
         raise ValueError(
             f"model={path!r}: it must be callable without arguments ({error}); write a function that gives them"
         ) from error
+    model = on_meta(factory, f"model={path!r}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={path!r}: it must make a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def on_meta(make: Callable[[], Any], what: str) -> Any:
+    """What ``make`` makes on the meta device; a LightningModule's parameters too. ``what``: for errors."""
     try:
         with torch.device("meta"):
-            model = factory()
+            model = make()
             if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
                 getattr(model, "configure_model", lambda: None)()
     except Exception as error:  # whatever the model's own code raises, where tensors have no values
         raise UserCodeError(
-            f"model={path!r}: making it on the meta device raised {type(error).__name__}: {error}; what needs values "
+            f"{what}: making it on the meta device raised {type(error).__name__}: {error}; what needs values "
             "there (.item(), numpy) has to be left out of the factory"
         ) from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model={path!r}: it must make a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -1,5 +1,10 @@
 """Bytes per device of a training run, before anything is allocated. Exit status: 0, or 1 if the plan does not fit in
---memory. docs/memory.md says what is exact and what is estimated."""
+--memory. docs/memory.md says what is exact and what is estimated.
+
+    lowbit plan --config gpt.yaml trainer.devices=8 --memory 24GiB
+    lowbit plan my_models:make_gpt --world-size 8 --batch 8x1024:int64
+
+A config gives model, data (its first batch), optimizer, precision and strategy; options go over it."""
 
 from __future__ import annotations
 
@@ -16,7 +21,13 @@ from lowbit_lightning.optim.options import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="package.module:factory, a callable or class that makes the model")
+    parser.add_argument(
+        "given",
+        nargs="*",
+        metavar="MODEL | key=value",
+        help="package.module:factory, a callable or class that makes the model; with --config: settings",
+    )
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="as for lowbit fit")
     for declared in fields(memory.Run):
         _add(parser, declared)
     parser.add_argument("--memory", help="a device's, as 80GiB or 80e9; says what to change if it does not fit")
@@ -64,8 +75,13 @@ def _parsed(name: str, value: str, parse: Callable[[str], Any]) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     limit = None if args.memory is None else parse_bytes(args.memory, "memory")
-    planned_for = memory.Run(**_told(args))
-    result = memory.plan(make_model(args.model), planned_for)
+    if args.config:
+        from lowbit_lightning.cli.plan_config import planned  # imports jsonargparse and OmegaConf
+
+        model, found = planned(args.config, args.given)
+    else:
+        model, found = make_model(" ".join(args.given)), {}
+    result = memory.plan(model, memory.Run(**{**found, **_told(args)}))
     fits = limit is None or result.fits(limit)
     if args.json:
         found: dict[str, Any] = result.to_dict()
