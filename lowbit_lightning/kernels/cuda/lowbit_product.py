@@ -39,7 +39,7 @@ _SHORT_ROWS = 32  # of x, up to which ``tensor_gemv`` serves
 _TILE_N = _TILE_K = 128
 _FILL = 256  # CUDA blocks that a GPU should have: an H100 has 132 multiprocessors
 _PLAIN_ROWS = 4  # of the weight, to a CUDA block
-_STEP, _TILE_O = 64, 128
+_STEP, _TILE_O, _PRODUCT_STAGES = 64, 128, 3
 _PANEL = 1 << 26  # elements of a panel that is decoded: 128 MB in 16 bits
 
 
@@ -150,12 +150,11 @@ def fused_product(
     (m, length), rows = x.shape, packed.shape[0]
     outputs = row_length if transposed else rows
     bias = None if bias is None else bias.contiguous()
-    is_new = launch.capability(x.device) >= (8, 0)
-    tile_m, stages = (128, 3) if m > 64 and is_new else (64, 3 if is_new else 2)
+    tile_m = 128 if m > 64 and launch.capability(x.device) >= (8, 0) else 64  # sm_75 has 64 KiB of shared memory
     text = text_of(
         *("lowbit_product.cu", form),
         **{"ELEMENT": x.dtype, "BIAS": torch.float32 if bias is None else bias.dtype},
-        **{"TRANSPOSED": transposed, "TILE_M": tile_m, "STAGES": stages},
+        **{"TRANSPOSED": transposed, "TILE_M": tile_m, "STAGES": _PRODUCT_STAGES},
     )
     tiles = ceil_div(m, tile_m) * ceil_div(outputs, _TILE_O)
     steps = ceil_div(length, _STEP)
@@ -168,7 +167,7 @@ def fused_product(
     sizes = (ctypes.c_int64(n) for n in (m, rows, steps_of_part))
     weight = packed, scales, form_argument(form, row_length)
     arguments = x, ctypes.c_int64(x.shape[1]), *weight, *sizes, bias, work, out
-    shared = 2 * _STEP * _TILE_O * 2 + stages * tile_m * _STEP * 2
+    shared = 2 * _STEP * _TILE_O * 2 + _PRODUCT_STAGES * tile_m * _STEP * 2
     launch.run(Launch(text, "lowbit_product", (tiles, parts, 1), 256, arguments, shared=shared))
     _sum_parts(text, work, bias, out)
     return out
