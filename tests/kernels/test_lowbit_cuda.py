@@ -24,9 +24,15 @@ MODES: dict[str, dict[str, Any]] = {"": {}, "backward": {"order": "backward"}, "
 LENGTHS = (1, 31, 64, 129, 333, 512)
 
 
-def cases(quick: set[tuple[Any, ...]], *axes: tuple[Any, ...]) -> list[Any]:
-    """All combinations; those that are not quick are slow."""
-    return [pytest.param(*v, marks=() if v in quick else pytest.mark.slow) for v in product(*axes)]
+def cases(quick: set[tuple[Any, ...]], forms: tuple[str, ...], *axes: tuple[Any, ...]) -> list[Any]:
+    """Every format with every dtype, the values of other axes in turns: these are slow. And those that are quick."""
+    dtypes, *others = axes
+    wide = [
+        (form, dtype, *(axis[(i + j) % len(axis)] for axis in others))
+        for (i, form), (j, dtype) in product(enumerate(forms), enumerate(dtypes))
+    ]
+    slow = [pytest.param(*case, marks=pytest.mark.slow) for case in wide if case not in quick]
+    return [*(pytest.param(*case) for case in sorted(quick, key=str)), *slow]
 
 
 def weight_of(form: str, rows: int, length: int) -> tuple[Tensor, Tensor]:
