@@ -36,7 +36,7 @@ OURS = [
     *((form, torch.bfloat16) for form in ("nf4", "nf4-dq", "fp4", "int4", "int3", "int2", "int8")),
     *((form, torch.float32) for form in ("nf4", "int4", "int8")),
 ]
-AO = [
+TORCHAO = [
     ("int4", {"config": "Int4WeightOnlyConfig", "group_size": 64, "int4_packing_format": "tile_packed_to_4d"}),
     ("int8", {"config": "Int8WeightOnlyConfig"}),
 ]
@@ -141,7 +141,12 @@ def candidates(shape: tuple[int, int], rows: int, device: str) -> list[Candidate
         *(Candidate(f"torch int4pack {name(d)}", several(partial(torch_int4, dtype=d), d)) for d in both),
         *(Candidate(f"torch int8pack {name(d)}", several(partial(torch_int8, dtype=d), d)) for d in both),
         *(Candidate(f"bitsandbytes nf4 {name(d)}", several(partial(bitsandbytes, dtype=d), d)) for d in both),
-        *(Candidate(f"torchao {kind} bf16", several(partial(torchao, dtype=both[0], **o), both[0])) for kind, o in AO),
+        *(
+            Candidate(
+                f"torchao {kind} bf16", several(partial(torchao, dtype=torch.bfloat16, **options), torch.bfloat16)
+            )
+            for kind, options in (TORCHAO if device == "cuda" else [])
+        ),
         *(Candidate(f"ours {form} {name(d)}", several(partial(ours, form=form), d)) for form, d in OURS),
     ]
 
