@@ -86,37 +86,57 @@ LB_FN void decode_unit(const uint8_t* low, const uint8_t* high, const uint8_t* t
 
 // ---- scales
 
-// Of the rows that a lane has: rows 8h + lane / 4 of each of its fragments. What is not there has those of the last row
-// or block: it is multiplied by zeros, or not kept.
+constexpr int FLUSH = BLOCK == 0 ? 0 : (BLOCK < TILE_K ? BLOCK : TILE_K) / SPAN;  // spans that are summed together
+constexpr int FLUSHES = BLOCK == 0 ? 1 : SPANS / (FLUSH ? FLUSH : 1);            // of a step; of 8 bits the end has one
+
+// Scales of the rows that a lane has: rows 8h + lane / 4 of each of its fragments, h up to ROWS. What is not there has
+// those of the last row or block: it is multiplied by zeros, or not kept. The four lanes that have the same rows decode
+// a quarter of a step's 8-bit scales each, and give them to the others.
+constexpr int ROWS = 2 * FRAGMENTS, SHARERS = SQUARE && ROWS * FLUSHES >= 4 ? 4 : 1, OWN = ROWS * FLUSHES / SHARERS;
+
 struct RowScales {
-    const uint8_t* row[2 * FRAGMENTS];
-    float unit[2 * FRAGMENTS], offset_unit[2 * FRAGMENTS];
+    const uint8_t* row[OWN];  // of the scales that this lane decodes
+    float unit[ROWS], offset_unit[ROWS];
     int blocks;
+    LB_FN int number(int i) { return i * SHARERS + (int)threadIdx.x % SHARERS; }  // of a step: [row][flush]
     LB_METHOD RowScales(const Form& form, const uint8_t* scales, int64_t first, int64_t rows)
         : blocks((int)blocks_of(form)) {
 #pragma unroll
-        for (int h = 0; h < 2 * FRAGMENTS; ++h) {
-            row[h] = scales + min(first + 8 * h, rows - 1) * form.scales_stride;
-            unit[h] = SQUARE ? power(row[h][0]) * form.unit : form.unit;
-            offset_unit[h] = AFFINE ? power(row[h][1]) : 0.0f;
-            if (SQUARE) row[h] += AFFINE ? 2 : 1;
+        for (int h = 0; h < ROWS; ++h) {
+            const uint8_t* from = scales + min(first + 8 * h, rows - 1) * form.scales_stride;
+            unit[h] = SQUARE ? power(from[0]) * form.unit : form.unit;
+            offset_unit[h] = AFFINE ? power(from[1]) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; ++i)
+            row[i] = scales + min(first + 8 * (number(i) / FLUSHES), rows - 1) * form.scales_stride + SQUARE + AFFINE;
+    }
+    // Those of the step whose first block is that, in the rows' units.
+    LB_METHOD void load(int block, Scale (&own)[OWN]) const {
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            const int b = min(block + number(i) % FLUSHES, blocks - 1);
+            if (!SQUARE) own[i] = {((const float*)row[i])[b], 0.0f};
+            else own[i].scale = square_scale((float)row[i][b], 1.0f);
+            if (AFFINE) own[i].offset = square_offset((float)(int8_t)row[i][blocks + b], 1.0f);
         }
     }
-    LB_METHOD Scale of(int h, int b) const {  // in these units
-        b = min(b, blocks - 1);
-        if (!SQUARE) return {((const float*)row[h])[b], 0.0f};
-        const float scale = square_scale((float)row[h][b], 1.0f);
-        if (!AFFINE) return {scale, 0.0f};
-        return {scale, square_offset((float)(int8_t)row[h][blocks + b], 1.0f)};
+    LB_METHOD Scale of(const Scale (&own)[OWN], int h, int flush) const {
+        const int n = h * FLUSHES + flush;
+        if (SHARERS == 1) return own[n];
+        const int lane = (threadIdx.x & ~3) | n % SHARERS;
+        const float scale = __shfl_sync(ALL_LANES, own[n / SHARERS].scale, lane);
+        return {scale, AFFINE ? __shfl_sync(ALL_LANES, own[n / SHARERS].offset, lane) : 0.0f};
     }
 };
-constexpr int FLUSH = BLOCK == 0 ? 0 : (BLOCK < TILE_K ? BLOCK : TILE_K) / SPAN;  // spans that are summed together
-constexpr int FLUSHES = BLOCK == 0 ? 1 : SPANS / (FLUSH ? FLUSH : 1);            // of a step; of 8 bits the end has one
 
 struct Sums {
     float total[FRAGMENTS][J][4], of_offsets[FRAGMENTS][J][4];  // in the rows' units
     float block[FRAGMENTS][J][4], of_x[J][4];
-    LB_METHOD void add_block(const Scale (&scale)[2 * FRAGMENTS]) {
+    LB_METHOD void add_block(const RowScales& rows, const Scale (&own)[OWN], int flush) {
+        Scale scale[ROWS];
+#pragma unroll
+        for (int h = 0; h < ROWS; ++h) scale[h] = rows.of(own, h, flush);
 #pragma unroll
         for (int j = 0; j < J; ++j)
 #pragma unroll
@@ -185,13 +205,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv(
     Sums sums = {};
     int full = 0, empty = STAGES - 1;  // the stage that is multiplied next, and the one that is filled next
     for (int step = 0; step < count; ++step) {
-        Scale scale[FLUSHES][2 * FRAGMENTS];
-        if (BLOCK)
-#pragma unroll
-            for (int f = 0; f < FLUSHES; ++f)
-#pragma unroll
-                for (int h = 0; h < 2 * FRAGMENTS; ++h)
-                    scale[f][h] = row_scales.of(h, (int)block_of((first_step + step) * TILE_K + f * FLUSH * SPAN));
+        Scale own[OWN];
+        if (BLOCK) row_scales.load((int)block_of((first_step + step) * TILE_K), own);
         wait_for_all_but<STAGES - 2>();
         __syncthreads();  // everyone's copies into `full` have arrived, and everyone has read `empty`
         if (step + STAGES - 1 < count) start_step(empty);
@@ -225,16 +240,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv(
                     }
                 }
             }
-            if (FLUSH && (s + 1) % (FLUSH ? FLUSH : 1) == 0) sums.add_block(scale[s / (FLUSH ? FLUSH : 1)]);
+            if (FLUSH && (s + 1) % (FLUSH ? FLUSH : 1) == 0) sums.add_block(row_scales, own, s / (FLUSH ? FLUSH : 1));
         }
         full = full + 1 == STAGES ? 0 : full + 1;
         empty = empty + 1 == STAGES ? 0 : empty + 1;
     }
     if (!BLOCK) {
-        Scale scale[2 * FRAGMENTS];
-#pragma unroll
-        for (int h = 0; h < 2 * FRAGMENTS; ++h) scale[h] = row_scales.of(h, 0);
-        sums.add_block(scale);
+        Scale own[OWN];
+        row_scales.load(0, own);
+        sums.add_block(row_scales, own, 0);
     }
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i)
