@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
 FORMS = ("int8", "nf4", "nf4-dq", "nf4-g4096", "fp4-g32", "int4", "int4-g128", "int3", "int3-g32", "int2", "int2-g256")
-TOLERANCE = {F32: 2e-6, F16: 1e-3, BF16: 8e-3}
+TOLERANCE = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}  # cuBLAS sums 11008 products in a row
 
 
 @contextmanager
