@@ -62,8 +62,7 @@ def _tiles(record: Record) -> str:
     values = [("steps", f"{record.steps:,}"), ("training time", duration(record.seconds))]
     loss, speed = record.series.get("loss"), record.series.get(FIRST[1])
     if loss and loss.steps:
-        end = loss.end()
-        values.append(("loss at the end", "not finite" if end is None else number(end)))
+        values.append(("loss at the end", _shown(loss.end())))
     median = speed.median() if speed else None
     if median is not None:
         values.append(("samples per second, median", number(median)))
@@ -94,20 +93,23 @@ def _curves(record: Record) -> Iterator[str]:
     yield '<div class="grid gap">'
     if loss and loss.steps:
         yield card("Loss by time", over_time([curve("loss", loss, 1, time=True, smooth=True)], "loss by time"))
-    others = [name for name in FIRST[1:] if name in record.series]
-    others += [name for name in record.series if name not in FIRST]
-    for i, name in enumerate(others[:MOST_CHARTS]):
-        series = record.series[name]
-        if series.steps:
-            yield small(
-                name,
-                [curve(name, series, (3, 4, 2, 5, 6)[min(i, 4)], smooth=name == FIRST[1])],
-                series.unit,
-                zero=name == FIRST[1],
-            )
+    names = [*FIRST[1:], *(name for name in record.series if name not in FIRST)]
+    others = {name: record.series[name] for name in names if name in record.series}
+    curves = {name: series for name, series in others.items() if len(series.steps) > 1}
+    for i, (name, series) in enumerate([*curves.items()][:MOST_CHARTS]):
+        speed = name == FIRST[1]
+        drawn = curve(name, series, (3, 4, 2, 5, 6)[min(i, 4)], smooth=speed)
+        yield small(name, [drawn], series.unit, zero=speed)
+    single = [(name, _shown(series.last())) for name, series in others.items() if len(series.steps) == 1]
+    if single:
+        yield card("Metrics of one step", parts.table((), single, [1]))
     yield "</div>"
-    if len(others) > MOST_CHARTS:
-        yield f'<p class="soft">{len(others) - MOST_CHARTS} more curves are in the JSON block.</p>'
+    if len(curves) > MOST_CHARTS:
+        yield f'<p class="soft">{len(curves) - MOST_CHARTS} more curves are in the JSON block.</p>'
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else number(value)
 
 
 def loss_by_step(runs: list[tuple[str, Record, int]]) -> str:
@@ -118,7 +120,7 @@ def loss_by_step(runs: list[tuple[str, Record, int]]) -> str:
         draw(curves, size, "step", _step, log=None, marks=marks, about="loss by step", css=css)
         for size, css in ((BROAD, "broad"), (SMALL, "narrow"))
     ]
-    note = "mean, and smallest to largest" if len(runs) < 4 else ""
+    note = "mean, and smallest to largest" if any(len(c.low) for c in curves) else ""
     if len(runs) == 1 and any(r.series["loss"].nonfinite for _, r, _ in runs):
         note = f"not finite first at step {runs[0][1].series['loss'].nonfinite[0]:,} (+)"
     return card("Loss by step", "".join(drawn), note)
