@@ -361,6 +361,7 @@ def test_importing_starts_nothing() -> None:
         heavy = ("deepspeed", "cuda.core", "cuda.bindings", "jsonargparse", "bitsandbytes", "torchao", "triton")
         heavy += ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.testing", "torch.utils.tensorboard", "sympy")
         heavy += ("matplotlib", "tensorboard", "omegaconf", "transformers", "peft", "pandas", "sklearn", "hypothesis")
+        heavy += ("lowbit_lightning.bitsandbytes",)
         found = sorted(m for m in new if m in heavy or m.startswith(tuple(h + "." for h in heavy)))
         assert not found, f"imported: {found}"
         assert not started, f"started: {started}"
@@ -375,9 +376,10 @@ def test_importing_does_not_need_omegaconf_or_cuda() -> None:
     """Libraries that only examples or a GPU need are not asked for by the package itself."""
     script = """
         import sys
-        for name in ("omegaconf", "cuda", "cuda.core", "cuda.bindings", "deepspeed", "jsonargparse"):
+        for name in ("omegaconf", "cuda", "cuda.core", "cuda.bindings", "deepspeed", "jsonargparse", "bitsandbytes"):
             sys.modules[name] = None
         import lowbit_lightning
+        import lowbit_lightning.bitsandbytes
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

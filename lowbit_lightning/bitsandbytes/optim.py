@@ -73,6 +73,11 @@ class _Bitsandbytes(ours.LowBitOptimizer):
             parts[key][1].append(i)
         return list(parts.values())
 
+    def step_parameter(self, p: Tensor, group: dict[str, Any], ordinal: int) -> None:
+        """See ``LowBitOptimizer``."""
+        own = GlobalOptimManager.get_instance().of(p)
+        super().step_parameter(p, self._with(group, own) if own else group, ordinal)
+
     def _with(self, group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         if unknown := sorted(own.keys() - group.keys()):
             raise ValueError(f"an override sets {unknown}, but {self.family()} has no such hyperparameter")

@@ -115,6 +115,18 @@ def test_overrides_of_a_step() -> None:
     assert len(optimizer.param_groups) == 1
 
 
+def test_overrides_of_steps_inside_the_backward() -> None:
+    module, twin = nn.Linear(64, 64), nn.Linear(64, 64)
+    twin.load_state_dict(module.state_dict())
+    bnb.optim.GlobalOptimManager.get_instance().override_config(module.weight, "lr", 0.0)
+    optimizer = bnb.optim.Adam8bit(module.parameters(), lr=1e-2)
+    optim.release_gradients(module, optimizer)
+    module(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    assert torch.equal(module.weight, twin.weight)
+    assert not torch.equal(module.bias, twin.bias)
+
+
 def test_overrides_of_bits_come_at_any_time() -> None:
     params = parameters()
     manager = bnb.optim.GlobalOptimManager.get_instance()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -94,16 +90,3 @@ def test_the_first_snippet() -> None:
     x[:, 5] = 60.0  # would take the resolution of all other columns
     assert linear.weight.dtype == torch.int8
     assert torch.allclose(linear(x), plain(x), atol=0.05 + 60 * 2e-3)
-
-
-def test_nothing_of_it_is_imported_by_the_package() -> None:
-    script = """
-        import sys
-        sys.modules["bitsandbytes"] = None
-        import lowbit_lightning
-        assert "lowbit_lightning.bitsandbytes" not in sys.modules
-        import lowbit_lightning.bitsandbytes
-    """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr

@@ -231,12 +231,15 @@ def trains_under_deepspeed(folder: Path) -> str | None:
     if world() != 2:
         return None
     wanted = torch.tensor(torch.load(folder / "nf4.pt")["losses"])
-    for stage in ("1", "2", "3"):
-        model = Net()
-        fit(stage, model)
+    for stage in ("1", "2", "3", "3, by plugin"):
+        by_plugin = "plugin" in stage
+        model = Net(None if by_plugin else "nf4")
+        fit(stage[0], model, plugins=[LowBitWeights("nf4", **BASE)] if by_plugin else [])
         losses = torch.tensor(model.mean_losses())
         if not (losses - wanted).abs().max() <= 1e-5 * wanted.max():
             return f"stage {stage}: {losses.tolist()} and not {wanted.tolist()}"
+        if not any(isinstance(m, LowBitLinear) for m in model.modules()):
+            return f"stage {stage}: not quantised"
     return None
 
 
