@@ -45,6 +45,7 @@ class _OnLowBits:
 
     base_layer: nn.Module
     merged_adapters: list[str]
+    active_adapters: list[str]
     merged_dtype: torch.dtype | None = None
     """To what a merge rounds; None: the dtype that the weight had."""
 
@@ -60,7 +61,7 @@ class _OnLowBits:
         if not isinstance(low, LowBitWeight):
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
             return
-        self.base_layer = plain = _plain(low)
+        self.base_layer = plain = _decoded(low)
         try:
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
         finally:
@@ -68,7 +69,8 @@ class _OnLowBits:
                 self.base_layer = low
         if self.merged_adapters:
             vars(self)["low_bit"] = low  # not a submodule: it is not saved
-            plain.weight.data = plain.weight.data.to(self.merged_dtype or low.dtype)
+            plain.weight.data = low.oriented(plain.weight.data).to(self.merged_dtype or low.dtype)
+            plain.__class__ = vars(plain).pop("plain", type(plain))  # what it was: Transformers' ``Conv1D`` perhaps
 
     def unmerge(self) -> None:
         """See ``peft``. The low-bit layer is put back as it was."""
@@ -106,10 +108,11 @@ class _DecodedDora(DoraEmbeddingLayer):
         return super().forward(x, base_layer=SimpleNamespace(weight=table), **kwargs)
 
 
-def _plain(low: LowBitWeight) -> Any:
-    """A copy of the layer as a plain one, in float32."""
+def _decoded(low: LowBitWeight) -> Any:
+    """A copy of the layer as an ``nn.Linear`` or ``nn.Embedding`` in float32."""
     plain: Any = copy.deepcopy(low)
-    (LowBitEmbedding if isinstance(plain, LowBitEmbedding) else LowBitLinear).release(plain, torch.float32)
+    plain.drop(torch.float32)
+    plain.__class__ = nn.Embedding if isinstance(low, LowBitEmbedding) else nn.Linear
     return plain
 
 
@@ -153,9 +156,10 @@ def merge_and_unload(
             before[name.removeprefix("base_model.model.")] = low.weights, low.dtype
             layer.merged_dtype = torch.float32 if weights else dtype
             if layer.merged_adapters:  # merged before, perhaps to another dtype
-                merged = [*layer.merged_adapters]
+                rest = [one for one in layer.merged_adapters if one not in (adapter_names or layer.active_adapters)]
                 layer.unmerge()
-                layer.merge(safe_merge, merged)
+                if rest:
+                    layer.merge(safe_merge, rest)
     base = model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
     if dtype is not None:
         dequantize(base, dtype).to(dtype)

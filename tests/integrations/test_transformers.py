@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lowbit_lightning.convert.lowbit import low_bit_layers
 from lowbit_lightning.integrations import transformers as integration
 from lowbit_lightning.integrations.transformers import LowBitConfig, quantize_pretrained
 from lowbit_lightning.integrations.transformers.quantizer import Quantize
+from lowbit_lightning.kernels import calls, reset_calls
 from lowbit_lightning.layers.experts import LowBitTensor
 
 Folder = Callable[[str], Path]
@@ -32,7 +35,7 @@ def load(folder: Path, weights: str | None = "nf4", kind: Any = AutoModelForCaus
 
 
 def in_place(folder: Path, weights: str = "nf4", **options: Any) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     return lowbit_lightning.quantize(model, weights, **options)
 
 
@@ -99,6 +102,9 @@ def test_experts_are_in_four_bits_and_generation_is_that_of_the_model_quantised_
     assert {layer.format.bits for layer in experts} == {4}
     plain = sum(p.numel() for n, p in model.named_parameters() if p.is_floating_point() and p.ndim > 1)
     assert plain == 2 * 128 * 64 + 2 * 4 * 64, "embedding, head and routers are all that is left in high precision"
+    reset_calls()
+    logits(model)
+    assert not [op for op, _ in calls() if "dequantize" in op], "an expert is read in packed form"
     given = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(tokens(), **given), other.generate(tokens(), **given))
 
@@ -319,6 +325,20 @@ def test_a_filter_decides_and_is_not_saved(folder: Folder, tmp_path: Path) -> No
     assert all("mlp" in name for name, _ in low_bit_layers(model))
     model.save_pretrained(tmp_path)
     assert_same_state(load(tmp_path, None), model)
+
+
+def test_compiles_as_one_graph(folder: Folder) -> None:
+    model = load(folder("llama"))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(logits(compiled), logits(model))
+
+
+def test_a_copy_is_whole(folder: Folder) -> None:
+    model = load(folder("llama"))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert_same_state(again, model)
+    assert torch.equal(logits(again), logits(model))
+    again.dequantize()
 
 
 def test_a_gradient_reaches_the_input(folder: Folder) -> None:

@@ -83,6 +83,8 @@ class LowBitQuantizer(HfQuantizer):
         self.missing: MutableSet[str] | None = None
         """What the checkpoint has not given yet; Transformers' own set."""
         self.pages = ReadPages(None)
+        self.experts_before: str | None = None
+        """How experts were run before they were in low bits."""
 
     # -- what Transformers asks -------------------------------------------------------------------------------------
 
@@ -173,6 +175,9 @@ class LowBitQuantizer(HfQuantizer):
                 if not getattr(low, part).is_meta and not hasattr(getattr(low, part), LOADED):
                     raise ValueError(f"the checkpoint lacks {name}.{part}, which its config says is in low bits")
             low.check_format(name)
+        if any(isinstance(low, LowBitTensor) for _, low in low_bit_layers(model)):
+            self.experts_before = model.config._experts_implementation
+            model.set_experts_implementation("eager")  # one expert at a time, in packed form
         self.describe(model)
         _keep_names(model)
         model.hqq_quantized = True  # PEFT prepares it for training as it does HQQ's: nothing is cast to float32
@@ -209,6 +214,8 @@ class LowBitQuantizer(HfQuantizer):
         for name in low:
             layer_at(model, name).weight.requires_grad_(True)
         ties.release(model)
+        if self.experts_before is not None:
+            model.set_experts_implementation(self.experts_before)
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions
         return model
