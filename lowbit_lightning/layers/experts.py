@@ -27,7 +27,7 @@ TENSOR_ATTRIBUTES = frozenset(
 """What code asks of the decoded tensor as an attribute."""
 
 
-class _ActsAsTensor:
+class ActsAsTensor:
     """Takes the place of a tensor: torch's functions get the decoded tensor."""
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -51,10 +51,10 @@ class _ActsAsTensor:
 
 
 def _decoded(x: Any) -> Any:
-    return x.dequantize() if isinstance(x, _ActsAsTensor) else x
+    return x.dequantize() if isinstance(x, ActsAsTensor) else x
 
 
-class LowBitMatrix(_ActsAsTensor):
+class LowBitMatrix(ActsAsTensor):
     """One expert of a ``LowBitTensor``: ``[rows, row_length]``."""
 
     def __init__(self, packed: Tensor, scales: Tensor, weights: Weights, row_length: int, dtype: torch.dtype) -> None:
@@ -83,7 +83,7 @@ class LowBitMatrix(_ActsAsTensor):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class LowBitTensor(LowBitWeight, _ActsAsTensor):
+class LowBitTensor(LowBitWeight, ActsAsTensor):
     """A parameter ``[experts, rows, row_length]`` in low bits; a submodule under the parameter's name.
 
     Blocks lie inside rows, along the last dimension.

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from lowbit_lightning import convert, optim
 from lowbit_lightning.convert.lowbit import low_bit_layers
 from lowbit_lightning.integrations import peft as integration
-from lowbit_lightning.integrations.peft import LoraEmbedding, LoraLinear, merge_and_unload
+from lowbit_lightning.integrations.peft import LoraEmbedding, LoraExperts, LoraLinear, merge_and_unload
 from lowbit_lightning.integrations.transformers import LowBitConfig
 from lowbit_lightning.layers import LowBitLinear
+from lowbit_lightning.layers.experts import LowBitTensor
 
 Folder = Callable[[str], Path]
 TARGETS = ["q_proj", "down_proj"]
@@ -55,7 +56,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def test_public_names() -> None:
-    assert integration.__all__ == ["LoraEmbedding", "LoraLinear", "merge_and_unload"]
+    assert integration.__all__ == ["LoraEmbedding", "LoraExperts", "LoraLinear", "merge_and_unload"]
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -156,6 +157,39 @@ def test_embeddings_and_conv1d(dora: bool, folder: Folder, tmp_path: Path) -> No
     merged = again.merge_and_unload()
     assert type(merged.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
     assert distance(logits(merged), expected) < 1e-5
+
+
+def test_experts(folder: Folder, tmp_path: Path) -> None:
+    """Low-bit experts train with a pair of factors each, beside the decoded weights in torch."""
+    targets = ["gate_up_proj", "down_proj", "q_proj"]
+    wrapped = adapted(load(folder("mixtral")), targets)
+    experts = wrapped.base_model.model.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, LoraExperts)
+    expected = logits(wrapped)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), logits(load(folder("mixtral"))))
+    for how, apart in (("grouped_mm", 1e-4), ("eager", 0.0)):  # all experts decoded; one by one, packed
+        wrapped.base_model.model.set_experts_implementation(how)
+        assert distance(logits(wrapped), expected) <= apart
+    wrapped.train()
+    wrapped(input_ids=tokens(), labels=tokens()).loss.backward()
+    grad = experts.down_proj.lora_B["default"].weight.grad
+    assert grad.view(64, 4, 4).abs().sum((0, 2)).min() > 0, "each expert has learned"
+    wrapped.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(folder("mixtral")), tmp_path)
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(ValueError, match=r"integrations\.peft\.merge_and_unload"):
+        again.merge_adapter()
+    merged = merge_and_unload(again, dtype=torch.float32)
+    assert distance(logits(merged), expected) < 1e-4
+    merged.save_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager")
+    assert distance(logits(plain), expected) < 1e-4
+    with pytest.warns(UserWarning, match=r"6 merged weights were rounded"):
+        low = merge_and_unload(wrapped, weights="same")
+    assert isinstance(low.model.layers[0].mlp.experts.gate_up_proj, LowBitTensor)
+    with pytest.raises(ValueError, match="use_dora=True is not possible on experts"):
+        adapted(load(folder("mixtral")), targets, use_dora=True)
 
 
 def test_an_adapter_of_the_plain_model_fits(folder: Folder, tmp_path: Path) -> None:
