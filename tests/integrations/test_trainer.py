@@ -68,9 +68,6 @@ def test_our_optimizer_with_accumulation_and_clipping_steps_as_torch_does(folder
     assert isinstance(trainer.optimizer.optimizer, optim.AdamW)  # accelerate wraps it
     Trainer(theirs, args, train_dataset=data()).train()
     assert distance(ours, theirs) < 1e-5
-    other = arguments(tmp_path, **{**options, "max_grad_norm": 10.0}, optim="adamw_torch")
-    unclipped = adapted(folder)
-    Trainer(unclipped, other, train_dataset=data()).train()
 
 
 def test_eight_bit_states_resume_to_the_bit(folder: Folder, tmp_path: Path) -> None:
