@@ -125,6 +125,18 @@ def test_experts_that_bitsandbytes_left_alone_stay_so(theirs: Any) -> None:
     assert distance(logits(model), expected) < 1e-5
 
 
+def test_experts_that_were_quantised_one_by_one_are_refused_by_name(theirs: Any, tmp_path: Path) -> None:
+    """As Transformers 4 did, where they were layers."""
+    folder, _ = theirs("mixtral", "nf4-dq")
+    state = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    expert = next(name for name in state if name.endswith("experts.1.w2.weight"))
+    state[f"{expert}.quant_state.bitsandbytes__nf4"] = torch.zeros(3, dtype=torch.uint8)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"experts\.1\.w2\.weight is in bitsandbytes' form.*one by one"):
+        load_bitsandbytes(AutoModelForCausalLM, str(tmp_path))
+
+
 def test_other_checkpoints_are_refused_by_name(folder: Folder, theirs: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a checkpoint of bitsandbytes: its config has no quantization_config"):
         load_bitsandbytes(AutoModelForCausalLM, str(folder("llama")))

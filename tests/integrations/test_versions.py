@@ -27,3 +27,4 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(versions.SUPPORTED, "no-such-library", ">=1")
     with pytest.raises(versions.UnsupportedVersion, match="needs no-such-library>=1, which is missing"):
         versions.check("no-such-library")
+    versions.check("no-such-library", optional=True)

@@ -13,6 +13,7 @@ go on top (``integrations.peft``). ``optimizer`` hands an optimizer of this pack
 from lowbit_lightning.integrations.versions import check
 
 check("transformers")
+check("accelerate", optional=True)
 
 from lowbit_lightning.integrations.transformers.bitsandbytes import load_bitsandbytes  # noqa: E402
 from lowbit_lightning.integrations.transformers.config import LowBitConfig  # noqa: E402
