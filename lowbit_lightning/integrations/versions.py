@@ -14,7 +14,8 @@ class UnsupportedVersion(ImportError):
 
 
 def check(name: str, *, optional: bool = False) -> None:
-    """Raise ``UnsupportedVersion`` unless the library is installed in a supported version, or is optional and missing."""
+    """Raise ``UnsupportedVersion`` unless the library is installed in a supported version. ``optional``: it may be
+    missing."""
     wanted = SUPPORTED[name]
     advice = f"pip install '{name}{wanted}', or lowbit-lightning[transformers]"
     try:
