@@ -136,8 +136,9 @@ class BitsAndBytesQuantizer(LowBitQuantizer):
         found = bitsandbytes.weights_of(tensors(checkpoint_files or ()))
         if not found:
             raise ValueError(f"{checkpoint_files} hold no weight of bitsandbytes, though the config says so")
+        state = model.state_dict()
         for saved, name in _names_in(model, found).items():
-            weight = model.state_dict().get(name)
+            weight = state.get(name)
             if weight is None or not name.endswith(".weight"):
                 raise ValueError(
                     f"{saved} is in bitsandbytes' form, but {type(model).__name__} has no layer of its own for it "
