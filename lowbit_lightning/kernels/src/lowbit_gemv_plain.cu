@@ -20,7 +20,7 @@ LB_FN void load_x(const ELEMENT* row, int u, int length, bool packets, float (&v
         for (int i = 0; i < UNIT; ++i) v[i] = u * UNIT + i < length ? widen(from[i]) : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) lowbit_gemv_plain(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv_plain(
     const ELEMENT* x, const uint8_t* packed, const uint8_t* scales, const __grid_constant__ Form form, int64_t M,
     int64_t N, const BIAS* bias, ELEMENT* out) {
     __shared__ float of_warp[WARPS][ROWS * COLUMNS];
