@@ -88,7 +88,7 @@ class StepArguments:
 
     @cached_property
     def written(self) -> list[Tensor]:
-        """All tensors that a step writes: autograd must notice if a kernel overwrites a tensor that it saved."""
+        """All tensors that a step writes. Autograd must notice if a kernel overwrites a tensor that it saved."""
         tensors = [*self.params, *self.steps, *self.remainders, *(t for s in (*self.states, *self.scales) for t in s)]
         return [t for t in dict.fromkeys(tensors) if not t.is_inference()]
 

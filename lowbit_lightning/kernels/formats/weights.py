@@ -105,7 +105,7 @@ class Format:
 
     @property
     def bfloat16_unit(self) -> float:
-        """What the table is multiplied by before it is rounded to bfloat16: nf4 is then off by 0.063 % (rms), by
+        """What the table is multiplied by before it is rounded to bfloat16. So nf4 is off by 0.063 % (rms), by
         0.106 % as it is; fp4 is exact. Of other formats the table itself is exact."""
         return {"nf4": 1.437, "fp4": 12.0}.get(self.kind, 1.0)
 
