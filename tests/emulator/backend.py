@@ -7,10 +7,11 @@ with emulated(order="backward"):
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,20 +26,30 @@ _int_mm = torch._int_mm
 
 @contextmanager
 def emulated(
-    *, check: bool = False, order: str = "forward", seed: int = 0, capability: tuple[int, int] = (8, 0)
+    *,
+    check: bool = False,
+    order: str = "forward",
+    seed: int = 0,
+    capability: tuple[int, int] = (8, 0),
+    records: list[np.ndarray] | None = None,
 ) -> Iterator[list[launch.Launch]]:
-    """Run the ops on the CUDA backend in the emulator, as on a GPU of ``capability``; yields the launches so far."""
+    """Run the ops on the CUDA backend in the emulator, as on a GPU of ``capability``; yields the launches so far.
+    ``records`` gets the accesses to memory of each launch (``module.RECORD``), in check mode."""
     launches: list[launch.Launch] = []
 
     def run(one: launch.Launch) -> None:
         launches.append(one)
-        _module(one.text, check=check).launch(
-            *(one.kernel, one.grid, one.block, one.arguments),
-            order=order,
-            seed=seed,
-            shared=one.shared,
-            memory=one.memory() if check else (),
-        )
+        module = _module(one.text, check=check)
+        with module.recorded() if records is not None else nullcontext([]) as found:
+            module.launch(
+                *(one.kernel, one.grid, one.block, one.arguments),
+                order=order,
+                seed=seed,
+                shared=one.shared,
+                memory=one.memory() if check else (),
+            )
+        if records is not None:
+            records.extend(found)
 
     table.forget()
     with (

@@ -39,6 +39,16 @@ struct Variable {  // a static __shared__ variable, from the library's symbol ta
     size_t offset, size;
 };
 
+struct Record {  // as module.py reads it
+    uint64_t address;
+    uint32_t pc, block;
+    uint16_t thread;
+    uint8_t bytes, write, shared, pad[3];
+};
+
+std::vector<Record> records;
+bool recording;
+
 std::vector<Region> regions;
 std::vector<Variable> variables;
 size_t buffers;      // the first regions; shared memory follows
@@ -109,6 +119,10 @@ void check(char* p, size_t bytes, bool write, const void* caller, bool atomic = 
     }
     if (p + bytes > region->end) fail_outside(p, bytes, write, pc);
     if (write && region->read_only) fail("write to %s, which is read-only [pc 0x%zx]", region->name.c_str(), pc);
+    if (recording && bytes <= 16)
+        records.push_back({reinterpret_cast<uint64_t>(p), static_cast<uint32_t>(pc), machine.block,
+                           static_cast<uint16_t>(machine.current), static_cast<uint8_t>(bytes), write, region->shared,
+                           {}});
     if (atomic) return;
     for (size_t i = 0; i < bytes; ++i) check_byte(*region, static_cast<size_t>(p - region->start) + i, write, pc);
 }
@@ -163,6 +177,14 @@ EMULATOR_PUBLIC void emulator_add_buffer(const char* name, char* start, size_t b
 }
 EMULATOR_PUBLIC void emulator_add_shared_variable(const char* name, size_t offset, size_t size) {
     emulator::variables.push_back({name, offset, size});
+}
+EMULATOR_PUBLIC void emulator_record(int on) {
+    emulator::recording = on != 0;
+    if (on) emulator::records.clear();
+}
+EMULATOR_PUBLIC const void* emulator_records(size_t* count) {
+    *count = emulator::records.size();
+    return emulator::records.data();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

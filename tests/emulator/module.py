@@ -7,8 +7,9 @@ import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ _CTYPES = {
     "f4": ctypes.c_float,
     "f8": ctypes.c_double,
 }
+
+
+RECORD = np.dtype(
+    [("address", "u8"), ("pc", "u4"), ("block", "u4"), ("thread", "u2"), ("bytes", "u1"), ("write", "?"), ("shared", "?")]
+    + [("pad", "u1", 3)]
+)
+"""One access of a thread to global or shared memory, in the order of execution."""
 
 
 class EmulatorError(RuntimeError):
@@ -119,6 +127,23 @@ class Module:
         )
         if getattr(self._library, f"emulator_launch_{kernel}")(ctypes.byref(how)):
             raise EmulatorError(f"{kernel}: {self._with_lines(message.value.decode())}")
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[np.ndarray]]:
+        """Keep every access to memory of the launches inside, in check mode; yields a list that gets one array of
+        ``RECORD`` at the end."""
+        assert self.check, "accesses are seen in check mode"
+        found: list[np.ndarray] = []
+        self._library.emulator_record(1)
+        try:
+            yield found
+        finally:
+            self._library.emulator_record(0)
+            count = ctypes.c_size_t()
+            self._library.emulator_records.restype = ctypes.c_void_p
+            start = self._library.emulator_records(ctypes.byref(count))
+            raw = ctypes.string_at(start, count.value * RECORD.itemsize) if count.value else b""
+            found.append(np.frombuffer(raw, RECORD))
 
     def _signature(self, kernel: str) -> list[str]:
         if kernel not in self.kernels:

@@ -1,0 +1,172 @@
+"""What limits each CUDA kernel on GPUs that are not here: issue slots, memory or tensor units.
+
+    python benchmarks/cuda_roofline.py [--only adamw] [--architectures sm_90] [--json FILE]
+
+Slots are counted in the machine code of each architecture, on the path that a full, aligned block takes. Time is the
+largest of bytes over bandwidth, slots over issue rate and tensor operations over their rate, with published figures: a
+prediction that no kernel beats, and that a good one comes near. The emulator gives the addresses of a small input:
+sectors of global memory over those needed, and turns of shared memory over those without bank conflicts. **Nothing is measured on a GPU.**
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roofline import sass
+from roofline.devices import DEVICES, Device, limits, occupancy
+from roofline.memory import Traffic, traffic
+from roofline.work import Phase, Work, works
+
+from lowbit_lightning.kernels import compile
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from emulator.backend import emulated  # noqa: E402
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one kernel on one architecture. ``slots`` for an element, ``alu`` and ``kinds`` of them; ``registers`` of the largest
+    kernel; ``in_flight``: bytes that a warp has asked for in a turn; ``tensor``: slots for a tensor product."""
+
+    work: Work
+    architecture: str
+    slots: float
+    alu: float
+    kinds: dict[str, float]
+    registers: int
+    static_shared: int
+    in_flight: int
+    tensor: float
+    spilled: int
+
+
+def count(work: Work, architecture: str) -> Count:
+    """Compile a kernel and count.
+
+    Raises:
+        LookupError: if its machine code has no path that does the work: the description of the work is wrong.
+    """
+    binary = compile.cubin(work.text, architecture)
+    code = sass.disassemble(binary.code)
+    resources = compile.resources(binary.log)
+    slots, alu, in_flight, tensor, spilled = 0.0, 0.0, 0, 0.0, 0
+    kinds = Counter[str]()
+    for phase in work.phases:
+        turn, times = _cheapest(code[phase.kernel], phase, f"{work.name} for {architecture}")
+        elements = phase.elements * times
+        slots += turn.slots / elements
+        alu += turn.alu / elements
+        kinds.update({kind: number / elements for kind, number in turn.kinds().items()})
+        in_flight = max(in_flight, sass.LANES * turn.loaded_bytes)
+        tensor += turn.slots / turn.tensor if turn.tensor else 0.0
+        spilled += turn.local
+    used = [resources[name] for name in dict.fromkeys(phase.kernel for phase in work.phases)]
+    return Count(
+        *(work, architecture, slots, alu, dict(kinds), max(r.registers for r in used), max(r.shared for r in used)),
+        *(in_flight, tensor, spilled),
+    )
+
+
+def _cheapest(blocks: list[sass.Block], phase: Phase, where: str) -> tuple[sass.Turn, int]:
+    found: list[tuple[float, sass.Turn, int]] = []
+    bodies = [(0, None)] if phase.whole else sass.loops(blocks)
+    for times in phase.unrolled:
+        asked = {"loads": phase.loads * times, "stores": phase.stores * times, "tensor": phase.tensor * times}
+        turns = [sass.turn(blocks, body, head, **asked) for head, body in bodies]
+        found += [(turn.slots / times, turn, times) for turn in turns if turn is not None]
+    if not found:
+        raise LookupError(f"{where}: no path of {phase.kernel} does {phase}")
+    _, turn, times = min(found, key=lambda one: one[0])
+    return turn, times
+
+
+def watch(work: Work) -> Traffic:
+    """What the emulator sees of the kernels of ``work``."""
+    records: list[Any] = []
+    with emulated(check=True, records=records) as launches:
+        work.run()
+    wanted = {phase.kernel for phase in work.phases}
+    return traffic(found for launch, found in zip(launches, records, strict=True) if launch.kernel in wanted)
+
+
+def row(counted: Count, seen: Traffic, device: Device) -> dict[str, Any]:
+    """What the table and JSON say of a kernel on a device."""
+    work = counted.work
+    bound = limits(device, traffic=work.traffic, slots=counted.slots, alu=counted.alu, operations=work.operations)
+    warps = occupancy(device, work.threads, counted.registers, counted.static_shared + work.shared)
+    wanted = device.copy * device.latency / device.multiprocessors
+    result = {
+        "kernel": work.name,
+        "device": device.name,
+        "architecture": device.architecture,
+        "unit": work.unit,
+        "slots": round(counted.slots, 4),
+        "alu": round(counted.alu, 4),
+        "kinds": {kind: round(number, 4) for kind, number in counted.kinds.items()},
+        "registers": counted.registers,
+        "warps": warps,
+        "bytes": round(work.traffic, 4),
+        "bytes_in_flight": min(warps, device.warps) * counted.in_flight,
+        "bytes_in_flight_needed": round(wanted),
+        "sectors_over_needed": round(seen.excess, 4),
+        "bank_turns_over_free": round(seen.conflicts, 4),
+        "binds": bound.binds,
+        "units_per_second": 1 / bound.seconds,
+        "spilled": counted.spilled,
+    }
+    if work.traffic:
+        result["of_copy_bandwidth"] = round(bound.memory / bound.seconds, 4)
+    if work.operations:
+        result["slots_per_tensor_product"] = round(counted.tensor, 3)
+        result["of_tensor_units"] = round(bound.tensor / bound.seconds, 4)
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| kernel | device | slots | of the ALU | registers | warps | bytes | sectors | banks | binds | of the limit | predicted |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for r in rows:
+        share = r.get("of_tensor_units", r.get("of_copy_bandwidth", 0.0))
+        speed = r["units_per_second"]
+        lines.append(
+            f"| {r['kernel']} | {r['device']} ({r['architecture']}) | {r['slots']:.3g} | {r['alu']:.3g} | {r['registers']} | {r['warps']} "
+            f"| {r['bytes']:.4g} | {r['sectors_over_needed']:.2f} | {r['bank_turns_over_free']:.2f} | {r['binds']} | {share:.0%} | {speed / 1e9:,.4g} G {r['unit']}s/s |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="comma-separated parts of kernels' names")
+    parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    args = parser.parse_args(arguments)
+    wanted, parts = args.architectures.split(","), args.only.split(",")
+    rows = []
+    for work in works():
+        if not any(part in work.name for part in parts):
+            continue
+        seen = watch(work)
+        for architecture in wanted:
+            counted = count(work, architecture)
+            kinds = ", ".join(f"{kind} {number:.3g}" for kind, number in sorted(counted.kinds.items()))
+            print(f"{work.name} {architecture}: {counted.slots:.4g} slots per {work.unit} ({kinds})", flush=True)
+            rows += [row(counted, seen, device) for device in DEVICES if device.architecture == architecture]
+    print("\n" + table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

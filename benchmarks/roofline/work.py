@@ -1,0 +1,137 @@
+"""The kernels that the roofline looks at, and what a lane of each has to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+
+from lowbit_lightning import kernels, optim
+from lowbit_lightning.kernels import rules
+from lowbit_lightning.kernels.cuda.int8_product import fused_product
+from lowbit_lightning.kernels.sources import MAP_NUMBERS, StepVariant, specialised
+
+F32, BF16 = torch.float32, torch.bfloat16
+NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A loop, or with ``whole`` all of a kernel: what a lane loads and stores in one turn (bytes of global memory), its
+    tensor products, and the ``elements`` that this is for. Of an unrolled loop a turn does a multiple of it."""
+
+    kernel: str
+    elements: float
+    loads: int
+    stores: int = 0
+    tensor: int = 0
+    whole: bool = False
+    unrolled: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Work:
+    """``run``: the op on a small input, which the emulator watches. ``traffic``: bytes to and from memory for an element;
+    ``unit``: what an element is. ``operations``: of the tensor units for an element. ``shared``: bytes of dynamic shared
+    memory."""
+
+    name: str
+    text: str
+    phases: tuple[Phase, ...]
+    run: Callable[[], object]
+    traffic: float
+    unit: str
+    threads: int = 256
+    operations: float = 0.0
+    shared: int = 0
+
+
+def works() -> Iterator[Work]:
+    yield from _steps()
+    yield from _blockwise()
+    yield from _int8()
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": optim.AdamW,
+    "adam": optim.Adam,
+    "lion": optim.Lion,
+    "sgd_momentum": partial(optim.SGD, momentum=0.9),
+    "rmsprop": optim.RMSprop,
+    "adagrad": optim.Adagrad,
+    "ademamix": optim.AdEMAMix,
+}
+
+
+def _steps() -> Iterator[Work]:
+    for (rule, make), dtype in product(OPTIMIZERS.items(), (F32, BF16)):
+        states = len(rules.get(rule).states)
+        # A quantisation block of 256 is a warp's: eight elements a lane, and the scale of each state.
+        loads = 8 * (2 * dtype.itemsize + states) + 4 * states
+        stores = 8 * (dtype.itemsize + states) + 4 * states
+        text = StepVariant(rule, dtype, dtype, (1 << states) - 1, 256).text("optimizer_step.cu")
+        traffic = 3 * dtype.itemsize + 2 * states * (1 + 4 / 256)
+        run = partial(_take_steps, make, dtype)
+        yield Work(f"{rule} {NAMES[dtype]}", text, (Phase("step", 8, loads, stores),), run, traffic, "parameter")
+
+
+def _take_steps(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> None:
+    parameter = torch.nn.Parameter(_random(16, 512, dtype))
+    optimizer = make([parameter], lr=1e-3)
+    for _ in range(2):
+        parameter.grad = _random(16, 512, dtype)
+        optimizer.step()
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _blockwise() -> Iterator[Work]:
+    for dtype in (F32, BF16):
+        text = specialised("quantize.cu", ELEMENT=dtype, MAP=MAP_NUMBERS["dynamic_signed"], BLOCK=256)
+        size, traffic = dtype.itemsize, dtype.itemsize + 1 + 4 / 256
+        x = _random(16, 512, dtype)
+        coded = kernels.quantize_blockwise(x)
+        phase = Phase("quantize", 8, 8 * size, 8 + 4, whole=True)
+        run: Callable[[], object] = partial(kernels.quantize_blockwise, x)
+        yield Work(f"quantize {NAMES[dtype]}", text, (phase,), run, traffic, "element")
+        phase = Phase("dequantize", 8, 8 + 4, 8 * size, whole=True)
+        run = partial(kernels.dequantize_blockwise, *coded, dtype=dtype)
+        yield Work(f"dequantize {NAMES[dtype]}", text, (phase,), run, traffic, "element")
+
+
+def _int8() -> Iterator[Work]:
+    for dtype in (F32, BF16):
+        width = 16 // dtype.itemsize  # elements of an access
+        text = specialised("int8.cu", ELEMENT=dtype, ROW_THREADS=256, STOCHASTIC=False)
+        several = (1, 2, 4, 8)
+        rows = (
+            Phase("quantize_rows", width, 16, unrolled=several),
+            Phase("quantize_rows", width, 16, width, unrolled=several),
+        )
+        run = partial(kernels.quantize_rowwise, _random(4, 2048, dtype))
+        yield Work(f"int8 rows {NAMES[dtype]}", text, rows, run, dtype.itemsize + 1, "element")
+        both = (
+            Phase("find_tops", 4 * width, 64),
+            Phase("quantize_tiles", 4 * width, 64 + 16, 2 * 4 * width),
+        )
+        run = partial(kernels.quantize_both, _random(128, 256, dtype))
+        yield Work(f"int8 rows and columns {NAMES[dtype]}", text, both, run, 2 * dtype.itemsize + 2, "element")
+    a = torch.randint(-127, 128, (256, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    run = partial(fused_product, a, a, torch.ones(256), torch.ones(256), None, BF16)
+    for tile_n in (128, 256):
+        text = specialised("int8_product.cu", ELEMENT=BF16, BIAS=F32, TILE_N=tile_n, STAGES=3)
+        # A step of 64 along K: each warp multiplies 64 x 64 x 64, by instructions of 16 x 8 x 32.
+        phase = Phase("int8_product", 64 * 64 * 64 / 32, (128 + tile_n) * 64 // tile_n, tensor=64)
+        yield Work(
+            *(f"int8 product, tiles of 128 x {tile_n}", text, (phase,), run),
+            traffic=0.0,
+            unit="multiplication",
+            threads=tile_n,
+            operations=2.0,
+            shared=3 * (128 + tile_n) * 64,
+        )
