@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := .venv-floor
 
-.PHONY: train test lint unit docs cuda-compile slow fuzz gpu bench quality floor wheel release clean
+.PHONY: train test lint unit docs cuda-compile cuda-roofline slow fuzz gpu bench quality floor wheel release clean
 
 train: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -30,6 +30,10 @@ docs: $(STAMP)
 
 cuda-compile: $(STAMP)
 	$(BIN)/python -m pytest -m six_architectures $(ARGS)
+
+# Issue slots, traffic and limits of every CUDA kernel, computed: no GPU is needed. ARGS="--only adamw --json FILE"
+cuda-roofline: $(STAMP)
+	$(BIN)/python benchmarks/cuda_roofline.py $(ARGS)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)

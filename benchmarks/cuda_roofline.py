@@ -1,6 +1,7 @@
 """What limits each CUDA kernel on GPUs that are not here: issue slots, memory or tensor units.
 
     python benchmarks/cuda_roofline.py [--only adamw] [--architectures sm_90] [--json FILE]
+    python benchmarks/cuda_roofline.py --update
 
 Slots are counted in the machine code of each architecture, on the path that a full, aligned block takes. Time is the
 largest of bytes over bandwidth, slots over issue rate and tensor operations over their rate, with published figures: a
@@ -28,6 +29,7 @@ from lowbit_lightning.kernels import compile
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from emulator.backend import emulated  # noqa: E402
 
+FIGURES = Path(__file__).resolve().parent / "roofline" / "figures.json"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -86,6 +88,17 @@ def _cheapest(blocks: list[sass.Block], phase: Phase, where: str) -> tuple[sass.
         raise LookupError(f"{where}: no path of {phase.kernel} does {phase}")
     _, turn, times = min(found, key=lambda one: one[0])
     return turn, times
+
+
+def figures(counted: Count) -> dict[str, float]:
+    """What a test compares with the figures of before."""
+    return {"slots": round(counted.slots, 4), "alu": round(counted.alu, 4), "registers": counted.registers}
+
+
+def update() -> None:
+    """Write the figures that ``tests/test_roofline.py`` holds."""
+    found = {work.name: figures(count(work, "sm_90")) for work in works()}
+    FIGURES.write_text(json.dumps({"nvrtc": compile.nvrtc_version(), "kernels": found}, indent=1) + "\n")
 
 
 def watch(work: Work) -> Traffic:
@@ -150,7 +163,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", help="comma-separated parts of kernels' names")
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
     parser.add_argument("--json", type=Path, help="write every figure there")
+    parser.add_argument("--update", action="store_true", help="renew the figures that a test holds; print nothing")
     args = parser.parse_args(arguments)
+    if args.update:
+        update()
+        return 0
     wanted, parts = args.architectures.split(","), args.only.split(",")
     rows = []
     for work in works():
