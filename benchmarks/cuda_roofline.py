@@ -6,7 +6,8 @@
 Slots are counted in the machine code of each architecture, on the path that a full, aligned block takes. Time is the
 largest of bytes over bandwidth, slots over issue rate and tensor operations over their rate, with published figures: a
 prediction that no kernel beats, and that a good one comes near. The emulator gives the addresses of a small input:
-sectors of global memory over those needed, and turns of shared memory over those without bank conflicts. **Nothing is measured on a GPU.**
+sectors of global memory over those needed, and turns of shared memory over those without bank conflicts.
+**Nothing is measured on a GPU.**
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from roofline.work import Phase, Work, works
 from lowbit_lightning.kernels import compile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from emulator.backend import emulated  # noqa: E402
+from emulator.backend import emulated
 
 FIGURES = Path(__file__).resolve().parent / "roofline" / "figures.json"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -35,8 +36,11 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 @dataclass(frozen=True)
 class Count:
-    """Of one kernel on one architecture. ``slots`` for an element, ``alu`` and ``kinds`` of them; ``registers`` of the largest
-    kernel; ``in_flight``: bytes that a warp has asked for in a turn; ``tensor``: slots for a tensor product."""
+    """Of one kernel on one architecture.
+
+    ``slots`` for an element, ``alu`` and ``kinds`` of them; ``registers`` of the largest kernel; ``in_flight``: bytes
+    that a warp has asked for in a turn; ``tensor``: slots for a tensor product.
+    """
 
     work: Work
     architecture: str
@@ -144,17 +148,18 @@ def row(counted: Count, seen: Traffic, device: Device) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| kernel | device | slots | of the ALU | registers | warps | bytes | sectors | banks | binds | of the limit | predicted |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
-    ]
+    """Markdown."""
+    heads = "kernel, device, slots, of the ALU, registers, warps, bytes, sectors, banks, binds, of the limit, predicted"
+    lines = [f"| {heads.replace(', ', ' | ')} |", "| --- | --- |" + " ---: |" * 7 + " --- | ---: | ---: |"]
     for r in rows:
         share = r.get("of_tensor_units", r.get("of_copy_bandwidth", 0.0))
-        speed = r["units_per_second"]
-        lines.append(
-            f"| {r['kernel']} | {r['device']} ({r['architecture']}) | {r['slots']:.3g} | {r['alu']:.3g} | {r['registers']} | {r['warps']} "
-            f"| {r['bytes']:.4g} | {r['sectors_over_needed']:.2f} | {r['bank_turns_over_free']:.2f} | {r['binds']} | {share:.0%} | {speed / 1e9:,.4g} G {r['unit']}s/s |"
+        cells = (
+            *(r["kernel"], f"{r['device']} ({r['architecture']})", f"{r['slots']:.3g}", f"{r['alu']:.3g}"),
+            *(r["registers"], r["warps"], f"{r['bytes']:.4g}"),
+            *(f"{r['sectors_over_needed']:.2f}", f"{r['bank_turns_over_free']:.2f}", r["binds"], f"{share:.0%}"),
+            f"{r['units_per_second'] / 1e9:,.4g} G {r['unit']}s/s",
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -10,9 +10,13 @@ COPY_SHARE = 0.9  # of the nominal bandwidth that a copy reaches: 4.3 of 4.8 TB/
 
 @dataclass(frozen=True)
 class Device:
-    """``clock``: of boost, under load, in Hz. ``bandwidth``: nominal, in bytes a second. ``int8``: dense tensor operations
-    a second by the fastest instruction; ``mma_share``: what ``mma.sync`` reaches of it. ``warps``: that a multiprocessor
-    holds; ``shared``: bytes of shared memory that it has for CUDA blocks; ``alu``: lanes of its arithmetic-logic units. ``latency``: of global memory, in seconds."""
+    """What a vendor publishes.
+
+    ``clock``: of boost, under load, in Hz. ``bandwidth``: nominal, in bytes a second. ``int8``: dense tensor operations
+    a second by the fastest instruction; ``mma_share``: what ``mma.sync`` reaches of it. Of a multiprocessor: ``warps``
+    that it holds, ``shared``: bytes of shared memory for CUDA blocks, ``alu``: lanes of its arithmetic-logic units.
+    ``latency``: of global memory, in seconds.
+    """
 
     name: str
     architecture: str
@@ -79,8 +83,8 @@ def limits(device: Device, *, traffic: float, slots: float, alu: float, operatio
 
 
 def occupancy(device: Device, threads: int, registers: int, shared: int) -> int:
-    """Warps that a multiprocessor holds of a kernel: by registers (65536, given to warps in units of 256), shared memory
-    and its own limit."""
+    """Warps that a multiprocessor holds of a kernel: by registers (65536, given to warps in units of 256), by shared
+    memory and by its own limit."""
     warps = -(-threads // LANES)
     by_registers = 65536 // (-(-registers * LANES // 256) * 256) // warps
     by_shared = device.shared // (shared + 1024) if shared else device.warps

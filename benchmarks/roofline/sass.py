@@ -30,8 +30,8 @@ _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 KINDS = {  # by the first part of the opcode; what is not here is integer
     "memory": "LDG STG LDGSTS LDGDEPBAR RED ATOM ATOMG LDC LDCU ULDC LD ST LDL STL UTMALDG UTMASTG CCTL",
     "shared": "LDS STS LDSM STSM ATOMS",
-    "float": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 FMNMX FMNMX3 FSEL FSET FSETP FCHK FSWZADD DADD DMUL DFMA DSETP HADD2 HFMA2 HMUL2 "
-    "HMNMX2 HSETP2 HSET2",
+    "float": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 FMNMX FMNMX3 FSEL FSET FSETP FCHK FSWZADD DADD DMUL DFMA DSETP "
+    "HADD2 HFMA2 HMUL2 HMNMX2 HSETP2 HSET2",
     "special": "MUFU F2F F2FP F2I I2F I2FP F2IP I2IP FRND POPC FLO BREV",
     "tensor": "IMMA HMMA QMMA DMMA IGMMA HGMMA QGMMA UTCIMMA UTCHMMA",
     "control": "BRA BSSY BSYNC EXIT CALL RET WARPSYNC BAR NOP YIELD BREAK BMOV DEPBAR MEMBAR SHFL REDUX VOTE CREDUX "
@@ -55,8 +55,9 @@ class Instruction:
 
     @property
     def alu(self) -> bool:
-        """Whether the arithmetic-logic unit does it, which has half the lanes of the units that multiply: logic, shifts,
-        comparisons, selections, additions of integers. Integers are multiplied, and often moved, beside floats."""
+        """Whether the arithmetic-logic unit does it, which has half the lanes of the units that multiply: logic,
+        shifts, comparisons, selections, additions of integers. Integers are multiplied, and often moved, beside
+        floats."""
         name = self.opcode.partition(".")[0]
         if self.kind == "integer":
             return not name.startswith(("IMAD", "U"))
@@ -286,8 +287,8 @@ def _after(work: Work, more: Turn) -> Work:
 
 
 def _on_the_way(block: Block, following: int) -> Turn:
-    """What a block does when control goes on to ``following``: not what the guard of its branch, or of its exit, says is
-    done only on the other way."""
+    """What a block does when control goes on to ``following``: not what the guard of its branch, or of its exit, says
+    is done only on the other way."""
     last = block.instructions[-1]
     if not last.guard or "," in last.operands or len(block.next) + _exits(block) < 2:
         return Turn(tuple(block.instructions))

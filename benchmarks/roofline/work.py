@@ -34,9 +34,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Work:
-    """``run``: the op on a small input, which the emulator watches. ``traffic``: bytes to and from memory for an element;
-    ``unit``: what an element is. ``operations``: of the tensor units for an element. ``shared``: bytes of dynamic shared
-    memory."""
+    """A kernel.
+
+    ``run``: the op on a small input, which the emulator watches. ``traffic``: bytes to and from memory for an element;
+    ``unit``: what an element is. ``operations``: of the tensor units for an element. ``shared``: bytes of dynamic
+    shared memory.
+    """
 
     name: str
     text: str
