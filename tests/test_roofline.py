@@ -1,4 +1,4 @@
-"""The roofline tool sees what it should: each planted slow-down shows in its figures, and no kernel gets slower unseen."""
+"""The roofline tool sees each planted slow-down in its figures, and no kernel gets slower unseen."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ QUICK = {"adamw fp32", "lion bf16", "quantize fp32", "int8 product, tiles of 128
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param(set(), marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_no_kernel_got_slower(names: set[str]) -> None:
-    """Against the figures that are committed. ``make cuda-roofline ARGS=--update`` renews them, when a kernel got better
-    or what it costs is worth it."""
+    """Against the figures that are committed. ``make cuda-roofline ARGS=--update`` renews them, when a kernel got
+    better or what it costs is worth it."""
     known = json.loads(FIGURES.read_text())
     if known["nvrtc"] != compile.nvrtc_version():
         pytest.skip(f"the figures are of NVRTC {known['nvrtc']}, this one is {compile.nvrtc_version()}")

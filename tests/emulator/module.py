@@ -43,15 +43,9 @@ _CTYPES = {
 
 RECORD = np.dtype(
     [
-        ("address", "u8"),
-        ("pc", "u4"),
-        ("block", "u4"),
-        ("thread", "u2"),
-        ("bytes", "u1"),
-        ("write", "?"),
-        ("shared", "?"),
+        *(("address", "u8"), ("pc", "u4"), ("block", "u4"), ("thread", "u2")),
+        *(("bytes", "u1"), ("write", "?"), ("shared", "?"), ("pad", "u1", 3)),
     ]
-    + [("pad", "u1", 3)]
 )
 """One access of a thread to global or shared memory, in the order of execution."""
 
