@@ -33,6 +33,20 @@ from emulator.backend import emulated
 FIGURES = Path(__file__).resolve().parent / "roofline" / "figures.json"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
+REPORT = """# Predicted: what limits each CUDA kernel
+
+**Nothing here was measured on a GPU.** `make cuda-roofline` counts issue slots in the machine code that NVRTC {nvrtc} makes,
+on the path that a full, aligned block takes, and compares them with published figures of GPUs. A kernel cannot be faster
+than its limit; how near it comes, only a GPU shows.
+
+- slots: instructions that a warp issues for an element. Of the ALU: those that only the half-width integer units take.
+- sectors: of 32 bytes, moved over needed. banks: turns of shared memory over those without conflicts. Both are counted
+  by the emulator, on a small input.
+- of the limit: of the bandwidth of a copy (nine tenths of the nominal one), for a product of the tensor units.
+
+{table}
+"""
+
 
 @dataclass(frozen=True)
 class Count:
@@ -167,6 +181,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="comma-separated parts of kernels' names")
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
+    parser.add_argument("--output", type=Path, help="write the table there, as Markdown")
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--update", action="store_true", help="renew the figures that a test holds; print nothing")
     args = parser.parse_args(arguments)
@@ -185,6 +200,8 @@ def main(arguments: list[str]) -> int:
             print(f"{work.name} {architecture}: {counted.slots:.4g} slots per {work.unit} ({kinds})", flush=True)
             rows += [row(counted, seen, device) for device in DEVICES if device.architecture == architecture]
     print("\n" + table(rows))
+    if args.output:
+        args.output.write_text(REPORT.format(nvrtc=compile.nvrtc_version(), table=table(rows)))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0

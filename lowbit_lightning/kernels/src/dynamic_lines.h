@@ -6,7 +6,7 @@
 #pragma once
 
 struct alignas(8) Line { float slope, offset; };
-struct alignas(8) Binade { float threshold; int32_t line; };
+struct alignas(8) Binade { float threshold; uint32_t line; };  // the line's place in bytes, as an address has it
 struct alignas(8) Code { float slope; int32_t shift; };
 
 struct Lines {
@@ -25,7 +25,7 @@ template <class C> __device__ constexpr Lines lines_of() {
         Binade& binade = lines.binade[field % 32];
         binade.threshold = 3e38f;  // none
         for (int k = 0; k < C::lines - 1; ++k) {
-            if (C::thresholds[k] < low) binade.line++;
+            if (C::thresholds[k] < low) binade.line += sizeof(Code);
             else if (C::thresholds[k] < 2 * low) binade.threshold = C::thresholds[k];
         }
     }
@@ -59,7 +59,9 @@ template <class C> LB_FN void decode_line(V n, V& slope, V& offset) {
 
 template <class C> LB_FN void encode_line(V magnitude, V& slope, I& shift) {
     const Binade binade = lines<C>().binade[to_bits(magnitude) >> 23 & 31];
-    const Code line = lines<C>().encode[binade.line + (magnitude > binade.threshold ? 1 : 0)];
+    uint32_t at = binade.line;
+    if (magnitude > binade.threshold) at += sizeof(Code);
+    const Code line = *(const Code*)((const char*)lines<C>().encode + at);
     slope = line.slope;
     shift = line.shift;
 }

@@ -71,9 +71,15 @@ template <> __device__ __forceinline__ Half narrow<Half>(float x) {
 #endif
     return result;
 }
-template <> __device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
+template <> __device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {  // a NaN stays one
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    BFloat16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    return result;
+#else
     const uint32_t bits = (uint32_t)to_bits(x), rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return {(uint16_t)((x == x ? rounded : bits | 0x400000) >> 16)};  // a NaN stays one
+    return {(uint16_t)((x == x ? rounded : bits | 0x400000) >> 16)};
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -55,28 +55,70 @@ template <int S = 0> LB_FN void point_to_states(const Parameter& q, Block& b) {
         } else {
             b.state[S] = (float*)q.state[S] + b.at.start;
         }
-        b.packets = b.packets && Mine::aligned(b.template state_at<S>());
         point_to_states<S + 1>(q, b);
     }
 }
-LB_FN Block block_of(const Parameter& q, int64_t number) {
+template <int S = 0> LB_FN bool states_aligned(const Block& b) {
+    if constexpr (S < RULE_STATES) return Mine::aligned(b.template state_at<S>()) && states_aligned<S + 1>(b);
+    else return true;
+}
+LB_FN Block block_at(const Parameter& q, const Position& at) {
     Block b;
-    b.at = position_of(number - q.first_block, q.blocks_per_row, q.row_length);
-    b.p = (PARAM*)q.p + b.at.start;
-    b.g = (const GRAD*)q.g + b.at.start;
-    b.packets = b.at.n == BLOCK && Mine::aligned(b.p) && Mine::aligned(b.g);
+    b.at = at;
+    b.p = (PARAM*)q.p + at.start;
+    b.g = (const GRAD*)q.g + at.start;
 #if REMAINDER
-    b.remainder = q.remainder + b.at.start;
-    b.packets = b.packets && Mine::aligned(b.remainder);
+    b.remainder = q.remainder + at.start;
 #endif
     point_to_states(q, b);
     return b;
 }
+LB_FN bool aligned(const Block& b) {
+#if REMAINDER
+    if (!Mine::aligned(b.remainder)) return false;
+#endif
+    return Mine::aligned(b.p) && Mine::aligned(b.g) && states_aligned(b);
+}
+
+// The parameter that block `number` belongs to: the last whose first block is not after it.
+LB_FN int64_t find_parameter(const Parameter* parameters, int64_t count, int64_t number) {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (parameters[middle].first_block <= number) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+// Goes from block to block, forward, and remembers what it knows of a parameter.
+struct Walk {
+    const Parameter* parameters;
+    int64_t count;
+    int64_t i = -1, end = 0;  // the parameter, and the number of the first block after it
+    bool whole = false;       // every block of it is full, and every access to it aligned
+
+    LB_METHOD Block to(int64_t number) {
+        if (number >= end) {
+            if (i < 0) i = find_parameter(parameters, count, number);
+            while (number >= parameters[i + 1].first_block) ++i;
+            end = parameters[i + 1].first_block;
+            whole = parameters[i].row_length % BLOCK == 0 && aligned(block_at(parameters[i], {}));
+        }
+        const Parameter& q = parameters[i];
+        const int64_t mine = number - q.first_block;
+        Block b = block_at(q, whole ? Position{mine * BLOCK, mine, BLOCK}
+                                    : position_of(mine, q.blocks_per_row, q.row_length));
+        b.packets = whole || (b.at.n == BLOCK && aligned(b));
+        return b;
+    }
+};
 
 template <bool PACKETS, int S = 0> LB_FN void load_states(const Block& b, Elements& e) {
     if constexpr (S < RULE_STATES) {
         if constexpr (coded<S>()) {
             int32_t code[PER_THREAD];
+            assume_global(b.scale[S]);
             e.scale[S] = *b.scale[S];
             Mine::load<PACKETS>((const uint8_t*)b.state[S], b.at.n, code);
 #pragma unroll
@@ -117,15 +159,4 @@ template <Part PART> LB_FN void apply(const Scalars& c, Elements& e, int i) {
     for (int k = 0; k < RULE_STATES; ++k) e.s[k][i] = s[k];
 #pragma unroll
     for (int k = 0; k < RULE_TEMPORARIES; ++k) e.t[k][i] = t[k];
-}
-
-// The parameter that block `number` belongs to: the last whose first block is not after it.
-LB_FN int64_t find_parameter(const Parameter* parameters, int64_t count, int64_t number) {
-    int64_t low = 0, high = count;
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        if (parameters[middle].first_block <= number) low = middle;
-        else high = middle;
-    }
-    return low;
 }

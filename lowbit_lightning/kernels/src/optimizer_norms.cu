@@ -39,17 +39,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_blocks(
     const Parameter* parameters, int64_t count, int64_t blocks, int blocks_per_group, const Scalars* scalars,
     const float* factor, double* sums) {
     prepare_lines(uses_map(true), uses_map(false));
-    int64_t i = -1, number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
+    Walk walk{parameters, count};
+    int64_t number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
     for (int turn = 0; turn < blocks_per_group; ++turn, number += GROUPS) {
         float squares[RULE_NORMS][PER_THREAD] = {};
         if (number < blocks) {
-            if (i < 0) i = find_parameter(parameters, count, number);
-            while (number >= parameters[i + 1].first_block) ++i;
             Elements e;
-            const Block b = block_of(parameters[i], number);
+            const Block b = walk.to(number);
             if (b.packets) load<true>(b, e);
             else load<false>(b, e);
-            const Scalars c = scalars[i];
+            const Scalars c = scalars[walk.i];
             const float f = *factor;
 #pragma unroll
             for (int k = 0; k < PER_THREAD; ++k) {

@@ -98,6 +98,7 @@ template <bool PACKETS, int S = 0> LB_FN void store_states(const Block& b, const
 #pragma unroll
             for (int i = 0; i < PER_THREAD; ++i) code[i] = encode<Map<S>, V, I>(e.s[S][i], inverse);
             Mine::store<PACKETS>((uint8_t*)b.state[S], b.at.n, code);
+            assume_global(b.scale[S]);
             if (threadIdx.x % GROUP == 0) *b.scale[S] = scale;
         } else {
             Mine::store<PACKETS>((float*)b.state[S], b.at.n, e.s[S]);
@@ -111,7 +112,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) step(
     const float* factor, const StepSettings told) {
     if (skipped(told)) return;
     prepare_lines(uses_map(true), uses_map(false));
-    int64_t i = -1, number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
+    Walk walk{parameters, count};
+    int64_t number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
     // Every thread takes every turn, also without a block of its own: group_max needs all of them.
     for (int turn = 0; turn < blocks_per_group; ++turn, number += GROUPS) {
         Elements e;
@@ -119,12 +121,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) step(
         uint32_t key[STATES] = {};
         const bool active = number < blocks;
         if (active) {
-            if (i < 0) i = find_parameter(parameters, count, number);
-            while (number >= parameters[i + 1].first_block) ++i;
-            b = block_of(parameters[i], number);
+            b = walk.to(number);
             if (b.packets) load<true>(b, e);
             else load<false>(b, e);
-            const Scalars c = scalars[i];
+            const Scalars c = scalars[walk.i];
             const float f = *factor;
 #pragma unroll
             for (int k = 0; k < PER_THREAD; ++k) {
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) step(
                 raise_keys(e, k, key);
             }
             if (!b.packets || !all_below(key)) keep_what_counts(b, e, key);
-            const Parameter& q = parameters[i];
+            const Parameter& q = parameters[walk.i];
             const uint32_t steps = STOCHASTIC ? step_word(*q.step) : 0;
             if (b.packets) store_parameter<true>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
             else store_parameter<false>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
