@@ -35,9 +35,9 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 REPORT = """# Predicted: what limits each CUDA kernel
 
-**Nothing here was measured on a GPU.** `make cuda-roofline` counts issue slots in the machine code that NVRTC {nvrtc} makes,
-on the path that a full, aligned block takes, and compares them with published figures of GPUs. A kernel cannot be faster
-than its limit; how near it comes, only a GPU shows.
+**Nothing here was measured on a GPU.** `make cuda-roofline` counts issue slots in the machine code that NVRTC
+{nvrtc} makes, on the path that a full, aligned block takes, and compares them with published figures of GPUs. A
+kernel cannot be faster than its limit; how near it comes, only a GPU shows.
 
 - slots: instructions that a warp issues for an element. Of the ALU: those that only the half-width integer units take.
 - sectors: of 32 bytes, moved over needed. banks: turns of shared memory over those without conflicts. Both are counted
