@@ -2,8 +2,8 @@
 
 ``backend.py`` is the contract: what each backend offers (``reference``: plain torch, anywhere; ``cpu``: C++ by the
 host's compiler; ``cuda``: CUDA C++ by NVRTC). ``dispatch.py`` declares ops to torch, in the namespace
-``lowbit_lightning``, and says how to add one. ``blockwise``, ``int8``, ``int8_product``, ``lowbit`` and ``step`` hold
-the ops; each backend has files of these names.
+``lowbit_lightning``, and says how to add one. ``blockwise``, ``int8``, ``int8_conv``, ``int8_product``, ``lowbit`` and
+``step`` hold the ops; each backend has files of these names.
 
 Nothing is compiled or loaded before the first call on a device. ``LOWBIT_LIGHTNING_BACKEND=reference`` forces the
 reference everywhere, ``use_backend`` does so for a block of code.
@@ -12,7 +12,14 @@ reference everywhere, ``use_backend`` does so for a block of code.
 from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 from lowbit_lightning.kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from lowbit_lightning.kernels.dispatch import calls, reset_calls, use_backend
-from lowbit_lightning.kernels.int8 import quantize_both, quantize_colwise, quantize_rowwise
+from lowbit_lightning.kernels.int8 import (
+    quantize_both,
+    quantize_channels,
+    quantize_colwise,
+    quantize_image,
+    quantize_rowwise,
+)
+from lowbit_lightning.kernels.int8_conv import int8_conv, int8_conv_input, int8_conv_weight
 from lowbit_lightning.kernels.int8_product import int8_matmul
 from lowbit_lightning.kernels.lowbit import (
     int8_outlier_matmul,
@@ -28,6 +35,9 @@ __all__ = [
     "StepScalars",
     "calls",
     "dequantize_blockwise",
+    "int8_conv",
+    "int8_conv_input",
+    "int8_conv_weight",
     "int8_matmul",
     "int8_outlier_matmul",
     "lowbit_dequantize",
@@ -38,7 +48,9 @@ __all__ = [
     "optimizer_step",
     "quantize_blockwise",
     "quantize_both",
+    "quantize_channels",
     "quantize_colwise",
+    "quantize_image",
     "quantize_rowwise",
     "reset_calls",
     "use_backend",

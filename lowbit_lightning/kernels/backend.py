@@ -63,6 +63,58 @@ class Int8(Protocol):
     def quantize_both(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The results of both, in this order."""
 
+    def quantize_channels(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+        """int8 ``[R, C]`` and scales ``[C]`` of x ``[R, C]``."""
+
+    def quantize_image(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The results of ``quantize_rowwise`` and ``quantize_channels``, in this order."""
+
+
+class Int8Conv(Protocol):
+    """``int8_conv.py``: the products of a convolution. A batch has ``images`` images of R pixels, results of M each.
+
+    ``table``: int32 ``[M, T]``, not empty: the pixel that tap t of a result's window reads, or -1 outside the image.
+    No pixel is read twice by one tap.
+    """
+
+    def int8_conv(
+        self,
+        a: Tensor,
+        b: Tensor,
+        a_scales: Tensor,
+        b_scales: Tensor,
+        table: Tensor,
+        images: int,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """``[images * M, N]`` of a ``[images * R, K]`` and b ``[N, T, K]``."""
+
+    def int8_conv_input(
+        self,
+        a: Tensor,
+        b: Tensor,
+        a_scales: Tensor,
+        b_scales: Tensor,
+        table: Tensor,
+        images: int,
+        pixels: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """``[images * R, N]`` of a ``[images * M, K]`` and b ``[K, T, N]``; ``pixels`` is R."""
+
+    def int8_conv_weight(
+        self,
+        a: Tensor,
+        b: Tensor,
+        a_scales: Tensor,
+        b_scales: Tensor,
+        table: Tensor,
+        images: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """``[N, T, K]`` of a ``[N, images * M]`` and b ``[images * R, K]``."""
+
 
 class Int8Product(Protocol):
     """``int8_product.py``."""
@@ -121,6 +173,7 @@ class Step(Protocol):
 FILES: dict[str, type] = {
     "blockwise": Blockwise,
     "int8": Int8,
+    "int8_conv": Int8Conv,
     "int8_product": Int8Product,
     "lowbit": LowBit,
     "step": Step,

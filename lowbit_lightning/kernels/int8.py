@@ -34,6 +34,17 @@ def quantize_both(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor, T
     return _both(*_matrix_and_seed(x, seed))
 
 
+def quantize_channels(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """``quantize_colwise`` without the transposition: int8 ``[R, C]`` and float32 scales ``[C]``, one for a column."""
+    return _channels(*_matrix_and_seed(x, seed))
+
+
+def quantize_image(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(*quantize_rowwise(x, seed), *quantize_channels(x, seed))`` in one op: the two forms of the pixels of images,
+    ``[pixels, channels]``."""
+    return _image(*_matrix_and_seed(x, seed))
+
+
 def _matrix_and_seed(x: Tensor, seed: int | None) -> tuple[Tensor, int | None]:
     if x.dtype not in FLOATS or x.ndim != 2:
         raise TypeError(f"x must be a float32, float16 or bfloat16 matrix, got {x.dtype} of shape {tuple(x.shape)}")
@@ -53,4 +64,16 @@ _colwise = declare(
 _both = declare(
     "quantize_both(Tensor x, SymInt? seed) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda x, seed: (*_form(x, seed), *_form(x.T, seed)),
+)
+
+
+def _channels_form(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    q, _ = _form(x, seed)
+    return q, x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+_channels = declare("quantize_channels(Tensor x, SymInt? seed) -> (Tensor, Tensor)", fake=_channels_form)
+_image = declare(
+    "quantize_image(Tensor x, SymInt? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda x, seed: (*_form(x, seed), *_channels_form(x, seed)),
 )

@@ -31,6 +31,7 @@ The bias is added, and its gradient summed, in float32. What the optimizer sees 
 the weight's own dtype.
 """
 
+from lowbit_lightning.layers.conv import Int8Conv1d, Int8Conv2d, Int8Conv3d
 from lowbit_lightning.layers.embedding import (
     Embedding4bit,
     Embedding8bit,
@@ -45,6 +46,9 @@ __all__ = [
     "Embedding4bit",
     "Embedding8bit",
     "Embedding32bit",
+    "Int8Conv1d",
+    "Int8Conv2d",
+    "Int8Conv3d",
     "Int8Layer",
     "Int8Linear",
     "Linear2bit",

@@ -1,4 +1,4 @@
-"""``Int8Linear``, its settings, and how a plain layer becomes one in place."""
+"""What int8 layers have in common, ``Int8Linear``, and how a plain layer becomes an int8 one in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Products:
-    """How a linear layer computes its three products.
+    """How a linear layer or a convolution computes its three products.
 
     Args:
         forward, grad_input, grad_weight: "int8", or "high": the dtype of the input. ``grad_weight="high"`` is what
@@ -73,7 +73,50 @@ class Products:
 
 
 class Int8Layer(nn.Module):
-    """What ``Int8Linear`` and the int8 form of Transformers' ``Conv1D`` have in common: a weight, and ``products``.
+    """What every layer in int8 has: ``products``, a weight, and a plain class that it can be turned back to."""
+
+    plain: ClassVar[type[nn.Module]]
+    """The class that it was, or would be, in high precision."""
+
+    products: Products
+    adopted: bool = False
+    """True where a plain layer was turned into this one, and may be turned back."""
+
+    weight: Tensor
+    bias: Any  # a Tensor or None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "plain" in vars(cls):
+            FORMS[cls.plain] = cls
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[out_features, in_features]``."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), str(self.products))))
+
+
+FORMS: dict[type[nn.Module], type[Int8Layer]] = {}
+"""The int8 form of each plain class."""
+
+
+def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+    """``rows @ matrix.T + bias`` of ``[M, K]`` and ``[N, K]``, as ``products`` says, in the dtype of the rows."""
+    kinds = products.forward == "int8", products.grad_input == "int8", products.grad_weight == "int8"
+    if is_transformed():
+        y = product(rows, matrix, kinds)
+        return y if bias is None else y + bias.to(y.dtype)
+    trains = matrix.requires_grad and torch.is_grad_enabled()
+    save_int8 = trains and products.grad_weight == "int8" and products.save_inputs == "int8"
+    y, *_ = int8_linear(rows, matrix, bias, *kinds, save_int8, products.gradient_rounding == "stochastic")
+    return y
+
+
+class Int8Matrix(Int8Layer):
+    """What ``Int8Linear`` and the int8 form of Transformers' ``Conv1D`` have in common.
 
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype, or autocast's if autocast is on;
     nested tensors as for ``nn.Linear``. A training step costs three int8 products; one less if the input needs no
@@ -87,39 +130,17 @@ class Int8Layer(nn.Module):
         TypeError, ValueError: in ``forward``, if the input's dtype, device or shape does not fit the weight.
     """
 
-    plain: ClassVar[type[nn.Module]]
-    """The class that it was, or would be, in high precision."""
-
-    products: Products
-    adopted: bool = False
-    """True where a plain layer was turned into this one, and may be turned back."""
-
-    weight: Tensor
-    bias: Any  # a Tensor or None
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as ``[out_features, in_features]``."""
-        return self.weight
-
     def forward(self, input: Tensor) -> Tensor:
         if input.is_nested:
             return self._each(input)
         matrix = self.matrix
         if not (self.training or torch.is_grad_enabled()) and input.numel() < fewest_rows(matrix) * matrix.shape[1]:
             return nn.functional.linear(input, matrix, self.bias)
-        x = _checked(input, matrix)
+        if input.ndim == 0 or input.shape[-1] != matrix.shape[1]:
+            raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(input.shape)}")
+        x = in_compute_dtype(input, matrix)
         rows = x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
-        p, bias = self.products, self.bias
-        kinds = p.forward == "int8", p.grad_input == "int8", p.grad_weight == "int8"
-        if is_transformed():
-            y = product(rows, matrix, kinds)
-            y = y if bias is None else y + bias.to(y.dtype)
-        else:
-            trains = matrix.requires_grad and torch.is_grad_enabled()
-            save_int8 = trains and p.grad_weight == "int8" and p.save_inputs == "int8"
-            y, *_ = int8_linear(rows, matrix, bias, *kinds, save_int8, p.gradient_rounding == "stochastic")
-        return y.reshape(*x.shape[:-1], matrix.shape[0])
+        return multiply(rows, matrix, self.bias, self.products).reshape(*x.shape[:-1], matrix.shape[0])
 
     def _each(self, input: Tensor) -> Tensor:
         """A nested tensor: all rows of a jagged one at once, the parts of a strided one one by one."""
@@ -130,11 +151,8 @@ class Int8Layer(nn.Module):
         offsets = input.offsets()  # type: ignore[attr-defined]
         return torch.nested.nested_tensor_from_jagged(self(input.values()), offsets)
 
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), str(self.products))))
 
-
-class Int8Linear(Int8Layer, nn.Linear):
+class Int8Linear(Int8Matrix, nn.Linear):
     """``nn.Linear`` with its matmuls in int8: same parameters, same ``state_dict``, same gradients up to rounding.
 
     Args:
@@ -144,7 +162,7 @@ class Int8Linear(Int8Layer, nn.Linear):
 
     Raises:
         ValueError: for a bad setting; and in ``forward``, TypeError too, for a dtype, device or shape of the input
-            that doesn't fit the weight. ``Int8Layer`` says more of the forward.
+            that doesn't fit the weight. ``Int8Matrix`` says more of the forward.
     """
 
     plain = nn.Linear
@@ -171,19 +189,17 @@ def fewest_rows(weight: Tensor) -> int:
     return autocast if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else float32
 
 
-def _checked(x: Tensor, matrix: Tensor) -> Tensor:
-    """The input in the compute dtype (autocast's if it is on); raises if it does not fit the weight."""
-    if x.ndim == 0 or x.shape[-1] != matrix.shape[1]:
-        raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(x.shape)}")
-    if x.device != matrix.device:
-        raise ValueError(f"input is on {x.device} but the weight on {matrix.device}; move one of them")
-    if matrix.dtype not in FLOATS:
-        raise TypeError(f"Int8Linear's weight must be float32, float16 or bfloat16, got {matrix.dtype}")
+def in_compute_dtype(x: Tensor, weight: Tensor) -> Tensor:
+    """The input in the compute dtype (autocast's if it is on); raises if its device or dtype does not fit."""
+    if x.device != weight.device:
+        raise ValueError(f"input is on {x.device} but the weight on {weight.device}; move one of them")
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"the weight of an int8 layer must be float32, float16 or bfloat16, got {weight.dtype}")
     kind = x.device.type
     if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
-    if x.dtype != matrix.dtype:
-        raise TypeError(f"input must have the weight's dtype, {matrix.dtype}, outside autocast, got {x.dtype}")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"input must have the weight's dtype, {weight.dtype}, outside autocast, got {x.dtype}")
     return x
 
 
@@ -197,10 +213,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def adopt(layer: nn.Module, products: Products) -> None:
-    """Turn an ``nn.Linear`` or ``Conv1D`` into its int8 form in place: the object, its parameters and hooks stay."""
+    """Turn a plain layer into its int8 form (``FORMS``) in place: the object, its parameters and hooks stay."""
     if not isinstance(layer, Int8Layer):
         kind: Any = type(layer)
-        layer.__class__ = Int8Linear if kind is nn.Linear else _int8_conv1d(kind)
+        layer.__class__ = FORMS.get(kind) or _int8_conv1d(kind)
     layer.products, layer.adopted = products, True  # type: ignore[assignment]
 
 
@@ -222,10 +238,10 @@ def _int8_conv1d(plain: type[nn.Module]) -> type[Int8Layer]:
     matrix = property(lambda layer: layer.weight.T, doc=Int8Layer.matrix.__doc__)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return Int8Layer.forward(self, x)
+        return Int8Matrix.forward(self, x)
 
     members = {"plain": plain, "matrix": matrix, "forward": forward, "__module__": __name__}
-    return type("Int8Conv1D", (Int8Layer, plain), {**members, "__doc__": "Transformers' ``Conv1D`` in int8."})
+    return type("Int8Conv1D", (Int8Matrix, plain), {**members, "__doc__": "Transformers' ``Conv1D`` in int8."})
 
 
 def __getattr__(name: str) -> Any:

@@ -161,7 +161,7 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         if needs_x:
             dx = product(dy, weight.T, (grad_input, forward, grad_weight)).to(ctx.x_dtype)
         if needs_weight:
-            x = _Unsaved.of(xq, x_scales) if x is None else x
+            x = unsaved((xq.float() * x_scales[:, None]).T) if x is None else x
             dw = product(dy.T, x.T, (grad_weight, forward, grad_input)).to(ctx.weight_dtype)
     else:
         int8_x, int8_weight = needs_x and grad_input, needs_weight and grad_weight
@@ -177,15 +177,12 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return dx, dw, db, *(None,) * 5
 
 
+def unsaved(values: Tensor) -> Tensor:
+    """An input of which only the int8 form was kept, as ``values``: a derivative that would flow on into it raises."""
+    return _Unsaved.apply(values.requires_grad_())  # type: ignore[no-untyped-call]
+
+
 class _Unsaved(torch.autograd.Function):
-    """An input of which only the int8 columns were kept: its values are known, the way back to it is not."""
-
-    @staticmethod
-    def of(xq: Tensor, x_scales: Tensor) -> Tensor:
-        """``x [M, K]`` of its int8 columns; a derivative that would flow on into x raises."""
-        values = (xq.float() * x_scales[:, None]).T
-        return _Unsaved.apply(values.requires_grad_())  # type: ignore[no-untyped-call]
-
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:  # type: ignore[override]
         return values.clone()
@@ -193,7 +190,7 @@ class _Unsaved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "a second derivative runs through the gradient of an Int8Linear's weight into the layer's input, which "
+            "a second derivative runs through the gradient of an int8 layer's weight into the layer's input, which "
             "save_inputs='int8' keeps only in int8: use save_inputs='high' to differentiate gradients of weights"
         )
 

@@ -340,6 +340,7 @@ def quantised(x: Tensor, seed: int | None) -> list[Tensor]:
     return [
         *(*kernels.quantize_rowwise(x, seed), *kernels.quantize_colwise(x, seed)),
         *kernels.quantize_both(x, seed),
+        *kernels.quantize_image(x, seed),
     ]
 
 

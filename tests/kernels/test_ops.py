@@ -41,6 +41,15 @@ def lowbit(form: str) -> tuple[torch.Tensor, torch.Tensor]:
     return kernels.lowbit_quantize(torch.randn(5, 70), form)
 
 
+def convolution(
+    rows: int, b: tuple[int, ...], a_scales: int, b_scales: int, *rest: int | None, columns: int = 16
+) -> tuple:
+    """Operands of 2 images of 6 pixels, results of 4, and 2 taps."""
+    matrices = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((rows, columns), b))
+    table = torch.tensor([[0, 1], [2, 3], [-1, 4], [5, -1]], dtype=torch.int32)
+    return (*matrices, torch.rand(a_scales), torch.rand(b_scales), table, 2, *rest, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
@@ -62,6 +71,11 @@ def lowbit(form: str) -> tuple[torch.Tensor, torch.Tensor]:
                 *(torch.rand(3), torch.rand(5), None, torch.float32),
             ),
         ),
+        ("quantize_channels", lambda: (torch.randn(3, 70), 2**40)),
+        ("quantize_image", lambda: (torch.randn(3, 70), None)),
+        ("int8_conv", lambda: convolution(12, (5, 2, 16), 12, 5, None)),
+        ("int8_conv_input", lambda: convolution(8, (16, 2, 5), 8, 5, 6)),
+        ("int8_conv_weight", lambda: convolution(3, (12, 16), 3, 16, columns=8)),
         ("lowbit_quantize", lambda: (torch.randn(3, 70), "int3", "lsq")),
         ("lowbit_dequantize", lambda: (*lowbit("nf4-dq"), "nf4-dq", 70, torch.bfloat16)),
         ("lowbit_embedding", lambda: (*lowbit("int2"), torch.tensor([[1, 0], [4, 4]]), "int2", 70, torch.float16)),

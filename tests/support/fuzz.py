@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import compile, rules
-from lowbit_lightning.kernels.cpu import blockwise, int8, int8_product, lowbit, step
+from lowbit_lightning.kernels.cpu import blockwise, int8, int8_conv, int8_product, lowbit, step
 from lowbit_lightning.kernels.formats import BlockGrid
 from support.step_case import StepCase
 
@@ -34,6 +34,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CODEBOOKS = ("dynamic_signed", "dynamic_unsigned", "linear", "linear_unsigned", "nf4", "fp4", "nf2")
 KINDS = ("8", "32", "mixed", "any")
 """States of a step: their bits (mixed: as optimizers keep them), or anything, other dtypes and block sizes too."""
+QUANTIZERS = ("quantize_rowwise", "quantize_colwise", "quantize_both", "quantize_channels", "quantize_image")
 LOWBIT = ("int8", "nf4", "fp4", "int4", "int3", "int2")
 PAGE = mmap.PAGESIZE
 SPECIAL = (
@@ -156,6 +157,37 @@ def _int8_matmul() -> Case:
     ]
 
 
+def _int8_conv() -> Case:
+    """The three products of a convolution whose taps read any pixels, each one at most once, or none."""
+    images, results, pixels, taps = (random.choice((1, 2, 3, 7, 20)) for _ in range(4))
+    channels, features = (random.choice((1, 3, 16, 17, 33, 64, 65, 100)) for _ in range(2))
+    out, low = random.choice(DTYPES), random.choice((-128, -127))
+    reads = [torch.randperm(max(results, pixels))[:results] for _ in range(taps)]
+    table = torch.stack(reads, 1).where(torch.rand(results, taps) < random.choice((0.0, 0.7, 1.0)), -1)
+    table = table.where(table < pixels, -1).int()
+    x, w, dy = (
+        torch.randint(low, 128, shape, dtype=torch.int8)
+        for shape in ((images * pixels, channels), (features, taps, channels), (features, images * results))
+    )
+    of_pixels, of_results, of_features, of_channels = map(
+        values, ((len(x),), (images * results,), (features,), (channels,))
+    )
+    bias = random.choice((None, values((features,), random.choice(DTYPES))))
+
+    def go() -> list[Tensor]:
+        a, b, t, turned = protect(x), protect(w), protect(table), protect(dy.T.contiguous())
+        scales = [protect(s) for s in (of_pixels, of_results, of_features, of_channels)]
+        shift = None if bias is None else protect(bias)
+        return [
+            kernels.int8_conv(a, b, scales[0], scales[2], t, images, shift, out),
+            kernels.int8_conv_input(turned, b, scales[1], scales[3], t, images, pixels, out),
+            kernels.int8_conv_weight(protect(dy), a, scales[2], scales[3], t, images, out),
+        ]
+
+    sizes = f"{images} images, {pixels} pixels, {results} results, {taps} taps, {channels} to {features} channels"
+    return f"{sizes} from {low} to {out}, bias {bias is not None}", go
+
+
 def _lowbit() -> Case:
     """A weight quantised by its largest magnitudes, dequantised, and looked up in."""
     form, dtype, out = random.choice(LOWBIT), random.choice(DTYPES), random.choice(DTYPES)
@@ -254,8 +286,9 @@ def _step(variants: Sequence[tuple[str, str]]) -> Case:
 OPS: dict[str, Callable[..., Case]] = {
     "quantize_blockwise": _quantize_blockwise,
     "dequantize_blockwise": _dequantize_blockwise,
-    **{op: partial(_quantize_int8, op) for op in ("quantize_rowwise", "quantize_colwise", "quantize_both")},
+    **{op: partial(_quantize_int8, op) for op in QUANTIZERS},
     "int8_matmul": _int8_matmul,
+    "int8_conv": _int8_conv,
     "lowbit_quantize": _lowbit,
     "optimizer_step": _step,
 }
@@ -314,7 +347,7 @@ def compile_with(ours: tuple[str, ...]) -> None:
     def library(text: str, *, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         return compile.host_library(text, flags=(*ours, *flags))
 
-    for module in (blockwise, int8, int8_product, lowbit, step):
+    for module in (blockwise, int8, int8_conv, int8_product, lowbit, step):
         setattr(module, "host_library", library)  # noqa: B010 (what mypy does not know a module to have)
 
 

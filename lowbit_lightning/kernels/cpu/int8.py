@@ -17,7 +17,7 @@ from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
 _MANY = 1 << 15  # elements below which a second thread costs more than it saves
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, *[_POINTER] * 5, _INT]
+_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, *[_POINTER] * 5, _INT, _INT]
 
 
 @cache
@@ -51,15 +51,36 @@ def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, 
     return forms
 
 
+def quantize_channels(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    form = _empty_channels(x)
+    quantize_into(x, seed, None, None, *form, turned=False)
+    return form
+
+
+def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the reference."""
+    forms = *empty_form(*x.shape), *_empty_channels(x)
+    quantize_into(x, seed, *forms, turned=False)
+    return forms
+
+
+def _empty_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
+    return q, torch.empty(columns, dtype=torch.float32, device="cpu")
+
+
 def empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Memory for int8 ``[rows, columns]`` and its scales."""
     q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     return q, torch.empty(rows, dtype=torch.float32, device="cpu")
 
 
-def quantize_into(x: Tensor, seed: int | None, *forms: Tensor | None) -> None:
-    """``quantize_both`` into memory at hand; None for a form, both of its tensors, that is not wanted."""
+def quantize_into(x: Tensor, seed: int | None, *forms: Tensor | None, turned: bool = True) -> None:
+    """``quantize_both``, or ``quantize_image`` if not ``turned``, into memory at hand; None for a form, both of its
+    tensors, that is not wanted."""
     word = None if seed is None else ctypes.byref(ctypes.c_int64(seed))
     pointers = [None if form is None else form.data_ptr() for form in forms]
     threads = torch.get_num_threads() if x.numel() >= _MANY else 1
-    library().lb_int8_quantize(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, word, *pointers, threads)
+    library().lb_int8_quantize(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, word, *pointers, turned, threads)

@@ -45,6 +45,18 @@ def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, 
     return row_q, row_scales, column_q, column_scales
 
 
+def quantize_channels(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    """See the reference. The transposed form is turned back, a byte per element each way."""
+    q, scales = quantize_colwise(x, seed)
+    return q.T.contiguous(), scales
+
+
+def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the reference."""
+    row_q, row_scales, column_q, column_scales = quantize_both(x, seed)
+    return row_q, row_scales, column_q.T.contiguous(), column_scales
+
+
 def _quantize_tiles(x: Tensor, seed: int | None, with_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The column-wise form, and the row-wise one or what stands for it, empty."""
     rows, columns = x.shape

@@ -36,6 +36,17 @@ def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, 
     return *quantize_rowwise(x, seed), *quantize_colwise(x, seed)
 
 
+def quantize_channels(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    """``quantize_colwise``, not transposed: int8 ``[R, C]`` and scales ``[C]``."""
+    q, scales = quantize_colwise(x, seed)
+    return q.T.contiguous(), scales
+
+
+def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``quantize_rowwise`` and ``quantize_channels`` return, in this order."""
+    return *quantize_rowwise(x, seed), *quantize_channels(x, seed)
+
+
 def _int8_words(x: Tensor, seed: int | None) -> Tensor | None:
     return None if seed is None else random_words(seed, 0, 0, 0, x.numel(), x.device).view(x.shape)
 

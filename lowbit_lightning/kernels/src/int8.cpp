@@ -1,7 +1,6 @@
 // The scaled int8 product; what it means is said in the reference. int8_gemm.h computes the sums, by an engine that is
 // chosen here, and hands them over a few rows at a time, to be scaled while they are in the caches.
-#include "int8_amx.h"
-#include "int8_dot.h"
+#include "int8_engine.h"
 #include "int8_gemm.h"
 #include "pages.h"
 #include <type_traits>
@@ -46,15 +45,6 @@ static void product(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int6
     prepare(w, a, b, M, N, K, threads);
     multiply(w, M, N, threads, epilogue);
 }
-
-#if LB_AMX
-#define LB_NAME (amx_allowed() ? "AMX" : "AMX refused, " LB_DOT_NAME)
-#define LB_BY_ENGINE(...)                                                                              \
-    if (amx_allowed()) { typedef Amx Engine; __VA_ARGS__; } else { typedef Dots Engine; __VA_ARGS__; }
-#else
-#define LB_NAME LB_DOT_NAME
-#define LB_BY_ENGINE(...) { typedef Dots Engine; __VA_ARGS__; }
-#endif
 
 extern "C" {
 const char* lb_int8_instructions() { return LB_NAME; }

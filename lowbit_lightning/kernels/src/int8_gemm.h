@@ -22,9 +22,10 @@ static void widen(const int8_t* from, int64_t count, int64_t padded, int offset,
     for (int64_t k = count; k < padded; ++k) to[k] = 0;
 }
 
-// `rows` rows of B to one panel of `columns` columns, a few groups at a time through a small buffer
+// `rows` rows of B, `pitch` apart, to one panel of `columns` columns, a few groups at a time through a small buffer
 template <class Engine>
-static void pack_panel(const int8_t* b, int64_t rows, int64_t K, int64_t columns, typename Engine::Element* panel) {
+static void pack_panel(const int8_t* b, int64_t pitch, int64_t rows, int64_t K, int64_t columns,
+                       typename Engine::Element* panel) {
     typedef typename Engine::Element Element;
     constexpr int64_t GROUPS = 32, STEP = GROUPS * Engine::group;
     static_assert(STEP % Engine::k_step == 0, "");
@@ -35,7 +36,7 @@ static void pack_panel(const int8_t* b, int64_t rows, int64_t K, int64_t columns
             uint32_t lanes[W][GROUPS];
             for (int64_t i = 0; i < W; ++i) {
                 const bool exists = n + i < rows;
-                widen(b + (n + i) * K + k, exists ? count : 0, padded, Engine::offset, buffer[i]);
+                widen(b + (n + i) * pitch + k, exists ? count : 0, padded, Engine::offset, buffer[i]);
             }
             memcpy(lanes, buffer, sizeof lanes);
             for (int64_t g = 0; g < padded / Engine::group; ++g) {
@@ -75,7 +76,7 @@ static void prepare(const Workspace<Engine>& w, const int8_t* A, const int8_t* B
     parallel_for(panels + blocks, threads, [&](int64_t task) {
         if (task < panels) {
             const int64_t rows = least(NR, N - task * NR), columns = up_to_multiple(rows, Engine::column_step);
-            pack_panel<Engine>(B + task * NR * K, rows, K, columns, w.panels + task * NR * w.stride);
+            pack_panel<Engine>(B + task * NR * K, K, rows, K, columns, w.panels + task * NR * w.stride);
             return;
         }
         for (int64_t m = (task - panels) * 64; m < least(M, (task - panels + 1) * 64); ++m) {

@@ -58,13 +58,20 @@ template <class T, bool RANDOM> struct Quantiser {
     static constexpr int64_t ROWS_IN_CACHE = 512 << 10;  // bytes
     static constexpr int CHUNK = 512;   // elements whose random words are made together
 
-    // 64 elements
-    LB_FN void write_line(const T* from, Pair inverses, const uint16_t* words, uint8_t* line) {
+    // 64 elements; EACH: of as many columns, whose inverses lie as set_scales leaves them; otherwise of one row
+    template <bool EACH = false>
+    LB_FN void write_line(const T* from, const float* inverses, const uint16_t* words, uint8_t* line) {
         for (int k = 0; k < 64; k += 4 * W) {
-            const IntPair values[2] = {
-                rounded<T, RANDOM>(load_pair(from + k), inverses, words + k),
-                rounded<T, RANDOM>(load_pair(from + k + 2 * W), inverses, words + k + 2 * W),
-            };
+            IntPair values[2];
+            for (int i = 0; i < 2; ++i) {
+                const int at = k + 2 * W * i;
+                Pair by = {splat<V>(*inverses), splat<V>(*inverses)};
+                if (EACH) by = {load(inverses + at, W), load(inverses + at + W, W)};
+                values[i] = rounded<T, RANDOM>(load_pair(from + at), by, words + at);
+                if (EACH)
+                    for (int h = 0; h < 2; ++h)
+                        values[i].at[h] = values[i].at[h] & (I)(by.at[h] != 0.0f);  // no byte of a NaN gets through
+            }
             const ManyBytes bytes = bytes_of_row<T>(values);
             memcpy(line + k, &bytes, sizeof bytes);
         }
@@ -76,7 +83,6 @@ template <class T, bool RANDOM> struct Quantiser {
             return;
         }
         const T* from = x + r * columns;
-        const Pair inverses{splat<V>(inverse), splat<V>(inverse)};
         alignas(64) uint8_t line[64];
         RandomWords<1, CHUNK> random;
         for (int64_t c = 0; c < columns; c += CHUNK) {
@@ -86,13 +92,13 @@ template <class T, bool RANDOM> struct Quantiser {
             for (; i + 64 <= end; i += 64) {
                 if (sizeof(T) == 2)  // with wider elements the processor keeps pace alone
                     for (int b = 0; b < 64; b += 32) fetch(from + ahead * columns + i + b);
-                write_line(from + i, inverses, random.row[0] + (i - c), line);
+                write_line(from + i, &inverse, random.row[0] + (i - c), line);
                 store_line(q + i, line, stream);
             }
             if (i == end) continue;
             T last[64] = {};
             memcpy(last, from + i, (end - i) * sizeof(T));
-            write_line(last, inverses, random.row[0] + (i - c), line);
+            write_line(last, &inverse, random.row[0] + (i - c), line);
             memcpy(q + i, line, end - i);
         }
     }
@@ -248,7 +254,8 @@ template <class T, bool RANDOM> struct Quantiser {
         set_scales(tops, width, form.scales + first, inverses + first);
         walk(0, rows, first, first + width, inverses, form.q);
     }
-    void both(const RowForm& row_form, const ColumnForm& form, float* inverses) const {
+    // The rows' form, and the scales of the columns
+    void look_at_all(const RowForm& row_form, float* scales, float* inverses) const {
         const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tiles(rows)));
         const int64_t share = (rows + parts - 1) / parts;
         std::vector<Top<T>> tops(parts * columns);
@@ -257,7 +264,10 @@ template <class T, bool RANDOM> struct Quantiser {
         });
         for (int64_t p = 1; p < parts; ++p)
             for (int64_t c = 0; c < columns; ++c) tops[c] = std::max(tops[c], tops[p * columns + c]);
-        set_scales(tops.data(), columns, form.scales, inverses);
+        set_scales(tops.data(), columns, scales, inverses);
+    }
+    void both(const RowForm& row_form, const ColumnForm& form, float* inverses) const {
+        look_at_all(row_form, form.scales, inverses);
 
         // Narrow matrices: several blocks' heights in one go, while every thread has some.
         const int64_t many = std::min(4096 / (columns + 1), rows / (8 * HEIGHT * threads));
@@ -267,6 +277,24 @@ template <class T, bool RANDOM> struct Quantiser {
         parallel_for(down * across, threads, [&](int64_t task) {
             const int64_t row = (down - 1 - task / across) * high, column = task % across * width;
             walk(row, std::min(rows, row + high), column, std::min(columns, column + width), inverses, form.q);
+        });
+    }
+    // Rows as they lie, each column by its own scale; the last rows first
+    void write_channels(int8_t* q, const float* inverses) const {
+        const int64_t step = 1 + (1 << 15) / (columns + 1), tasks = (rows + step - 1) / step;
+        parallel_for(tasks, threads, [&](int64_t task) {
+            const int64_t first = (tasks - 1 - task) * step;
+            alignas(64) uint8_t line[64];
+            RandomWords<1, CHUNK> random;
+            for (int64_t r = first; r < std::min(rows, first + step); ++r)
+                for (int64_t c = 0; c < columns; c += 64) {
+                    const int64_t count = std::min<int64_t>(64, columns - c), index = r * columns + c;
+                    if (RANDOM) random.fill(0, {seed, 0, 0}, index, count);
+                    T last[64] = {};
+                    if (count < 64) memcpy(last, x + index, count * sizeof(T));
+                    write_line<true>(count < 64 ? last : x + index, inverses + c, random.row[0], line);
+                    memcpy(q + index, line, count);
+                }
         });
     }
     void columnwise(const ColumnForm& form) const {
@@ -280,17 +308,22 @@ template <class T, bool RANDOM> struct Quantiser {
 // ---- what Python calls; dtype: 0 float32, 1 float16, 2 bfloat16; seed: null rounds to nearest
 
 template <class T, bool RANDOM> static void run(const Quantiser<T, RANDOM>& quantiser, int8_t* row_q, float* row_scales,
-                                                int8_t* column_q, float* column_scales) {
+                                                int8_t* column_q, float* column_scales, bool turned) {
     if (!column_scales) return quantiser.rowwise({row_q, row_scales});
-    if (!row_scales) return quantiser.columnwise({column_q, column_scales});
+    if (!row_scales && turned) return quantiser.columnwise({column_q, column_scales});
     std::vector<float> inverses(quantiser.tiles(quantiser.columns) * quantiser.TILE);
+    if (!turned) {
+        quantiser.look_at_all({row_q, row_scales}, column_scales, inverses.data());
+        quantiser.write_channels(column_q, inverses.data());
+        return;
+    }
     quantiser.both({row_q, row_scales}, {column_q, column_scales}, inverses.data());
 }
 
-// A form without scales is not wanted, or empty.
+// A form without scales is not wanted, or empty. turned: the columns' form is transposed.
 extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed,
                                  int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales,
-                                 int threads) {
+                                 int turned, int threads) {
     if (rows == 0 || columns == 0) {  // of empty rows and columns
         if (row_scales) std::fill(row_scales, row_scales + rows, 0.0f);
         if (column_scales) std::fill(column_scales, column_scales + columns, 0.0f);
@@ -301,7 +334,9 @@ extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t
             if (q) ask_for_huge_pages(q, rows * columns);
     const auto by_dtype = [&](auto* from) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
-        const auto go = [&](const auto& quantiser) { run(quantiser, row_q, row_scales, column_q, column_scales); };
+        const auto go = [&](const auto& quantiser) {
+            run(quantiser, row_q, row_scales, column_q, column_scales, turned);
+        };
         if (seed) go(Quantiser<T, true>{from, rows, columns, *seed, threads});
         else go(Quantiser<T, false>{from, rows, columns, 0, threads});
     };
