@@ -5,10 +5,13 @@ Which operand is quantised how (``layers`` says why), and along what its feature
     forward       x [M, K] by rows        columns      w [N, K] by rows        columns
     grad_input    dy [M, N] by rows       columns      w [N, K] by columns     columns of w.T
     grad_weight   dy [M, N] by columns    rows of dy.T     x [M, K] by columns     rows of x.T
+
+Of a convolution, the rows of x and dy are pixels, and those of w are [N, taps * K], or for grad_input [N * taps, K].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -51,12 +54,12 @@ class Sample:
         assert isinstance(layer, Int8Layer)
         x, weight, products = _input(args, kwargs), layer.matrix, layer.products
         with torch.no_grad():
-            rows = _rows(_as_computed(x))
+            rows = layer.rows(_as_computed(x).detach())
             if products.forward == "int8":
                 self._rowwise(Slot(index, 0, 0), rows)
                 self._rowwise(Slot(index, 0, 1), weight.detach())
             if products.grad_input == "int8" and x.requires_grad:
-                self._colwise(Slot(index, 1, 1), weight.detach(), "columns")
+                self._colwise(Slot(index, 1, 1), layer.turned_matrix.detach(), "columns")
             if products.grad_weight == "int8" and weight.requires_grad:
                 self._colwise(Slot(index, 2, 1), rows, "rows")
 
@@ -67,13 +70,21 @@ class Sample:
         grad_input = layer.products.grad_input == "int8" and _input(args, kwargs).requires_grad
         grad_weight = layer.products.grad_weight == "int8" and layer.weight.requires_grad
         seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
-        output.register_hook(partial(self._backward, index, grad_input, grad_weight, seed))
+        output.register_hook(partial(self._backward, index, layer.rows, grad_input, grad_weight, seed))
 
-    def _backward(self, index: int, grad_input: bool, grad_weight: bool, seed: int | None, grad: Tensor) -> None:
+    def _backward(
+        self,
+        index: int,
+        as_rows: Callable[[Tensor], Tensor],
+        grad_input: bool,
+        grad_weight: bool,
+        seed: int | None,
+        grad: Tensor,
+    ) -> None:
         if torch.compiler.is_compiling():
             return
         with torch.no_grad():
-            rows = _rows(grad)
+            rows = as_rows(grad.detach())
             if grad_input:
                 self._rowwise(Slot(index, 1, 0), rows, seed)
             if grad_weight:
@@ -91,11 +102,6 @@ class Sample:
 
 def _input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _rows(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
 
 def _as_computed(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Linear layers that compute in int8, in place, and back.
+"""Linear layers and convolutions that compute in int8, in place, and back.
 
-``swap_linears`` turns ``nn.Linear``, and Transformers' ``Conv1D``, into their int8 forms by changing the object's
-class: parameters, names, hooks, tying and ``state_dict`` stay, so optimizers, DDP and checkpoints notice nothing.
-``restore`` turns them back.
+``swap_linears`` turns ``nn.Linear``, Transformers' ``Conv1D`` and ``nn.Conv1d`` to ``3d`` into their int8 forms by
+changing the object's class: parameters, names, hooks, tying and ``state_dict`` stay, so optimizers, DDP and checkpoints
+notice nothing. ``restore`` turns them back.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowbit_lightning.convert.others import INSTEAD, others
-from lowbit_lightning.layers.int8 import FLOATS, Int8Layer, Products, adopt, can_be_released, is_conv1d, release
+from lowbit_lightning.layers.int8 import FLOATS, FORMS, Int8Layer, Products, adopt, can_be_released, is_conv1d, release
 from lowbit_lightning.layers.outputs import sizes
 from lowbit_lightning.layers.select import Overrides, Patterns, Report, grouped, select, stacked
 
 MIN_FEATURES = 32
 """Below one tile of an int8 matrix instruction a product is cheaper than quantising its operands."""
+
+MIN_CHANNELS = 16
+"""The same for a tap of a convolution, whose channels are summed by themselves."""
+
+
+LAST = "the model's last convolution: perhaps its output (output_layer=None takes it too)"
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CANDIDATES = nn.Linear | Int8Layer | _Conv
 
 
 class NothingToSwap(ValueError):
@@ -37,17 +45,18 @@ def swap_linears(
     overrides: Overrides | None = None,
     **settings: Any,
 ) -> Report[Products]:
-    """Turn the module's linear layers into their int8 forms, in place.
+    """Turn the module's linear layers and convolutions into their int8 forms, in place.
 
-    It swaps only objects whose type is exactly ``nn.Linear`` or Transformers' ``Conv1D``: subclasses have their own
-    forward, or their owner reads their weight. The call is idempotent. A later call with another filter or other
+    It swaps only objects whose type is exactly ``nn.Linear``, Transformers' ``Conv1D``, or ``nn.Conv1d`` to ``3d``:
+    subclasses have their own forward, or their owner reads their weight. Convolutions need ``groups=1``, zeros as
+    padding, and at least 16 channels in and out. The call is idempotent. A later call with another filter or other
     settings also turns back layers that an earlier call swapped.
 
     Args:
         include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some layer.
-        filter: ``filter(name, linear)``, called last; False skips the layer.
+        filter: ``filter(name, layer)``, called last; False skips the layer.
         output_layer: "auto" (``layers.outputs`` finds it), a name or pattern, or None (no layer is special).
-        min_features: layers with fewer input or output features are skipped.
+        min_features: linear layers with fewer input or output features are skipped.
         overrides: pattern -> settings for the layers that it matches, or None to skip them:
             ``{"*.down": {"grad_weight": "high"}, "blocks.0.*": None}``. If several patterns match a layer, the later
             one overrides the earlier.
@@ -60,12 +69,13 @@ def swap_linears(
     Warns if the output layer is uncertain (``output_layer="auto"``).
     """
     products = Products(**settings)
-    linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | Int8Layer) or is_conv1d(m)}
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, _CANDIDATES) or is_conv1d(m)}
+    last = _last_convolution(layers) if output_layer == "auto" else None
     selection = select(
         module,
-        linears,
+        layers,
         products,
-        unfit=lambda linear: _unfit(linear, min_features),
+        unfit=lambda layer: LAST if layer is last else _unfit(layer, min_features),
         change=Products.changed,
         include=include,
         exclude=exclude,
@@ -73,15 +83,15 @@ def swap_linears(
         output_layer=output_layer,
         overrides=overrides,
     )
-    _check_released({n: linears[n] for n in selection.skipped if _is_adopted(linears[n])})
-    rest = others(module, linears)
+    _check_released({n: layers[n] for n in selection.skipped if _is_adopted(layers[n])})
+    rest = others(module, layers)
     if not selection.chosen:
         raise NothingToSwap(_nothing(module, {**selection.skipped, **rest}))
-    for name, linear in linears.items():
+    for name, layer in layers.items():
         if name in selection.chosen:
-            adopt(linear, selection.chosen[name])
-        elif _is_adopted(linear):
-            release(linear)  # type: ignore[arg-type]
+            adopt(layer, selection.chosen[name])
+        elif _is_adopted(layer):
+            release(layer)  # type: ignore[arg-type]
     return Report.of(selection, products, _notes(module), rest)
 
 
@@ -113,29 +123,49 @@ def _check_released(layers: Mapping[str, nn.Module]) -> None:
     if derived:
         raise ValueError(
             f"fully_shard was applied to {stacked(derived)} itself, whose class can't be changed back from "
-            "Int8Linear: choose layers before sharding, or make a new model and load the weights"
+            "int8: choose layers before sharding, or make a new model and load the weights"
         )
 
 
 def _unfit(layer: nn.Module, min_features: int) -> str | None:
+    plain: Any = layer.plain if isinstance(layer, Int8Layer) else type(layer)
     if isinstance(layer, Int8Layer):  # also under the class that fully_shard derives
         if not layer.adopted:
-            return "was built as Int8Linear; left as it is"
-    elif type(layer) is not nn.Linear and not is_conv1d(layer):
-        return f"{type(layer).__name__} is a subclass of nn.Linear"
+            return f"was built as Int8{plain.__name__}; left as it is"
+    elif plain not in FORMS and not is_conv1d(layer):
+        return f"{plain.__name__} is a subclass of nn.{'Linear' if isinstance(layer, nn.Linear) else 'Conv'}"
     elif "forward" in vars(layer):
         return "its forward was replaced on the object"
+    reason = _unfit_convolution(layer) if isinstance(layer, _Conv) else _unfit_matrix(layer, min_features)
+    dtype: Any = layer.weight.dtype
+    return reason or (None if dtype in FLOATS else f"weight is {dtype}; int8 takes float32, float16 and bfloat16")
+
+
+def _unfit_matrix(layer: nn.Module, min_features: int) -> str | None:
     features = sizes(layer)  # not those of the weight, which DeepSpeed may have taken apart
-    if features is None or min(features) < min_features:
-        return f"fewer than min_features={min_features} features"
-    dtype = layer.weight.dtype
-    return None if dtype in FLOATS else f"weight is {dtype}; int8 takes float32, float16 and bfloat16"
+    few = features is None or min(features) < min_features
+    return f"fewer than min_features={min_features} features" if few else None
+
+
+def _unfit_convolution(layer: Any) -> str | None:
+    if layer.groups != 1:
+        return "grouped and depthwise convolutions run in high precision"
+    if layer.padding_mode != "zeros":
+        return f"padding_mode={layer.padding_mode!r} runs in high precision"
+    few = min(layer.in_channels, layer.out_channels) < MIN_CHANNELS
+    return f"a convolution of fewer than {MIN_CHANNELS} channels" if few else None
+
+
+def _last_convolution(layers: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The convolution that computes the output of a model without linear layers behind it (a UNet)."""
+    last = list(layers.values())[-1] if layers else None
+    return last if isinstance(last, _Conv) else None
 
 
 def _nothing(module: nn.Module, there: dict[str, str]) -> str:
     """What the model has instead, by reasons."""
     found = "\n".join(f"  {names}: {reason}" for reason, names in grouped(there)) or "  no layer with a matrix"
-    return f"nothing to swap in {type(module).__name__}: no linear layer would run in int8. It has\n{found}\n{INSTEAD}."
+    return f"nothing to swap in {type(module).__name__}: no layer would run in int8. It has\n{found}\n{INSTEAD}."
 
 
 def _notes(module: nn.Module) -> tuple[str, ...]:

@@ -1,24 +1,25 @@
-"""Weights that int8 training leaves in high precision because they aren't linear layers: which, and why."""
+"""Weights that int8 training leaves in high precision because they are neither linear layers nor convolutions: which,
+and why."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
-CONVOLUTION = "convolutions run in high precision"
+CONVOLUTION = "transposed convolutions run in high precision"
 RECURRENT = "recurrent weights run in high precision: one fused kernel reads them all"
 ATTENTION = "in_proj_weight runs in high precision: it belongs to nn.MultiheadAttention, and is no layer"
 BILINEAR = "bilinear forms run in high precision"
 OWN = "matrices that a module holds itself run in high precision: they are no layers"
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (_ConvNd, CONVOLUTION),
+    (_ConvTransposeNd, CONVOLUTION),
     (nn.RNNBase, RECURRENT),
     (nn.RNNCellBase, RECURRENT),
     (nn.Bilinear, BILINEAR),
 )
-_NO_PRODUCTS = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
-"""Linear layers are candidates; the others look rows up, or scale."""
+_NO_PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+"""Linear layers and convolutions are candidates; the others look rows up, or scale."""
 
 INSTEAD = (
     "For models like this, precision='bf16-mixed' is the fast choice; 8-bit optimizers (lowbit_lightning.optim), "

@@ -30,7 +30,7 @@ The backward gets the image as int8 channels, a byte per element. Patches are ne
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ from lowbit_lightning.layers.conv_ops import int8_convolution
 from lowbit_lightning.layers.conv_product import Geometry, convolve
 from lowbit_lightning.layers.int8 import Int8Layer, Products, fewest_rows, in_compute_dtype, multiply
 from lowbit_lightning.layers.windows import Windows
+
+
+class Seen(NamedTuple):
+    """The images that a convolution has last been trained on: how many, their size, the dtype that it computed in
+    ("torch.bfloat16"), and their memory format."""
+
+    images: int
+    size: tuple[int, ...]
+    dtype: str
+    channels_last: bool
 
 
 class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
@@ -56,11 +66,22 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
     dilation: Any
     stride: Any
     padding: Any
+    seen: Seen | None = None
 
     @property
     def matrix(self) -> Tensor:
         """The weight as ``[out_channels, taps * in_channels]``."""
         return self.weight.movedim(1, -1).flatten(1)
+
+    @property
+    def turned_matrix(self) -> Tensor:
+        """The weight as ``[out_channels * taps, in_channels]``."""
+        return self.weight.movedim(1, -1).flatten(0, -2)
+
+    @staticmethod
+    def rows(x: Tensor) -> Tensor:
+        """The pixels of images ``[N, C, *size]``, ``[pixels, C]``."""
+        return x.movedim(1, -1).flatten(0, -2)
 
     def forward(self, input: Tensor) -> Tensor:
         dims = len(self.kernel_size)
@@ -89,13 +110,14 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
 
     def _convolve(self, x: Tensor, windows: Windows) -> Tensor:
         p = self.products
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.seen = Seen(x.shape[0], windows.size, str(x.dtype), is_channels_last(x))
         last = is_channels_last(x) or is_channels_last(self.weight)
         if windows.see_one_pixel:
             for d, step in enumerate(windows.stride):
                 x = x[(slice(None),) * (2 + d) + (slice(None, None, step),)] if step > 1 else x
-            pixels = x.movedim(1, -1)
-            y = multiply(pixels.flatten(0, -2), self.weight.flatten(1), self.bias, p)
-            y = y.unflatten(0, pixels.shape[:-1]).movedim(-1, 1)
+            y = multiply(self.rows(x), self.weight.flatten(1), self.bias, p)
+            y = y.unflatten(0, (x.shape[0], *x.shape[2:])).movedim(-1, 1)
             return y if last else y.contiguous()
         geometry: Geometry = (windows.stride, windows.padding, windows.dilation)
         kinds = p.forward == "int8", p.grad_input == "int8", p.grad_weight == "int8"

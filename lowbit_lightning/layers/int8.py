@@ -95,6 +95,16 @@ class Int8Layer(nn.Module):
         """The weight as ``[out_features, in_features]``."""
         return self.weight
 
+    @property
+    def turned_matrix(self) -> Tensor:
+        """The weight as a matrix with a column for each input feature, which the gradient by the input quantises."""
+        return self.matrix
+
+    @staticmethod
+    def rows(x: Tensor) -> Tensor:
+        """An input, output or gradient as a matrix with a column for each feature."""
+        return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), str(self.products))))
 
@@ -139,8 +149,7 @@ class Int8Matrix(Int8Layer):
         if input.ndim == 0 or input.shape[-1] != matrix.shape[1]:
             raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(input.shape)}")
         x = in_compute_dtype(input, matrix)
-        rows = x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
-        return multiply(rows, matrix, self.bias, self.products).reshape(*x.shape[:-1], matrix.shape[0])
+        return multiply(self.rows(x), matrix, self.bias, self.products).reshape(*x.shape[:-1], matrix.shape[0])
 
     def _each(self, input: Tensor) -> Tensor:
         """A nested tensor: all rows of a jagged one at once, the parts of a strided one one by one."""
@@ -228,7 +237,8 @@ def can_be_released(layer: nn.Module) -> bool:
 def release(layer: Int8Layer) -> None:
     """Turn the layer into a plain one in place; the inverse of ``adopt``."""
     del layer.products
-    vars(layer).pop("adopted", None)
+    for name in ("adopted", "seen"):
+        vars(layer).pop(name, None)
     layer.__class__ = layer.plain  # type: ignore[assignment]
 
 

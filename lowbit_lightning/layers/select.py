@@ -105,7 +105,7 @@ def _patterns(argument: str, patterns: Patterns, names: Iterable[str]) -> list[s
     result = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in result:
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{argument}={pattern!r} matches no linear layer; there are: {stacked(names)}")
+            raise ValueError(f"{argument}={pattern!r} matches no layer; there are: {stacked(names)}")
     return result
 
 
@@ -184,7 +184,7 @@ class Report(Generic[Setting]):
 
     def __str__(self) -> str:
         total = len(self.swapped) + len(self.skipped)
-        lines = [f"{self.setting} in {len(self.swapped)} of {total} linear layers: {stacked(self.swapped)}"]
+        lines = [f"{self.setting} in {len(self.swapped)} of {total} layers: {stacked(self.swapped)}"]
         lines += [f"  but {names}: {own}, by overrides" for own, names in grouped(self.overridden)]
         lines += [f"  not {names}: {reason}" for reason, names in grouped({**self.skipped, **self.others})]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,12 @@ def patch_accounting() -> None:
         _wrap_compute_dtype(module)
     _wrap_summary(ModelSummary)
     ops = torch.ops.lowbit_lightning
-    for op, formula in ((ops.int8_linear, _forward), (ops.int8_linear_backward, _backward)):
+    for op, formula in (
+        (ops.int8_linear, _forward),
+        (ops.int8_linear_backward, _backward),
+        (ops.int8_convolution, _convolution),
+        (ops.int8_convolution_backward, _convolution_backward),
+    ):
         if op not in flop_counter.flop_registry:
             flop_counter.register_flop_formula(op)(formula)
 
@@ -95,3 +101,14 @@ def _backward(dy: Shape, weight: Shape | None, x: Shape | None, xq: Shape | None
     if x is not None or xq is not None:
         products += dy[0] * dy[1] * (x[1] if x is not None else xq[0])  # type: ignore[index]
     return 2 * products
+
+
+def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * out_shape[0].numel() * weight[1:].numel()
+
+
+def _convolution_backward(
+    dy: Shape, weight: Shape | None, x: Shape | None, xq: Shape | None, *rest: Any, **_: Any
+) -> int:
+    products = (weight is not None) + (x is not None or xq is not None)
+    return 2 * products * dy.numel() * prod(rest[2][1:])

@@ -23,9 +23,11 @@ from lowbit_lightning.layers.select import Overrides, Report, check_overrides
 from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
 from lowbit_lightning.precision.in_step import InStep
+from lowbit_lightning.precision.slower import Slower
 
 NAME = "int8-mixed"
 KEPT = "lowbit_lightning.autocast"  # what a checkpoint says that "auto" has chosen
+KEPT_LAYERS = "lowbit_lightning.swap"  # and that "faster" has
 
 
 class Int8Mixed:
@@ -51,8 +53,11 @@ class Int8Mixed:
         save_inputs: Product = "int8",
         gradient_rounding: Rounding = "nearest",
         overrides: Overrides | None = None,
+        swap: Literal["faster", "all"] = "faster",
         autocast: Literal["auto", "bf16", "off"] = "auto",
     ) -> None:
+        if swap not in ("faster", "all"):
+            raise ValueError(f"swap must be 'faster' or 'all', got {swap!r}")
         if autocast not in ("auto", "bf16", "off"):
             raise ValueError(f"autocast must be 'auto', 'bf16' or 'off', got {autocast!r}")
         products = Products(forward, grad_input, grad_weight, save_inputs, gradient_rounding)
@@ -62,7 +67,7 @@ class Int8Mixed:
             rank_zero_warn("int8-mixed with forward, grad_input and grad_weight all 'high' runs nothing in int8")
         elif gradient_rounding == "stochastic" and products.int8 == ("forward",):
             rank_zero_warn("gradient_rounding='stochastic' does nothing where grad_input and grad_weight are 'high'")
-        self.autocast = autocast
+        self.autocast, self.swap = autocast, swap
         self.report: Report | None = None
         self._swap: Callable[[nn.Module], Report] = functools.partial(
             swap_linears,
@@ -78,6 +83,7 @@ class Int8Mixed:
         self._swapped: Report | None = None  # the report without the note on autocast
         self._choice: Choice | None = None
         self._resumed = False  # the choice is a checkpoint's
+        self._slower = Slower()
         self._warned = self._found_nothing = False
         self._lent: list[weakref.ref[nn.Module]] = []  # layers to turn back
 
@@ -97,11 +103,20 @@ class Int8Mixed:
         if self.autocast == "auto" and not self._resumed:
             self._choice = choose(module, self.device_type or _device(module))
         if report is not None:
-            self._say(report)
+            self._say(self._slower.apply(module, report))
         self._module = weakref.ref(module)
         new = (m for m in module.modules() if isinstance(m, Int8Layer) and m not in before)
         self._lent += [weakref.ref(m) for m in new]
         return module
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """See Lightning's. After the first step, layers that are slower in int8 go on in high precision."""
+        result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        module = None if self._module is None else self._module()
+        if self.swap == "faster" and not self._slower.known and module is not None and self._swapped is not None:
+            self._slower.find(module)
+            self._say(self._slower.apply(module, self._swapped))
+        return result
 
     def release_layers(self) -> None:
         """Turn the layers back that ``convert_module`` swapped: int8 is how a run computes, not what a model is.
@@ -125,11 +140,12 @@ class Int8Mixed:
         return nullcontext()
 
     def _say(self, swapped: Report) -> None:
+        self._swapped = swapped
         notes = [] if self._choice is None else [str(self._choice)]
         report = replace(swapped, notes=(*swapped.notes, *notes))
         if report != self.report:
             rank_zero_info(str(report))
-        self._swapped, self.report = swapped, report
+        self.report = report
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None, "_lent": []}  # weak references can't be pickled
@@ -139,11 +155,14 @@ class Int8MixedPrecision(Int8Mixed, InStep):
     """The plugin of Lightning's Trainer for int8: ``Trainer(precision="int8-mixed")`` with your own settings.
 
     Args:
-        include, exclude, filter, output_layer, min_features: which ``nn.Linear`` to swap; see ``swap_linears``.
+        include, exclude, filter, output_layer, min_features: which layers to swap; see ``swap_linears``.
         forward, grad_input, grad_weight: "int8" or "high" (the input's dtype), for each of a layer's three products.
         save_inputs: the form in which a layer's input is saved for the backward: "int8" (a byte per element) or "high".
         gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
         overrides: pattern -> settings for the layers that it matches, or None to leave them in high precision.
+        swap: "faster" leaves convolutions in high precision that are slower in int8 on this device: they are timed
+            after the first step, at the sizes that they have seen (``precision.slower``). "all" keeps them. A resumed
+            run keeps the choice.
         autocast: the dtype of other ops: "auto" (bf16 autocast if bf16 is faster: known on a GPU, measured on a CPU,
             see ``precision.autocast``), "bf16" or "off" (float32). A resumed run keeps what "auto" chose at first.
 
@@ -172,10 +191,16 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         super().on_save_checkpoint(checkpoint)
         if self._choice is not None:
             checkpoint[KEPT] = {"bf16": self._choice.bf16}
+        if self._slower.known:
+            checkpoint[KEPT_LAYERS] = self._slower.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See Lightning's; it comes after ``convert_module``."""
         super().on_load_checkpoint(checkpoint)
+        module = None if self._module is None else self._module()
+        if self.swap == "faster" and KEPT_LAYERS in checkpoint and module is not None and self._swapped is not None:
+            self._slower = Slower.of(checkpoint[KEPT_LAYERS])
+            self._say(self._slower.apply(module, self._swapped))
         if self.autocast != "auto" or KEPT not in checkpoint:
             return
         bf16 = checkpoint[KEPT]["bf16"]

@@ -82,7 +82,7 @@ def test_the_output_layer_is_left_alone(tied: bool) -> None:
 def test_output_layer_can_be_named_or_none() -> None:
     assert "head" in swap_linears(Model(), output_layer="head").skipped
     assert set(swap_linears(Model(), output_layer=None).swapped) == {"head", *BODY, "last"}
-    with pytest.raises(ValueError, match="output_layer='decoder' matches no linear layer; there are: head, blocks"):
+    with pytest.raises(ValueError, match="output_layer='decoder' matches no layer; there are: head, blocks"):
         swap_linears(Model(), output_layer="decoder")
 
 
@@ -91,7 +91,7 @@ def test_names_by_pattern() -> None:
     assert swap_linears(model, include="blocks.*", exclude=["*.out"]).swapped == ("blocks.0.qkv", "blocks.1.qkv")
     assert swap_linears(model, filter=lambda name, m: m.out_features == 192).skipped["last"] == "refused by filter"
     for argument in ("include", "exclude"):
-        with pytest.raises(ValueError, match=rf"{argument}='layers\.\*' matches no linear layer; there are: head"):
+        with pytest.raises(ValueError, match=rf"{argument}='layers\.\*' matches no layer; there are: head"):
             swap_linears(model, **{argument: ["layers.*"]})  # type: ignore[arg-type]
 
 
@@ -117,7 +117,7 @@ def test_overrides_by_pattern() -> None:
 @pytest.mark.parametrize(
     ("overrides", "error", "said"),
     [
-        ({"*.down": None}, ValueError, r"overrides='\*\.down' matches no linear layer; there are: head"),
+        ({"*.down": None}, ValueError, r"overrides='\*\.down' matches no layer; there are: head"),
         ({"head": {"forward": "fp8"}}, ValueError, r"overrides\['head'\]=.* forward must be 'int8' or 'high'"),
         ({"head": {"grad_wieght": "high"}}, TypeError, r"overrides\['head'\]=.*'grad_wieght'"),
         ({"head": "high"}, TypeError, r"overrides\['head'\]='high' must be None or settings"),
@@ -135,7 +135,7 @@ def test_convolutions_are_listed_and_not_counted() -> None:
     report = swap_linears(model)
     assert [report.others[name] for name in "01"] == ["convolutions run in high precision"] * 2
     assert str(report).splitlines() == [
-        "int8 (forward, grad_input, grad_weight) in 1 of 2 linear layers: 2",
+        "int8 (forward, grad_input, grad_weight) in 1 of 2 layers: 2",
         "  not 3: output layer (output_layer=None takes it too)",
         "  not * (2): convolutions run in high precision",
     ]
@@ -230,7 +230,7 @@ def test_a_shared_module_is_swapped_once() -> None:
 def test_report_is_a_few_lines() -> None:
     lines = str(swap_linears(Model())).splitlines()
     assert lines == [
-        "int8 (forward, grad_input, grad_weight) in 5 of 8 linear layers: blocks.*.qkv (2), blocks.*.out (2), last",
+        "int8 (forward, grad_input, grad_weight) in 5 of 8 layers: blocks.*.qkv (2), blocks.*.out (2), last",
         "  not head: output layer (output_layer=None takes it too)",
         "  not blocks.*.gate (2): fewer than min_features=32 features",
     ]

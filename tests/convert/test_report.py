@@ -75,21 +75,21 @@ REPORTS: dict[str, tuple[nn.Module, str]] = {
     "GPT-2": (
         GPT2(),
         f"""\
-{ALL} in 8 of 9 linear layers: transformer.h.*.attn.c_attn (2), transformer.h.*.attn.c_proj (2), \
+{ALL} in 8 of 9 layers: transformer.h.*.attn.c_attn (2), transformer.h.*.attn.c_proj (2), \
 transformer.h.*.mlp.c_fc (2), transformer.h.*.mlp.c_proj (2)
   not lm_head: {HEAD}""",
     ),
     "ConvNeXt": (
         convnext(),
         f"""\
-{ALL} in 8 of 9 linear layers: features.*.*.block.* (8)
+{ALL} in 8 of 9 layers: features.*.*.block.* (8)
   not classifier.2: {HEAD}
   not features.*.*.block.0 (4): convolutions run in high precision""",
     ),
     "a distillation pair": (
         named(student=vit(64), teacher=vit(128)),
         f"""\
-{ALL} in 8 of 14 linear layers: student.blocks.*.up (2), student.blocks.*.down (2), teacher.blocks.*.up (2), \
+{ALL} in 8 of 14 layers: student.blocks.*.up (2), student.blocks.*.down (2), teacher.blocks.*.up (2), \
 teacher.blocks.*.down (2)
   not student.blocks.*.attention.out_proj (2), teacher.blocks.*.attention.out_proj (2): \
 NonDynamicallyQuantizableLinear is a subclass of nn.Linear
@@ -105,13 +105,13 @@ belongs to nn.MultiheadAttention, and is no layer""",
             body=nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64)),
         ),
         f"""\
-{ALL} in 2 of 4 linear layers: body.* (2)
+{ALL} in 2 of 4 layers: body.* (2)
   not policy, value: {HEAD}""",
     ),
     "a mixture of experts": (
         named(blocks=nn.ModuleList([Experts()]), proj=nn.Linear(64, 64), head=nn.Linear(64, 500)),
         f"""\
-{ALL} in 1 of 3 linear layers: proj
+{ALL} in 1 of 3 layers: proj
   not blocks.0.router: fewer than min_features=32 features
   not head: {HEAD}
   not blocks.0: matrices that a module holds itself run in high precision: they are no layers""",
@@ -125,7 +125,7 @@ REFUSALS: dict[str, tuple[nn.Module, str]] = {
     "ResNet-18": (
         resnet18(),
         f"""\
-nothing to swap in Module: no linear layer would run in int8. It has
+nothing to swap in Module: no layer would run in int8. It has
   fc: {HEAD}
   conv1, {", ".join(f"layer{i}.*.conv{j} (2)" for i in range(1, 5) for j in (1, 2))}: convolutions run in high precision
 {INSTEAD}""",
@@ -133,7 +133,7 @@ nothing to swap in Module: no linear layer would run in int8. It has
     "an LSTM": (
         named(tokens=nn.Embedding(500, 64), rnn=nn.LSTM(64, 128), head=nn.Linear(128, 500)),
         f"""\
-nothing to swap in Module: no linear layer would run in int8. It has
+nothing to swap in Module: no layer would run in int8. It has
   head: {HEAD}
   rnn: recurrent weights run in high precision: one fused kernel reads them all
 {INSTEAD}""",
@@ -141,7 +141,7 @@ nothing to swap in Module: no linear layer would run in int8. It has
     "only norms": (
         nn.LayerNorm(64),
         f"""\
-nothing to swap in LayerNorm: no linear layer would run in int8. It has
+nothing to swap in LayerNorm: no layer would run in int8. It has
   no layer with a matrix
 {INSTEAD}""",
     ),

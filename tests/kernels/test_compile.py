@@ -198,7 +198,7 @@ def test_flags_compiler_and_processor_are_part_of_the_key(place: Path, monkeypat
     compile.host_library(ADD, flags=("-DX",))
     monkeypatch.setattr(compile, "_version", lambda compiler: "another compiler")
     compile.host_library(ADD)
-    monkeypatch.setattr(compile, "_processor", lambda: ("another processor",))
+    monkeypatch.setattr(compile, "processor", lambda: ("another processor",))
     compile.host_library(ADD)
     assert len(list(place.iterdir())) == 4
 

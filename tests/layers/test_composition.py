@@ -154,7 +154,7 @@ def test_overrides_on_the_plugin() -> None:
     trainer(plugins=pickle.loads(pickle.dumps(plugin))).fit(module, data(2))
     assert matmuls() == 2 * (3 * 2 * LINEARS - 2 - 3)
     assert [type(block.qkv) for block in module.model.blocks] == [nn.Linear, Int8Linear]  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"overrides='\*\.mlp' matches no linear layer; there are: model\.blocks"):
+    with pytest.raises(ValueError, match=r"overrides='\*\.mlp' matches no layer; there are: model\.blocks"):
         trainer(plugins=Int8MixedPrecision(overrides={"*.mlp": None})).fit(Module(), data(2))
 
 

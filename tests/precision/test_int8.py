@@ -298,7 +298,7 @@ def test_bad_settings() -> None:
         Int8MixedPrecision(grad_input="int4")  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="runs nothing in int8"):
         Int8MixedPrecision(forward="high", grad_input="high", grad_weight="high")
-    with pytest.raises(ValueError, match=r"include='encoder\.\*' matches no linear layer; there are: net\.\* \(3\)"):
+    with pytest.raises(ValueError, match=r"include='encoder\.\*' matches no layer; there are: net\.\* \(3\)"):
         trainer(plugins=Int8MixedPrecision(include="encoder.*")).fit(Model(), data())
 
 

@@ -136,7 +136,7 @@ def host_compiler() -> tuple[str, ...]:
 
 def _host_library(text: str, compiler: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.CDLL:
     command = (*compiler, *_HOST_FLAGS, _tune(), *flags)
-    key = _key("host", text, *command, _version(compiler), *_processor(), *platform.libc_ver())
+    key = _key("host", text, *command, _version(compiler), *processor(), *platform.libc_ver())
     if key in _libraries:
         return _libraries[key]
     _libraries[key] = cache.library(f"{key}.so", lambda: _compile_host(text, command))
@@ -181,7 +181,7 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def _processor() -> tuple[str, ...]:
+def processor() -> tuple[str, ...]:
     """What -march=native looks at, so that a cache shared by unlike nodes never gives one the other's code."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
