@@ -130,14 +130,13 @@ def test_bad_overrides(overrides: Any, error: type[Exception], said: str) -> Non
     assert int8_names(model) == ()
 
 
-def test_convolutions_are_listed_and_not_counted() -> None:
-    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.Linear(64, 64), nn.Linear(64, 64))
-    report = swap_linears(model)
-    assert [report.others[name] for name in "01"] == ["convolutions run in high precision"] * 2
-    assert str(report).splitlines() == [
-        "int8 (forward, grad_input, grad_weight) in 1 of 2 layers: 2",
+def test_convolutions_of_few_channels_are_listed() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ConvTranspose2d(64, 64, 3), nn.Linear(64, 64), nn.Linear(64, 64))
+    assert str(swap_linears(model)).splitlines() == [
+        "int8 (forward, grad_input, grad_weight) in 1 of 3 layers: 2",
+        "  not 0: a convolution of fewer than 16 channels",
         "  not 3: output layer (output_layer=None takes it too)",
-        "  not * (2): convolutions run in high precision",
+        "  not 1: transposed convolutions run in high precision",
     ]
 
 
@@ -181,7 +180,7 @@ def test_layers_that_int8_cannot_serve() -> None:
 
 
 def test_nothing_left_to_swap_raises_and_says_what_is_there() -> None:
-    with pytest.raises(NothingToSwap, match=r"nothing to swap in Sequential: .*\n  0: convolutions run in high.*\nFor"):
+    with pytest.raises(NothingToSwap, match=r"nothing to swap in Sequential: .*\n  0: the model's last conv.*\nFor"):
         swap_linears(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
     with pytest.raises(NothingToSwap, match=r"It has\n  0: output layer \(output_layer=None .*\nFor models"):
         swap_linears(nn.Sequential(nn.Linear(64, 64)))

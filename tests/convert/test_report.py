@@ -29,14 +29,14 @@ def resnet18() -> nn.Module:
         convolution = nn.Conv2d(channels, channels, 3)
         return named(conv1=convolution, bn1=nn.BatchNorm2d(channels), conv2=nn.Conv2d(channels, channels, 3))
 
-    layers = {f"layer{i}": nn.Sequential(block(2**i), block(2**i)) for i in range(1, 5)}
+    layers = {f"layer{i}": nn.Sequential(block(4 * i), block(4 * i)) for i in (1, 2, 4)}
     return named(conv1=nn.Conv2d(3, 64, 7), bn1=nn.BatchNorm2d(64), **layers, fc=nn.Linear(512, 1000))
 
 
 def convnext() -> nn.Module:
     def block(width: int) -> nn.Module:
         inverted = nn.Sequential(
-            nn.Conv2d(width, width, 7),
+            nn.Conv2d(width, width, 7, groups=width),
             nn.LayerNorm(width),
             nn.Linear(width, 4 * width),
             nn.GELU(),
@@ -82,19 +82,27 @@ transformer.h.*.mlp.c_fc (2), transformer.h.*.mlp.c_proj (2)
     "ConvNeXt": (
         convnext(),
         f"""\
-{ALL} in 8 of 9 layers: features.*.*.block.* (8)
-  not classifier.2: {HEAD}
-  not features.*.*.block.0 (4): convolutions run in high precision""",
+{ALL} in 8 of 13 layers: features.*.*.block.* (8)
+  not features.*.*.block.0 (4): grouped and depthwise convolutions run in high precision
+  not classifier.2: {HEAD}""",
+    ),
+    "ResNet-18": (
+        resnet18(),
+        f"""\
+{ALL} in 4 of 10 layers: layer4.*.conv1 (2), layer4.*.conv2 (2)
+  not conv1, layer1.*.conv1 (2), layer1.*.conv2 (2), layer2.*.conv1 (2), layer2.*.conv2 (2): a convolution of \
+fewer than 16 channels
+  not fc: {HEAD}""",
     ),
     "a distillation pair": (
         named(student=vit(64), teacher=vit(128)),
         f"""\
-{ALL} in 8 of 14 layers: student.blocks.*.up (2), student.blocks.*.down (2), teacher.blocks.*.up (2), \
+{ALL} in 8 of 16 layers: student.blocks.*.up (2), student.blocks.*.down (2), teacher.blocks.*.up (2), \
 teacher.blocks.*.down (2)
+  not student.patches, teacher.patches: a convolution of fewer than 16 channels
   not student.blocks.*.attention.out_proj (2), teacher.blocks.*.attention.out_proj (2): \
 NonDynamicallyQuantizableLinear is a subclass of nn.Linear
   not student.head, teacher.head: {HEAD}
-  not student.patches, teacher.patches: convolutions run in high precision
   not student.blocks.*.attention (2), teacher.blocks.*.attention (2): in_proj_weight runs in high precision: it \
 belongs to nn.MultiheadAttention, and is no layer""",
     ),
@@ -122,14 +130,6 @@ INSTEAD = """\
 For models like this, precision='bf16-mixed' is the fast choice; 8-bit optimizers (lowbit_lightning.optim), \
 strategy='lowbit_sharded' and paging serve any model."""
 REFUSALS: dict[str, tuple[nn.Module, str]] = {
-    "ResNet-18": (
-        resnet18(),
-        f"""\
-nothing to swap in Module: no layer would run in int8. It has
-  fc: {HEAD}
-  conv1, {", ".join(f"layer{i}.*.conv{j} (2)" for i in range(1, 5) for j in (1, 2))}: convolutions run in high precision
-{INSTEAD}""",
-    ),
     "an LSTM": (
         named(tokens=nn.Embedding(500, 64), rnn=nn.LSTM(64, 128), head=nn.Linear(128, 500)),
         f"""\

@@ -141,7 +141,7 @@ def test_every_stage_runs_in_int8_and_converts_once(
             kernels.reset_calls()
             getattr(run, stage)(model, data())
             assert matmuls() >= BATCHES * 2
-    said = [record.message for record in caplog.records if "in 2 of 3 linear layers" in record.message]
+    said = [record.message for record in caplog.records if "in 2 of 3 layers" in record.message]
     assert len(said) == 1
     assert "not net.4: output layer" in said[0]
     assert [type(m) for m in model.net if isinstance(m, nn.Linear)] == [nn.Linear] * 3

@@ -54,9 +54,8 @@ def fit(plugin: Int8MixedPrecision, steps: int, path: Path, resume: Path | None 
     return model, trainer
 
 
-def test_slower_layers_become_plain_and_a_resumed_run_keeps_the_choice(
-    measured: list[Shape], tmp_path: Path
-) -> None:
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_slower_layers_become_plain_and_a_resumed_run_keeps_the_choice(measured: list[Shape], tmp_path: Path) -> None:
     plugin = Int8MixedPrecision(autocast="off")
     model, trainer = fit(plugin, 3, tmp_path)
     int8, chosen = ["Int8Conv2d"] * 3, ["Int8Conv2d", "Conv2d", "Int8Conv2d"]

@@ -26,7 +26,7 @@ def int8_conv(
     bias added.
     """
     total = torch.zeros(images * len(table), b.shape[0], device=a.device)
-    for t, (results, pixels) in taps_of(table, images, len(a) // images):
+    for t, (results, pixels) in _taps(table, images, len(a) // images):
         total[results] += _sums(a[pixels], b[:, t]) * a_scales[pixels, None]
     return finished(total, b_scales, bias, out_dtype)
 
@@ -46,7 +46,7 @@ def int8_conv_input(
     The same arithmetic: tap by tap, a pixel adds the result that reads it, if there is one.
     """
     total = torch.zeros(images * pixels, b.shape[2], device=a.device)
-    for t, (results, read) in taps_of(table, images, pixels):
+    for t, (results, read) in _taps(table, images, pixels):
         total[read] += _sums(a[results], b[:, t].T) * a_scales[results, None]
     return finished(total, b_scales, None, out_dtype)
 
@@ -69,14 +69,14 @@ def int8_conv_weight(
     total = torch.zeros(a.shape[0], table.shape[1], b.shape[1], device=a.device)
     of_a, of_b = torch.broadcast_tensors(a_scales.unsqueeze(1), b_scales)
     low, high = torch.where(of_a < of_b, of_a, of_b), torch.where(of_b > of_a, of_b, of_a)
-    for t, (results, pixels) in taps_of(table, images, len(b) // images):
+    for t, (results, pixels) in _taps(table, images, len(b) // images):
         for start in range(0, a.shape[1], PART):
             part = (results >= start) & (results < start + PART)
             total[:, t] += _sums(a[:, results[part]], b[pixels[part]].T) * low * high
     return total.to(out_dtype)
 
 
-def taps_of(table: Tensor, images: int, pixels: int) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+def _taps(table: Tensor, images: int, pixels: int) -> list[tuple[int, tuple[Tensor, Tensor]]]:
     """For each tap: results and, pairwise, the pixels that it reads for them, of all images."""
     pairs = []
     for t in range(table.shape[1]):

@@ -8,8 +8,8 @@
 // It is read once for every block of rows, and a vector must find its columns side by side. Packing takes 2 to 4 % of
 // the time of the product by vectors.
 #pragma once
+#include "int8_vectors.h"
 #include "parallel.h"
-#include "vec.h"
 
 LB_FN int64_t up_to_multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
@@ -27,23 +27,27 @@ template <class Engine>
 static void pack_panel(const int8_t* b, int64_t pitch, int64_t rows, int64_t K, int64_t columns,
                        typename Engine::Element* panel) {
     typedef typename Engine::Element Element;
-    constexpr int64_t GROUPS = 32, STEP = GROUPS * Engine::group;
+    constexpr int64_t STEP = W * Engine::group;  // W groups
     static_assert(STEP % Engine::k_step == 0, "");
     for (int64_t k = 0; k < K; k += STEP) {
         const int64_t count = least(STEP, K - k), padded = up_to_multiple(count, Engine::k_step);
         for (int64_t n = 0; n < columns; n += W) {
-            alignas(64) Element buffer[W][STEP];
-            uint32_t lanes[W][GROUPS];
+            I square[W];
             for (int64_t i = 0; i < W; ++i) {
-                const bool exists = n + i < rows;
-                widen(b + (n + i) * pitch + k, exists ? count : 0, padded, Engine::offset, buffer[i]);
+                const int8_t* from = b + (n + i) * pitch + k;
+                if (n + i >= rows) square[i] = I{};
+                else if (sizeof(Element) == 1 && count == STEP) {
+                    square[i] = load_raw<I>(from, W);
+                    if (Engine::offset) square[i] = square[i] ^ (int32_t)0x80808080;
+                } else {
+                    alignas(64) Element row[STEP] = {};
+                    widen(from, count, padded, Engine::offset, row);
+                    memcpy(&square[i], row, sizeof row);
+                }
             }
-            memcpy(lanes, buffer, sizeof lanes);
-            for (int64_t g = 0; g < padded / Engine::group; ++g) {
-                uint32_t column[W];
-                for (int64_t i = 0; i < W; ++i) column[i] = lanes[i][g];
-                memcpy(panel + ((k / Engine::group + g) * columns + n) * Engine::group, column, sizeof column);
-            }
+            transpose(square);
+            for (int64_t g = 0; g < padded / Engine::group; ++g)
+                memcpy(panel + ((k / Engine::group + g) * columns + n) * Engine::group, &square[g], sizeof(I));
         }
     }
 }
