@@ -55,6 +55,8 @@ def passes(layer: nn.Module, one: Convolution, count: int, device: str, bf16: bo
 def layers(report: Report) -> None:
     arguments, rows, gains = report.arguments, [], []
     for one in resnet50():
+        if str(one.kernel) not in arguments.kernels.split(","):
+            continue
         torch.manual_seed(0)
         everyone = [
             Candidate(name, lambda int8=int8, bf16=bf16, one=one: passes(  # type: ignore[misc]
@@ -150,6 +152,7 @@ PARTS = {"layers": layers, "step": step, "bytes": saved_bytes}
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=16)
+    options.add_argument("--kernels", default="1,3", help="of the layers that are timed")
     options.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     arguments: argparse.Namespace = options.parse_args()
     report = Report("int8 convolutions", arguments)

@@ -58,6 +58,7 @@ def texts() -> dict[str, str]:
             found[f"int8 {dtype} threads {threads} at random {stochastic}"] = text
     for out, bias in ((F32, F32), (BF16, BF16), (F16, F32)):
         found[f"int8 product's epilogue {out} bias {bias}"] = specialised("int8_scale_sums.cu", ELEMENT=out, BIAS=bias)
+        found[f"int8 convolution {out} bias {bias}"] = specialised("int8_conv.cu", ELEMENT=out, BIAS=bias, STAGES=3)
         for tile_n in (128, 256):
             text = specialised("int8_product.cu", ELEMENT=out, BIAS=bias, TILE_N=tile_n, STAGES=3)
             found[f"int8 product {out} bias {bias} tile {tile_n}"] = text
@@ -106,12 +107,12 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
     assert not bad, "\n".join(map(str, bad))
     assert {kernel for _, kernel, _ in rows} == {
         *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
-        *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product"),
+        *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product", "int8_conv"),
         *("decode", "quantize_weight", "lowbit_gemv", "lowbit_gemv_plain", "lowbit_product", "sum_parts"),
         *("flag_columns", "list_columns", "multiply_columns"),
     }
     # A thread of a product holds up to 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
-    wide = ("int8_product", "lowbit_product", "lowbit_gemv", "lowbit_gemv_plain")
+    wide = ("int8_product", "int8_conv", "lowbit_product", "lowbit_gemv", "lowbit_gemv_plain")
     assert all(8 <= r.registers <= (255 if kernel in wide else 128) for _, kernel, r in rows)
     assert all(r.shared <= 48 * 1024 for _, _, r in rows)
 

@@ -28,13 +28,15 @@ class Block(nn.Module):
     def __init__(self, checkpointed: bool) -> None:
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Any:
         return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
 
     def body(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        mixed = self.conv(self.up(self.norm(x)).unflatten(1, (16, -1))).flatten(1)
+        return x + self.down(nn.functional.gelu(mixed))
 
 
 def model(checkpointed: bool = False) -> nn.Sequential:
@@ -114,14 +116,19 @@ def check(name: str, result: tuple[nn.Module, dict[str, int]], expected: nn.Modu
 def rank(number: int, folder: Path) -> None:
     join(number, RANKS, folder / "store")
     expected = alone()
-    passes = STEPS * MICRO_BATCHES * LINEARS
-    both = {"int8_matmul": 3 * passes, "quantize_both": 2 * passes}  # x in the forward, dy in the backward
-    each_time = {**both, "quantize_rowwise": passes, "quantize_colwise": passes}  # w in the forward, in the backward
+    linears, convs = STEPS * MICRO_BATCHES * LINEARS, STEPS * MICRO_BATCHES * BLOCKS
+    each_time = {
+        **{"int8_matmul": 3 * linears, "int8_conv": convs, "int8_conv_input": convs, "int8_conv_weight": convs},
+        **{"quantize_both": 2 * linears + convs, "quantize_image": convs},  # x in the forward, dy in the backward
+        **{"quantize_rowwise": linears + convs, "quantize_colwise": linears, "quantize_channels": convs},  # w
+    }
     check("DDP", replicated(), expected, each_time)
     check("FSDP2", sharded(reshard=True), expected, each_time)
     check("FSDP2 without resharding", sharded(reshard=False), expected, each_time)
-    again = {"int8_matmul": 4 * passes, "quantize_both": 3 * passes, "quantize_rowwise": 2 * passes}
-    check("FSDP2, checkpointed", sharded(True, checkpointed=True), expected, {**again, "quantize_colwise": passes})
+    again = {"int8_matmul": linears, "int8_conv": convs, "quantize_both": linears, "quantize_image": convs}
+    again["quantize_rowwise"] = linears + convs
+    twice = {op: count + again.get(op, 0) for op, count in each_time.items()}
+    check("FSDP2, checkpointed", sharded(True, checkpointed=True), expected, twice)
     dist.destroy_process_group()
 
 

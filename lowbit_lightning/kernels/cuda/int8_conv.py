@@ -1,14 +1,25 @@
-"""The int8 products of a convolution on the GPU, composed of ``int8_matmul``: one for each tap, of the int8 rows that
-it reads, gathered by torch. A product scales by the pixels alone, so that taps add up in the reference's order. Nothing
-waits for the device: a tap outside the image reads the first row, and multiplies it by zero."""
+"""The int8 products of a convolution on the GPU.
+
+The forward and the gradient by the input are one launch of src/int8_conv.cu, on tensor cores: the table is read where
+rows are copied into shared memory. It multiplies zeros where a tile has no row for a tap, so the gradient by the input
+of a convolution of stride 2 does four times the work of its forward. The gradient by the weight is composed of
+``int8_matmul``: one for each tap, of the pixels that it reads, gathered in int8. Nothing waits for the device.
+"""
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.cuda.int8_product import int8_matmul
-from lowbit_lightning.kernels.reference.int8_conv import PART, finished
+from lowbit_lightning.kernels.cuda import launch
+from lowbit_lightning.kernels.cuda.int8_product import in_chunks, int8_matmul
+from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
+from lowbit_lightning.kernels.reference.int8_conv import PART
+from lowbit_lightning.kernels.sources import specialised
+
+_TILE, _TILE_K, _STAGES, _THREADS = 128, 64, 3, 256
 
 
 def int8_conv(
@@ -22,7 +33,7 @@ def int8_conv(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """See the reference."""
-    return _windows(a, b, a_scales, b_scales, _of_all(table, images, len(a) // images), bias, out_dtype)
+    return _windows(a, b, a_scales, b_scales, table, images, bias, out_dtype)
 
 
 def int8_conv_input(
@@ -37,16 +48,10 @@ def int8_conv_input(
 ) -> Tensor:
     """See the reference."""
     read = torch.where(table < 0, pixels, table).long()
-    turned = torch.full((pixels + 1, table.shape[1]), -1, dtype=torch.int64, device=a.device)
-    turned.scatter_(0, read, torch.arange(len(table), device=a.device).unsqueeze(1).expand_as(read))
-    rows = _of_all(turned[:pixels], images, len(table))
-    return _windows(a, b.permute(2, 1, 0), a_scales, b_scales, rows, None, out_dtype)
-
-
-def _of_all(table: Tensor, images: int, rows: int) -> Tensor:
-    """The table of all images, int64; ``rows``: of an image."""
-    first = torch.arange(images, device=table.device).mul_(rows).view(-1, 1, 1)
-    return torch.where(table < 0, -1, table + first).flatten(0, 1)
+    turned = torch.full((pixels + 1, table.shape[1]), -1, dtype=torch.int32, device=a.device)
+    results = torch.arange(len(table), dtype=torch.int32, device=a.device)
+    turned.scatter_(0, read, results.unsqueeze(1).expand_as(read))
+    return _windows(a, b.permute(2, 1, 0).contiguous(), a_scales, b_scales, turned[:pixels], images, None, out_dtype)
 
 
 def _windows(
@@ -54,17 +59,24 @@ def _windows(
     b: Tensor,
     a_scales: Tensor,
     b_scales: Tensor,
-    rows: Tensor,
+    table: Tensor,
+    images: int,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    total = torch.zeros(len(rows), len(b), dtype=torch.float32, device=a.device)
-    ones = torch.ones(len(b), dtype=torch.float32, device=b.device)  # one more factor of 1 changes nothing
-    for t, row in enumerate(rows.unbind(1)):
-        read = row.clamp(min=0)
-        scales = torch.where(row < 0, 0.0, a_scales[read])
-        total += int8_matmul(a[read], b[:, t].contiguous(), scales, ones, None, torch.float32)
-    return finished(total, b_scales, bias, out_dtype)
+    (results, taps), (n, _, k) = table.shape, b.shape
+    out = torch.empty(images * results, n, dtype=out_dtype, device=a.device)
+    if not n:
+        return out
+    bias = None if bias is None else bias.contiguous()
+    macros = {"ELEMENT": out_dtype, "BIAS": torch.float32 if bias is None else bias.dtype}
+    text = specialised("int8_conv.cu", **macros, STAGES=_STAGES)
+    sizes = [ctypes.c_int64(size) for size in (results, taps, len(a) // images, images, n, k + -k % 16)]
+    arguments = in_chunks(a), in_chunks(b), table, *sizes, a_scales, b_scales, bias, out
+    grid = ceil_div(len(out), _TILE) * ceil_div(n, _TILE), 1, 1
+    shared = _STAGES * 2 * _TILE * _TILE_K
+    launch.run(Launch(text, "int8_conv", grid, _THREADS, arguments, shared=shared))
+    return out
 
 
 def int8_conv_weight(
@@ -78,8 +90,11 @@ def int8_conv_weight(
 ) -> Tensor:
     """See the reference."""
     total = torch.zeros(a.shape[0], table.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
-    for t, row in enumerate(_of_all(table, images, len(b) // images).unbind(1)):
-        pixels = torch.where(row.unsqueeze(1) < 0, 0, b[row.clamp(min=0)]).T
+    first = torch.arange(images, device=table.device).mul_(len(b) // images).unsqueeze(1)
+    for t in range(table.shape[1]):
+        column = table[:, t]
+        read = (column.clamp(min=0) + first).flatten()
+        pixels = torch.where((column < 0).repeat(images).unsqueeze(1), 0, b[read]).T
         for start in range(0, a.shape[1], PART):
             parts = (x[:, start : start + PART].contiguous() for x in (a, pixels))
             total[:, t] += int8_matmul(*parts, a_scales, b_scales, None, torch.float32)

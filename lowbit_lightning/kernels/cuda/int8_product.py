@@ -64,17 +64,17 @@ def fused_product(
     bias = None if bias is None else bias.contiguous()
     text = specialised("int8_product.cu", **_macros(out_dtype, bias), TILE_N=tile_n, STAGES=_STAGES)
     sizes = ctypes.c_int64(m), ctypes.c_int64(n), ctypes.c_int64(k + -k % 16)
-    arguments = _in_chunks(a), _in_chunks(b), *sizes, a_scales, b_scales, bias, out
+    arguments = in_chunks(a), in_chunks(b), *sizes, a_scales, b_scales, bias, out
     grid = ceil_div(m, _TILE_M) * ceil_div(n, tile_n), 1, 1
     shared = _STAGES * (_TILE_M + tile_n) * _TILE_K
     launch.run(Launch(text, "int8_product", grid, tile_n, arguments, shared=shared))
     return out
 
 
-def _in_chunks(matrix: Tensor) -> Tensor:
+def in_chunks(matrix: Tensor) -> Tensor:
     """The same values in rows that start at multiples of 16 bytes, padded with zeros."""
-    if matrix.shape[1] % 16:
-        return pad(matrix, (0, -matrix.shape[1] % 16))
+    if matrix.shape[-1] % 16:
+        return pad(matrix, (0, -matrix.shape[-1] % 16))
     return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
 
 

@@ -7,25 +7,12 @@
 // A CUDA block computes a tile of 128 x TILE_N, a warp 64 x 64 of it: 128 sums a thread. The rows of A and B that the
 // tile needs come through shared memory in steps of 64 along K, STAGES of them in a ring: while one is multiplied,
 // STAGES - 1 are on their way. A and B must start at multiples of 16 bytes and K be one; M and N are free.
-//
-// Banks. A row of a stage is four chunks of 16 bytes, and a warp reads chunk c of 8 rows at a time, which must fall
-// into different eighths of a 128-byte line. Two rows make a line, so rows that agree in their last bit need chunks in
-// different places: chunk c of row r lies at c ^ x, with x = 0, 1, 2, 3 over those rows. Of A they are 8 in succession.
-//
-// Columns. A lane holds two neighbouring columns of each fragment of 8. Four fragments side by side would give it four
-// such pairs, 8 apart; so rows of B are dealt to fragments such that a lane's pairs are neighbours in the result:
-//   column 2t + j of fragment f  <->  column 8t + 2f + j of the 32
-// and it writes its 8 columns of a row in one access of 16 bytes, or two. Of B the 8 rows read at a time are therefore
-// 2f, 2f + 1, 2f + 8, 2f + 9, 2f + 16, ...
-#include "tensor_core.h"
+#include "int8_tiles.h"
 
-constexpr int TILE_M = 128, TILE_K = 64, WARP_TILE = 64, CHUNK = 16, CHUNKS = TILE_K / CHUNK;
+constexpr int TILE_M = 128, WARP_TILE = 64;
 constexpr int WARPS_M = TILE_M / WARP_TILE, WARPS_N = TILE_N / WARP_TILE, THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * TILE_K;
 constexpr int BAND = 16;  // tiles down: of the 100 to 200 that run at a time, so that they form about a square
-
-struct OfA { LB_METHOD static int place(int r, int c) { return (r * CHUNKS + (c ^ (r / 2 % 4))) * CHUNK; } };
-struct OfB { LB_METHOD static int place(int r, int c) { return (r * CHUNKS + (c ^ (r / 8 % 4))) * CHUNK; } };
 
 // Starts the copies of rows `first` to first + ROWS - 1, columns k to k + TILE_K - 1; what does not exist becomes zero.
 template <class Of, int ROWS>
@@ -37,28 +24,6 @@ LB_FN void start_tile(const int8_t* matrix, int64_t first, int64_t rows, int64_t
 #pragma unroll
     for (int i = 0; i < ROWS; i += STEP)
         start_copy(tile + Of::place(row + i, chunk), from + i * K, first + row + i < rows && column < K);
-}
-
-// sums[i][j]: rows 16 i of the warp's part, fragment j % 4 of columns 32 (j / 4)
-LB_FN void multiply_stage(const int8_t* a, const int8_t* b, int32_t (&sums)[4][8][4]) {
-    const int lane = threadIdx.x % 32;
-    const int row_of_a = lane % 16, row_of_b = lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2;
-#pragma unroll
-    for (int k = 0; k < CHUNKS; k += 2) {
-        uint32_t of_a[4][4], of_b[8][2];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) load_matrices(a + OfA::place(row_of_a + 16 * i, k + lane / 16), of_a[i]);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            uint32_t pair[4];
-            load_matrices(b + OfB::place(row_of_b + j / 4 * 32 + j % 4 * 2, k + lane / 8 % 2), pair);
-            of_b[j][0] = pair[0], of_b[j][1] = pair[1], of_b[j + 1][0] = pair[2], of_b[j + 1][1] = pair[3];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int j = 0; j < 8; ++j) multiply_add(sums[i][j], of_a[i], of_b[j]);
-    }
 }
 
 // In the reference's order: the exact sum as float, times its scales, plus the bias, rounded to ELEMENT.

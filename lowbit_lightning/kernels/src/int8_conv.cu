@@ -1,0 +1,131 @@
+// A convolution of int8 matrices on tensor cores, by a table, without patches in memory:
+//   out[m][n] = b_scales[n] * sum over taps t of a_scales[p] * (A[p] . B[n][t]) (+ bias[n]),   p = table[m][t]
+// and the gradient by the input, with a table that was turned round. A is [rows][K], B is [N][taps][K], table
+// [M][taps] of one image's rows, -1: none. Image i of `images` has rows i * rows_of_image of A, i * M of out.
+//
+// Specialised by macros: ELEMENT (float, Half, BFloat16: of the result), BIAS (the same, of the bias), STAGES.
+//
+// A CUDA block computes a tile of 128 x 128, a warp 64 x 32 of it, as int8_product.cu does; chunks lie in shared memory
+// as there. The table is read where A's rows are copied into shared memory: that is the whole of im2col. After each tap
+// its exact sums are scaled by its rows and added in float32: 64 sums and 64 totals a thread.
+// K must be a multiple of 16, and A and B start at multiples of 16 bytes.
+#include "int8_tiles.h"
+
+constexpr int TILE = 128, THREADS = 256;
+constexpr int STAGE_BYTES = 2 * TILE * TILE_K, STEP = THREADS / CHUNKS, COPIES = TILE / STEP;
+
+struct Table {
+    const int32_t* at;
+    int64_t M, taps, rows_of_image, all;  // results of an image, and of all
+    // The row of A that tap t of result m reads, or -1.
+    LB_METHOD int64_t row(int64_t m, int64_t t) const {
+        if (m >= all) return -1;
+        const int32_t from = at[m % M * taps + t];
+        return from < 0 ? -1 : m / M * rows_of_image + from;
+    }
+};
+
+LB_FN void start_step(const int8_t* a, const int8_t* b, const Table& table, int64_t first_row, int64_t first_column,
+                      int64_t N, int64_t K, int64_t t, int64_t k, int8_t* stage) {
+    const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
+    const int64_t column = k + chunk * CHUNK;
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) {
+        const int r = row + i * STEP;
+        const int64_t from = table.row(first_row + r, t), n = first_column + r;
+        start_copy(stage + OfA::place(r, chunk), a + (from < 0 ? 0 : from) * K + column, from >= 0 && column < K);
+        start_copy(stage + TILE * TILE_K + OfB::place(r, chunk), b + ((n < N ? n : 0) * table.taps + t) * K + column,
+                   n < N && column < K);
+    }
+}
+
+// totals += the sums of tap t, times the scales of its rows; the sums are zero afterwards
+LB_FN void add_tap(int32_t (&sums)[4][4][4], const Table& table, int64_t first, int64_t t, const float* a_scales,
+                   float (&totals)[4][4][4]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int64_t from = table.row(first + i * 8 + threadIdx.x % 32 / 4, t);
+        const float scale = from < 0 ? 0.0f : a_scales[from];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            int32_t& sum = sums[i / 2][j / 2][i % 2 * 2 + j % 2];
+            totals[i / 2][j / 2][i % 2 * 2 + j % 2] += (float)sum * scale;
+            sum = 0;
+        }
+    }
+}
+
+LB_FN void store_totals(const float (&totals)[4][4][4], int64_t row, int64_t column, int64_t M, int64_t N,
+                        const float* b_scales, const BIAS* bias, ELEMENT* out) {
+    const int lane = threadIdx.x % 32;
+    const int64_t n = column + lane % 4 * 8;
+    const int count = (int)min((int64_t)8, N - n);  // may be negative
+    const bool whole = count == 8 && N * sizeof(ELEMENT) % 16 == 0;
+    float scale[8], shift[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        scale[j] = j < count ? b_scales[n + j] : 0.0f;
+        shift[j] = bias && j < count ? widen(bias[n + j]) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int64_t m = row + i * 8 + lane / 4;
+        if (m >= M) continue;
+        ELEMENT result[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float scaled = totals[i / 2][j / 2][i % 2 * 2 + j % 2] * scale[j];
+            result[j] = narrow<ELEMENT>(bias ? scaled + shift[j] : scaled);
+        }
+        ELEMENT* to = out + m * N + n;
+        if (whole) store_whole<8>(to, result);
+        else
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                if (j < count) to[j] = result[j];
+    }
+}
+
+// Grid: one CUDA block for each tile, all of a band of columns first. Dynamic shared memory: STAGES * STAGE_BYTES.
+extern "C" __global__ void __launch_bounds__(THREADS) int8_conv(
+    const int8_t* a, const int8_t* b, const int32_t* at, int64_t M, int64_t taps, int64_t rows_of_image, int64_t images,
+    int64_t N, int64_t K, const float* a_scales, const float* b_scales, const BIAS* bias, ELEMENT* out) {
+    extern __shared__ __align__(128) int8_t ring[];
+    const Table table{at, M, taps, rows_of_image, M * images};
+    const uint32_t tiles_n = (uint32_t)((N + TILE - 1) / TILE);  // those that run together share A's rows
+    const int64_t tile_row = (int64_t)TILE * (blockIdx.x / tiles_n);
+    const int64_t tile_column = (int64_t)TILE * (blockIdx.x % tiles_n);
+    const int warp = threadIdx.x / 32, row = warp % 2 * 64, column = warp / 2 * 32;
+
+    const int64_t steps_of_tap = (K + TILE_K - 1) / TILE_K, steps = steps_of_tap * taps;
+    int64_t next_tap = 0, next_k = 0;  // of the step that is copied next
+    const auto start_next = [&](int stage) {
+        start_step(a, b, table, tile_row, tile_column, N, K, next_tap, next_k, ring + stage * STAGE_BYTES);
+        next_k += TILE_K;
+        if (next_k >= K) next_k = 0, ++next_tap;
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (s < steps) start_next(s);
+        close_group();
+    }
+    int32_t sums[4][4][4] = {};
+    float totals[4][4][4] = {};
+    int full = 0, empty = STAGES - 1;  // the stage that is multiplied next, and the one that is filled next
+    int64_t tap = 0, left = steps_of_tap;
+    for (int64_t step = 0; step < steps; ++step) {
+        wait_for_all_but<STAGES - 2>();
+        __syncthreads();  // everyone's copies into `full` have arrived, and everyone has read `empty`
+        if (step + STAGES - 1 < steps) start_next(empty);
+        close_group();  // with nothing in it at the end, so that the count above stays right
+        const int8_t* stage = ring + full * STAGE_BYTES;
+        multiply_stage(stage + row * TILE_K, stage + (TILE + column) * TILE_K, sums);
+        full = full + 1 == STAGES ? 0 : full + 1;
+        empty = empty + 1 == STAGES ? 0 : empty + 1;
+        if (--left == 0) {
+            add_tap(sums, table, tile_row + row, tap, a_scales, totals);
+            ++tap, left = steps_of_tap;
+        }
+    }
+    store_totals(totals, tile_row + row, tile_column + column, table.all, N, b_scales, bias, out);
+}
