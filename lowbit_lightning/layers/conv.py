@@ -86,7 +86,7 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         dims = len(self.kernel_size)
         if input.ndim == dims + 1:
-            return self(input.unsqueeze(0)).squeeze(0)
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         if input.ndim != dims + 2 or input.shape[1] != self.in_channels:
             wanted = f"[N, {self.in_channels}, *size] or [{self.in_channels}, *size] with {dims} dimensions of size"
             raise ValueError(f"input must be of shape {wanted}, got {tuple(input.shape)}")
