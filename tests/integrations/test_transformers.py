@@ -280,7 +280,7 @@ def test_bad_settings_are_named_at_once(arguments: dict[str, Any], message: str)
 
 
 def test_a_pattern_that_matches_nothing_lists_the_layers(folder: Folder) -> None:
-    with pytest.raises(ValueError, match=r"exclude='\*.nothing' matches no linear layer; there are: model.layers"):
+    with pytest.raises(ValueError, match=r"exclude='\*.nothing' matches no layer; there are: model.layers"):
         load(folder("llama"), exclude="*.nothing")
 
 
