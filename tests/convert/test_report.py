@@ -89,7 +89,7 @@ transformer.h.*.mlp.c_fc (2), transformer.h.*.mlp.c_proj (2)
     "ResNet-18": (
         resnet18(),
         f"""\
-{ALL} in 4 of 10 layers: layer4.*.conv1 (2), layer4.*.conv2 (2)
+{ALL} in 4 of 14 layers: layer4.*.conv1 (2), layer4.*.conv2 (2)
   not conv1, layer1.*.conv1 (2), layer1.*.conv2 (2), layer2.*.conv1 (2), layer2.*.conv2 (2): a convolution of \
 fewer than 16 channels
   not fc: {HEAD}""",

@@ -22,15 +22,15 @@ static void widen(const int8_t* from, int64_t count, int64_t padded, int offset,
     for (int64_t k = count; k < padded; ++k) to[k] = 0;
 }
 
-// `rows` rows of B, `pitch` apart, to one panel of `columns` columns, a few groups at a time through a small buffer
+// `rows` rows of B, `pitch` apart, to one panel of `columns` columns, a W groups at a time
 template <class Engine>
 static void pack_panel(const int8_t* b, int64_t pitch, int64_t rows, int64_t K, int64_t columns,
                        typename Engine::Element* panel) {
     typedef typename Engine::Element Element;
     constexpr int64_t STEP = W * Engine::group;  // W groups
-    static_assert(STEP % Engine::k_step == 0, "");
-    for (int64_t k = 0; k < K; k += STEP) {
-        const int64_t count = least(STEP, K - k), padded = up_to_multiple(count, Engine::k_step);
+    const int64_t all = up_to_multiple(K, Engine::k_step);
+    for (int64_t k = 0; k < all; k += STEP) {
+        const int64_t count = k < K ? least(STEP, K - k) : 0, padded = least(STEP, all - k);
         for (int64_t n = 0; n < columns; n += W) {
             I square[W];
             for (int64_t i = 0; i < W; ++i) {
