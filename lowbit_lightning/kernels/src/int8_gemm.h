@@ -22,7 +22,7 @@ static void widen(const int8_t* from, int64_t count, int64_t padded, int offset,
     for (int64_t k = count; k < padded; ++k) to[k] = 0;
 }
 
-// `rows` rows of B, `pitch` apart, to one panel of `columns` columns, a W groups at a time
+// `rows` rows of B, `pitch` apart, to one panel of `columns` columns, W groups at a time
 template <class Engine>
 static void pack_panel(const int8_t* b, int64_t pitch, int64_t rows, int64_t K, int64_t columns,
                        typename Engine::Element* panel) {
