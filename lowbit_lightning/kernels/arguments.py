@@ -16,6 +16,9 @@ from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, BlockGrid, check_block_size
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PART = 2**16
+"""Pixels whose products ``int8_conv_weight`` sums exactly, in int32, before they are scaled; -128 is a number like any
+other."""
 
 _PLACE = attrgetter("shape", "device", "layout", "dtype")
 

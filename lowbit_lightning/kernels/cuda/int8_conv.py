@@ -13,10 +13,10 @@ import ctypes
 import torch
 from torch import Tensor
 
+from lowbit_lightning.kernels.arguments import PART
 from lowbit_lightning.kernels.cuda import launch
 from lowbit_lightning.kernels.cuda.int8_product import in_chunks, int8_matmul
 from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
-from lowbit_lightning.kernels.reference.int8_conv import PART
 from lowbit_lightning.kernels.sources import specialised
 
 _TILE, _TILE_K, _STAGES, _THREADS = 128, 64, 3, 256

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PART = 2**16
-"""Pixels whose products are summed exactly, in int32, before they are scaled; -128 is a number like any other."""
+from lowbit_lightning.kernels.arguments import PART
 
 
 def int8_conv(
