@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": "what is wrong with this installation, and the command that mends it",
     "report": "the report of a run as a page of HTML, or several runs side by side",
     "sweep": "train once for each combination of values, and compare",
+    "schema": "a JSON schema of configs, for editors",
     "convert": "the optimizer states of a checkpoint, from 8 to 32 bits or back",
 }
 MODULES = {

@@ -30,7 +30,7 @@ from lowbit_lightning.optim import group_parameters
 
 
 class Builder(LightningCLI):
-    """``model``, ``datamodule`` and ``trainer`` of a checked config. ``folder``: of the run; None builds no Trainer.
+    """``model``, ``datamodule`` and ``trainer`` of a checked config. ``folder``: of the run; None builds nothing.
 
     Raises:
         ConfigError: for what LightningCLI refuses, and for an exception in a constructor.
@@ -56,9 +56,16 @@ class Builder(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = parser.parse_object(args)
 
+    def _set_seed(self) -> None:
+        if self.folder is not None:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        if self.folder is not None:
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        if self.folder is None:
-            return None
+        assert self.folder is not None
         given = self.config_init["trainer"]
         loggers = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
         if loggers == [False]:

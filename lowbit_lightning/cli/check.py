@@ -172,7 +172,7 @@ def _set_before_the_class(config: Config, key: str, name: str) -> bool:
 
 
 @cache
-def _parser(cls: type, given: frozenset[str] = frozenset()) -> tuple[LightningArgumentParser, tuple[str, ...]]:
+def parser_of(cls: type, given: frozenset[str] = frozenset()) -> tuple[LightningArgumentParser, tuple[str, ...]]:
     parser = LightningArgumentParser(exit_on_error=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about arguments without types
@@ -182,13 +182,13 @@ def _parser(cls: type, given: frozenset[str] = frozenset()) -> tuple[LightningAr
 
 def arguments(cls: type, given: frozenset[str] = frozenset()) -> tuple[str, ...]:
     """The names that a class's constructor takes, those of its bases included."""
-    return _parser(cls, given)[1]
+    return parser_of(cls, given)[1]
 
 
 def types(config: Config, cls: type, path: str, values: Mapping[str, Any], given: frozenset[str] = frozenset()) -> None:
     """Raise for a value of another type than the constructor's annotation says, and for one that is missing."""
     try:
-        _parser(cls, given)[0].parse_object({"it": copy.deepcopy(dict(values))})
+        parser_of(cls, given)[0].parse_object({"it": copy.deepcopy(dict(values))})
     except ArgumentError as error:
         said = str(error)
     else:
