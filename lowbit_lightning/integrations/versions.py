@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-SUPPORTED = {"accelerate": ">=1.2", "peft": ">=0.18", "transformers": ">=5,<6"}
+SUPPORTED = {"accelerate": ">=1.3", "peft": ">=0.18", "transformers": ">=5,<6"}
 
 
 class UnsupportedVersion(ImportError):
