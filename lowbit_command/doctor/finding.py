@@ -42,15 +42,6 @@ def exit_status(findings: Iterable[Finding]) -> int:
     return max((EXIT_STATUS[finding.level] for finding in findings), default=0)
 
 
-def amount(nbytes: float) -> str:
-    """``"63.5 GiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} TiB"
-
-
 def counted(number: int, noun: str) -> str:
     """``"1 kernel"``, ``"2 kernels"``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

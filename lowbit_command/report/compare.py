@@ -10,8 +10,8 @@ from lowbit_command.report import parts
 from lowbit_command.report.chart import COLOURS, duration, number
 from lowbit_command.report.differences import differing
 from lowbit_command.report.page import FIRST, curve, int8_share, loss_by_step, over_time, small, tag_grid
-from lowbit_command.report.parts import amount
 from lowbit_command.report.record import Record, plain
+from lowbit_command.units import amount
 
 MOST = COLOURS
 MISSING = "–"

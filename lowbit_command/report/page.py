@@ -8,9 +8,10 @@ from html import escape
 from lowbit_command.report import parts
 from lowbit_command.report.chart import Curve, draw, duration, number
 from lowbit_command.report.differences import MISSING, differing, flat
-from lowbit_command.report.parts import Html, amount, card
+from lowbit_command.report.parts import Html, card
 from lowbit_command.report.record import FAILED, INTERRUPTED, RUNNING, Record
 from lowbit_command.report.series import Series
+from lowbit_command.units import amount
 
 SMALL, BROAD = (400, 214), (1140, 300)
 FIRST = ("loss", "samples per second", "learning rate")

@@ -112,12 +112,3 @@ def folded(title: str, inside: str) -> str:
 def facts(values: Mapping[str, Any]) -> str:
     """Names and values in two columns."""
     return table((), [(Html.cell(escape(k), "k"), str(v)) for k, v in values.items()], css="fold")
-
-
-def amount(nbytes: float) -> str:
-    """``"1.5 GiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.3g} {unit}" if nbytes < 999.5 else f"{nbytes:.0f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} TiB"

@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowbit_command.doctor.finding import Finding, amount, counted, fail, ok, warn
+from lowbit_command.doctor.finding import Finding, counted, fail, ok, warn
 from lowbit_command.doctor.read import mount_of, noexec
+from lowbit_command.units import amount
 
 BARE = True
 LIMIT = 20.0

@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowbit_command.doctor.finding import Finding, amount, fail, ok, warn
+from lowbit_command.doctor.finding import Finding, fail, ok, warn
 from lowbit_command.doctor.read import free, has_gpu, noexec, text
+from lowbit_command.units import amount
 
 BARE = True
 LIMIT = 10.0

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lowbit_command.doctor.finding import Finding, amount, fail, ok, warn
+from lowbit_command.doctor.finding import Finding, fail, ok, warn
 from lowbit_command.doctor.read import text
+from lowbit_command.units import amount
 
 BARE = True
 LIMIT = 5.0
