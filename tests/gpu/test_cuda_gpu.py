@@ -3,13 +3,13 @@ graphs, synchronisation. `make gpu` runs it; elsewhere it is left out, and the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.cuda_waits import no_synchronisation
 from support.step_case import StepCase
 from torch import Tensor
 
@@ -34,16 +34,6 @@ def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert x.dtype == y.dtype
         assert x.shape == y.shape
         assert not len(bad), f"tensor {i}: first difference at {bad[0].tolist()}: {x[~same][0]} against {y[~same][0]}"
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def spread(*shape: int) -> Tensor:

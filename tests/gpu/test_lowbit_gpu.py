@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
+from support.cuda_waits import no_synchronisation
 from torch import Tensor
 
 from lowbit_lightning import kernels
@@ -19,16 +19,6 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
 FORMS = ("int8", "nf4", "nf4-dq", "nf4-g4096", "fp4-g32", "int4", "int4-g128", "int3", "int3-g32", "int2", "int2-g256")
 TOLERANCE = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}  # cuBLAS sums 11008 products in a row
-
-
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
