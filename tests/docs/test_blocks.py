@@ -20,6 +20,7 @@ def named(page: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript and torch.ao, which deployment.md still shows
+@pytest.mark.filterwarnings("ignore:No seed found")  # a configuration need not name one
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_block_is_executed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

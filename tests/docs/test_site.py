@@ -114,3 +114,18 @@ def test_the_pictures_are_those_that_the_reports_give() -> None:
     readme, light = (ROOT / "README.md").read_text(), pictures[DOCS / "images" / "gain-light.svg"]
     for figure in re.findall(r">([\d,.]+) (?:ms|GB)<", light):
         assert figure in readme, f"README's description of the picture lacks {figure}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    """Of the files that Sphinx doesn't read, or not where they lie."""
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
+        path, _, anchor = (target[0] or target[1]).partition("#")
+        if "://" in path:
+            continue
+        file = ROOT / path if path else ROOT / name
+        assert file.exists(), path
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, f"{path}#{anchor}: it has {sorted(slugs)}"
