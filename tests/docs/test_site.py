@@ -129,3 +129,21 @@ def test_links_lead_somewhere(name: str) -> None:
         headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
         slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
         assert not anchor or anchor in slugs, f"{path}#{anchor}: it has {sorted(slugs)}"
+
+
+def test_errors_in_troubleshooting_are_those_that_are_raised_and_in_order() -> None:
+    text = (DOCS / "troubleshooting.md").read_text().split("\n## Wrong")[0]
+    sources = [*(ROOT / "lowbit_lightning").rglob("*.py"), *(ROOT / "lowbit_command").rglob("*.py")]
+    joined = "".join(re.sub(r'"\s*\n\s*[rf]?"', "", path.read_text()) for path in sources)
+    said = re.sub(r"\{[^{}]*\}", "...", joined)
+    others = ("Precision 'int8-mixed'", "Found invalid type", "KeyError", "of the kernel cache")  # not our own text
+    errors, _, warned = text.partition("\n## Warnings")
+    for part in (errors, warned):
+        headings = re.findall(r"^### (.*)$", part, re.MULTILINE)
+        plain = [re.sub(r"`CompileError`: |`", "", heading) for heading in headings]
+        assert headings == sorted(headings, key=lambda heading: heading.replace("`", "").lower())
+        for heading in (one for one in plain if not one.startswith(others)):
+            cut = re.split(r"\.\.\.|'int8-mixed'|torch\.float32|; the page|\(or writing\)", heading)
+            pieces = [piece.strip(" ,") for piece in cut if len(piece) > 8]
+            missing = [piece for piece in pieces if piece not in said]
+            assert not missing, f"{heading!r}: no message says {missing}"
