@@ -68,8 +68,9 @@ quality: $(STAMP)
 
 # The oldest torch and Lightning the package claims, in an environment of their own. (That Lightning calls names that
 # jsonargparse has deprecated since.)
+floor: export JSONARGPARSE_DEPRECATION_WARNINGS = off
 floor: $(FLOOR)/.installed
-	JSONARGPARSE_DEPRECATION_WARNINGS=off $(FLOOR)/bin/python -m pytest --numprocesses 2 --dist loadfile -p no:cacheprovider $(ARGS)
+	$(FLOOR)/bin/python -m pytest --numprocesses 2 --dist loadfile -p no:cacheprovider $(ARGS)
 
 wheel: $(STAMP)
 	rm -rf build/wheel dist
