@@ -25,7 +25,7 @@ COMMANDS = {
     "report": "the report of a run as a page of HTML, or several runs side by side",
     "sweep": "train once for each combination of values, and compare",
     "schema": "a JSON schema of configs, for editors",
-    "convert": "the optimizer states of a checkpoint, from 8 to 32 bits or back",
+    "convert": "a checkpoint: states in 8 or 32 bits, for torch, for bitsandbytes, as one file",
 }
 MODULES = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), "lowbit_lightning.cli.fit"),

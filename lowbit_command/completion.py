@@ -16,7 +16,7 @@ WORDS = {
     "doctor": ("--full", "--json", "--markdown", "--help"),
     "report": ("--output", "--help"),
     "sweep": ("--config", "--set", "--paired", "--jobs", "--metric", "--help"),
-    "convert": ("--bits", "--output", "--overwrite", "--trust", "--help"),
+    "convert": ("--bits", "--to", "--config", "--output", "--overwrite", "--trust", "--help"),
 }
 
 BASH = """_lowbit() {

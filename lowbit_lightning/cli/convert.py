@@ -1,7 +1,13 @@
-"""Convert the optimizer states of a checkpoint: from 8 to 32 bits, in the form that torch.optim loads, or from 32 to 8.
+"""Convert a checkpoint: a file of Lightning's, or a folder of lowbit_sharded, which becomes one file.
 
-A checkpoint is a file of Lightning's, or a folder of lowbit_sharded, which becomes one file. Weights and all else stay
-as they are. The result is a new file, written at once or not at all."""
+    lowbit convert last.ckpt --bits 32           the optimizer's states in 32 bits, in the form that torch.optim loads
+    lowbit convert last.ckpt --bits 8            and back; weights and all else stay as they are
+    lowbit convert folder.ckpt --to file         one file, as it is
+    lowbit convert last.ckpt --to torch          states in 32 bits, and low-bit weights decoded
+    lowbit convert last.ckpt --to bitsandbytes   the model's weights as safetensors that bitsandbytes reads
+
+The last two need the model if its weights are in low bits: the config of the checkpoint's run says it, or --config.
+The result is a new file, written at once or not at all."""
 
 from __future__ import annotations
 
@@ -12,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from lowbit_lightning import optim
+from lowbit_lightning.convert import dequantize, to_bitsandbytes
 from lowbit_lightning.memory.result import readable
 from lowbit_lightning.optim.options import Options
 from lowbit_lightning.state.form import MASTER, STEP, codes_name, scales_name
@@ -26,8 +34,11 @@ Saved = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file, or a folder that lowbit_sharded saved")
-    parser.add_argument("--bits", type=int, choices=(8, 32), required=True, help="of the states in the result")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME-32bit.ckpt or NAME-8bit.ckpt")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--bits", type=int, choices=(8, 32), help="of the states in the result")
+    what.add_argument("--to", choices=("file", "torch", "bitsandbytes"), help="another form")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME-32bit.ckpt or the like")
+    parser.add_argument("-c", "--config", action="append", metavar="FILE", help="of the model; default: of its run")
     parser.add_argument("--min-size", type=int, metavar="N", help="parameters with fewer elements stay in 32 bits")
     parser.add_argument("--block-size", type=int, metavar="N", help="elements that share a scale")
     parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
@@ -41,12 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     given = {"min_size": args.min_size, "block_size": args.block_size}
     options = {name: value for name, value in given.items() if value is not None}
-    if options and args.bits == 32:
-        raise ValueError(f"{', '.join(options)} do nothing with --bits 32: leave them out")
-    output = args.output or args.checkpoint.with_name(f"{args.checkpoint.stem}-{args.bits}bit.ckpt")
+    if options and args.bits != 8:
+        raise ValueError(f"{', '.join(options)} do nothing without --bits 8: leave them out")
+    ending = {"bitsandbytes": "-bitsandbytes.safetensors", None: f"-{args.bits}bit.ckpt"}.get(
+        args.to, f"-{args.to}.ckpt"
+    )
+    output = args.output or args.checkpoint.with_name(f"{args.checkpoint.stem}{ending}")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists: give another -o, or --overwrite")
     checkpoint = _load(args.checkpoint, args.trust)
+    if args.to is not None:
+        return _to(args, checkpoint, output)
     saved = checkpoint.get("optimizer_states") or []
     if not any(optimizer["state"] for optimizer in saved):
         raise ValueError(f"{args.checkpoint} holds no optimizer states: there is nothing to convert")
@@ -56,6 +72,37 @@ def run(args: argparse.Namespace) -> int:
     size = readable(output.stat().st_size)
     print(f"{args.checkpoint}: the states of {parameters} parameters, in {args.bits} bits -> {output}, {size}")
     return 0
+
+
+def _to(args: argparse.Namespace, checkpoint: dict[str, Any], output: Path) -> int:
+    weights = checkpoint["state_dict"]
+    low = [name for name in weights if name.endswith("weight_format")]
+    if args.to == "bitsandbytes":
+        save_file({name: x.contiguous() for name, x in to_bitsandbytes(_model(args, weights)).items()}, output)
+    else:
+        if args.to == "torch":
+            saved = checkpoint.get("optimizer_states") or []
+            checkpoint["optimizer_states"] = [converted(each, 32) for each in saved]
+            if low:
+                checkpoint["state_dict"] = dequantize(_model(args, weights)).state_dict()
+        AtomicCheckpointIO().save_checkpoint(checkpoint, output)
+    held = f", {len(low)} weights in low bits" if low else ""
+    print(f"{args.checkpoint}{held} -> {output}, {readable(output.stat().st_size)}")
+    return 0
+
+
+def _model(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model of a checkpoint with its weights, from the config of its run."""
+    from lowbit_lightning.cli.model_of import model_of  # imports jsonargparse and OmegaConf
+
+    model = model_of(args.checkpoint, args.config)
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{args.checkpoint} is of another model than its config: {' '.join(str(error).split())}"
+        ) from None
+    return model
 
 
 def _load(path: Path, trust: bool) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.optimizers import FAMILY
 from torch import Tensor, nn
 
 from lowbit_lightning import cli, optim
+from lowbit_lightning.convert import to_bitsandbytes
+from lowbit_lightning.experiments import QLoRA
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "old_checkpoints"
 
@@ -217,8 +220,66 @@ def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
             files["foreign"],
         ): r"states \['exp_avg', 'exp_avg_sq', 'mu_product'\] are of no optimizer that lowbit_lightning",
         (files["objects"],): "objects.ckpt holds more than tensors and plain values, .*: --trust loads it",
-        (files["objects"], "--min-size", 3): "min_size do nothing with --bits 32",
+        (files["objects"], "--min-size", 3): "min_size do nothing without --bits 8",
     }.items():
         assert re.search(says, failure(capsys, *told, "--bits", 32)), told
     assert convert(files["objects"], "--bits", 32, "--trust") == 0
     assert len(list(tmp_path.iterdir())) == 5
+
+
+# -- other forms -----------------------------------------------------------------------------------------------------
+
+
+QLORA = """\
+model:
+  class_path: QLoRA
+  init_args: {width: 64, layers: 1, heads: 2}
+"""
+
+
+@pytest.fixture
+def low_bit(tmp_path: Path) -> tuple[Path, nn.Module]:
+    """A checkpoint of a model with low-bit weights, in the folder of its run."""
+    model = QLoRA(width=64, layers=1, heads=2)
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(QLORA)
+    path = folder / "checkpoints" / "last.ckpt"
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": []}, path)
+    return path, model
+
+
+def test_to_torch_decodes_weights(low_bit: tuple[Path, nn.Module]) -> None:
+    path, model = low_bit
+    expected = model.blocks[0].qkv.base.dequantize()  # type: ignore[index, union-attr]
+    assert convert(path, "--to", "torch") == 0
+    found = torch.load(path.with_name("last-torch.ckpt"))["state_dict"]
+    assert torch.equal(found["blocks.0.qkv.base.weight"], expected)
+    assert not [name for name in found if name.endswith(("weight_scales", "weight_format"))]
+
+
+def test_to_bitsandbytes(low_bit: tuple[Path, nn.Module]) -> None:
+    path, model = low_bit
+    assert convert(path, "--to", "bitsandbytes") == 0
+    found, expected = load_file(path.with_name("last-bitsandbytes.safetensors")), to_bitsandbytes(model)
+    assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in expected.items()}
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+    assert any(name.endswith("quant_state.bitsandbytes__nf4") for name in found)
+
+
+def test_the_model_has_to_be_known(
+    low_bit: tuple[Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = low_bit
+    alone = path.rename(tmp_path / "alone.ckpt")
+    assert convert(alone, "--to", "bitsandbytes") == 2
+    assert "lies in no run folder: --config FILE says which model it is of" in capsys.readouterr().err
+    (tmp_path / "wide.yaml").write_text(QLORA.replace("64", "128"))
+    assert convert(alone, "--to", "torch", "--config", tmp_path / "wide.yaml") == 2
+    assert "is of another model than its config" in capsys.readouterr().err
+
+
+def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
+    output = tmp_path / "one.ckpt"
+    assert convert(DATA / "sharded", "--to", "file", "-o", output, "--trust") == 0
+    assert torch.load(output, weights_only=False)["optimizer_states"]

@@ -16,6 +16,7 @@ from lowbit_lightning import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["model.width=64", "model.layers=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+TINY += ["trainer.log_every_n_steps=1"]
 TEXT = ["vars.context=32", "vars.steps=4", "trainer.val_check_interval=2", "data.batch=2", "data.text=words.txt"]
 CASES = {
     "gpt.yaml": [*TINY, *TEXT],
