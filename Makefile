@@ -50,6 +50,7 @@ gpu:
 	PYTHONPATH=. python benchmarks/paging.py
 	PYTHONPATH=. python benchmarks/int8_quantize.py
 	PYTHONPATH=. python benchmarks/int8_linear.py
+	PYTHONPATH=. python benchmarks/int8_conv.py
 	PYTHONPATH=. python benchmarks/lowbit_linear.py
 	PYTHONPATH=. python benchmarks/default_precision.py --models vit
 
@@ -64,6 +65,7 @@ bench: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python benchmarks/int8_quality.py --output docs/benchmarks
+	$(BIN)/python benchmarks/int8_vision_quality.py --output docs/benchmarks
 	$(BIN)/python benchmarks/optimizer_quality.py --output docs/benchmarks
 
 # The oldest torch and Lightning the package claims, in an environment of their own. (That Lightning calls names that

@@ -38,6 +38,7 @@ PARTS = (
     Part("optimizer_step.py", ("--cases", "big,model", "--repeats", "7", "--budget", "4"), 180),
     Part("default_precision.py", ("--repeats", "5", "--budget", "8"), 150),
     Part("int8_linear.py", ("--shapes", "2048x1024x4096", "--repeats", "7", "--budget", "4"), 90),
+    Part("int8_conv.py", ("--parts", "layers,bytes", "--kernels", "3", "--repeats", "5"), 90),
     Part("int8_quantize.py", ("--shapes", "2048x4096", "--repeats", "9", "--budget", "3"), 60),
     Part("lowbit_linear.py", ("--shapes", "4096x4096", "--repeats", "15", "--budget", "2"), 90),
     Part("paging.py", ("--millions", "32", "--repeats", "5", "--budget", "8"), 60),
