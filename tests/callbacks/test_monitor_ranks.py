@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.on_ranks import ALONE, on_ranks
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -57,19 +58,8 @@ def data(rank: int) -> DataLoader:
 def fit(rank: int | None, folder: Path, **settings: Any) -> tuple[Model, LowBitMonitor, L.Trainer]:
     """``rank`` None: each rank with its own data."""
     model, monitor = Model(), LowBitMonitor(1, minimum_snr=35, patience=2, fallback=True, per_layer=True)
-    trainer = L.Trainer(
-        precision="int8-mixed",  # type: ignore[arg-type]
-        accelerator="cpu",
-        max_epochs=1,
-        use_distributed_sampler=False,
-        callbacks=[monitor],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    settings |= {"precision": "int8-mixed", "use_distributed_sampler": False, "default_root_dir": folder}
+    trainer = quiet_trainer(callbacks=[monitor], **settings)
     trainer.fit(model, data(trainer.global_rank if rank is None else rank))
     return model, monitor, trainer
 

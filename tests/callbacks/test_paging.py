@@ -18,6 +18,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -50,14 +51,7 @@ class Model(L.LightningModule):
 
 
 def fit(model: Model, folder: Path, **settings: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"logger": False, "enable_checkpointing": False, **settings},
-    )
+    trainer = quiet_trainer(default_root_dir=folder, **settings)
     trainer.fit(model)
     return trainer
 

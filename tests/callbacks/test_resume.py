@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
@@ -105,16 +106,12 @@ def trainer(*callbacks: L.Callback, resumes: bool = True, **settings: Any) -> L.
     if resumes and not any(isinstance(c, DeterministicResume) for c in callbacks):
         callbacks = (DeterministicResume(), *callbacks)
     defaults: dict[str, Any] = {
-        "accelerator": "cpu",
         "max_epochs": EPOCHS,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         "num_sanity_val_steps": 1,
         "plugins": Int8MixedPrecision(autocast="off"),
     }
-    return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+    return quiet_trainer(callbacks=list(callbacks), **{**defaults, **settings})
 
 
 def fit(make: Any, *callbacks: L.Callback, seed: int = 0, ckpt_path: Any = None, **settings: Any) -> tuple[Any, Any]:

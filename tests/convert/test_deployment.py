@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,8 +50,7 @@ class Model(L.LightningModule):
 @pytest.fixture(scope="module")
 def trained() -> Model:
     model, plugin = Model(), lowbit_lightning.Int8MixedPrecision()
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    run = L.Trainer(accelerator="cpu", plugins=plugin, max_epochs=1, enable_checkpointing=False, **quiet)
+    run = quiet_trainer(plugins=plugin)
     run.fit(model, DataLoader(TensorDataset(torch.randn(64, 32)), 8))
     assert plugin.report is not None
     assert plugin.report.swapped == ("net.0", "net.2")

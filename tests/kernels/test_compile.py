@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +115,18 @@ def test_a_message_names_the_file_and_line_of_the_mistake(tmp_path: Path, monkey
 # Errors
 
 
-def test_host_compile_error_carries_the_log_and_the_command() -> None:
+@pytest.mark.parametrize(
+    ("compiles", "arguments", "flag"),
+    [
+        (compile.host_library, ("int f() { return undeclared_thing; }",), "-ffp-contract=off"),
+        (compile.cubin, ('extern "C" __global__ void f(int* a) { *a = undeclared_thing; }', "sm_90"), "--fmad=false"),
+    ],
+)
+def test_an_error_carries_the_log_and_the_command(compiles: Any, arguments: tuple[str, ...], flag: str) -> None:
     with pytest.raises(compile.CompileError, match="undeclared_thing") as caught:
-        compile.host_library("int f() { return undeclared_thing; }")
+        compiles(*arguments)
     assert "undeclared_thing" in caught.value.log
-    assert "-ffp-contract=off" in caught.value.command
-
-
-def test_cuda_compile_error_carries_the_log_and_the_command() -> None:
-    with pytest.raises(compile.CompileError, match="undeclared_thing") as caught:
-        compile.cubin('extern "C" __global__ void f(float* a) { *a = undeclared_thing; }', "sm_90")
-    assert "undeclared_thing" in caught.value.log
-    assert "--fmad=false" in caught.value.command
+    assert flag in caught.value.command
 
 
 @pytest.mark.parametrize("flags", [(), ("-fmax-errors=20",)], ids=["all errors", "20 at most, as clang++"])
@@ -193,23 +194,21 @@ def test_same_text_is_the_same_library_and_a_new_process_compiles_nothing(
     assert compile.cubin(ADD_CUDA, "sm_90") == first
 
 
-def test_flags_compiler_and_processor_are_part_of_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_decides_the_content_is_part_of_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags, compiler and processor; macros, architecture and NVRTC."""
     compile.host_library(ADD)
     compile.host_library(ADD, flags=("-DX",))
-    monkeypatch.setattr(compile, "_version", lambda compiler: "another compiler")
-    compile.host_library(ADD)
-    monkeypatch.setattr(compile, "processor", lambda: ("another processor",))
-    compile.host_library(ADD)
-    assert len(list(place.iterdir())) == 4
-
-
-def test_architecture_macros_and_nvrtc_are_part_of_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile.cubin(ADD_CUDA, "sm_90")
     compile.cubin(ADD_CUDA, "sm_80")
     compile.cubin(ADD_CUDA, "sm_80", flags=("-DX=1",))
-    monkeypatch.setattr(compile, "nvrtc_version", lambda: "0.0")
-    compile.cubin(ADD_CUDA, "sm_90")
-    assert len(list(place.iterdir())) == 4
+    for name, value, again in (
+        ("_version", lambda compiler: "another compiler", partial(compile.host_library, ADD)),
+        ("processor", lambda: ("another processor",), partial(compile.host_library, ADD)),
+        ("nvrtc_version", lambda: "0.0", partial(compile.cubin, ADD_CUDA, "sm_90")),
+    ):
+        monkeypatch.setattr(compile, name, value)
+        again()
+    assert sorted(p.suffix for p in place.iterdir()) == 4 * [".cubin"] + 4 * [".so"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
@@ -258,38 +257,34 @@ def assert_works_with_one_warning(monkeypatch: pytest.MonkeyPatch, reason: str) 
         call_add(compile.host_library(ADD))
 
 
-def test_a_directory_of_another_user_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refused", ["of another user", "0770", "0702", "0777", "1777"])
+def test_a_directory_that_others_may_write_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
     compile.host_library(ADD)
     (entry,) = place.iterdir()
-    give_to_another_user(place, monkeypatch)
-    new_process(monkeypatch)
     before = entry.stat().st_mtime_ns
-    assert_works_with_one_warning(monkeypatch, "refused: it belongs to user")
+    new_process(monkeypatch)
+    if refused.isdigit():
+        place.chmod(int(refused, 8))
+    else:
+        give_to_another_user(place, monkeypatch)
+    said = f"mode {refused} lets others write it" if refused.isdigit() else "refused: it belongs to user"
+    assert_works_with_one_warning(monkeypatch, said)
     assert [p.name for p in place.iterdir()] == [entry.name]
     assert entry.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777, 0o1777])
-def test_a_directory_that_others_may_write_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
-    place.mkdir()
-    place.chmod(mode)
-    assert_works_with_one_warning(monkeypatch, f"mode {mode:04o} lets others write it")
-    assert not list(place.iterdir())
-
-
-def test_an_unwritable_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "home").write_text("a file where the home directory should be: nobody, root included, can write in it")
+@pytest.mark.parametrize("said", ["cannot be created", "no home directory"])
+def test_without_a_home_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     monkeypatch.delenv(cache.ENVIRONMENT_VARIABLE)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert_works_with_one_warning(monkeypatch, "cannot be created")
-
-
-def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(cache.ENVIRONMENT_VARIABLE)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without an entry
-    assert_works_with_one_warning(monkeypatch, "no home directory")
+    if said == "cannot be created":
+        (tmp_path / "home").write_text("a file, in which nobody can write, root included")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    else:
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without an entry
+    assert_works_with_one_warning(monkeypatch, said)
 
 
 def test_a_cache_that_becomes_unwritable(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

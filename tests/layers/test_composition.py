@@ -27,6 +27,7 @@ from support.int8_models import (
     products,
     swapped,
 )
+from support.quiet import quiet_trainer
 from support.run_program import run
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,16 +126,11 @@ def data(batches: int) -> DataLoader:
     return DataLoader(TensorDataset(torch.randint(16, (2 * batches, TOKENS), generator=torch.Generator())), 2)
 
 
-def trainer(**settings: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_epochs": 1}
-    return L.Trainer(accelerator="cpu", enable_model_summary=False, **{**quiet, **settings})  # type: ignore[arg-type]
-
-
 def test_what_a_trainer_quantises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a weight outlives a pass, whatever a step accumulates."""
     monkeypatch.setitem(FEWEST_ROWS, "cpu", (1, 1, 1))
     batches, layers, module = 6, 2 * LINEARS, Module()
-    run = trainer(precision="int8-mixed", accumulate_grad_batches=3)
+    run = quiet_trainer(precision="int8-mixed", accumulate_grad_batches=3)
     kernels.reset_calls()
     run.fit(module, data(batches))
     passes = batches * layers
@@ -151,11 +147,11 @@ def test_overrides_on_the_plugin() -> None:
     plugin = Int8MixedPrecision(overrides={"*.down": {"grad_weight": "high"}, "*.blocks.0.qkv": None})
     module = Module()
     kernels.reset_calls()
-    trainer(plugins=pickle.loads(pickle.dumps(plugin))).fit(module, data(2))
+    quiet_trainer(plugins=pickle.loads(pickle.dumps(plugin))).fit(module, data(2))
     assert matmuls() == 2 * (3 * 2 * LINEARS - 2 - 3)
     assert [type(block.qkv) for block in module.model.blocks] == [nn.Linear, Int8Linear]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"overrides='\*\.mlp' matches no layer; there are: model\.blocks"):
-        trainer(plugins=Int8MixedPrecision(overrides={"*.mlp": None})).fit(Module(), data(2))
+        quiet_trainer(plugins=Int8MixedPrecision(overrides={"*.mlp": None})).fit(Module(), data(2))
 
 
 def test_fabric_with_accumulation_equals_a_plain_loop() -> None:
@@ -182,12 +178,12 @@ def test_fabric_with_accumulation_equals_a_plain_loop() -> None:
 def test_plain_layers_come_back_after_training() -> None:
     module = Module()
     before = dict(module.named_parameters())
-    trainer(precision="int8-mixed").fit(module, data(2))
+    quiet_trainer(precision="int8-mixed").fit(module, data(2))
     assert not any(isinstance(m, Int8Linear) for m in module.modules())
     assert convert.restore(module) == ()
     assert all(p is before[name] for name, p in module.named_parameters())
     kernels.reset_calls()
-    trainer().fit(module, data(2))
+    quiet_trainer().fit(module, data(2))
     assert called() == {}
 
 

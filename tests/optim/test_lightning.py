@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.plugins import MixedPrecision
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
@@ -56,15 +57,7 @@ class Module(L.LightningModule):
 
 
 def fit(module: Module, epochs: int = 3, checkpoint: Path | None = None, **options: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **options,
-    )
+    trainer = quiet_trainer(max_epochs=epochs, **options)
     data: Any = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
     trainer.fit(module, DataLoader(data, batch_size=16), DataLoader(data[:32], batch_size=16), ckpt_path=checkpoint)
     return trainer

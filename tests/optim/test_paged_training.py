@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from support.paged_engine import lying_in_wait
 from support.paged_optimizers import CHUNK, build, parameters, states, steps
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -107,16 +108,8 @@ class Module(L.LightningModule):
 
 def fit(module: Module, folder: Any, epochs: int, resume: bool = False) -> L.Trainer:
     data = torch.randn(24, 128, generator=torch.Generator().manual_seed(3))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accumulate_grad_batches=2,
-        gradient_clip_val=0.5,
+    trainer = quiet_trainer(
+        max_epochs=epochs, default_root_dir=folder, accumulate_grad_batches=2, gradient_clip_val=0.5
     )
     loader: DataLoader[Any] = DataLoader(list(data), batch_size=4)  # type: ignore[arg-type]
     trainer.fit(module, loader, ckpt_path=folder / "last.ckpt" if resume else None)

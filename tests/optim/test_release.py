@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from support.fake_ranks import being_rank
 from support.optimizers import parameters
+from support.quiet import quiet_trainer
 from support.run_program import run
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -284,16 +285,7 @@ class Module(L.LightningModule):
 
 def fit(release: bool, **options: Any) -> Module:
     module = Module(release)
-    trainer = L.Trainer(
-        max_epochs=2,
-        limit_train_batches=4,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    trainer = quiet_trainer(max_epochs=2, limit_train_batches=4, **options)
     trainer.fit(module, DataLoader(torch.zeros(4, 1)))  # type: ignore[arg-type]
     assert trainer.global_step == 8
     return module

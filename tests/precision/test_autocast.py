@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -59,15 +60,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def fit(model: Model, plugin: Int8MixedPrecision, checkpoint: Path | None = None, epochs: int = 1) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        plugins=plugin,
-        max_epochs=epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(plugins=plugin, max_epochs=epochs)
     data: Any = DataLoader(torch.ones(8, 32), batch_size=4)  # type: ignore[arg-type]
     trainer.fit(model, data, data, ckpt_path=checkpoint)
     return trainer

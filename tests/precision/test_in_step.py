@@ -18,6 +18,7 @@ import torch
 from lightning.fabric.plugins.precision.amp import MixedPrecision as FabricMixedPrecision
 from lightning.pytorch import plugins
 from support.host_reads import reads
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -95,15 +96,7 @@ def sgd(params: Any) -> Any:
 
 
 def fit(module: Module, batches: int = 1, checkpoint: Path | None = None, **options: Any) -> L.Trainer:
-    trainer = L.Trainer(
-        **{"max_epochs": 1, **options},
-        accelerator="cpu",
-        limit_train_batches=batches,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(limit_train_batches=batches, **options)
     data: Any = torch.randn(128, 64, generator=torch.Generator().manual_seed(1))
     trainer.fit(module, DataLoader(data, batch_size=16), ckpt_path=checkpoint)
     return trainer

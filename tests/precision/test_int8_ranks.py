@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.on_ranks import on_ranks
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -59,18 +60,8 @@ class SaveAt(L.Callback):
 
 
 def fit(model: Model, *callbacks: L.Callback, max_epochs: int = 2, **settings: Any) -> None:
-    trainer = L.Trainer(
-        precision="int8-mixed",  # type: ignore[arg-type]
-        accelerator="cpu",
-        strategy="ddp",
-        devices=2,
-        max_epochs=max_epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[DeterministicResume(), *callbacks],
-    )
+    kept = {"precision": "int8-mixed", "strategy": "ddp", "devices": 2, "max_epochs": max_epochs}
+    trainer = quiet_trainer(callbacks=[DeterministicResume(), *callbacks], **kept)
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     trainer.fit(model, DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 4, shuffle=True), **settings)
 

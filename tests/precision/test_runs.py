@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
+from support.quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -31,9 +32,7 @@ class Module(L.LightningModule):
 
 
 def fit(module: L.LightningModule, **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    settings: dict[str, Any] = {"enable_checkpointing": False, **quiet, **options}
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, **settings)
+    trainer = quiet_trainer(**options)
     trainer.fit(module, DataLoader(torch.ones(8, 64), batch_size=4))  # type: ignore[arg-type]
     return trainer
 

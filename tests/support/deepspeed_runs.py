@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from lowbit_lightning import kernels
 from lowbit_lightning.strategies import DeepSpeedStrategy
+from support.quiet import quiet_trainer
 
 STEPS, SAVED_AT, BATCH, CONTEXT = 6, 3, 6, 16
 SETTINGS = Settings(width=128, layers=2, context=CONTEXT, steps=STEPS, warmup=2, learning_rate=1e-3)
@@ -145,9 +146,8 @@ def groups(parameters: Any) -> Any:
 
 
 def trainer_of(strategy: Any, **options: Any) -> L.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    fixed = {"accelerator": "cpu", "max_epochs": 1, "limit_val_batches": 0, "use_distributed_sampler": False}
-    return L.Trainer(devices=dist.get_world_size(), strategy=strategy, **{**quiet, **fixed, **options})
+    fixed: dict[str, Any] = {"limit_val_batches": 0, "use_distributed_sampler": False}
+    return quiet_trainer(devices=dist.get_world_size(), strategy=strategy, **{**fixed, **options})
 
 
 def fit(strategy: Any, model: Any = None, ckpt_path: Any = None, **options: Any) -> tuple[Any, L.Trainer]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning import Int8MixedPrecision, optim
 from lowbit_lightning.callbacks import LowBitMonitor
+from support.quiet import quiet_trainer
 
 FEATURES, BATCH, BATCHES = 64, 16, 6
 
@@ -66,14 +67,11 @@ def fit(
     ckpt_path: Any = None,
     **settings: Any,
 ) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         plugins=[Int8MixedPrecision(**{"autocast": "off", **(precision or {})})],
         callbacks=list(callbacks),
         default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"logger": False, "enable_checkpointing": False, "max_steps": BATCHES, "log_every_n_steps": 1, **settings},
+        **{"max_epochs": None, "max_steps": BATCHES, "log_every_n_steps": 1, **settings},
     )
     torch.manual_seed(2)  # for gradients that are rounded at random
     trainer.fit(model, data(), ckpt_path=ckpt_path)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lowbit_lightning.state.pages import Entries
 from lowbit_lightning.strategies import ShardedStrategy
+from support.quiet import quiet_trainer
 from support.ranks import equal
 
 TOKENS, WIDTH, BATCH = 7, 301, 12  # of all ranks together: 12 sequences
@@ -141,22 +142,8 @@ def trainer(strategy: Any = None, **options: Any) -> L.Trainer:
     """Over all ranks there are; ShardedStrategy unless something else is asked for."""
     if strategy is None:
         strategy = ShardedStrategy()
-    return L.Trainer(
-        accelerator="cpu",
-        devices=world(),
-        strategy=strategy,
-        **{
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
-            "use_distributed_sampler": False,
-            **options,
-        },
-    )
+    fixed: dict[str, Any] = {"num_sanity_val_steps": 0, "limit_val_batches": 0, "use_distributed_sampler": False}
+    return quiet_trainer(devices=world(), strategy=strategy, **{**fixed, **options})
 
 
 class Traffic(TorchDispatchMode):
