@@ -96,6 +96,11 @@ class StepArguments:
         return [t for t in dict.fromkeys(tensors) if not t.is_inference()]
 
     @cached_property
+    def coded(self) -> int:
+        """Bit s is set if state s is 8-bit codes."""
+        return sum(1 << s for s, state in enumerate(self.states) if state[0].dtype == torch.uint8)
+
+    @cached_property
     def plain(self) -> bool:
         """Whether no parameter is a tensor subclass."""
         return {*map(type, self.params)} <= {Tensor, torch.nn.Parameter}

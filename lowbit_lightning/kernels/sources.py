@@ -34,7 +34,7 @@ def specialised(source: str, rule: str = "", **macros: torch.dtype | int) -> str
 
 
 class StepVariant(NamedTuple):
-    """The case that an optimizer step is compiled for. If bit s of ``coded`` is set, state s is 8-bit codes."""
+    """The case that an optimizer step is compiled for. ``coded``: that of ``StepArguments``."""
 
     rule: str
     param: torch.dtype
@@ -47,9 +47,8 @@ class StepVariant(NamedTuple):
     @classmethod
     def of(cls, arguments: StepArguments, grad: torch.dtype) -> StepVariant:
         a, param = arguments, arguments.params[0].dtype
-        coded = sum([1 << s for s, state in enumerate(a.states) if state[0].dtype == torch.uint8])
         stochastic = a.stochastic_rounding and param == torch.bfloat16
-        return cls(a.rule, param, grad, coded, a.block_size, stochastic, bool(a.remainders))
+        return cls(a.rule, param, grad, a.coded, a.block_size, stochastic, bool(a.remainders))
 
     def text(self, source: str) -> str:
         """``src/SOURCE`` for this variant."""

@@ -211,7 +211,7 @@ class Launch:
                 rows[k] = row._replace(step=self._copies[-1][0])
         self._settings, self._rows, self._place = settings, rows, place
         self.arguments = _arguments(settings, rows)
-        self.bits = 8 if any(column[0].dtype == torch.uint8 for column in self.arguments.states) else 32
+        self.bits = 8 if self.arguments.coded else 32
 
     @property
     def index(self) -> int:
