@@ -15,7 +15,7 @@ from lowbit_command.doctor.read import has_gpu, text
 BARE = True
 LIMIT = 20.0
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # CUDA -> driver, for any minor version (NVIDIA's compatibility guide)
-_OLD_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu{}"
+_OLD_TORCH = "pip install uv && uv pip install --reinstall torch --torch-backend cu{}"  # uv knows PyTorch's own builds
 
 
 def gather() -> dict[str, Any]:
