@@ -70,9 +70,9 @@ def assert_same_bits(ours: Tensor, theirs: Tensor, where: object) -> None:
 TOLERANCE = {F32: 2e-6, F16: 1e-3, BF16: 8e-3}  # of a bfloat16, half a step is 4e-3
 FEW = {
     *{("nf4", BF16, 3, ""), ("int3", F16, 8, "check"), ("int8", BF16, 1, "")},
-    *{("nf4-dq", F32, 3, "check"), ("int4", F32, 1, "")},
+    ("nf4-dq", F32, 3, "check"),
 }
-MANY = {("nf4", BF16, 40, "check"), ("int2", F16, 100, ""), ("int4", BF16, 20, ""), ("int8", F32, 9, "")}
+MANY = {("nf4", BF16, 40, "check"), ("int2", F16, 100, ""), ("int8", F32, 9, "")}
 
 
 def product_case(form: str, dtype: torch.dtype, rows: int, outputs: int, length: int) -> tuple[Tensor, ...]:
@@ -104,6 +104,7 @@ def test_a_few_rows(form: str, dtype: torch.dtype, rows: int, mode: str) -> None
         assert error(y, x.double() @ weight.T + bias.double()) < TOLERANCE[dtype], (outputs, length)
 
 
+@pytest.mark.slow
 def test_bfloat16_without_tensor_cores() -> None:
     """sm_75 has none for bfloat16."""
     x, packed, scales, _, weight = product_case("nf4", BF16, 2, 12, 100)
@@ -203,7 +204,7 @@ def test_panels_that_are_decoded_count_as_calls(monkeypatch: pytest.MonkeyPatch)
 
 # -- quantise --------------------------------------------------------------------------------------------------------
 
-MADE = {("nf4-dq", BF16, ""), ("int3-g32", F32, "check"), ("nf4", F16, "backward")}
+MADE = {("int3-g32", F32, "check"), ("nf4", F16, "backward")}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_int8_rows_and_more_dimensions() -> None:
 
 # -- decode ----------------------------------------------------------------------------------------------------------
 
-DECODED = {("nf4-dq", BF16, "check"), ("int3", F32, ""), ("int8", F16, "")}
+DECODED = {("nf4-dq", BF16, "check"), ("int3", F32, "")}
 
 
 @pytest.mark.parametrize(("form", "dtype", "mode"), cases(DECODED, FORMS, (F32, F16, BF16), tuple(MODES)))
