@@ -41,7 +41,6 @@ class Builder(LightningCLI):
     ) -> None:
         self.folder, self.extra_callbacks = folder, callbacks
         self.groups: dict[str, dict[str, Any]] = values.get("parameter_groups") or {}
-        self.trainer: L.Trainer | None = None
         given = {key: copy.deepcopy(value) for key, value in values.items() if key not in OWN and value is not None}
         try:
             with _old_names():

@@ -84,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
     result = memory.plan(model, memory.Run(**{**found, **_told(args)}))
     fits = limit is None or result.fits(limit)
     if args.json:
-        found: dict[str, Any] = result.to_dict()
+        told: dict[str, Any] = result.to_dict()
         if limit is not None:
             advice = [vars(advice) for advice in result.advice(limit)]
-            found |= {"memory": limit, "fits": fits, "advice": advice}
-        print(json.dumps(found, indent=2))
+            told |= {"memory": limit, "fits": fits, "advice": advice}
+        print(json.dumps(told, indent=2))
     else:
         print(result.table(limit))
     return 0 if fits else 1

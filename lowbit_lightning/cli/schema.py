@@ -12,7 +12,6 @@ import json
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from functools import reduce
 from typing import Any, Literal, Union, get_args, get_origin
 
 import lightning as L
@@ -119,14 +118,12 @@ def _kind(hint: Any) -> Schema:
     if origin is Literal:
         return {"enum": list(inner)}
     if origin in (Union, types.UnionType):
-        kinds = [_kind(one) for one in inner]
-        return {} if {} in kinds else {"anyOf": reduce(_with, kinds, [])}
+        kinds: list[Schema] = []
+        for one in map(_kind, inner):
+            kinds += [] if one in kinds else [one]
+        return {} if {} in kinds else {"anyOf": kinds}
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return {"type": "object"}
     if isinstance(origin, type) and issubclass(origin, Iterable):
         return {"type": "array"}
     return {}
-
-
-def _with(kinds: list[Schema], one: Schema) -> list[Schema]:
-    return kinds if one in kinds else [*kinds, one]

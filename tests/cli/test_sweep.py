@@ -50,7 +50,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
     runs: list[dict[str, Any]] = []
 
     def instead(told: list[str], stdout: Any, **_: Any) -> Any:
-        settings = dict(part.split("=", 1) for part in told if "=" in part)
+        settings: dict[str, Any] = dict(part.split("=", 1) for part in told if "=" in part)
         settings["resumed"] = "--resume" in told
         runs.append(settings)
         rate = float(settings["optimizer.lr"])
