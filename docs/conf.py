@@ -33,7 +33,6 @@ html_copy_source = False
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
-suppress_warnings = ["toc.not_included"]
 
 autoclass_content = "both"
 autodoc_class_signature = "mixed"
@@ -51,7 +50,7 @@ nitpicky = True
 # Names in signatures that have no page: type variables, and classes whose public children say all.
 nitpick_ignore_regex = [
     ("py:(class|obj)", r"Tensor|torch\.utils\.hooks\.RemovableHandle"),
-    ("py:(class|obj)", r"lowbit_lightning\.(convert|layers)\.\w+\.(Module|Setting|Selection|LowBitWeight)"),
+    ("py:(class|obj)", r"lowbit_lightning\.(convert|layers)\.\w+\.(Module|Setting|Selection|LowBitWeight|Int8Matrix|_Built)"),
     ("py:class", r"lowbit_lightning\.(kernels\.rules\.rule\.Rule|optim\.settings\.Settings)"),
     ("py:class", r"lowbit_lightning\.precision\.(int8\.Int8Mixed|in_step\.InStep)"),
     ("py:class", r"lowbit_lightning\.strategies\.deepspeed\.strategy\._LightningsStrategy"),

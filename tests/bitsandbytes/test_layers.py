@@ -172,6 +172,7 @@ def test_products_of_their_own() -> None:
         bnb.matmul_4bit(x, codes, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="torch 2.7's compiler cannot trace it")
 @pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
 def test_compiles_without_a_break(make: Make) -> None:
     layer, x = make(32, 64).to("cpu"), torch.randn(4, 64)

@@ -327,6 +327,7 @@ def test_a_filter_decides_and_is_not_saved(folder: Folder, tmp_path: Path) -> No
     assert_same_state(load(tmp_path, None), model)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="torch 2.7's compiler cannot trace it")
 @pytest.mark.slow
 def test_compiles_as_one_graph(folder: Folder) -> None:
     model = load(folder("llama"))

@@ -256,6 +256,7 @@ def _without_biases(model: Model) -> Model:
     return model
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="torch 2.7's fully_shard refuses integer parameters")
 def test_a_model_that_is_sharded_already() -> None:
     with being_rank(0, (2,)) as mesh:
         sharded = fully_shard(net(), mesh=mesh)
