@@ -50,7 +50,8 @@ nitpicky = True
 # Names in signatures that have no page: type variables, and classes whose public children say all.
 nitpick_ignore_regex = [
     ("py:(class|obj)", r"Tensor|torch\.utils\.hooks\.RemovableHandle"),
-    ("py:(class|obj)", r"lowbit_lightning\.(convert|layers)\.\w+\.(Module|Setting|Selection|LowBitWeight|Int8Matrix|_Built)"),
+    ("py:(class|obj)", r"lowbit_lightning\.(convert|layers)\.\w+\.(Module|Setting|Selection)"),
+    ("py:class", r"lowbit_lightning\.layers\.\w+\.(LowBitWeight|Int8Matrix|_Built)"),
     ("py:class", r"lowbit_lightning\.(kernels\.rules\.rule\.Rule|optim\.settings\.Settings)"),
     ("py:class", r"lowbit_lightning\.precision\.(int8\.Int8Mixed|in_step\.InStep)"),
     ("py:class", r"lowbit_lightning\.strategies\.deepspeed\.strategy\._LightningsStrategy"),
