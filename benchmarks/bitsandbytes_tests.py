@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import types
 from collections import Counter
@@ -194,6 +195,7 @@ def main() -> int:
     sys.path.insert(0, str(checkout))
     files = [] if any(".py" in argument for argument in arguments) else [f"tests/test_{name}.py" for name in FILES]
     plugin = Plugin()
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("stopped: the table has what ran"))
     quiet = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=line", "-o", "log_cli=false"]
     status = pytest.main([*quiet, *files, *arguments], plugins=[plugin])
     print(plugin.table())

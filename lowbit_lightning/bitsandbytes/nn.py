@@ -96,7 +96,7 @@ class _Quantized4bit(_Quantized):
     quant_state: QuantState | None = None
     """The weight's; kept here too, because FSDP replaces parameters by plain ones."""
 
-    def _weight(self, weight: Tensor, quant_type: str, quant_storage: torch.dtype, compress: bool) -> Params4bit:
+    def _weight(self, weight: Tensor, quant_type: str, quant_storage: torch.dtype, compress: bool | None) -> Params4bit:
         return Params4bit(
             weight,
             requires_grad=False,

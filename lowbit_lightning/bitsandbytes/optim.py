@@ -98,7 +98,7 @@ class Adam(_Bitsandbytes, ours.Adam):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
@@ -118,7 +118,7 @@ class AdamW(_Bitsandbytes, ours.AdamW):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
@@ -136,7 +136,7 @@ class Lion(_Bitsandbytes, ours.Lion):
         betas: Betas = (0.9, 0.99),
         weight_decay: float = 0.0,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
     ) -> None:
@@ -156,7 +156,7 @@ class SGD(_Bitsandbytes, ours.SGD):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
     ) -> None:
         options = self._options(optim_bits, args, min_8bit_size)
@@ -176,7 +176,7 @@ class RMSprop(_Bitsandbytes, ours.RMSprop):
         momentum: float = 0.0,
         centered: bool = False,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
     ) -> None:
         options = self._options(optim_bits, args, min_8bit_size)
@@ -195,7 +195,7 @@ class Adagrad(_Bitsandbytes, ours.Adagrad):
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
     ) -> None:
         options = self._options(optim_bits, args, min_8bit_size)
@@ -217,7 +217,7 @@ class LAMB(_Bitsandbytes, ours.LAMB):
         amsgrad: bool = False,
         adam_w_mode: bool = True,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 1.0,
     ) -> None:
@@ -244,7 +244,7 @@ class LARS(_Bitsandbytes, ours.LARS):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         optim_bits: int | None = None,
-        args: None = None,
+        args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 0.02,
     ) -> None:
@@ -308,5 +308,5 @@ _refuse = refusing(
 )
 
 
-def __getattr__(name: str) -> type[_Bitsandbytes]:
+def __getattr__(name: str) -> Any:
     return _refuse(name)

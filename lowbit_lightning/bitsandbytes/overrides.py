@@ -83,7 +83,7 @@ class GlobalOptimManager:
         for p in given:
             self._own[p] = {**self._own.get(p, {}), **config}
             if BITS in config:
-                p.state_bits = config[BITS]  # type: ignore[attr-defined]
+                p.state_bits = config[BITS]  # type: ignore[union-attr]
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """``override_config`` of a module's parameter, also after that was replaced (materialised, sharded).

@@ -89,6 +89,11 @@ class Params4bit(QuantizedParameter):
     """
 
     quant_state: QuantState | None
+    blocksize: int
+    compress_statistics: bool | None
+    quant_type: str
+    quant_storage: torch.dtype
+    bnb_quantized: bool
 
     def __new__(
         cls,
@@ -201,6 +206,7 @@ class Int8Params(QuantizedParameter):
     """
 
     SCB: Tensor | None
+    has_fp16_weights: bool
 
     def __new__(
         cls,

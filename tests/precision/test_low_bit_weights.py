@@ -71,7 +71,7 @@ def data() -> DataLoader:
 
 
 def trainer(*plugins: Any, epochs: int = 1, **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(
         accelerator="cpu", max_epochs=epochs, plugins=list(plugins), enable_checkpointing=False, **quiet, **options
     )
@@ -259,11 +259,12 @@ def _without_biases(model: Model) -> Model:
 @pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="torch 2.7's fully_shard refuses integer parameters")
 def test_a_model_that_is_sharded_already() -> None:
     with being_rank(0, (2,)) as mesh:
-        sharded = fully_shard(net(), mesh=mesh)
+        sharded, ready = net(), quantize(net(), "nf4", include="*.base")
+        for model in (sharded, ready):
+            fully_shard(model, mesh=mesh)
         with pytest.raises(ValueError, match=r"sharded already.*before fully_shard"):
             LowBitWeights("nf4").convert_module(sharded)
-        ready = quantize(net(), "nf4", include="*.base")
-        LowBitWeights("nf4").convert_module(fully_shard(ready, mesh=mesh))
+        LowBitWeights("nf4").convert_module(ready)
 
 
 @pytest.mark.parametrize(
