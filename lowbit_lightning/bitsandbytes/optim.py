@@ -6,6 +6,7 @@ takes both as arguments: ``optim_bits`` (32) and ``is_paged``. All have ``min_8b
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -54,6 +55,16 @@ class _Bitsandbytes(ours.LowBitOptimizer):
             warnings.warn("parameters are on the CPU: their states are not paged", stacklevel=4)
             param_group = {**param_group, "paged": False}
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """See ``LowBitOptimizer``; as in bitsandbytes, the optimizer shares no tensor with the checkpoint.
+
+        Raises:
+            ValueError: for ``move_to_device=False``: states lie where their parameters do.
+        """
+        if not move_to_device:
+            raise ValueError("move_to_device must be True: states lie where their parameters do, or in pages")
+        super().load_state_dict(copy.deepcopy(state_dict))
 
     def step(self, closure: Any = None) -> Any:
         """See ``LowBitOptimizer``."""

@@ -149,6 +149,21 @@ def test_overrides_of_bits_come_at_any_time() -> None:
     assert "exp_avg" in other.state[module.weight]
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix32bit"])
+def test_a_loaded_optimizer_shares_nothing_with_the_checkpoint(name: str) -> None:
+    params = parameters()
+    optimizer = build(bnb.optim, name, params)
+    step(optimizer, params, 0)
+    saved, ends = optimizer.state_dict(), []
+    for _ in range(2):
+        twins = parameters()
+        twin = build(bnb.optim, name, twins)
+        twin.load_state_dict(saved)
+        step(twin, twins, 1)
+        ends.append(twins)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
