@@ -74,7 +74,7 @@ FAILURES: list[tuple[str, str, dict[str, Any], str, str, str]] = [
      FAIL, "lightning 2.4.0 (needs lightning>=2.5)", "pip install 'lightning>=2.5'"),
     # 2: the driver is older than the wheel's CUDA
     ("old driver", "gpu", {"cuda": [12, 8], "driver": "570.1"}, FAIL, "driver 570.1 for CUDA 12.8 is older", "cu126"),
-    ("wheel for CPUs", "gpu", {"torch_cuda": ""}, WARN, "build for CPUs", "pip install --force-reinstall torch"),
+    ("wheel for CPUs", "gpu", {"torch_cuda": ""}, WARN, "build for CPUs", "uv pip install --reinstall torch"),
     ("mismatched driver", "gpu", {"status": 803}, FAIL, "does not match its kernel module", "reboot"),
     ("no fabric manager", "gpu", {"status": 802}, FAIL, "fabric manager", "systemctl start nvidia-fabricmanager"),
     ("no driver library", "gpu", {"library": "libcuda.so.1: cannot open"},
