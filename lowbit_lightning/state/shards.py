@@ -133,7 +133,9 @@ def first_index(p: Tensor) -> int:
 
 def mark_changed(params: Sequence[Tensor]) -> None:
     """Bump the version counters of DTensors whose local parts a kernel has written: autograd looks at theirs."""
-    torch.autograd.graph.increment_version([p for p in params if isinstance(p, DTensor)])
+    changed = [p for p in params if isinstance(p, DTensor)]
+    if changed:
+        torch.autograd.graph.increment_version(changed)
 
 
 def sum_over_shards(params: Sequence[Tensor], sums: Tensor) -> Tensor:
