@@ -219,7 +219,7 @@ def test_quantised(form: str, dtype: torch.dtype, mode: str) -> None:
         weight = weight.to(dtype)
         for fit in ("absmax", "lsq"):
             if fit == "lsq":  # threads wait for each other hundreds of times, which is slow in the emulator
-                weight = weight[3:]
+                weight = weight[4:]
             if length != 129 and (fit == "lsq" or mode == "check"):
                 continue
             with kernels.use_backend("reference"):
@@ -322,6 +322,7 @@ def test_outlier_columns(dtype: torch.dtype, mode: str) -> None:
         assert torch.allclose(ours[1], product, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_outliers_in_int8_on_a_gpu() -> None:
     """The whole op, as on a GPU: within 1 % with six columns 60 times larger."""
     x, weight = torch.randn(20, 256), torch.randn(24, 256)
