@@ -14,7 +14,7 @@ from lowbit_lightning.precision.accounting import patch_accounting
 
 
 def test_the_monitor_sees_the_operands_of_the_products() -> None:
-    """Each feature of normal data has 40 dB or so; a pixel that is 100 times larger costs dw, and nobody else."""
+    """Each feature of normal data has 40 dB or so; a pixel that is 100 times larger costs the scales of dw's channels, and no pixel's."""
     torch.manual_seed(0)
     layer = Int8Conv2d(32, 24, 3, padding=1)
     x = torch.randn(2, 32, 8, 8).requires_grad_()
@@ -26,7 +26,7 @@ def test_the_monitor_sees_the_operands_of_the_products() -> None:
     sample.remove()
     snr = {(slot.product, slot.side): value.item() for slot, value in zip(slots, values[:, 0], strict=True)}
     assert sorted(snr) == [(product, side) for product in range(3) for side in range(2)]
-    assert snr.pop((2, 1)) < 40 - 20
+    assert snr.pop((2, 1)) < 36
     assert all(38 < value < 50 for value in snr.values())
 
 
