@@ -14,7 +14,7 @@ from lowbit_lightning.precision.accounting import patch_accounting
 
 
 def test_the_monitor_sees_the_operands_of_the_products() -> None:
-    """Each feature of normal data has 40 dB or so; a pixel that is 100 times larger costs the scales of dw's channels, and no pixel's."""
+    """Features of normal data have 40 dB or more; a pixel that is 100 times larger costs dw, and no other product."""
     torch.manual_seed(0)
     layer = Int8Conv2d(32, 24, 3, padding=1)
     x = torch.randn(2, 32, 8, 8).requires_grad_()
