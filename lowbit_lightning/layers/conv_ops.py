@@ -208,7 +208,8 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     weight, x, xq, x_scales = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     _, grad_input, grad_weight = ctx.kinds
-    geometry = tuple(tuple(sizes) for sizes in ctx.geometry)
+    stride, padding, dilation = (tuple(sizes) for sizes in ctx.geometry)
+    geometry = stride, padding, dilation
     dx = dw = db = None
     if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated in turn
         if needs_x:

@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
         by_a = None if da is None else _Product.apply(ctx.kind, da, b, *rest)  # type: ignore[no-untyped-call]
         by_b = None if db is None else _Product.apply(ctx.kind, a, db, *rest)  # type: ignore[no-untyped-call]
         if by_a is None or by_b is None:
-            return by_a if by_b is None else by_b
+            return by_a if by_b is None else by_b  # type: ignore[return-value]
         return by_a + by_b
 
     @staticmethod

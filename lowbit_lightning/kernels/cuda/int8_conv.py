@@ -96,6 +96,6 @@ def int8_conv_weight(
         read = (column.clamp(min=0) + first).flatten()
         pixels = torch.where((column < 0).repeat(images).unsqueeze(1), 0, b[read]).T
         for start in range(0, a.shape[1], PART):
-            parts = (x[:, start : start + PART].contiguous() for x in (a, pixels))
-            total[:, t] += int8_matmul(*parts, a_scales, b_scales, None, torch.float32)
+            of_a, of_b = (x[:, start : start + PART].contiguous() for x in (a, pixels))
+            total[:, t] += int8_matmul(of_a, of_b, a_scales, b_scales, None, torch.float32)
     return total.to(out_dtype)
