@@ -29,6 +29,16 @@ from lowbit_lightning.cli.config import ConfigError
 from lowbit_lightning.optim import group_parameters
 
 
+class LastCheckpoint(Callback):
+    """Saves when training ends: ModelCheckpoint saves after a validation or an epoch, and more steps may follow."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 class Builder(LightningCLI):
     """``model``, ``datamodule`` and ``trainer`` of a checked config. ``folder``: of the run; None builds nothing.
 
@@ -77,7 +87,7 @@ class Builder(LightningCLI):
         saved = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
         if not saved and given["enable_checkpointing"] is not False and not given["fast_dev_run"]:
             saved = [ModelCheckpoint(save_last=True)]
-            callbacks += saved
+            callbacks += [*saved, LastCheckpoint(self.folder / "checkpoints" / "last.ckpt")]
         for callback in saved:
             callback.dirpath = callback.dirpath or str(self.folder / "checkpoints")
         self.config_init["trainer"]["callbacks"] = callbacks

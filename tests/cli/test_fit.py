@@ -71,7 +71,8 @@ def test_the_saved_config_runs_again(folder: Path, capsys: pytest.CaptureFixture
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_resume_goes_on_and_the_config_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = folders(folder)[0]
-    assert run("--resume", "trainer.max_steps=6", "optimizer.lr=0.5", "optimizer.weight_decay=0.25") == 0
+    validation = ["trainer.val_check_interval=5", "data.batches=9"]  # one more step follows the last validation
+    assert run("--resume", "trainer.max_steps=6", "optimizer.lr=0.5", "optimizer.weight_decay=0.25", *validation) == 0
     printed = capsys.readouterr()
     assert f"from {first.relative_to(folder) / 'checkpoints' / 'last.ckpt'}" in printed.out
     listed = [line.strip() for line in printed.err.splitlines() if " there, " in line]
@@ -81,7 +82,9 @@ def test_resume_goes_on_and_the_config_holds(folder: Path, capsys: pytest.Captur
     ended = json.loads((second / "run.json").read_text())
     assert (ended["steps"], ended["status"]) == (6, "done")
     assert first.name in ended["resumed_from"]
-    group: Any = torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    saved = torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    group: Any = saved["optimizer_states"][0]
     assert group["param_groups"][0]["initial_lr"] == 0.5
     assert group["param_groups"][0]["weight_decay"] == 0.25
 
