@@ -79,7 +79,7 @@ def _contiguous(arguments: StepArguments) -> StepArguments:
     if params is arguments.params:
         return arguments
     _warn_of_copies()
-    return replace(arguments, params=params)
+    return replace(arguments, params=list(params))
 
 
 def _all_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

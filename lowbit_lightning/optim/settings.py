@@ -117,10 +117,6 @@ class Settings(NamedTuple):
         on_device = isinstance(lr, Tensor) and lr.device == device
         if on_device:
             values["lr"] = 0.0
-        return StepScalars(
-            [float(values[name]) for name in self.rule.hyper],
-            lr.detach().float() if on_device else None,
-            *[factor if factor is None else factor.to(device) for factor in asked],
-            seed=self.group["seed"],
-            maximize=self.group["maximize"],
-        )
+        unscale, clip, skip = [factor if factor is None else factor.to(device) for factor in asked]
+        hyper, lr = [float(values[name]) for name in self.rule.hyper], lr.detach().float() if on_device else None
+        return StepScalars(hyper, lr, unscale, clip, skip, self.group["seed"], self.group["maximize"])
