@@ -36,7 +36,7 @@ def images(n: int, channels: int, size: int, device: str, dtype: torch.dtype = t
 
 
 def passes(layer: nn.Module, one: Convolution, count: int, device: str, bf16: bool) -> Callable[[], None]:
-    layer = layer.to(device, memory_format=torch.channels_last)
+    layer = layer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = torch.bfloat16 if bf16 else torch.float32
     x = images(count, one.channels, one.size, device, dtype).requires_grad_()
     dy = images(count, one.features, one.size // one.stride, device, dtype)
@@ -85,7 +85,7 @@ def step(report: Report) -> None:
 
     def build(int8: bool, bf16: bool) -> Callable[[], None]:
         torch.manual_seed(0)
-        model = ResNet(1000).to(arguments.device, memory_format=torch.channels_last)
+        model = ResNet(1000).to(arguments.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if int8:
             convert.swap_linears(model)
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -123,7 +123,8 @@ def saved_bytes(report: Report) -> None:
     for name, kind in (("bf16 autocast", nn.Conv2d), ("int8", Int8Conv2d)):
         total = 0
         for one in resnet50():
-            layer, saved = one.layer(kind).to(memory_format=torch.channels_last), {}
+            layer = one.layer(kind).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            saved: dict[int, int] = {}
 
             def keep(x: Tensor, saved: dict[int, int] = saved) -> Tensor:
                 saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()

@@ -210,4 +210,4 @@ def test_messages() -> None:
         (5, 0, "images must be at least 1"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            kernels.int8_conv(*good[:place], value, *good[place + 1 :])
+            kernels.int8_conv(*good[:place], value, *good[place + 1 :])  # type: ignore[arg-type, call-arg]

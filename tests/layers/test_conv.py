@@ -12,6 +12,7 @@ import torch
 from support.int8_models import OPTIONS, assert_equal, called, gradients
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.grad import conv2d_weight
 from torch.utils.checkpoint import checkpoint
 
 from lowbit_lightning import convert, kernels
@@ -71,6 +72,7 @@ def test_is_the_plain_convolution_up_to_rounding(form: Any, last: bool) -> None:
         assert actual.shape == right.shape
         assert relative(actual, right) < 0.03
     assert y.movedim(1, -1).is_contiguous() == last
+    assert ours.grad is not None
     assert ours.grad.movedim(1, -1).is_contiguous() == last
     assert int8.weight.grad.stride() == int8.weight.stride()
     with torch.no_grad():
@@ -105,13 +107,13 @@ def test_error_is_that_of_theory_within_a_tenth() -> None:
         if kind == "dx":
             return F.conv_transpose2d(a_noise, b2, padding=1) + F.conv_transpose2d(a2, b_noise, padding=1)
         both = ((a_noise, b2), (a2, b_noise))
-        return sum((torch.nn.grad.conv2d_weight(q, w.shape, p, padding=1) for p, q in both), torch.zeros(()))
+        return sum((conv2d_weight(q, w.shape, p, padding=1) for p, q in both), torch.zeros(()))
 
     cases = {
         "y": (y, F.conv2d(x, w, padding=1), x, step(x, 1), w, step(w, 1, 2, 3)),
         "dx": (x32.grad, F.conv_transpose2d(dy, w, padding=1), dy, step(dy, 1), w, step(w, 0, 2, 3)),
         "dw": (
-            *(layer.weight.grad, torch.nn.grad.conv2d_weight(x, w.shape, dy, padding=1)),
+            *(layer.weight.grad, conv2d_weight(x, w.shape, dy, padding=1)),
             *(dy, step(dy, 0, 2, 3), x, step(x, 0, 2, 3)),
         ),
     }
@@ -188,7 +190,7 @@ def test_stochastic_rounding_repeats_by_seed_and_has_no_bias() -> None:
     assert torch.equal(weight_gradient(0), weight_gradient(0))
     assert not torch.equal(weight_gradient(0), weight_gradient(1))
     mean = torch.stack([weight_gradient(seed) for seed in range(64)]).mean(0)
-    exact = torch.nn.grad.conv2d_weight(x, layer.weight.shape, dy, padding=1)
+    exact = conv2d_weight(x, layer.weight.shape, dy, padding=1)
     assert relative(mean, exact.double()) < 0.5 * relative(weight_gradient(0), exact.double())
 
 
@@ -236,7 +238,7 @@ class Net(nn.Module):
 
 def net(**arguments: Any) -> Net:
     torch.manual_seed(0)
-    model = Net(**arguments).to(memory_format=torch.channels_last)
+    model = Net(**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     convert.swap_linears(model)
     return model
 
