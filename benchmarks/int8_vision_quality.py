@@ -39,7 +39,8 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 class Digits(L.LightningModule):
     def __init__(self, width: int, steps: int) -> None:
         super().__init__()
-        self.model = ResNet(10, 1, width, small=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = ResNet(10, 1, width, small=True)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.steps = steps
         self.found: list[tuple[float, float]] = []
         self.sums = [0.0, 0.0, 0.0]
