@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -47,7 +47,8 @@ class ResNet(nn.Module):
         return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class Convolution(NamedTuple):
+@dataclass(frozen=True)
+class Convolution:
     """A kind of convolution: kernel, stride, channels, features, the size of its images, and how many there are."""
 
     kernel: int
@@ -67,7 +68,7 @@ class Convolution(NamedTuple):
 
 def resnet50() -> list[Convolution]:
     """The convolutions of ResNet-50 for images of 224 x 224, all but the first."""
-    found: dict[tuple[int, ...], int] = {}
+    found: dict[tuple[int, int, int, int, int], int] = {}
     channels, size = 64, 56
     for stage, depth in enumerate((3, 4, 6, 3)):
         width = 64 << stage

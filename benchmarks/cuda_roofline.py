@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,29 @@ def count(work: Work, architecture: str) -> Count:
     code = sass.disassemble(binary.code)
     resources = compile.resources(binary.log)
     slots, alu, in_flight, tensor, spilled = 0.0, 0.0, 0, 0.0, 0
-    kinds = Counter[str]()
+    kinds: dict[str, float] = defaultdict(float)
     for phase in work.phases:
         turn, times = _cheapest(code[phase.kernel], phase, f"{work.name} for {architecture}")
         elements = phase.elements * times
         slots += turn.slots / elements
         alu += turn.alu / elements
-        kinds.update({kind: number / elements for kind, number in turn.kinds().items()})
+        for kind, number in turn.kinds().items():
+            kinds[kind] += number / elements
         in_flight = max(in_flight, sass.LANES * turn.loaded_bytes)
         tensor += turn.slots / turn.tensor if turn.tensor else 0.0
         spilled += turn.local
     used = [resources[name] for name in dict.fromkeys(phase.kernel for phase in work.phases)]
     return Count(
-        *(work, architecture, slots, alu, dict(kinds), max(r.registers for r in used), max(r.shared for r in used)),
-        *(in_flight, tensor, spilled),
+        work=work,
+        architecture=architecture,
+        slots=slots,
+        alu=alu,
+        kinds=dict(kinds),
+        registers=max(r.registers for r in used),
+        static_shared=max(r.shared for r in used),
+        in_flight=in_flight,
+        tensor=tensor,
+        spilled=spilled,
     )
 
 

@@ -36,7 +36,7 @@ OURS = [
     *((form, torch.bfloat16) for form in ("nf4", "nf4-dq", "fp4", "int4", "int3", "int2", "int8")),
     *((form, torch.float32) for form in ("nf4", "int4", "int8")),
 ]
-TORCHAO = [
+TORCHAO: list[tuple[str, dict[str, Any]]] = [
     ("int4", {"config": "Int4WeightOnlyConfig", "group_size": 64, "int4_packing_format": "tile_packed_to_4d"}),
     ("int8", {"config": "Int8WeightOnlyConfig"}),
 ]
@@ -106,9 +106,10 @@ def bitsandbytes(weight: Tensor, count: int, dtype: torch.dtype) -> list[Product
 
 def torchao(weight: Tensor, count: int, dtype: torch.dtype, config: str, **options: Any) -> list[Product]:
     quantize, made = rival("torchao.quantization", "quantize_"), rival("torchao.quantization", config)(**options)
-    layers = []
+    layers: list[Product] = []
     for _ in range(count):
-        layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device, dtype=dtype)
+        outputs, inputs = weight.shape
+        layer = torch.nn.Linear(inputs, outputs, bias=False, device=weight.device, dtype=dtype)
         layer.weight.data = weight.to(dtype)
         quantize(layer, made)
         layers.append(layer)

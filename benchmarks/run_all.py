@@ -98,7 +98,9 @@ def title(part: Part) -> str:
 
 def panels(outcome: Outcome) -> list[Panel]:
     """Bars of the part's first table that has milliseconds; none where it has none."""
-    heading, names, bars = "", [], []
+    heading = ""
+    names: list[str] = []
+    bars: list[tuple[str, float, bool]] = []
     for line in outcome.report.splitlines():
         if line.startswith("## "):
             heading = line[3:]

@@ -116,7 +116,7 @@ def _int8() -> Iterator[Work]:
             Phase("quantize_rows", width, 16, unrolled=several),
             Phase("quantize_rows", width, 16, width, unrolled=several),
         )
-        run = partial(kernels.quantize_rowwise, _random(4, 2048, dtype))
+        run: Callable[[], object] = partial(kernels.quantize_rowwise, _random(4, 2048, dtype))
         yield Work(f"int8 rows {NAMES[dtype]}", text, rows, run, dtype.itemsize + 1, "element")
         both = (
             Phase("find_tops", 4 * width, 64),
@@ -125,13 +125,13 @@ def _int8() -> Iterator[Work]:
         run = partial(kernels.quantize_both, _random(128, 256, dtype))
         yield Work(f"int8 rows and columns {NAMES[dtype]}", text, both, run, 2 * dtype.itemsize + 2, "element")
     a = torch.randint(-127, 128, (256, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    run = partial(fused_product, a, a, torch.ones(256), torch.ones(256), None, BF16)
+    multiply = partial(fused_product, a, a, torch.ones(256), torch.ones(256), None, BF16)
     for tile_n in (128, 256):
         text = specialised("int8_product.cu", ELEMENT=BF16, BIAS=F32, TILE_N=tile_n, STAGES=3)
         # A step of 64 along K: each warp multiplies 64 x 64 x 64, by instructions of 16 x 8 x 32.
         phase = Phase("int8_product", 64 * 64 * 64 / 32, (128 + tile_n) * 64 // tile_n, tensor=64)
         yield Work(
-            *(f"int8 product, tiles of 128 x {tile_n}", text, (phase,), run),
+            *(f"int8 product, tiles of 128 x {tile_n}", text, (phase,), multiply),
             traffic=0.0,
             unit="multiplication",
             threads=tile_n,

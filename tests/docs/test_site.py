@@ -89,7 +89,8 @@ def test_docstrings_name_arguments_that_exist() -> None:
 def misread(value: Any) -> list[str]:
     """What the page would show as an argument or as an exception, and is neither."""
     known = {*inspect.signature(value).parameters, *_keywords(value)}
-    text = str(GoogleDocstring(inspect.cleandoc(value.__doc__ or ""), Config(napoleon_use_param=True), what="function"))
+    settings: Any = Config(napoleon_use_param=True)
+    text = str(GoogleDocstring(inspect.cleandoc(value.__doc__ or ""), settings, what="function"))
     told = (name.strip() for names in re.findall(r"^:param (.+?):", text, re.MULTILINE) for name in names.split(","))
     raised = re.findall(r"^:raises ([^:]*):", text, re.MULTILINE)
     wrong = [name for name in told if name.replace("\\", "").strip("*") not in known]

@@ -40,7 +40,7 @@ def emulated(
     def run(one: launch.Launch) -> None:
         launches.append(one)
         module = _module(one.text, check=check)
-        with module.recorded() if records is not None else nullcontext([]) as found:
+        with module.recorded() if records is not None else nullcontext(list[np.ndarray]()) as found:
             module.launch(
                 *(one.kernel, one.grid, one.block, one.arguments),
                 order=order,

@@ -32,7 +32,7 @@ def expected_and_found(sizes: tuple[int, ...], dtype: torch.dtype, mode: dict[st
     of_pixels, of_results, of_features, of_channels = map(torch.rand, map(int, (len(x), len(dy), features, channels)))
     of_pixels[0] = float("nan")
     bias = torch.randn(features)
-    calls = [
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
         (kernels.int8_conv, (x, w, of_pixels, of_features, table, images, bias, dtype)),
         (kernels.int8_conv_input, (dy, w, of_results, of_channels, table, images, pixels, dtype)),
         (kernels.int8_conv_weight, (dy.T.contiguous(), x, of_features, of_channels, table, images, dtype)),

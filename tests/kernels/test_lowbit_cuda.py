@@ -24,7 +24,7 @@ MODES: dict[str, dict[str, Any]] = {"": {}, "backward": {"order": "backward"}, "
 LENGTHS = (1, 31, 64, 129, 333, 512)
 
 
-def cases(quick: set[tuple[Any, ...]], forms: tuple[str, ...], *axes: tuple[Any, ...]) -> list[Any]:
+def cases(quick: set[tuple[Any, ...]], forms: tuple[Any, ...], *axes: tuple[Any, ...]) -> list[Any]:
     """Every format with every dtype, the values of other axes in turns: these are slow. And those that are quick."""
     dtypes, *others = axes
     wide = [

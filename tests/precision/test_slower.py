@@ -50,7 +50,8 @@ def fit(plugin: Int8MixedPrecision, steps: int, path: Path, resume: Path | None 
         max_steps=steps, plugins=[plugin], accelerator="cpu", logger=False, default_root_dir=path,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
-    trainer.fit(model, torch.utils.data.DataLoader(list(torch.randn(8, 16, 9, 9)), 2), ckpt_path=resume)
+    images: Any = list(torch.randn(8, 16, 9, 9))
+    trainer.fit(model, torch.utils.data.DataLoader(images, 2), ckpt_path=resume)
     return model, trainer
 
 
