@@ -63,7 +63,7 @@ class Report:
     """Prints as it goes, and writes all of it to a file in the end."""
 
     def __init__(self, title: str, arguments: argparse.Namespace) -> None:
-        if arguments.cpu_time:
+        if getattr(arguments, "cpu_time", False):
             arguments.threads = 1
             _CLOCK[0] = time.thread_time
         torch.set_num_threads(arguments.threads)
@@ -72,7 +72,7 @@ class Report:
         self.lines: list[str] = []
         self.add(f"# {title}, {arguments.device}, {datetime.date.today()}", "")
         self.add(*machine(arguments.device), "")
-        if arguments.cpu_time:
+        if getattr(arguments, "cpu_time", False):
             self.add("Times are the CPU time of one thread: other programs shared the machine.", "")
 
     def add(self, *lines: str) -> None:

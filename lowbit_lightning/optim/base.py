@@ -61,9 +61,11 @@ class LowBitOptimizer(Optimizer):
 
     @classmethod
     def __subclasses__(cls) -> list[type]:  # type: ignore[override]
-        """All but the namesakes of torch's: LightningCLI looks for a bare ``--optimizer=AdamW`` among the subclasses of
-        ``torch.optim.Optimizer``, and refuses it where it finds two. Ours goes by ``lowbit_lightning.optim.AdamW``."""
-        return [c for c in type.__subclasses__(cls) if not hasattr(torch.optim, c.__name__)]
+        """All but the namesakes of torch's, and those of a class that they derive from: LightningCLI looks for a bare
+        ``--optimizer=AdamW`` among the subclasses of ``torch.optim.Optimizer``, and refuses it where it finds two. Ours
+        goes by ``lowbit_lightning.optim.AdamW``."""
+        found = [c for c in type.__subclasses__(cls) if not hasattr(torch.optim, c.__name__)]
+        return [c for c in found if c.__name__ not in {base.__name__ for base in c.__mro__[1:]}]
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 

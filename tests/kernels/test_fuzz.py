@@ -16,7 +16,8 @@ from support import fuzz
 from lowbit_lightning.kernels import backend
 
 TESTS = Path(__file__).resolve().parents[1]
-BESIDE = {"optimizer_norms", "lowbit_dequantize", "lowbit_embedding"}  # ops that run in the cases of others
+# Ops that run in the cases of others.
+BESIDE = {"optimizer_norms", "lowbit_dequantize", "lowbit_embedding", "int8_conv_input", "int8_conv_weight"}
 # Of summation: equal but for roundings.
 IN_ANY_ORDER = {"lowbit_matmul", "lowbit_matmul_backward", "lowbit_gemv", "split_outliers"}
 needs_mprotect = pytest.mark.skipif(sys.platform != "linux", reason="guard pages are set up as on Linux")
