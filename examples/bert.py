@@ -17,8 +17,8 @@ Every seed trains three times, from the same weights, on the same batches in the
 - **nf4 + LoRA**: the weights are frozen in 4 bits, adapters (PEFT) and the classifier train.
 
 The model of the first run is then used in low bits, without further training. Results land in ``--out``: results.json,
-bert.md, bert.png. The exit status is 1 if, in the mean of the seeds, accuracy falls below fp32's by more than one point
-in int8-mixed, two in nf4 + LoRA, or one where nf4 is only used.
+bert.md, bert.png. The exit status is 1 if, in the mean of the seeds, int8-mixed is more than one point of accuracy below
+fp32.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from lowbit_lightning import memory
 from lowbit_lightning.convert import weight_report
 
 INFERENCE = ("int8", "nf4", "int3", "int2")
-ALLOWED = {"int8-mixed": 1.0, "nf4 + LoRA": 2.0, "nf4": 1.0}  # points of accuracy below fp32
+ALLOWED = {"int8-mixed": 1.0}  # points of accuracy below fp32
 
 
 @dataclass
