@@ -17,8 +17,8 @@ Every seed trains three times, from the same weights, on the same batches in the
 - **nf4 + LoRA**: the weights are frozen in 4 bits, adapters (PEFT) and the classifier train.
 
 The model of the first run is then used in low bits, without further training. Results land in ``--out``: results.json,
-bert.md, bert.png. The exit status is 1 if, in the mean of the seeds, int8-mixed is more than one point of accuracy below
-fp32.
+bert.md, bert.png. The exit status is 1 if int8-mixed is, in the mean of the seeds, more than one point of accuracy
+below fp32.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def train(
     args: argparse.Namespace, texts: Texts, model: nn.Module, precision: Any, optimizer: Callable[..., Any], seed: int
 ) -> float:
     """Trains in place; returns tokens per second."""
-    batches = DataLoader(texts.batches(args.steps, args.batch, seed), batch_size=None)  # type: ignore[arg-type]
+    batches: Any = DataLoader(texts.batches(args.steps, args.batch, seed), batch_size=None)  # type: ignore[arg-type]
     trainer = L.Trainer(
         precision=precision,
         max_steps=args.steps,
