@@ -37,7 +37,8 @@ REPORT = """# Predicted: what limits each CUDA kernel
 
 **Nothing here was measured on a GPU.** `make cuda-roofline` counts issue slots in the machine code that NVRTC
 {nvrtc} makes, on the path that a full, aligned block takes, and compares them with published figures of GPUs. A
-kernel cannot be faster than its limit; how near it comes, only a GPU shows.
+kernel cannot be faster than its limit; how near it comes, only a GPU shows. What `mma.sync` reaches of the tensor units
+(62 % on sm_90, 30 % on sm_100) is an estimate.
 
 - slots: instructions that a warp issues for an element. Of the ALU: those that only the half-width integer units take.
 - sectors: of 32 bytes, moved over needed. banks: turns of shared memory over those without conflicts. Both are counted

@@ -1,4 +1,4 @@
-"""Published figures of GPUs, and the time that they allow a kernel."""
+"""Published figures of GPUs, a few estimates, and the time that they allow a kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COPY_SHARE = 0.9  # of the nominal bandwidth that a copy reaches: 4.3 of 4.8 TB/
 
 @dataclass(frozen=True)
 class Device:
-    """What a vendor publishes.
+    """What a vendor publishes; ``mma_share``, the clock under load and ``latency`` are estimates.
 
     ``clock``: of boost, under load, in Hz. ``bandwidth``: nominal, in bytes a second. ``int8``: dense tensor operations
     a second by the fastest instruction; ``mma_share``: what ``mma.sync`` reaches of it. Of a multiprocessor: ``warps``

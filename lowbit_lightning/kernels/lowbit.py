@@ -63,7 +63,7 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
         ``[..., N]`` in x's dtype, summed in float32. For float32 x no operand is rounded (above 8 rows a GPU
         multiplies as ``torch.backends.cuda.matmul`` says). For bfloat16 x, and on a GPU for float16 x, products may be
         those of x's dtype: the weight is then rounded as if dequantised to it, or less. Beyond float16's range it is
-        infinite there if x has more than 32 rows.
+        infinite there if x has more than 32 rows, and in the gradient of x.
 
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
