@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -84,6 +84,8 @@ class Builder(LightningCLI):
             logger = [own, *(one for one in loggers if not isinstance(one, bool) and one is not None)]
         callbacks = given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
         callbacks = [*(callback for callback in callbacks if callback is not None), *self.extra_callbacks]
+        if given["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
+            callbacks.append(TQDMProgressBar())  # Lightning's other one, where rich is installed, prints "Epoch 0/-2"
         saved = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
         if not saved and given["enable_checkpointing"] is not False and not given["fast_dev_run"]:
             saved = [ModelCheckpoint(save_last=True)]

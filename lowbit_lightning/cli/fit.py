@@ -25,7 +25,7 @@ from lowbit_lightning.cli import runs
 from lowbit_lightning.cli.build import Builder
 from lowbit_lightning.cli.check import checked
 from lowbit_lightning.cli.config import Config, ConfigError, load
-from lowbit_lightning.cli.resume import ConfigHolds, check_model, list_differences
+from lowbit_lightning.cli.resume import ConfigHolds, check_checkpoint, list_differences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         built = Builder(values, folder, (ConfigHolds(), *_report(values)))
         resolved = built.resolved(values)
-        if checkpoint is not None:
-            check_model(checkpoint, built.model, resolved)
+        limit = built.trainer.max_steps if args.command == "fit" else -1
+        done = 0 if checkpoint is None else check_checkpoint(checkpoint, built.model, resolved, limit)
     except BaseException:
         if runs.first_rank():
             folder.rmdir()
@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         if checkpoint is not None:
             print(f"lowbit {args.command}: from {checkpoint}")
             list_differences(checkpoint, resolved, f"lowbit {args.command}")
+            if 0 < done == limit:
+                print(f"lowbit fit: nothing is left to train: it has done all {done} steps", file=sys.stderr)
         elif args.command != "fit":
             print(f"lowbit {args.command}: no checkpoint is given: the model is as it was built", file=sys.stderr)
     return _run(args.command, built, folder, checkpoint)

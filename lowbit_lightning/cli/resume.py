@@ -127,18 +127,31 @@ def _leaves(config: Any) -> dict[str, Any]:
     return {key: value for key, value in flat(own) if not isinstance(value, (dict, list)) or not value}
 
 
-def check_model(checkpoint: Path, model: nn.Module, resolved: str) -> None:
-    """Raise for a checkpoint that is not there, is none, or whose tensors have other shapes than the model's."""
+def check_checkpoint(checkpoint: Path, model: nn.Module, resolved: str, max_steps: int = -1) -> int:
+    """How many steps it has done; 0 where only its strategy can tell.
+
+    Raises:
+        ConfigError: for a checkpoint that is not there, is none, is past ``max_steps`` (-1: no limit), or whose tensors
+            have other shapes than the model's.
+    """
     if not checkpoint.exists():
         raise ConfigError(f"ckpt_path={checkpoint}: no such file or folder")
     if checkpoint.is_dir():
-        return  # its strategy checks it, tensor by tensor
+        return 0  # its strategy checks it, tensor by tensor
     try:
         content = torch.load(checkpoint, map_location="meta", weights_only=True)
     except UnpicklingError:
-        return  # it holds more than plain values; Lightning says what to do
+        return 0  # it holds more than plain values; Lightning says what to do
     except Exception as error:  # whatever torch makes of a file that is no checkpoint
         raise ConfigError(f"ckpt_path={checkpoint}: no checkpoint: {str(error).partition(chr(10))[0]}") from None
+    _check_model(checkpoint, content, model, resolved)
+    done = int(content.get("global_step", 0))
+    if -1 < max_steps < done:
+        raise ConfigError(f"trainer.max_steps={max_steps}: {checkpoint} has already done {done} steps; give more to go on")
+    return done
+
+
+def _check_model(checkpoint: Path, content: Any, model: nn.Module, resolved: str) -> None:
     saved = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(saved, dict):
         raise ConfigError(f"ckpt_path={checkpoint}: no checkpoint of Lightning: it has no state_dict")

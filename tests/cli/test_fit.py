@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import TQDMProgressBar
 from support.configs import CONFIG, write
 
 from lowbit_lightning import cli
@@ -97,6 +98,17 @@ def test_validate_takes_the_newest_checkpoint(folder: Path, capsys: pytest.Captu
     assert torch.load(folders(folder)[-1] / "predictions.pt")[0].shape == (2, 16)
 
 
+def test_resuming_a_run_that_is_done_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Any] = []
+    monkeypatch.setattr("lightning.Trainer.fit", lambda trainer, *_, **__: trainers.append(trainer))
+    first = folders(folder)[0] / "checkpoints" / "last.ckpt"
+    run("--ckpt_path", str(first), "trainer.enable_progress_bar=true")
+    assert "nothing is left to train: it has done all 4 steps" in capsys.readouterr().err
+    assert type(trainers[0].progress_bar_callback) is TQDMProgressBar, "rich's prints Epoch 0/-2"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -105,6 +117,10 @@ def test_validate_takes_the_newest_checkpoint(folder: Path, capsys: pytest.Captu
             r"ckpt_path=runs/small/.*/last.ckpt: it holds another model: tokens.weight is \[256, 32\] there, "
             r"\[256, 64\] here \(.*"
             r"model.init_args.width: 32 there, 64 here\)",
+        ),
+        (
+            ["--resume", "trainer.max_steps=3", "data.batches=4"],
+            r"trainer.max_steps=3: runs/small/.*/last.ckpt has already done \d steps; give more to go on",
         ),
         (["--resume", "name=other"], r"--resume: no run of runs/other to go on with: it has none; leave --resume out"),
         (["--ckpt_path", "nowhere.ckpt"], r"ckpt_path=nowhere.ckpt: no such file or folder"),
