@@ -9,6 +9,7 @@ fails. An environment is removed when it has been used, because a torch for GPUs
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,11 @@ CONSTRAINTS = {"oldest": "constraints-floor.txt", "newest": "constraints.txt"}
 
 
 def found(version: str) -> str | None:
-    """The command of that Python, if it is installed and starts."""
-    command = shutil.which(f"python{version}")
-    works = command and subprocess.run([command, "-c", ""], capture_output=True).returncode == 0
-    return command if works else None
+    """The command of that Python, if one is installed and starts; pyenv's need not be on the path."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    commands = [shutil.which(f"python{version}"), *map(str, pyenv.glob(f"{version}.*/bin/python"))]
+    starts = (c for c in commands if c and subprocess.run([c, "-c", ""], capture_output=True).returncode == 0)
+    return next(starts, None)
 
 
 def check(python: str, constraints: str, built: Path) -> str:
