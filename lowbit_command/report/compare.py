@@ -84,7 +84,8 @@ def _differences(runs: list[tuple[str, Record, int]]) -> str:
         ("Differences of configuration", [r.config for _, r, _ in runs]),
         ("Differences of environment", [r.environment for _, r, _ in runs]),
     ):
-        rows = [(key, *values) for key, values in differing(configs).items()]
+        names = [name for name, _, _ in runs]
+        rows = [(key, *values) for key, values in differing(configs).items() if list(values) != names]
         head = ("", *(parts.key(c, name) for name, _, c in runs))
         inside = parts.table(head, rows, css="fold", scroll=True) if rows else '<p class="soft">None.</p>'
         found.append(parts.card(title, inside, css="gap"))

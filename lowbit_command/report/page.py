@@ -139,8 +139,9 @@ def curve(
 
 
 def small(title: str, curves: list[Curve], unit: str = "", zero: bool = False) -> str:
-    """A card with a chart over steps."""
-    return card(title[:1].upper() + title[1:], draw(curves, SMALL, "step", _step, zero=zero, about=title), unit)
+    """A card with a chart over steps. The name of a metric stays as it was logged."""
+    shown = title[:1].upper() + title[1:] if title.replace(" ", "").isalpha() else title
+    return card(shown, draw(curves, SMALL, "step", _step, zero=zero, about=title), unit)
 
 
 def over_time(curves: list[Curve], about: str) -> str:

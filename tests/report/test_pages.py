@@ -173,7 +173,7 @@ def test_a_page_is_whole_small_and_loads_nothing(html: str) -> None:
 def test_a_page_shows_all_that_was_recorded(html: str) -> None:
     text = " ".join(Reader(html).text.split())
     for words in (
-        *("gpt-small", "finished", "resumed once", "Loss by step", "Loss by time", "Samples per second", "Val_loss"),
+        *("gpt-small", "finished", "resumed once", "Loss by step", "Loss by time", "Samples per second", "val_loss"),
         *("Learning rate", "Memory by kind", "exp_avg: codes and scales", "activations and temporary", "84,934,656"),
         *("lowbit_embedding", "reference", "transformer.h.11.mlp.c_proj", "17.3", "Codes of exp_avg_sq"),
         *("Differences to the previous run", "optimizer.init_args.lr", "0.0003", "0.0006", "NVIDIA H200", "efa69c2"),
