@@ -147,7 +147,8 @@ def check_checkpoint(checkpoint: Path, model: nn.Module, resolved: str, max_step
     _check_model(checkpoint, content, model, resolved)
     done = int(content.get("global_step", 0))
     if -1 < max_steps < done:
-        raise ConfigError(f"trainer.max_steps={max_steps}: {checkpoint} has already done {done} steps; give more to go on")
+        said = f"{checkpoint} has already done {done} steps; give more to go on"
+        raise ConfigError(f"trainer.max_steps={max_steps}: {said}")
     return done
 
 
