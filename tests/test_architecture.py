@@ -28,6 +28,7 @@ LAYERS = {
     "kernels.arguments": 0,
     "kernels.compile": 0,
     "kernels.reference": 0,
+    "kernels.reuse": 0,
     "kernels.sources": 0,
     "kernels.structs": 0,
     "kernels.cpu": 0,
@@ -66,7 +67,7 @@ SAME_LAYER = {
     "kernels.reference": BACKEND_BASE - {"kernels.compile", "kernels.sources", "kernels.structs"},
     "kernels.sources": BACKEND_BASE - {"kernels.sources"},
     "kernels.structs": {"kernels.arguments", "kernels.formats"},
-    "kernels.cpu": BACKEND_BASE | {"kernels.reference"},
+    "kernels.cpu": BACKEND_BASE | {"kernels.reference", "kernels.reuse"},
     "kernels.cuda": BACKEND_BASE,
     "kernels": BACKEND_BASE,  # it loads the backends by name, when they are first needed
     "state.bitsandbytes": {"state.form"},

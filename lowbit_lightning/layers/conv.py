@@ -39,6 +39,7 @@ from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.conv_ops import int8_convolution
 from lowbit_lightning.layers.conv_product import Geometry, convolve
 from lowbit_lightning.layers.int8 import Int8Layer, Products, fewest_rows, in_compute_dtype, multiply
+from lowbit_lightning.layers.pixels import every_nth
 from lowbit_lightning.layers.windows import Windows
 
 
@@ -114,10 +115,8 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
             self.seen = Seen(x.shape[0], windows.size, str(x.dtype), is_channels_last(x))
         last = is_channels_last(x) or is_channels_last(self.weight)
         if windows.see_one_pixel:
-            for d, step in enumerate(windows.stride):
-                x = x[(slice(None),) * (2 + d) + (slice(None, None, step),)] if step > 1 else x
-            y = multiply(self.rows(x), self.weight.flatten(1), self.bias, p)
-            y = y.unflatten(0, (x.shape[0], *x.shape[2:])).movedim(-1, 1)
+            y = multiply(every_nth(x, windows.stride), self.weight.flatten(1), self.bias, p)
+            y = y.unflatten(0, (x.shape[0], *windows.results)).movedim(-1, 1)
             return y if last else y.contiguous()
         geometry: Geometry = (windows.stride, windows.padding, windows.dilation)
         kinds = p.forward == "int8", p.grad_input == "int8", p.grad_weight == "int8"

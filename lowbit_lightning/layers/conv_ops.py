@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare
+from lowbit_lightning.kernels.reuse import give_back
 from lowbit_lightning.layers import conv_product
 from lowbit_lightning.layers.conv_product import high, pixels_of
 from lowbit_lightning.layers.ops import unsaved
@@ -65,8 +66,9 @@ def _int8_convolution(
         xq, x_scales = kernels.quantize_rowwise(pixels)
     wq, w_scales = kernels.quantize_rowwise(weight.movedim(1, -1).flatten(1))
     table = windows.table(x.device)
-    wq = wq.unflatten(1, (table.shape[1], -1))
-    y = kernels.int8_conv(xq, wq, x_scales, w_scales, table, x.shape[0], bias, x.dtype)
+    taps = wq.unflatten(1, (table.shape[1], -1))
+    y = kernels.int8_conv(xq, taps, x_scales, w_scales, table, x.shape[0], bias, x.dtype)
+    give_back(xq, wq)
     return _images(y, x.shape[0], windows.results, channels_last), *saved
 
 
@@ -137,15 +139,18 @@ def _int8_convolution_backward(
         column_q, column_scales = kernels.quantize_colwise(rows, seed)
     if weight is not None:
         wq, w_scales = kernels.quantize_channels(pixels_of(weight))
-        wq = wq.unflatten(0, (-1, table.shape[1]))
+        taps = wq.unflatten(0, (-1, table.shape[1]))
         pixels = torch.Size(windows.size).numel()
-        dx = kernels.int8_conv_input(row_q, wq, row_scales, w_scales, table, images, pixels, x_dtype)
+        dx = kernels.int8_conv_input(row_q, taps, row_scales, w_scales, table, images, pixels, x_dtype)
+        give_back(row_q, wq)
         dx = _images(dx, images, windows.size, channels_last)
     if wants_weight:
+        made = None
         if xq is None or x_scales is None:
             assert x is not None
-            xq, x_scales = kernels.quantize_channels(pixels_of(x))
+            xq, x_scales = made, _ = kernels.quantize_channels(pixels_of(x))
         dw = kernels.int8_conv_weight(column_q, xq, column_scales, x_scales, table, images, weight_dtype)
+        give_back(column_q, made)
         dw = dw.unflatten(1, windows.kernel).movedim(-1, 1)
         dw = dw if weight_last else dw.contiguous()
     return dx, dw

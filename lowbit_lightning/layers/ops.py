@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare
+from lowbit_lightning.kernels.reuse import give_back
 from lowbit_lightning.layers.product import product
 
 
@@ -47,7 +48,9 @@ def _int8_linear(
     else:
         xq, x_scales = kernels.quantize_rowwise(x)
     wq, w_scales = _rows_of(weight)
-    return kernels.int8_matmul(xq, wq, x_scales, w_scales, bias, x.dtype), *saved
+    y = kernels.int8_matmul(xq, wq, x_scales, w_scales, bias, x.dtype)
+    give_back(xq, wq)
+    return y, *saved
 
 
 def _int8_linear_fake(
@@ -109,10 +112,13 @@ def _int8_linear_backward(
     if weight is not None:
         wq, w_scales = _rows_of(weight.T)
         dx = kernels.int8_matmul(rows, wq, row_scales, w_scales, None, x_dtype)
+        give_back(rows, wq)
     if other is not None:
+        made = None
         if xq is None or x_scales is None:
-            xq, x_scales = kernels.quantize_colwise(other)
+            xq, x_scales = made, _ = kernels.quantize_colwise(other)
         dw = kernels.int8_matmul(columns, xq, column_scales, x_scales, None, weight_dtype)
+        give_back(columns, made)
     return dx, dw
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.compile import host_library
+from lowbit_lightning.kernels.reuse import empty
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
 _MANY = 1 << 15  # elements below which a second thread costs more than it saves
@@ -67,13 +68,13 @@ def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor,
 
 def _empty_channels(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
+    q = empty(rows, columns, dtype=torch.int8)
     return q, torch.empty(columns, dtype=torch.float32, device="cpu")
 
 
 def empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Memory for int8 ``[rows, columns]`` and its scales."""
-    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
+    q = empty(rows, columns, dtype=torch.int8)
     return q, torch.empty(rows, dtype=torch.float32, device="cpu")
 
 
