@@ -105,7 +105,7 @@ def linear(module: nn.Module) -> dict[str, list[int]]:
         elif isinstance(layer, LowBitEmbedding):
             kind, size = "low-bit", layer.num_embeddings * layer.embedding_dim
         elif isinstance(layer, Int8Layer) and layer.products.int8:
-            kind, size = "int8", shards.local(layer.weight).numel()
+            kind, size = "int8", sum(shards.local(weight).numel() for weight in layer.weights)
         elif isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
             kind, size = "high", shards.local(layer.weight).numel()
         else:
@@ -127,14 +127,14 @@ def layers(trainer: L.Trainer, module: nn.Module) -> tuple[dict[str, dict[str, f
     for name, layer in module.named_modules():
         if not isinstance(layer, Int8Layer) or not layer.products.int8:
             continue
-        weight = shards.local(layer.weight.detach())
-        left -= weight.numel()
-        if left < 0 or weight.numel() == 0:
+        weights = [shards.local(weight.detach()) for weight in layer.weights]
+        left -= sum(weight.numel() for weight in weights)
+        if left < 0 or not all(weight.numel() for weight in weights):
             break
-        matrix = weight.reshape(weight.shape[0], -1)
-        snr = float(measure(matrix, *kernels.quantize_rowwise(matrix), "rows")[0])
-        if snr == snr:
-            found[name] = {"weight": snr}
+        matrices = [weight.flatten(1) for weight in weights]
+        snr = [float(measure(matrix, *kernels.quantize_rowwise(matrix), "rows")[0]) for matrix in matrices]
+        if min(snr) == min(snr):
+            found[name] = {"weight": min(snr)}
     return found, "of the weights' rounding when training ended"
 
 

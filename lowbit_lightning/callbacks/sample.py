@@ -6,7 +6,7 @@ Which operand is quantised how (``layers`` says why), and along what its feature
     grad_input    dy [M, N] by rows       columns      w [N, K] by columns     columns of w.T
     grad_weight   dy [M, N] by columns    rows of dy.T     x [M, K] by columns     rows of x.T
 
-Of a convolution, the rows of x and dy are pixels, and those of w are [N, taps * K], or for grad_input [N * taps, K].
+Of an attention, each of its input projections is measured, and means are taken. Of a convolution, the rows of x and dy are pixels, and those of w are [N, taps * K], or for grad_input [N * taps, K].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit_lightning import kernels
 from lowbit_lightning.callbacks.quantization import SHARES, Slot, measure
-from lowbit_lightning.layers import Int8Layer
+from lowbit_lightning.layers import Int8Layer, Int8MultiheadAttention
 
 
 class Sample:
@@ -30,6 +30,9 @@ class Sample:
         self._measured: list[tuple[Slot, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         for i, layer in enumerate(layers.values()):
+            if isinstance(layer, Int8MultiheadAttention):
+                self._handles.append(layer.register_projection_hook(partial(self._projected, i)))
+                continue
             # The weight is read before the layer runs: after it a sharded one may be in pieces again.
             self._handles.append(layer.register_forward_pre_hook(partial(self._before, i), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(partial(self._after, i), with_kwargs=True))
@@ -52,23 +55,34 @@ class Sample:
         if self._off():
             return
         assert isinstance(layer, Int8Layer)
-        x, weight, products = _input(args, kwargs), layer.matrix, layer.products
+        self._operands(index, layer, _input(args, kwargs), layer.matrix, layer.turned_matrix)
+
+    def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        assert isinstance(layer, Int8Layer)
+        self._gradients(index, layer, _input(args, kwargs), layer.weight, output)
+
+    def _projected(self, index: int, layer: Int8MultiheadAttention, x: Tensor, matrix: Tensor, output: Tensor) -> None:
+        if not self._off():
+            self._operands(index, layer, x, matrix, matrix)
+            self._gradients(index, layer, x, matrix, output)
+
+    def _operands(self, index: int, layer: Int8Layer, x: Tensor, weight: Tensor, turned: Tensor) -> None:
+        products = layer.products
         with torch.no_grad():
             rows = layer.rows(_as_computed(x).detach())
             if products.forward == "int8":
                 self._rowwise(Slot(index, 0, 0), rows)
                 self._rowwise(Slot(index, 0, 1), weight.detach())
             if products.grad_input == "int8" and x.requires_grad:
-                self._colwise(Slot(index, 1, 1), layer.turned_matrix.detach(), "columns")
+                self._colwise(Slot(index, 1, 1), turned.detach(), "columns")
             if products.grad_weight == "int8" and weight.requires_grad:
                 self._colwise(Slot(index, 2, 1), rows, "rows")
 
-    def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def _gradients(self, index: int, layer: Int8Layer, x: Tensor, weight: Tensor, output: Tensor) -> None:
         if self._off() or not output.requires_grad:
             return
-        assert isinstance(layer, Int8Layer)
-        grad_input = layer.products.grad_input == "int8" and _input(args, kwargs).requires_grad
-        grad_weight = layer.products.grad_weight == "int8" and layer.weight.requires_grad
+        grad_input = layer.products.grad_input == "int8" and x.requires_grad
+        grad_weight = layer.products.grad_weight == "int8" and weight.requires_grad
         seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
         output.register_hook(partial(self._backward, index, layer.rows, grad_input, grad_weight, seed))
 

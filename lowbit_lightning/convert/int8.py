@@ -1,7 +1,7 @@
-"""Linear layers and convolutions that compute in int8, in place, and back.
+"""Linear layers, convolutions and attentions that compute in int8, in place, and back.
 
-``swap_linears`` turns ``nn.Linear``, Transformers' ``Conv1D`` and ``nn.Conv1d`` to ``3d`` into their int8 forms by
-changing the object's class: parameters, names, hooks, tying and ``state_dict`` stay, so optimizers, DDP and checkpoints
+``swap_linears`` turns ``nn.Linear``, Transformers' ``Conv1D``, ``nn.Conv1d`` to ``3d`` and ``nn.MultiheadAttention``
+into their int8 forms by changing the object's class: parameters, names, hooks, tying and ``state_dict`` stay, so optimizers, DDP and checkpoints
 notice nothing. ``restore`` turns them back.
 """
 
@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lowbit_lightning.convert.others import INSTEAD, others
+from lowbit_lightning.layers.attention import weights_of
 from lowbit_lightning.layers.int8 import FLOATS, FORMS, Int8Layer, Products, adopt, can_be_released, is_conv1d, release
 from lowbit_lightning.layers.outputs import sizes
-from lowbit_lightning.layers.select import Overrides, Patterns, Report, grouped, select, stacked
+from lowbit_lightning.layers.select import Overrides, Patterns, Report, Selection, grouped, select, stacked
 
 MIN_FEATURES = 32
 """Below one tile of an int8 matrix instruction a product is cheaper than quantising its operands."""
@@ -26,8 +27,9 @@ MIN_CHANNELS = 16
 
 
 LAST = "the model's last convolution: perhaps its output (output_layer=None takes it too)"
+OWNED = "its nn.MultiheadAttention runs in high precision, and reads this weight itself"
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CANDIDATES = nn.Linear | Int8Layer | _Conv
+_CANDIDATES = nn.Linear | Int8Layer | _Conv | nn.MultiheadAttention
 
 
 class NothingToSwap(ValueError):
@@ -45,11 +47,12 @@ def swap_linears(
     overrides: Overrides | None = None,
     **settings: Any,
 ) -> Report[Products]:
-    """Turn the module's linear layers and convolutions into their int8 forms, in place.
+    """Turn the module's linear layers, convolutions and attentions into their int8 forms, in place.
 
-    It swaps only objects whose type is exactly ``nn.Linear``, Transformers' ``Conv1D``, or ``nn.Conv1d`` to ``3d``:
-    subclasses have their own forward, or their owner reads their weight. Convolutions need ``groups=1``, zeros as
-    padding, and at least 16 channels in and out. The call is idempotent. A later call with another filter or other
+    It swaps only objects whose type is exactly ``nn.Linear``, Transformers' ``Conv1D``, ``nn.Conv1d`` to ``3d`` or
+    ``nn.MultiheadAttention``: subclasses have their own forward, or their owner reads their weight. Convolutions need
+    ``groups=1``, zeros as padding, and at least 16 channels in and out. The name of an attention stands for its input
+    projections, ``NAME.out_proj`` for the output projection, which stays plain if the attention does. The call is idempotent. A later call with another filter or other
     settings also turns back layers that an earlier call swapped.
 
     Args:
@@ -83,6 +86,7 @@ def swap_linears(
         output_layer=output_layer,
         overrides=overrides,
     )
+    selection = _without_owned(layers, selection)
     _check_released({n: layers[n] for n in selection.skipped if _is_adopted(layers[n])})
     rest = others(module, layers)
     if not selection.chosen:
@@ -133,16 +137,21 @@ def _unfit(layer: nn.Module, min_features: int) -> str | None:
         if not layer.adopted:
             return f"was built as Int8{plain.__name__}; left as it is"
     elif plain not in FORMS and not is_conv1d(layer):
-        return f"{plain.__name__} is a subclass of nn.{'Linear' if isinstance(layer, nn.Linear) else 'Conv'}"
+        kinds = {nn.Linear: "Linear", nn.MultiheadAttention: "MultiheadAttention"}
+        kind = next((name for base, name in kinds.items() if isinstance(layer, base)), "Conv")
+        return f"{plain.__name__} is a subclass of nn.{kind}"
     elif "forward" in vars(layer):
         return "its forward was replaced on the object"
     reason = _unfit_convolution(layer) if isinstance(layer, _Conv) else _unfit_matrix(layer, min_features)
-    dtype: Any = layer.weight.dtype
+    weight: Any = weights_of(layer)[0] if isinstance(layer, nn.MultiheadAttention) else layer.weight
+    dtype = weight.dtype
     return reason or (None if dtype in FLOATS else f"weight is {dtype}; int8 takes float32, float16 and bfloat16")
 
 
 def _unfit_matrix(layer: nn.Module, min_features: int) -> str | None:
-    features = sizes(layer)  # not those of the weight, which DeepSpeed may have taken apart
+    features: Any = sizes(layer)  # not those of the weight, which DeepSpeed may have taken apart
+    if isinstance(layer, nn.MultiheadAttention):
+        features = layer.embed_dim, layer.kdim, layer.vdim
     few = features is None or min(features) < min_features
     return f"fewer than min_features={min_features} features" if few else None
 
@@ -162,6 +171,15 @@ def _last_convolution(layers: Mapping[str, nn.Module]) -> nn.Module | None:
     return last if isinstance(last, _Conv) else None
 
 
+def _without_owned(layers: Mapping[str, nn.Module], selection: Selection[Products]) -> Selection[Products]:
+    """Output projections stay plain where an attention doesn't call them."""
+    plain = [n for n, m in layers.items() if isinstance(m, nn.MultiheadAttention) and n not in selection.chosen]
+    owned = {f"{name}.out_proj".lstrip(".") for name in plain} & set(selection.chosen)
+    chosen = {name: own for name, own in selection.chosen.items() if name not in owned}
+    skipped = {name: OWNED if name in owned else selection.skipped.get(name) for name in layers if name not in chosen}
+    return Selection(chosen, skipped)  # type: ignore[arg-type]
+
+
 def _nothing(module: nn.Module, there: dict[str, str]) -> str:
     """What the model has instead, by reasons."""
     found = "\n".join(f"  {names}: {reason}" for reason, names in grouped(there)) or "  no layer with a matrix"
@@ -172,11 +190,14 @@ def _notes(module: nn.Module) -> tuple[str, ...]:
     fused = [
         name
         for name, m in module.named_modules()
-        if isinstance(m, nn.TransformerEncoderLayer) and isinstance(m.linear1, Int8Layer)
+        if isinstance(m, nn.TransformerEncoderLayer)
+        and isinstance(m.linear1, Int8Layer)
+        and not isinstance(m.self_attn, Int8Layer)
     ]
     if not fused:
         return ()
     return (
-        f"{stacked(fused)}: nn.TransformerEncoderLayer may take torch's fused path in evaluation, which bypasses "
-        "its layers: int8 in training only (torch.backends.mha.set_fastpath_enabled(False) turns that path off)",
+        f"{stacked(fused)}: nn.TransformerEncoderLayer whose attention is not in int8 may take torch's fused path in "
+        "evaluation, which bypasses its layers: int8 in training only (torch.backends.mha.set_fastpath_enabled(False) "
+        "turns that path off)",
     )

@@ -1,5 +1,5 @@
-"""Weights that int8 training leaves in high precision because they are neither linear layers nor convolutions: which,
-and why."""
+"""Weights that int8 training leaves in high precision because they belong to no layer that has an int8 form: which, and
+why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 CONVOLUTION = "transposed convolutions run in high precision"
 RECURRENT = "recurrent weights run in high precision: one fused kernel reads them all"
-ATTENTION = "in_proj_weight runs in high precision: it belongs to nn.MultiheadAttention, and is no layer"
 BILINEAR = "bilinear forms run in high precision"
 OWN = "matrices that a module holds itself run in high precision: they are no layers"
 
@@ -32,8 +31,6 @@ def others(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
     found = {}
     for name, m in module.named_modules():
         reason = next((why for kind, why in _KINDS if isinstance(m, kind)), None)
-        if reason is None and isinstance(m, nn.MultiheadAttention):
-            reason = ATTENTION
         if reason is None and name not in linears and not isinstance(m, _NO_PRODUCTS) and _holds_matrices(m, linears):
             reason = OWN
         if reason is not None:
@@ -43,7 +40,7 @@ def others(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
 
 def _holds_matrices(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
     """Of at least 32 by 32, and not tied to a layer; three dimensions are those of mixtures of experts."""
-    weights = {id(linear.weight) for linear in linears.values()}
+    weights = {id(p) for layer in linears.values() for p in layer.parameters(recurse=False)}
     return any(
         p.ndim in (2, 3) and min(p.shape[-2:]) >= 32 and id(p) not in weights for p in module.parameters(recurse=False)
     )

@@ -31,6 +31,7 @@ The bias is added, and its gradient summed, in float32. What the optimizer sees 
 the weight's own dtype.
 """
 
+from lowbit_lightning.layers.attention import Int8MultiheadAttention
 from lowbit_lightning.layers.conv import Int8Conv1d, Int8Conv2d, Int8Conv3d
 from lowbit_lightning.layers.embedding import (
     Embedding4bit,
@@ -51,6 +52,7 @@ __all__ = [
     "Int8Conv3d",
     "Int8Layer",
     "Int8Linear",
+    "Int8MultiheadAttention",
     "Linear2bit",
     "Linear3bit",
     "Linear4bit",

@@ -91,6 +91,11 @@ class Int8Layer(nn.Module):
             FORMS[cls.plain] = cls
 
     @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters that its products multiply by."""
+        return (self.weight,)
+
+    @property
     def matrix(self) -> Tensor:
         """The weight as ``[out_features, in_features]``."""
         return self.weight
@@ -125,6 +130,20 @@ def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, products: Produc
     return y
 
 
+def linear(layer: Int8Layer, input: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """``input @ matrix.T + bias`` of ``[..., K]`` and ``[N, K]``, as the layer's products and its mode say.
+
+    Raises:
+        TypeError, ValueError: if the input's dtype, device or shape does not fit the matrix.
+    """
+    if not (layer.training or torch.is_grad_enabled()) and input.numel() < fewest_rows(matrix) * matrix.shape[1]:
+        return nn.functional.linear(input, matrix, bias)
+    if input.ndim == 0 or input.shape[-1] != matrix.shape[1]:
+        raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(input.shape)}")
+    x = in_compute_dtype(input, matrix)
+    return multiply(Int8Matrix.rows(x), matrix, bias, layer.products).reshape(*x.shape[:-1], matrix.shape[0])
+
+
 class Int8Matrix(Int8Layer):
     """What ``Int8Linear`` and the int8 form of Transformers' ``Conv1D`` have in common.
 
@@ -141,20 +160,16 @@ class Int8Matrix(Int8Layer):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
-            return self._each(input)
-        matrix = self.matrix
-        if not (self.training or torch.is_grad_enabled()) and input.numel() < fewest_rows(matrix) * matrix.shape[1]:
-            return nn.functional.linear(input, matrix, self.bias)
-        if input.ndim == 0 or input.shape[-1] != matrix.shape[1]:
-            raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(input.shape)}")
-        x = in_compute_dtype(input, matrix)
-        return multiply(self.rows(x), matrix, self.bias, self.products).reshape(*x.shape[:-1], matrix.shape[0])
+        return self._nested(input) if input.is_nested else linear(self, input, self.matrix, self.bias)
 
-    def _each(self, input: Tensor) -> Tensor:
-        """A nested tensor: all rows of a jagged one at once, the parts of a strided one one by one."""
+    def _nested(self, input: Tensor) -> Tensor:
+        """All rows of a nested tensor at once."""
         if input.layout is not torch.jagged:
-            return torch.nested.as_nested_tensor([self(part) for part in input.unbind()])
+            parts = input.unbind()
+            rows = [self.rows(part) for part in parts]
+            results = self(torch.cat(rows)).split([len(part) for part in rows])
+            shaped = [y.view(*part.shape[:-1], -1) for y, part in zip(results, parts, strict=True)]
+            return torch.nested.as_nested_tensor(shaped)
         if not input.is_contiguous():
             raise ValueError("a jagged input must be contiguous, as for nn.Linear: call .contiguous() on it")
         offsets = input.offsets()  # type: ignore[attr-defined]
@@ -237,7 +252,7 @@ def can_be_released(layer: nn.Module) -> bool:
 def release(layer: Int8Layer) -> None:
     """Turn the layer into a plain one in place; the inverse of ``adopt``."""
     del layer.products
-    for name in ("adopted", "seen"):
+    for name in ("adopted", "seen", "_projection_hooks"):
         vars(layer).pop(name, None)
     layer.__class__ = layer.plain  # type: ignore[assignment]
 

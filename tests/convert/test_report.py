@@ -97,14 +97,11 @@ fewer than 16 channels
     "a distillation pair": (
         named(student=vit(64), teacher=vit(128)),
         f"""\
-{ALL} in 8 of 16 layers: student.blocks.*.up (2), student.blocks.*.down (2), teacher.blocks.*.up (2), \
-teacher.blocks.*.down (2)
+{ALL} in 16 of 20 layers: student.blocks.*.attention (2), student.blocks.*.attention.out_proj (2), \
+student.blocks.*.up (2), student.blocks.*.down (2), teacher.blocks.*.attention (2), \
+teacher.blocks.*.attention.out_proj (2), teacher.blocks.*.up (2), teacher.blocks.*.down (2)
   not student.patches, teacher.patches: a convolution of fewer than 16 channels
-  not student.blocks.*.attention.out_proj (2), teacher.blocks.*.attention.out_proj (2): \
-NonDynamicallyQuantizableLinear is a subclass of nn.Linear
-  not student.head, teacher.head: {HEAD}
-  not student.blocks.*.attention (2), teacher.blocks.*.attention (2): in_proj_weight runs in high precision: it \
-belongs to nn.MultiheadAttention, and is no layer""",
+  not student.head, teacher.head: {HEAD}""",
     ),
     "two heads": (
         named(

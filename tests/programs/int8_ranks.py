@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lowbit_lightning import convert, kernels
 
 RANKS, STEPS, MICRO_BATCHES, BLOCKS, WIDTH = 2, 3, 2, 2, 64
-LINEARS = 2 * BLOCKS
+LINEARS = 4 * BLOCKS  # of a block two layers, and the two projections of its attention
 
 
 class Block(nn.Module):
@@ -29,13 +29,16 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.attention = nn.MultiheadAttention(WIDTH, 4)
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Any:
         return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
 
     def body(self, x: Tensor) -> Tensor:
-        mixed = self.conv(self.up(self.norm(x)).unflatten(1, (16, -1))).flatten(1)
+        x = self.norm(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        mixed = self.conv(self.up(x).unflatten(1, (16, -1))).flatten(1)
         return x + self.down(nn.functional.gelu(mixed))
 
 
