@@ -1,6 +1,7 @@
-"""A training step by default, "int8-mixed", beside "32-true" and "bf16-mixed": the GPT of examples/ and a ViT.
+"""A training step by default, "int8-mixed", beside "32-true" and "bf16-mixed": the GPT of examples/, a ViT, and
+``nn.TransformerEncoder`` (6 layers of width 512, windows of 128 bytes).
 
-    python benchmarks/default_precision.py [--device cuda] [--models gpt,gpt-full,vit] [--output docs/benchmarks]
+    python benchmarks/default_precision.py [--device cuda] [--models gpt,gpt-full,vit,encoder] [--output FOLDER]
 
 A step is forward, backward and ``torch.optim.AdamW(fused=True)``, by the precision plugin that a Trainer makes of the
 string. All models learn from the same random batch. The default is right where "int8-mixed" is at least as fast as the
@@ -19,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from _common import HOW_TO_READ, Candidate, Report, measure, parser, skipped
+from _encoder import Encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,10 +83,17 @@ def vit(device: str, batch: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
     return ViT().to(device), images, torch.randint(1000, (batch,), device=device)
 
 
+def encoder(device: str, dropout: float = 0.1, batch: int = 16) -> tuple[nn.Module, Tensor, Tensor]:
+    windows = torch.randint(256, (batch, 129), device=device)
+    return Encoder(dropout=dropout).to(device), windows[:, :-1], windows[:, 1:].flatten()
+
+
 MODELS: dict[str, Callable[[str], tuple[nn.Module, Tensor, Tensor]]] = {
     "gpt": gpt,
     "gpt-full": lambda device: gpt(device, "--full"),
     "vit": vit,
+    "encoder": encoder,
+    "encoder-no-dropout": partial(encoder, dropout=0.0),
 }
 
 

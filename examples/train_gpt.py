@@ -121,7 +121,7 @@ class Meter(L.Callback):
     ) -> None:
         self.train_losses.append(float(outputs["loss"]))  # waits for the device
         self.seconds.append(time.perf_counter() - self.started)
-        products = [m.products.int8 for m in module.modules() if isinstance(m, layers.Int8Linear)]
+        products = [m.products.int8 for m in module.modules() if isinstance(m, layers.Int8Layer)]
         self.int8_layers = len(products)
         self.int8_calls += sum(map(len, products))  # three of each layer by default; every input here needs a gradient
 

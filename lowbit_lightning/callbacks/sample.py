@@ -6,7 +6,8 @@ Which operand is quantised how (``layers`` says why), and along what its feature
     grad_input    dy [M, N] by rows       columns      w [N, K] by columns     columns of w.T
     grad_weight   dy [M, N] by columns    rows of dy.T     x [M, K] by columns     rows of x.T
 
-Of an attention, each of its input projections is measured, and means are taken. Of a convolution, the rows of x and dy are pixels, and those of w are [N, taps * K], or for grad_input [N * taps, K].
+Of a convolution, the rows of x and dy are pixels, and those of w are [N, taps * K], or for grad_input [N * taps, K]. Of
+an attention each input projection is measured, and means are taken.
 """
 
 from __future__ import annotations

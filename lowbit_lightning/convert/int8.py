@@ -1,8 +1,8 @@
 """Linear layers, convolutions and attentions that compute in int8, in place, and back.
 
 ``swap_linears`` turns ``nn.Linear``, Transformers' ``Conv1D``, ``nn.Conv1d`` to ``3d`` and ``nn.MultiheadAttention``
-into their int8 forms by changing the object's class: parameters, names, hooks, tying and ``state_dict`` stay, so optimizers, DDP and checkpoints
-notice nothing. ``restore`` turns them back.
+into their int8 forms by changing the object's class: parameters, names, hooks, tying and ``state_dict`` stay, so
+optimizers, DDP and checkpoints notice nothing. ``restore`` turns them back.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def swap_linears(
     It swaps only objects whose type is exactly ``nn.Linear``, Transformers' ``Conv1D``, ``nn.Conv1d`` to ``3d`` or
     ``nn.MultiheadAttention``: subclasses have their own forward, or their owner reads their weight. Convolutions need
     ``groups=1``, zeros as padding, and at least 16 channels in and out. The name of an attention stands for its input
-    projections, ``NAME.out_proj`` for the output projection, which stays plain if the attention does. The call is idempotent. A later call with another filter or other
-    settings also turns back layers that an earlier call swapped.
+    projections, ``NAME.out_proj`` for the output projection, which stays plain if the attention does.
+
+    The call is idempotent. A later call with another filter or other settings also turns back layers that an earlier
+    call swapped.
 
     Args:
         include, exclude: shell patterns of qualified names (``"blocks.*.mlp.*"``); each must match some layer.

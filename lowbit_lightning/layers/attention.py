@@ -159,13 +159,13 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
         more += [x.new_zeros(one)] if self.add_zero_attn else []
         return torch.cat([x, *more], 2) if more else x
 
-    def _mask(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
-    ) -> Tensor | None:
+    def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """What is added to the scores ``[N, heads, L, S]``; its first three sizes may be 1."""
         n, heads, length, keys = *q.shape[:3], k.shape[2]
         of_scores = {(length, keys): (1, 1, length, keys), (n * heads, length, keys): (n, heads, length, keys)}
-        of_keys = {(n, keys): (n, 1, 1, keys), **({(keys,): (1, 1, 1, keys)} if n == 1 else {})}
+        of_keys: dict[tuple[int, ...], tuple[int, ...]] = {(n, keys): (n, 1, 1, keys)}
+        if n == 1:
+            of_keys[keys,] = (1, 1, 1, keys)
         scores = None if attn_mask is None else _added("attn_mask", attn_mask, of_scores, q.dtype)
         if key_padding_mask is None:
             return scores
@@ -186,8 +186,9 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
 
 def weights_of(attention: nn.MultiheadAttention) -> tuple[Tensor, ...]:
     """The matrices of its input projections: ``[3 E, E]``, or those of query, key and value."""
-    if attention.in_proj_weight is not None:
-        return (attention.in_proj_weight,)
+    packed: Tensor | None = attention.in_proj_weight
+    if packed is not None:
+        return (packed,)
     return attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
 
 

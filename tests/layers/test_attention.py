@@ -176,7 +176,7 @@ def test_a_swap_is_in_place_and_reversible() -> None:
     )
     attention: Any = model.layers[0].self_attn
     assert (type(attention), type(attention.out_proj)) == (Int8MultiheadAttention, Int8OutProjection)
-    assert isinstance(attention, nn.MultiheadAttention)
+    assert issubclass(type(attention), nn.MultiheadAttention)
     assert convert.swap_linears(model) == report
     assert all(p is parameters[name] for name, p in model.named_parameters())
     handle = attention.register_projection_hook(lambda *_: None)
@@ -230,7 +230,7 @@ def test_attentions_that_stay_plain() -> None:
 
 def test_a_transformer_of_torch_trains_in_int8() -> None:
     torch.manual_seed(0)
-    plain = nn.Transformer(E, HEADS, 1, 1, 2 * E, dropout=0.0, batch_first=True)
+    plain: Any = nn.Transformer(E, HEADS, 1, 1, 2 * E, dropout=0.0, batch_first=True)
     given = torch.randn(N, S, E, requires_grad=True), torch.randn(N, L, E, requires_grad=True)
     masks = {"tgt_mask": CAUSAL, "tgt_is_causal": True, "src_key_padding_mask": torch.arange(S).repeat(N, 1) > 4}
     expected = plain(*given, **masks)
@@ -299,7 +299,7 @@ def test_bad_arguments() -> None:
     x, longer = torch.randn(N, L, E), torch.randn(N, S, E)
     for arguments, error, said in (
         ((x, longer, x), ValueError, "key and value must fit the query, got"),
-        ((x, longer, longer, torch.zeros(S, N)), ValueError, r"key_padding_mask must be of shape \(3, 7\), got \(7, 3\)"),
+        ((x, longer, longer, torch.zeros(S, N)), ValueError, r"key_padding_mask must be of shape \(3, 7\), got"),
         ((x, x, x, None, True, torch.zeros(S, S)), ValueError, r"attn_mask must be of shape \(5, 5\) or \(12, 5, 5\)"),
         ((x, x, x, None, True, torch.zeros(L, L).int()), TypeError, "attn_mask must be bool .* got torch.int32"),
         ((x, x, x, None, True, None, True, True), ValueError, "give attn_mask too"),

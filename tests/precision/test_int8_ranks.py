@@ -19,9 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lowbit_lightning import convert, kernels
+from lowbit_lightning import Int8MixedPrecision, convert, kernels
 from lowbit_lightning.callbacks import DeterministicResume
 from lowbit_lightning.precision import autocast
+from lowbit_lightning.strategies import ShardedStrategy
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
 
@@ -61,7 +62,8 @@ class SaveAt(L.Callback):
 
 def fit(model: Model, *callbacks: L.Callback, max_epochs: int = 2, **settings: Any) -> None:
     kept = {"precision": "int8-mixed", "strategy": "ddp", "devices": 2, "max_epochs": max_epochs}
-    trainer = quiet_trainer(callbacks=[DeterministicResume(), *callbacks], **kept)
+    own = {name: settings.pop(name) for name in tuple(settings) if name != "ckpt_path"}
+    trainer = quiet_trainer(callbacks=[DeterministicResume(), *callbacks], **{**kept, **own})
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     trainer.fit(model, DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 4, shuffle=True), **settings)
 
@@ -102,6 +104,26 @@ def test_gradients_of_sharded_layers_are_those_of_the_layers_alone(folder: Path)
             assert torch.equal(expected, found), name  # type: ignore[arg-type]
         else:  # torch 2.7 and 2.8 round the mean over ranks otherwise
             assert torch.allclose(expected, found, rtol=1e-5, atol=1e-6), name  # type: ignore[arg-type]
+
+
+class Attends(Model):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+        self.net = nn.Sequential(nn.Unflatten(1, (2, 16)), nn.Linear(16, 32), layer, nn.Flatten(1), nn.Linear(64, 2))
+
+
+@on_ranks(2)
+def test_an_attention_trains_alike_replicated_and_sharded(folder: Path) -> None:
+    """The same losses under DDP and under lowbit_sharded, with 4 matrices of 3 products in each step."""
+    losses = []
+    for strategy in ("ddp", ShardedStrategy(optimizer_bits=None)):
+        model = Attends(seed=1)
+        kernels.reset_calls()
+        fit(model, max_epochs=1, strategy=strategy, plugins=[Int8MixedPrecision(autocast="off")], precision=None)
+        assert sum(count for (op, _), count in kernels.calls().items() if op == "int8_matmul") == 8 * 4 * 3
+        losses.append(model.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @on_ranks(2)
