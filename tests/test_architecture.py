@@ -160,6 +160,7 @@ PUBLIC = {
         "Int8Conv3d",
         "Int8Layer",
         "Int8Linear",
+        "Int8MultiheadAttention",
         "Linear2bit",
         "Linear3bit",
         "Linear4bit",
