@@ -345,7 +345,7 @@ def test_transforms_differentiate_it() -> None:
     plain = copy.deepcopy(attention)
     convert.restore(plain)
     x, dx = torch.randn(N, L, E), torch.randn(N, L, E)
-    of = [torch.func.jvp(lambda x, m=m: m(x, x, x)[0], (x,), (dx,))[1] for m in (attention, plain)]  # type: ignore[misc]
+    of = [torch.func.jvp(lambda x, m=m: m(x, x, x)[0], (x,), (dx,))[1] for m in (attention, plain)]  # type: ignore
     assert ((of[0] - of[1]).norm() / of[1].norm()).item() < 0.05
     weights = dict(attention.named_parameters())
 
