@@ -1,7 +1,7 @@
-"""A training step by default, "int8-mixed", beside "32-true" and "bf16-mixed": the GPT of examples/, a ViT, and
+"""A training step by default, "int8-mixed", beside "32-true" and "bf16-mixed": a GPT, vision models, and
 ``nn.TransformerEncoder`` (6 layers of width 512, windows of 128 bytes).
 
-    python benchmarks/default_precision.py [--device cuda] [--models gpt,gpt-full,vit,encoder] [--output FOLDER]
+    python benchmarks/default_precision.py [--device cuda] [--models gpt,vit,convnext] [--output FOLDER]
 
 A step is forward, backward and ``torch.optim.AdamW(fused=True)``, by the precision plugin that a Trainer makes of the
 string. All models learn from the same random batch. The default is right where "int8-mixed" is at least as fast as the
@@ -20,7 +20,9 @@ from typing import Any
 import lightning as L
 import torch
 from _common import HOW_TO_READ, Candidate, Report, measure, parser, skipped
+from _convnext import ConvNeXt
 from _encoder import Encoder
+from _resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,12 +90,20 @@ def encoder(device: str, dropout: float = 0.1, batch: int = 16) -> tuple[nn.Modu
     return Encoder(dropout=dropout).to(device), windows[:, :-1], windows[:, 1:].flatten()
 
 
+def with_images(kind: type[nn.Module], device: str, batch: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
+    model = kind(1000).to(device, memory_format=torch.channels_last)  # type: ignore[call-arg, call-overload]
+    images = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
+    return model, images, torch.randint(1000, (batch,), device=device)
+
+
 MODELS: dict[str, Callable[[str], tuple[nn.Module, Tensor, Tensor]]] = {
     "gpt": gpt,
     "gpt-full": lambda device: gpt(device, "--full"),
     "vit": vit,
     "encoder": encoder,
     "encoder-no-dropout": partial(encoder, dropout=0.0),
+    "convnext": partial(with_images, ConvNeXt),
+    "resnet18": partial(with_images, ResNet),
 }
 
 
