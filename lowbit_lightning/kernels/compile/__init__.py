@@ -1,9 +1,9 @@
 """The just-in-time compiler: text in, a loaded host library or a CUDA binary out.
 
-Nothing is compiled when the package is built or imported. A kernel is a text; the first use compiles it on the machine
-that runs it, for that machine, and keeps the result (cache.py). The name of an entry is a hash of everything that
-decides its content: the text with its headers, the flags, the compiler and its version, and the processor or GPU
-architecture. So a new compiler, another node of a cluster or an edited header is a miss and never a wrong hit.
+Nothing is compiled when the package is built or imported. A kernel is source text. Its first use compiles it for the
+machine that runs it, and keeps the result (cache.py). The name of a cache entry is a hash of all that its content
+depends on: the text with its headers, the flags, the compiler and its version, and the processor or GPU architecture.
+So a new compiler, another node of a cluster or an edited header leads to a new entry, never to a wrong one.
 
     library = host_library(source_text("blockwise.cpp"))       # C++, by $CXX, c++, g++ or clang++, called by ctypes
     binary = cubin(source_text("blockwise.cu"), "sm_90")       # CUDA C++, by NVRTC; needs neither nvcc nor a driver
@@ -70,8 +70,8 @@ _lock = threading.Lock()
 def source_text(*names: str, prelude: str = "", generated: Mapping[str, str] | None = None) -> str:
     """``prelude``, then the named files of ``kernels/src``, as one text that needs no include path.
 
-    Our own ``#include "x.h"`` is replaced by the file, once each, or by ``generated["x.h"]``; ``#include <...>`` stays.
-    ``#line`` markers make the compilers name the right file and line.
+    The first ``#include "x.h"`` of each of our files is replaced by the file, or by ``generated["x.h"]``, and further
+    ones are dropped; ``#include <...>`` stays. ``#line`` markers make the compilers name the right file and line.
     """
     seen: set[str] = set()
     parts = [prelude.rstrip("\n") + "\n"] if prelude else []
@@ -103,10 +103,12 @@ def _inlined(name: str, seen: set[str], generated: Mapping[str, str]) -> str:
 def host_library(text: str, *, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Compile C++ for this processor and load it; the same text and flags give the same library.
 
-    ``flags`` follow the standard ones, so they win. OpenMP is on (``_OPENMP`` is defined) where the library would
-    share the runtime that torch has already loaded; otherwise the text has to bring its own threads.
+    ``flags`` follow the standard ones, so they take precedence. OpenMP is on (``_OPENMP`` is defined) if the library
+    would share the runtime that torch has already loaded. Otherwise the text has to start its own threads.
 
-    Raises CompilerNotFound without a compiler, CompileError with the compiler's log when the text is wrong.
+    Raises:
+        CompilerNotFound: if there is no compiler.
+        CompileError: with the compiler's log, if the text does not compile.
     """
     compiler = host_compiler()
     with _lock:
@@ -162,7 +164,7 @@ def _compile_host(text: str, command: tuple[str, ...]) -> bytes:
 
 
 def _run(command: tuple[str, ...], scratch: str) -> str:
-    """Run the compiler, with its own temporary files in ``scratch``; returns what it says if it cannot write there."""
+    """Run the compiler, with its temporary files in ``scratch``. Returns its log if it cannot write there, or ""."""
     done = subprocess.run(
         command, env={**os.environ, "TMPDIR": scratch}, capture_output=True, text=True, errors="replace"
     )
@@ -182,7 +184,7 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 @functools.cache
 def processor() -> tuple[str, ...]:
-    """What -march=native looks at, so that a cache shared by unlike nodes never gives one the other's code."""
+    """What -march=native depends on, so that nodes with different processors can share a cache."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -199,7 +201,7 @@ def _tune() -> str:
 def _shares_openmp(compiler: tuple[str, ...]) -> bool:
     """Whether an object built with -fopenmp would use an OpenMP runtime that this process has already loaded.
 
-    Two runtimes in one process means two thread pools that fight for the cores, so without sharing we go without.
+    Two runtimes in one process would be two thread pools that compete for the cores. So OpenMP is only used if shared.
     """
     runtime = "libomp.so" if "clang" in _version(compiler).lower() else "libgomp.so.1"
     if not hasattr(os, "RTLD_NOLOAD"):
@@ -225,7 +227,7 @@ class Cubin:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes, as ptxas reports it: bytes, but for the number of registers per thread."""
+    """What one kernel uses, as ptxas reports it: registers per thread, and bytes of everything else."""
 
     registers: int
     shared: int
@@ -237,7 +239,9 @@ class Resources:
 def cubin(text: str, arch: str, *, flags: tuple[str, ...] = ()) -> Cubin:
     """Compile CUDA C++ to a binary for ``arch`` ("sm_90"). ``flags`` are macros: "-DNAME" or "-DNAME=VALUE".
 
-    Raises CompilerNotFound without NVRTC, CompileError with the compiler's log when the text is wrong.
+    Raises:
+        CompilerNotFound: if there is no NVRTC.
+        CompileError: with the compiler's log, if the text does not compile.
     """
     version = nvrtc_version()
     key = _key("cuda", text, arch, *flags, version)
@@ -253,7 +257,7 @@ def cubin(text: str, arch: str, *, flags: tuple[str, ...] = ()) -> Cubin:
 
 
 def resources(log: str) -> dict[str, Resources]:
-    """Kernel name -> what it takes, from the log of a Cubin."""
+    """Kernel name -> the resources that it uses, from the log of a Cubin."""
 
     def number(pattern: str, part: str) -> int:
         match = re.search(pattern, part)
@@ -273,7 +277,7 @@ def resources(log: str) -> dict[str, Resources]:
 
 @functools.cache
 def nvrtc_version() -> str:
-    """NVRTC's version; of the copy that this process has loaded, which may be torch's and older than the newest."""
+    """The version of the NVRTC that this process has loaded. It may be torch's copy, and older than one installed."""
     try:
         from cuda.bindings import nvrtc
         from cuda.core import Program  # noqa: F401  (the compile below needs it)

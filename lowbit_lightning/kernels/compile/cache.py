@@ -1,16 +1,17 @@
 """Where compiled kernels are kept between runs, and what makes them safe to load.
 
-An entry is one file: the bytes, then the SHA-256 of its name and them. (The dynamic loader and the CUDA driver both
+An entry is one file: the bytes, then the SHA-256 of its name and the bytes. (The dynamic loader and the CUDA driver
 ignore what follows an ELF image, so a host library is loaded from the entry itself.) It is written under a temporary
-name and renamed, so that any number of processes may start at once: each compiles at worst once, and none ever reads
-half a file. An entry whose checksum is wrong is a miss, and the next write replaces it.
+name and renamed. So any number of processes may start at once: each compiles a kernel at most once, and none ever reads
+half a file. An entry with a wrong checksum is ignored, and the next write replaces it.
 
-What lies here gets executed. So a directory that another user owns, or that others may write, is refused, and so is
-such an entry: it may have been planted before the directory was repaired. Owner and mode are read from the opened file.
+Entries are executed. So the cache refuses a directory that belongs to another user or that others may write. It refuses
+such an entry too, because it may have been planted before the directory was repaired. Owner and mode are read from the
+opened file.
 
-Where the cache is refused, cannot be written or is mounted noexec, kernels go to a private directory in one of the
-places for temporary files, removed at exit; where none of these will do, into memory (on Linux). One warning says why.
-Where nothing works ``library`` raises NoPlace, and the ops run on the reference.
+If the cache is refused, cannot be written or is mounted noexec, kernels go to a private directory for temporary files,
+which is removed at exit. If no such directory can be used, they go into memory (on Linux). A warning gives the reason.
+If nothing works, ``library`` raises NoPlace, and the ops run on the reference.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ _warned = False
 
 
 def library(name: str, make: Callable[[], bytes]) -> ctypes.CDLL:
-    """The host library called ``name``: loaded from where it is kept, or else made, kept and loaded.
+    """The host library called ``name``: loaded from the cache, or else made, stored and loaded.
 
-    Raises NoPlace where it can be kept nowhere, or not be executed from anywhere.
+    Raises:
+        NoPlace: if it can be stored nowhere, or executed from nowhere.
     """
     reasons: list[str] = []
     for place in _places(reasons, new=False):
@@ -68,7 +70,7 @@ def library(name: str, make: Callable[[], bytes]) -> ctypes.CDLL:
 
 
 def find(name: str) -> Path | None:
-    """The entry called ``name``, or None: never written, corrupt, or not to be trusted."""
+    """The entry called ``name``, or None if it was never written, is corrupt, or is refused."""
     reasons: list[str] = []
     for place in _places(reasons, new=False):
         if content_of(place, name, reasons) is not None:
@@ -83,8 +85,7 @@ def body(entry: Path) -> bytes:
 
 
 def store(name: str, content: bytes) -> Path | None:
-    """Write an entry and return its path: a private temporary one where the cache cannot be written, None where
-    nothing can."""
+    """Write an entry and return its path. If the cache cannot be written, it is a private temporary one, or None."""
     reasons: list[str] = []
     entries = (_write(place, name, content, reasons) for place in _places(reasons))
     entry = next((entry for entry in entries if entry is not None), None)
@@ -93,7 +94,7 @@ def store(name: str, content: bytes) -> Path | None:
 
 
 def directory() -> Path | None:
-    """The cache directory, created with mode 0700; None where there is none to be trusted.
+    """The cache directory, created with mode 0700, or None if it is refused or cannot be created.
 
     It is $LOWBIT_LIGHTNING_CACHE, else $XDG_CACHE_HOME/lowbit_lightning, else ~/.cache/lowbit_lightning.
     """
@@ -102,7 +103,7 @@ def directory() -> Path | None:
 
 
 def temporary_places() -> list[Path]:
-    """Directories for temporary files, best first: $TMPDIR or what Python takes in its stead, then other usual ones."""
+    """Directories for temporary files, best first: $TMPDIR or Python's choice, then other usual ones."""
     named = [os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm", "/var/tmp"]
     with contextlib.suppress(OSError):  # there is none that can be written
         named.insert(0, tempfile.gettempdir())
@@ -117,8 +118,8 @@ def no_place(reasons: list[str]) -> NoPlace:
 
 
 def _places(reasons: list[str], new: bool = True) -> Iterator[Path]:
-    """The directories that may hold entries, best first; ``reasons`` says why not the cache. ``new``: private ones
-    are made where there are none."""
+    """The directories that may hold entries, best first. If the cache is not among them, ``reasons`` gets the reason.
+    ``new``: create private directories that do not exist yet."""
     place = wanted()
     refused = "there is no home directory for the kernel cache" if place is None else _why_refused(place)
     if place is not None and not refused:
@@ -148,7 +149,7 @@ def wanted() -> Path | None:
 
 
 def _why_refused(place: Path, create: bool = True) -> str:
-    """Why a directory is not to be trusted, or cannot be; "" where it is."""
+    """The reason why a directory is refused, or ""."""
     try:
         if create:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def _why_refused(place: Path, create: bool = True) -> str:
 
 
 def _why_foreign(info: os.stat_result) -> str:
-    """Why what has this owner and mode may have been written by another user; "" where it cannot."""
+    """The reason why another user may have written something of this owner and mode, or ""."""
     if not hasattr(os, "geteuid"):
         return ""  # Windows: the profile directory's own access list rules
     if info.st_uid != os.geteuid():
@@ -185,7 +186,7 @@ def _remove(owner: int, place: Path) -> None:
 
 
 def content_of(place: Path, name: str, reasons: list[str]) -> bytes | None:
-    """The bytes of an intact entry; None where there is none, or none to be trusted (``reasons`` says why)."""
+    """The bytes of an intact entry; None if there is none, or if it is refused (``reasons`` gets the reason)."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would have us wait
     try:
         with open(os.open(place / name, flags), "rb") as file:
@@ -210,7 +211,7 @@ def _checksum(name: str, content: bytes) -> bytes:
 
 
 def _write(place: Path, name: str, content: bytes, reasons: list[str]) -> Path | None:
-    """The entry's path; None where it cannot be written (``reasons`` says why)."""
+    """The entry's path; None if it cannot be written (``reasons`` gets the reason)."""
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=place, prefix=".writing-")
@@ -236,12 +237,11 @@ def _load(entry: Path, reasons: list[str]) -> ctypes.CDLL | None:
 
 
 def _load_from_memory(content: bytes) -> ctypes.CDLL | None:
-    """The library from a file that lies in no directory, so that no mount's noexec applies."""
+    """The library, from a file in memory, which no mount's noexec applies to."""
     if not hasattr(os, "memfd_create"):
         return None
-    handle = os.memfd_create(
-        "lowbit_lightning"
-    )  # stays open: the loader would take the next of this number for this one
+    # It stays open: the loader would take another file with the same number for this one.
+    handle = os.memfd_create("lowbit_lightning")
     try:
         with open(handle, "wb", closefd=False) as file:
             file.write(content)

@@ -14,12 +14,13 @@ TINY_ROW = 2.0**-120
 def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     """int8 ``[R, C]`` and float32 scales ``[R]`` of a float matrix ``[R, C]``.
 
-    ``q = round(y)`` with ``y = x * (127 / absmax)``, and ``scale = absmax / 127``. Without a seed to nearest, ties to
-    even. With one at random, without bias: ``|q| = floor(|y| + u)`` with ``u = (word + 1/2) / 2**16`` of the element's
-    random word (parameter 0, step 0, the element's index in x); the extreme of a row stays 127 or -127.
+    ``q = round(y)`` with ``y = x * (127 / absmax)``, and ``scale = absmax / 127``. Without a seed, values round to
+    nearest, ties to even. With a seed they round at random and without bias: ``|q| = floor(|y| + u)`` with
+    ``u = (word + 1/2) / 2**16``, where ``word`` is the element's random word (parameter 0, step 0, the element's index
+    in x). The extreme of a row becomes 127 or -127 either way.
 
     A row with absmax below 2**-120 counts as zero (q = 0, scale = 0). A row with a non-finite value has q = 0 and scale
-    NaN, so that whatever is computed from it shows it. q is never -128. Rows without elements have scale 0.
+    NaN, so every result that uses it is NaN. q is never -128. Rows without elements have scale 0.
     """
     return _quantize_rows(x, _int8_words(x, seed))
 

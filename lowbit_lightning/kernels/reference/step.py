@@ -21,18 +21,19 @@ def optimizer_step(
     ``norms``: float64 ``[n, len(rule.norms)]``, sums of squares, as ``optimizer_norms`` returns them (summed over
     ranks by the caller); None for rules without norms.
 
-    Per element: ``g * (unscale * clip)``, negated if ``maximize``; codes looked up in their codebook; the rule, which
-    multiplies them by their blocks' scales; the parameter rounded to its dtype (to nearest, or stochastically); states
-    encoded.
+    For each element: the gradient is multiplied by ``unscale * clip``, and negated if ``maximize``. Codes are looked up
+    in their codebook. The rule runs, and multiplies them by the scales of their blocks. The parameter is rounded to its
+    dtype (to nearest, or stochastically), and the states are encoded.
 
-    What is not finite: an element any of whose new 8-bit states is not finite (the gradient was not, or its square
-    overflows) has all its states set to zero, those in 32 bits too, and enters no scale. So no state of a huge gradient
-    outlives the others. Its parameter is what the rule made of it: NaN or infinite for a gradient that is, as in torch;
-    unchanged, mostly, where only a square overflowed. With 32-bit states alone nothing is reset: they stay infinite or
-    NaN, as in torch. A NaN or infinite parameter, ``lr`` or factor makes the parameter NaN or infinite.
-    A value below zero of a state that has none (from a negative scale, which loading refuses) counts as zero. A zero
-    keeps its sign only in 32 bits. A step count below zero or NaN makes the rule's powers, and with them the
-    parameter, NaN in rules with bias corrections; loading refuses such a count.
+    Non-finite values: if any new 8-bit state of an element is not finite (its gradient was not, or its square
+    overflowed), all states of the element become zero, those in 32 bits too, and it does not count for any scale. So
+    after a huge gradient no state of the element is left over. Its parameter is what the rule computed: NaN or infinite
+    if the gradient was, as in torch, and mostly unchanged if only a square overflowed. If all states have 32 bits,
+    nothing is reset: they stay infinite or NaN, as in torch. A NaN or infinite parameter, ``lr`` or factor makes the
+    parameter NaN or infinite.
+    If a state that is never negative has a value below zero (from a negative scale, which loading refuses), the value
+    counts as zero. A zero keeps its sign only in 32 bits. If the step count is negative or NaN (loading refuses such a
+    count), rules with bias corrections make the parameter NaN.
     """
     if scalars.skip is not None and bool(scalars.skip != 0):
         return
@@ -74,10 +75,11 @@ def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: 
 
 
 def fold_sums(sums: Tensor) -> Tensor:
-    """The sums of a tensor's blocks, in order, ``[n, ...]`` -> ``[...]``: folded in halves (element j and j + half) in
-    groups of ``formats.FOLD``, padded with zeros, until one is left; zero of none.
+    """The sum of the sums of a tensor's blocks, ``[n, ...]`` -> ``[...]``, in a fixed order.
 
-    So the sum of a tensor in pieces of whole folds is ``fold_sums`` of the pieces' sums.
+    Groups of ``formats.FOLD``, the last one padded with zeros, are folded in halves (element j and j + half), until one
+    sum is left. Without blocks the sum is zero. So a tensor may be summed in pieces of whole folds: ``fold_sums`` of
+    the pieces' sums is the same.
     """
     while len(sums) > 1:
         padding = sums.new_zeros(-len(sums) % formats.FOLD, *sums.shape[1:])
@@ -97,7 +99,7 @@ def _roots(norms: Tensor | None, i: int) -> tuple[float, ...] | None:
 
 
 def _step_word(step: float) -> int:
-    """What stands for the step in random words: 0 for a count that is none."""
+    """The step as it enters the random words: 0 if the count is not a valid one."""
     return int(step) if 0 <= step < 2**32 else 0
 
 

@@ -2,34 +2,35 @@
 
 It begins with two lines, of names separated by commas:
 
-* ``hyper:`` the hyperparameters in the order of ``StepArguments.hyper``, ``lr`` first, with their bounds: ``lr >= 0``,
-  ``0 <= beta1 < 1``, or the name alone. One that no line uses is only a key of the optimizer's groups, to be checked.
-* ``states:`` in the order of ``StepArguments.states``: ``exp_avg``, or ``exp_avg_sq >= 0`` if it is never negative, or
-  ``exp_avg_slow slow`` (see ``State``). A rule without states has no such line.
+* ``hyper:`` lists the hyperparameters in the order of ``StepArguments.hyper``, ``lr`` first, with their bounds:
+  ``lr >= 0``, ``0 <= beta1 < 1``, or the name alone. A hyperparameter that no line uses is a key of the optimizer's
+  groups; only its bound is checked.
+* ``states:`` lists the states in the order of ``StepArguments.states``: ``exp_avg``, or ``exp_avg_sq >= 0`` if it is
+  never negative, or ``exp_avg_slow slow`` (see ``State``). A rule without states has no such line.
 
 Then come up to four sections, in this order, of assignments that are legal Python *and* legal C++: ``+ - * /``
 expressions and the functions named below. Python runs them on torch tensors (the reference), the host compiler on SIMD
-vectors, NVRTC on single floats. Operations are rounded one by one (no fused multiply-add but ``fused``), in the order
-written, so that backends agree to the bit.
+vectors, NVRTC on single floats. Each operation is rounded on its own, in the order written (the only fused
+multiply-add is ``fused``). So all backends give the same bits.
 
-* ``scalars:`` in double, once per parameter and step: everything that does not depend on the element, such as bias
-  corrections. It sees the hyperparameters and ``step`` (1 on the first step). Functions: ``power(x, step)``,
-  ``exponential``, ``minimum``, ``sqrt``, ``where(condition, a, b)``. Every name that it defines, and every
-  hyperparameter, is a float32 in the sections below.
-* ``direction:`` in float32, on every element: sees ``p`` (the parameter), ``g`` (the gradient) and the states, and
-  changes the states. A state enters as its code's value, which is still to be multiplied by the scale of its block,
-  named after it: ``exp_avg * exp_avg_scale``; in 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
+* ``scalars:`` runs in double, once per parameter and step. It computes everything that does not depend on the element,
+  such as bias corrections. It sees the hyperparameters and ``step`` (1 on the first step). Functions:
+  ``power(x, step)``, ``exponential``, ``minimum``, ``sqrt``, ``where(condition, a, b)``. Every name that it
+  defines, and every hyperparameter, is a float32 in the sections below.
+* ``direction:`` runs in float32, on every element. It sees ``p`` (the parameter), ``g`` (the gradient) and the states,
+  and changes the states. The name of a state stands for the value of its code. The text multiplies it by the scale of
+  its block: ``exp_avg * exp_avg_scale``. In 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
   one multiplication, since the scale is shared by a block (with a factor above 1 it could overflow for all of them).
   Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``, and ``fused(a, b, c)``, which is a * b + c with
   one rounding. As in torch, ``maximum`` of NaN is NaN and ``sign`` of NaN is 0; ``maximum`` of two zeros is the second.
-  No number stands in it: numbers are scalars.
-* ``norms of p, update:`` for rules with a trust ratio, in double, once per parameter and step: sees the 2-norms over
-  the whole parameter of the values that it names, as ``p_norm`` and ``update_norm``, and defines further scalars.
-  ``ratio(a, b)`` is a / b, or 1 where either is not positive.
-* ``finish:`` in float32: changes ``p``.
+  Numbers are not allowed here; define them as scalars.
+* ``norms of p, update:`` is for rules with a trust ratio. It runs in double, once per parameter and step. It sees the
+  2-norms, over the whole parameter, of the values that it names, as ``p_norm`` and ``update_norm``, and defines further
+  scalars. ``ratio(a, b)`` is a / b, or 1 if either is not positive.
+* ``finish:`` runs in float32 and changes ``p``.
 
-Rules that share most of their text are its *variants*: ``if NAME:`` and ``else:`` choose lines, and are gone before
-any backend sees the text. A variant has the hyperparameters and states that its lines use.
+Rules that share most of their text are *variants* of one text: ``if NAME:`` and ``else:`` choose lines. They are
+resolved before any backend sees the text. A variant has the hyperparameters and states that its lines use.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ from torch import Tensor
 class State:
     """One state of an optimizer: its name in ``optimizer.state[p]`` and whether it can be negative.
 
-    ``slow``: a step changes it by less than 8 bits can hold, so that it would stand still; optimizers keep it in
-    32 bits. Of a mean with decay ``beta`` a step changes about ``sqrt(2 * (1 - beta))`` of its spread, and half a
-    step of the maps is 2 % of it.
+    ``slow``: a step changes the state by less than 8 bits can resolve, so it would never change. Optimizers keep it in
+    32 bits. A step changes a mean with decay ``beta`` by about ``sqrt(2 * (1 - beta))`` of its spread; half the
+    distance between two codes is 2 % of the value.
     """
 
     name: str
@@ -68,7 +69,7 @@ class State:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a hyperparameter may be: in words, for errors, and as a test."""
+    """The values that a hyperparameter may have: in words, for errors, and as a test."""
 
     words: str
     allows: Callable[[float], bool]
@@ -84,13 +85,13 @@ _SECTIONS = ("scalars", "direction", "norms", "finish")
 
 
 def define(names: str | Mapping[str, str], text: str) -> list[Rule]:
-    """The rules of a text; the module's docstring says what may stand in it.
+    """The rules of a text. The module's docstring defines the text's language.
 
-    ``names``: the rule's name; of a text with variants, each rule's name with the words that are true of it, as in
-    ``{"sgd": "", "sgd_momentum": "momentum"}``.
+    ``names``: the rule's name. For a text with variants, it maps each rule's name to the conditions that are true for
+    it, as in ``{"sgd": "", "sgd_momentum": "momentum"}``.
 
     Raises:
-        ValueError: for what may not stand in a text, or what it leaves out.
+        ValueError: if the text contains something that the language lacks, or leaves out something that it requires.
     """
     words_of = {names: ""} if isinstance(names, str) else names
     before, *pieces = re.split(r"^(\w.*?):", text, flags=re.MULTILINE)

@@ -28,7 +28,7 @@ LB_FN Philox philox(uint64_t seed, uint32_t ordinal, uint32_t step, uint64_t gro
     return philox(seed, Philox{{(uint32_t)group, (uint32_t)(group >> 32), step, ordinal}});
 }
 
-// What stands for the step: 0 for a count that is none, as a damaged checkpoint may hold.
+// The step as it enters the random words: 0 if the count is not a valid one, as in a damaged checkpoint.
 LB_FN uint32_t step_word(float step) { return step >= 0.0f && step < 0x1p32f ? (uint32_t)step : 0; }
 
 // The 16 bits of element `index` from the Philox block of its group, index / 8.
