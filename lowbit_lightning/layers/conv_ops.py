@@ -73,20 +73,10 @@ def _int8_convolution(
 
 
 def _int8_convolution_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    forward: bool,
-    grad_input: bool,
-    grad_weight: bool,
-    save_int8: bool,
-    stochastic: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    windows = _geometry(x.shape, weight.shape, stride, padding, dilation)
+    *geometry, channels_last, _, _, _, save_int8, _ = settings
+    windows = _geometry(x.shape, weight.shape, *geometry)
     y = x.new_empty(x.shape[0], *windows.results, weight.shape[0]).movedim(-1, 1)
     pixels, channels = (x.numel() // x.shape[1], x.shape[1]) if save_int8 else (0, 0)
     shape = (pixels, channels) if save_int8 else (0,)
@@ -123,11 +113,8 @@ def _int8_convolution_backward(
     wants_x, wants_weight = weight is not None, x is not None or xq is not None
     dx, dw = dy.new_empty(0, dtype=x_dtype), dy.new_empty(0, dtype=weight_dtype)
     if dy.numel() == 0 or 0 in x_size or 0 in weight_size:
-        empty = _int8_convolution_backward_fake(
-            *(dy, weight, x, xq, x_scales, x_size, weight_size, stride, padding, dilation, channels_last, weight_last),
-            *(x_dtype, weight_dtype, stochastic),
-        )
-        return empty[0].zero_(), empty[1].zero_()
+        dx = _empty(dy, wants_x, x_size, channels_last, x_dtype).zero_()
+        return dx, _empty(dy, wants_weight, weight_size, weight_last, weight_dtype).zero_()
     windows, images = _geometry(x_size, weight_size, stride, padding, dilation), x_size[0]
     table = windows.table(dy.device)
     rows, seed = pixels_of(dy), int(torch.randint(2**63 - 1, ())) if stochastic else None
@@ -156,31 +143,19 @@ def _int8_convolution_backward(
     return dx, dw
 
 
-def _int8_convolution_backward_fake(
-    dy: Tensor,
-    weight: Tensor | None,
-    x: Tensor | None,
-    xq: Tensor | None,
-    x_scales: Tensor | None,
-    x_size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    weight_last: bool,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    stochastic: bool,
-) -> tuple[Tensor, Tensor]:
-    def empty(exists: bool, size: Sequence[int], last: bool, dtype: torch.dtype) -> Tensor:
-        if not exists:
-            return dy.new_empty(0, dtype=dtype)
-        image = dy.new_empty(size[0], *size[2:], size[1], dtype=dtype).movedim(-1, 1)
-        return image if last else image.contiguous()
+def _empty(dy: Tensor, exists: bool, size: Sequence[int], last: bool, dtype: torch.dtype) -> Tensor:
+    """A gradient of ``size``, in the memory format that ``last`` says; without elements if it is not wanted."""
+    if not exists:
+        return dy.new_empty(0, dtype=dtype)
+    return _images(dy.new_empty(size[0] * torch.Size(size[2:]).numel(), size[1], dtype=dtype), size[0], size[2:], last)
 
-    of_x = empty(weight is not None, x_size, channels_last, x_dtype)
-    return of_x, empty(x is not None or xq is not None, weight_size, weight_last, weight_dtype)
+
+def _int8_convolution_backward_fake(
+    dy: Tensor, weight: Tensor | None, x: Tensor | None, xq: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _, x_size, weight_size, _, _, _, channels_last, weight_last, x_dtype, weight_dtype, _ = rest
+    dx = _empty(dy, weight is not None, x_size, channels_last, x_dtype)
+    return dx, _empty(dy, x is not None or xq is not None, weight_size, weight_last, weight_dtype)
 
 
 int8_convolution_backward = declare(
