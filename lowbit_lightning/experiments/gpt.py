@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import lightning as L
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 
 from lowbit_lightning.experiments.text import VOCABULARY
-from lowbit_lightning.experiments.transformer import Block, initialise
+from lowbit_lightning.experiments.transformer import Block, Past, initialise
 
 
 class GPT(L.LightningModule):
@@ -32,9 +34,18 @@ class GPT(L.LightningModule):
         self.val_loss = MeanMetric()
         self.val_perplexity = Perplexity()
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [batch, context] -> [batch, context, 256]
-        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens))))
+    def forward(self, tokens: Tensor, past: Sequence[Past] | None = None) -> Tensor:
+        """Logits ``[batch, context, 256]`` of tokens ``[batch, context]``. With ``past``, of ``empty_past`` or from
+        earlier calls, the tokens go on from those that were read before."""
+        x = self.tokens(tokens)
+        for block, seen in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+            x = block(x, seen)
+        logits: Tensor = self.head(self.norm(x))
         return logits.float()
+
+    def empty_past(self, window: int) -> list[Past]:
+        """What the blocks remember while the model writes: a position sees ``window`` others before it."""
+        return [Past(window) for _ in self.blocks]
 
     def training_step(self, windows: Tensor, index: int) -> Tensor:
         loss = F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
