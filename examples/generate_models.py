@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
@@ -179,7 +179,7 @@ class Shape:
     """A model of a real one's shape with random weights, made here in bfloat16. It shows speed and memory; its texts
     mean nothing."""
 
-    KNOWN = {
+    KNOWN: ClassVar[dict[str, dict[str, Any]]] = {
         "llama-1b": {  # Llama 3.2 1B: 1.24 billion weights, of them 0.26 in the output layer, which is the embedding
             "hidden_size": 2048,
             "intermediate_size": 8192,
