@@ -40,7 +40,11 @@ LB_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // ---- codes
 
 struct Codes {
+#if BITS == 8
+    Bytes part[PHASES];
+#else
     I low;
+#endif
 #if BITS == 3
     Halves high;
 #endif
@@ -53,13 +57,17 @@ constexpr int high_shift_of(int p) { return 8 * (p / 8) + 7 - p % 8; }
 
 LB_FN Codes load_codes(const Form& form, const uint8_t* row, int64_t c) {
     Codes codes;
+#if BITS == 8
+    for (int p = 0; p < PHASES; ++p) memcpy(&codes.part[p], row + c * CHUNK_BYTES + p * W, W);
+#else
     memcpy(&codes.low, row + c * CHUNK_BYTES, sizeof(I));
+#endif
 #if BITS == 3
     memcpy(&codes.high, row + ceil_div(form.length, 4) + c * 2 * W, 2 * W);
 #else
     (void)form;
 #endif
-#if LB_AVX512
+#if LB_AVX512 && BITS < 8
     __asm__("" : "+v"(codes.low));  // once from memory: every shift would load it again
 #endif
     return codes;
@@ -68,7 +76,7 @@ LB_FN Codes load_codes(const Form& form, const uint8_t* row, int64_t c) {
 static inline Codes load_last_codes(const Form& form, const uint8_t* row, int64_t c) {
     const int64_t left = form.length - c * CHUNK;
     Codes codes{};
-    memcpy(&codes.low, row + c * CHUNK_BYTES, ceil_div(left * low_bits, 8));
+    memcpy((void*)&codes, row + c * CHUNK_BYTES, ceil_div(left * low_bits, 8));
 #if BITS == 3
     memcpy(&codes.high, row + ceil_div(form.length, 4) + c * 2 * W, ceil_div(left, 8));
 #endif
@@ -80,6 +88,7 @@ static inline Codes load_last_codes(const Form& form, const uint8_t* row, int64_
 LB_FN I shifted(I x, int by) {  // right, or left where `by` is negative; what comes in from above is not looked at
     return by >= 0 ? x >> by : x << -by;
 }
+#if BITS < 8
 LB_FN I index_of(const Codes& codes, int p) {
 #if BITS == 3
     return (shifted(widen(codes.high), high_shift_of(p) - 2) & 4) | (shifted(codes.low, shift_of(p)) & ~4);
@@ -87,14 +96,13 @@ LB_FN I index_of(const Codes& codes, int p) {
     return shifted(codes.low, shift_of(p));
 #endif
 }
+#endif
 
 #if BITS == 8
 struct Values {
     explicit Values(const Form&) {}
     LB_METHOD V of(const Codes& codes, int p) const {
-        Bytes part;
-        memcpy(&part, (const char*)&codes.low + p * W, W);
-        return to_float(widen_signed(part));
+        return to_float(widen_signed(codes.part[p]));
     }
 };
 #elif LB_NEON
