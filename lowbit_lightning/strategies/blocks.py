@@ -25,6 +25,24 @@ def shard(
     for name in names:
         fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root, **options)
+    average_gradients(module, mesh)
+
+
+def average_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Let the gradients of a sharded module be means over the ranks under gloo too.
+
+    FSDP2 asks reduce_scatter for the average. gloo of torch 2.7 and 2.8 gives the sum, and says nothing
+    (pytorch/pytorch#162338). Where a small collective shows that, the sum is divided after it.
+    """
+    ranks = mesh.size(mesh.ndim - 1)
+    if mesh.device_type != "cpu" or ranks == 1 or torch.__version__ >= (2, 13):
+        return
+    found, group = torch.empty(1), mesh.get_group(mesh.ndim - 1)
+    dist.reduce_scatter_tensor(found, torch.ones(ranks), op=dist.ReduceOp.AVG, group=group)
+    if found.item() != 1:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_all_reduce_hook(lambda gradients: gradients.div_(ranks))  # type: ignore[arg-type, return-value]
 
 
 def roots(module: nn.Module) -> list[str]:

@@ -160,6 +160,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         if blocks.is_sharded(self.model):
             buffers.check_layer_sync(self.model, self._layer_sync)
+            blocks.average_gradients(self.model, self._mesh())
         else:
             self.model = self._layer_sync.apply(self.model) if self._layer_sync else self.model
             self._shard(self.model)

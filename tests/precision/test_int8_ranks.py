@@ -23,6 +23,7 @@ from lowbit_lightning import Int8MixedPrecision, convert, kernels
 from lowbit_lightning.callbacks import DeterministicResume
 from lowbit_lightning.precision import autocast
 from lowbit_lightning.strategies import ShardedStrategy
+from lowbit_lightning.strategies.blocks import average_gradients
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
 
@@ -92,18 +93,17 @@ def test_gradients_of_sharded_layers_are_those_of_the_layers_alone(folder: Path)
     alone = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 33))
     report = convert.swap_linears(alone, output_layer=None)
     sharded = copy.deepcopy(alone)
+    mesh = init_device_mesh("cpu", (2,))
     for layer in (sharded[0], sharded[2], sharded):
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(layer, mesh=mesh)
+    average_gradients(sharded, mesh)
     assert convert.swap_linears(sharded, output_layer=None) == report, "a sharded layer counts as swapped"
     x = torch.randn(6, 32)
     for model in (alone, sharded):
         model(x).square().sum().backward()
     for (name, p), q in zip(alone.named_parameters(), sharded.parameters(), strict=True):
         expected, found = p.grad, q.grad.full_tensor()  # type: ignore[union-attr]
-        if torch.__version__ >= "2.13":
-            assert torch.equal(expected, found), name  # type: ignore[arg-type]
-        else:  # torch 2.7 and 2.8 round the mean over ranks otherwise
-            assert torch.allclose(expected, found, rtol=1e-5, atol=1e-6), name  # type: ignore[arg-type]
+        assert torch.equal(expected, found), name  # type: ignore[arg-type]
 
 
 class Attends(Model):
