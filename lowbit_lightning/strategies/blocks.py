@@ -22,9 +22,12 @@ def shard(
 ) -> None:
     """``fully_shard`` the named modules and the root, in place. The root's own parameters stay gathered between
     forward and backward, unless ``reshard_root``."""
+    old = torch.__version__ < (2, 13)  # seen in 2.7; not looked for in between
     for name in names:
         fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root, **options)
+    if reshard_root and old:  # there FSDP2 keeps a root gathered all the same
+        module.register_forward_hook(lambda root, *_: root.reshard())
     average_gradients(module, mesh)
 
 

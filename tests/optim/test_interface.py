@@ -74,7 +74,6 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # torch's own, in SequentialLR, until 2.8
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 def test_schedulers(name: str, kind: str) -> None:

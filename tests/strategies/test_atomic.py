@@ -79,6 +79,7 @@ def deaths(
     died, count = True, 0
     while died:
         count += 1
+        assert count < 200, "no save lives, whatever is left to it"
         target = path / str(count) / name
         prepare(target)
         died = False

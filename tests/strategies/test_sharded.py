@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from support import on_ranks as rounds
 from support.on_ranks import ALONE, on_ranks
 from support.sharded_model import TOKENS, WIDTH, Block, Data, Net, Traffic, raised, round_trip, trainer, whole, world
@@ -27,6 +28,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are f
 
 STEPS = 50 if rounds.THOROUGH else 6
 EACH = (4, 1, 3, 2)  # ranks of `make slow`
+SIGTERM = 8 * hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")  # bytes of a number that Lightning 2.6 sends
+OLD = torch.__version__ < (2, 8)  # gloo has no average: replicas are refused
+TRIED = torch.__version__ < (2, 13)  # one reduce-scatter shows what gloo makes of an average
 # Losses may differ from those of one device by this much, at 50 steps. Gradients are summed in another order; 8-bit
 # codes magnify what falls on another side of a threshold. int8 products also have scales of a rank's own tokens, and
 # weights that were gathered in bfloat16.
@@ -123,7 +127,7 @@ def test_accumulation_reduces_once(folder: Path) -> str | None:
         fit(model=model, accumulate_grad_batches=4)
     problem = against_single(folder, "accumulated", weights(model), 1e-5)
     counted = seen.calls["reduce_scatter_base"]
-    expected = 3 if world() > 1 else 0  # two blocks and the root
+    expected = 3 + TRIED if world() > 1 else 0  # two blocks and the root
     return problem or (None if counted == expected else f"{counted} reduce-scatters, not {expected}")
 
 
@@ -141,7 +145,7 @@ def formula(model: Net, shards: int, replicas: int, gather_bytes: int, again: bo
         "allgather_base": gathered * gather_bytes if shards > 1 else 0,
         "reduce_scatter_base": reduced * 4 if shards > 1 else 0,
         "allreduce": (reduced // shards * 4 if replicas > 1 else 0) + (len(trained) * 8 if clipping else 0),
-        "broadcast": sum(b.nbytes for b in model.buffers()) + 8 if world() > 1 else 0,  # 8: a number of Lightning's
+        "broadcast": sum(b.nbytes for b in model.buffers()) + SIGTERM if world() > 1 else 0,
     }
     return {name: size for name, size in found.items() if size}
 
@@ -152,7 +156,7 @@ def test_traffic_is_the_formulas(folder: Path) -> str | None:
         (True, None, 1, None),
         (False, None, 1, 1.0),
         (True, torch.bfloat16, 1, None),
-        *([(True, None, 2, None)] if world() % 2 == 0 else []),
+        *([(True, None, 2, None)] if world() % 2 == 0 and not OLD else []),
     ):
         seen = []
         for steps in (1, 2):  # what the second step adds
@@ -325,6 +329,9 @@ def test_ranks_need_no_common_seed(folder: Path) -> str | None:
 def test_replicas_are_equal(folder: Path) -> str | None:
     """HSDP: two groups of ranks, a copy each; the losses of a single device, and checkpoints as ever."""
     strategy = ShardedStrategy(replicas=2)
+    if OLD:
+        raised(lambda: trainer(strategy).fit(Net()), RuntimeError, "replicas=2", "needs torch 2.8")
+        return None
     model, made = fit("8", Net(steps=STEPS, lr=3e-4, length=17), strategy=strategy, gradient_clip_val=1.0)
     losses = {f"loss {i}": loss for i, loss in enumerate(model.mean_losses())}
     problem = against_single(folder, "losses_8", losses, LIMITS["8"])
