@@ -43,9 +43,8 @@ def average_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
     found, group = torch.empty(1), mesh.get_group(mesh.ndim - 1)
     dist.reduce_scatter_tensor(found, torch.ones(ranks), op=dist.ReduceOp.AVG, group=group)
     if found.item() != 1:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.set_all_reduce_hook(lambda gradients: gradients.div_(ranks))  # type: ignore[arg-type, return-value]
+        for part in (child for child in module.modules() if isinstance(child, FSDPModule)):
+            part.set_all_reduce_hook(lambda total: total.div_(ranks))  # type: ignore[arg-type, return-value]
 
 
 def roots(module: nn.Module) -> list[str]:
