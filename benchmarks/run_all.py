@@ -35,16 +35,16 @@ class Part:
 
 
 PARTS = (
-    Part("optimizer_step.py", ("--cases", "big,model", "--repeats", "7", "--budget", "4"), 150),
+    Part("optimizer_step.py", ("--cases", "big,model", "--repeats", "7", "--budget", "4"), 140),
     Part("default_precision.py", ("--repeats", "5", "--budget", "8"), 120),
-    Part("int8_linear.py", ("--shapes", "2048x1024x4096", "--repeats", "7", "--budget", "4"), 90),
+    Part("int8_linear.py", ("--shapes", "2048x1024x4096", "--repeats", "7", "--budget", "4"), 80),
     Part("int8_conv.py", ("--parts", "layers,bytes", "--kernels", "3", "--repeats", "5", "--budget", "2"), 60),
-    Part("int8_quantize.py", ("--shapes", "2048x4096", "--dtypes", "bfloat16", "--repeats", "7", "--budget", "2"), 90),
-    Part("lowbit_linear.py", ("--shapes", "4096x4096", "--repeats", "15", "--budget", "2"), 90),
+    Part("int8_quantize.py", ("--shapes", "2048x4096", "--dtypes", "bfloat16", "--repeats", "7", "--budget", "2"), 80),
+    Part("lowbit_linear.py", ("--shapes", "4096x4096", "--repeats", "15", "--budget", "2"), 80),
     Part("paging.py", ("--millions", "32", "--repeats", "5", "--budget", "8"), 60),
-    Part("int8_quality.py", ("--seeds", "1", "--steps", "200", "--only", "none"), 120),
-    Part("lowbit_quality.py", ("--only", "bert"), 90),
-    Part("optimizer_quality.py", ("--quick",), 90),
+    Part("int8_quality.py", ("--seeds", "1", "--steps", "200", "--only", "none"), 110),
+    Part("lowbit_quality.py", ("--only", "bert"), 80),
+    Part("optimizer_quality.py", ("--quick",), 80),
 )
 # What does not fit into a quarter of an hour, or measures no speed on this machine.
 ALONE = {

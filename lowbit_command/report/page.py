@@ -169,7 +169,7 @@ def _memory(record: Record) -> str:
     total = sum(kinds.values())
     rows.append((Html("<b>together</b>"), "on this rank", amount(total)))
     note = f"peak of the {record.peak['of']}: {amount(record.peak['bytes'])}" if record.peak else ""
-    return card("Memory by kind", bar + '<div class="gap"></div>' + parts.table((), rows, [2]), note)
+    return card("Memory by kind", bar + '<div class="gap"></div>' + parts.table((), rows, [2], css="fold"), note)
 
 
 # -- low-bit arithmetic -----------------------------------------------------------------------------------------------

@@ -12,6 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
+def needs_torch(version: tuple[int, int], what: str, why: str) -> None:
+    """Raise RuntimeError for what an older torch cannot do, before it fails half-way or in silence."""
+    if torch.__version__ < version:
+        oldest = ".".join(map(str, version))
+        raise RuntimeError(f"{what} needs torch {oldest} or newer, this is {torch.__version__}: {why}")
+
+
 def shard(
     module: nn.Module,
     names: list[str],
@@ -22,6 +29,9 @@ def shard(
 ) -> None:
     """``fully_shard`` the named modules and the root, in place. The root's own parameters stay gathered between
     forward and backward, unless ``reshard_root``."""
+    whole = [name for name, p in module.named_parameters() if not p.is_floating_point()]
+    if whole:
+        needs_torch((2, 8), f"sharding the low-bit weight {whole[0]}", "fully_shard takes no integers before")
     old = torch.__version__ < (2, 13)  # seen in 2.7; not looked for in between
     for name in names:
         fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=reshard_after_forward, **options)

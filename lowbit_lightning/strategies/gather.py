@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from lowbit_lightning import kernels
 from lowbit_lightning.sharding import int8_share, travels_in_int8
 from lowbit_lightning.state import shards
+from lowbit_lightning.strategies.blocks import needs_torch
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,12 @@ class _Extension:
 
 
 def gather_in_int8(module: nn.Module) -> None:
-    """Gather a sharded module's matrices as int8, from its next forward on."""
+    """Gather a sharded module's matrices as int8, from its next forward on.
+
+    Raises:
+        RuntimeError: with torch 2.7.
+    """
+    needs_torch((2, 8), 'all_gather="int8"', "FSDP2 forgets before how parts of unequal length are gathered")
 
     def attach(*_: Any) -> None:
         for p in module.parameters():

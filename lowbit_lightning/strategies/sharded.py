@@ -137,11 +137,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def _mesh(self) -> DeviceMesh:
         if self.replicas == 1:
             return self.device_mesh["data_parallel"]
-        if self.root_device.type == "cpu" and torch.__version__ < (2, 8):
-            raise RuntimeError(
-                f"{NAME}: replicas={self.replicas} on CPUs needs torch 2.8 or newer: gloo of torch {torch.__version__} "
-                "computes no averages. Update torch, or use replicas=1"
-            )
+        if self.root_device.type == "cpu":
+            blocks.needs_torch((2, 8), f"{NAME} with replicas={self.replicas} on CPUs", "gloo has no average before")
         shape = mesh_shape(self.world_size, self.replicas)
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_lightning import optim
 from lowbit_lightning.strategies import ShardedStrategy
+from lowbit_lightning.strategies.blocks import shard
 from lowbit_lightning.strategies.gather import Int8Rows, gather_in_int8
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
@@ -118,8 +119,21 @@ def train(gather: str) -> tuple[list[float], int, float]:
     return losses, gathered.largest, worst
 
 
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FSDP2 would send unequal lengths, refuse integers or sum instead of averaging."""
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.1"))
+    with pytest.raises(RuntimeError, match=r'all_gather="int8" needs torch 2.8 or newer, this is 2.7.1: FSDP2'):
+        gather_in_int8(nn.Linear(16, 16))
+    model = nn.Linear(16, 16)
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"sharding the low-bit weight codes needs torch 2\.8 or newer"):
+        shard(model, [], None, True)  # type: ignore[arg-type]
+
+
 @on_ranks(RANKS)
 def test_training_is_not_hurt(folder: Path) -> None:
+    if torch.__version__ < (2, 8):
+        return  # refused
     (high, high_bytes, exact), (int8, int8_bytes, error) = (train(gather) for gather in ("high", "int8"))
     assert exact == 0
     assert 0.9 < error <= 1.001

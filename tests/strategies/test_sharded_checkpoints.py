@@ -219,9 +219,9 @@ def test_a_folder_becomes_a_file(folder: Path) -> str | None:
 def test_a_file_may_be_written_asynchronously(folder: Path) -> str | None:
     path = folder / f"async_{world()}" / "last"
     model = Net(adamw, steps=2)
-    io = AsyncCheckpointIO()
-    made = trainer(plugins=[io])
+    made = trainer()
     made.fit(model)
+    made.strategy.checkpoint_io = io = AsyncCheckpointIO()  # Lightning 2.5's saves nothing more once a run has ended
     made.save_checkpoint(path)
     io.teardown()
     dist.barrier()
