@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -24,6 +22,11 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lowbit_lightning import optim, sharding
+from lowbit_lightning.strategies import blocks, buffers
+from lowbit_lightning.strategies.gather import gather_in_int8
+from support.ranks import fork
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 301, 128, 64, 8
 EXACT = ("parameters", "gradients", "states", "buffers")
@@ -170,10 +173,6 @@ class Travels(TorchDispatchMode):
 
 
 def _measured(name: str, mesh: Any, data: Any) -> dict[str, int]:
-    from lowbit_lightning import optim, sharding
-    from lowbit_lightning.strategies import blocks, buffers
-    from lowbit_lightning.strategies.gather import gather_in_int8
-
     kept: list[Any] = []
     cast = "bf16" in name
 
@@ -216,5 +215,4 @@ def _rank(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.start_processes(_rank, args=(sys.argv[1],), nprocs=2, start_method="spawn")  # type: ignore[attr-defined]
+    fork(_rank, (sys.argv[1],), 2)
