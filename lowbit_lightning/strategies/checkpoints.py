@@ -85,7 +85,7 @@ def consolidate(folder: _PATH, file: _PATH, weights_only: bool | None = None) ->
 
     Args:
         folder, file: paths.
-        weights_only: as in ``torch.load``; None is torch's default. False unpickles objects of any class: choose it for
+        weights_only: as in ``torch.load``; None means True. False unpickles objects of any class: choose it for
             checkpoints that you trust.
 
     Raises:
@@ -95,7 +95,7 @@ def consolidate(folder: _PATH, file: _PATH, weights_only: bool | None = None) ->
     found = atomic.locate(Path(folder))
     if not found.is_dir():
         raise ValueError(f"folder must be a distributed checkpoint, a folder, got {found}, which is a file")
-    save_file(load_folder(found, weights_only), Path(file))
+    save_file(load_folder(found, weights_only is not False), Path(file))
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
