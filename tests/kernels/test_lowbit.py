@@ -55,6 +55,23 @@ def test_products_of_few_and_many_rows(form: str, name: str, length: int) -> Non
                 assert error(y, x.double() @ weight.T + bias) < TOLERANCE[dtype], (dtype, rows)
 
 
+@pytest.mark.parametrize("form", ["nf4", "int3", "int8"])
+@pytest.mark.parametrize("by_eight", [0, 20])
+def test_products_by_panels_and_by_eight_rows(form: str, by_eight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels of one row, of several and of all, the last one narrower; and the same rows of x eight at a time."""
+    monkeypatch.setattr(on_cpu, "_BY_EIGHT", (by_eight, by_eight))
+    packed, scales, weight = weight_of(form, 37, 333)
+    x, bias = torch.randn(19, 333), torch.randn(37)
+    for size in (1, 10 * 333 * 4, 1 << 20):
+        monkeypatch.setattr(on_cpu, "_PANEL", size)
+        for dtype, allowed in TOLERANCE.items():
+            rows = x.to(dtype)
+            for b in (bias, bias.to(dtype), None):
+                y = kernels.lowbit_matmul(rows, packed, scales, b, form)
+                assert y.dtype == dtype
+                assert error(y, rows.double() @ weight.T + (0 if b is None else b)) < allowed
+
+
 @pytest.mark.parametrize("form", NAMES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("rows", [1, 40])

@@ -1,13 +1,15 @@
 """Low-bit weights on CPU: src/lowbit.cpp, src/lowbit_quantize.cpp, compiled for the bits of a code.
 
-A product of few rows of x reads the packed weight once and decodes it in registers; one of many rows decodes some rows
-of the weight into a thread's own cache and multiplies all of x with them there (src/lowbit_product.h, lowbit_gemm.h).
-The backward decodes a panel of columns at a time, for torch's own product (oneDNN, MKL).
+A product of few rows of x reads the packed weight once for eight of them and decodes it in registers
+(src/lowbit_product.h). One of many rows decodes a panel of the weight at a time, some rows of it, which stays in the
+caches for torch's own product (oneDNN, MKL). A panel of the backward is some columns, in the order in which codes are
+decoded.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from math import prod
 from typing import Any
@@ -23,7 +25,10 @@ from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 from lowbit_lightning.kernels.structs import fit_rule
 
 _MANY = 1 << 16  # elements of a weight below which a second thread costs more than it saves
-_PANEL = 1 << 20  # elements of a panel
+_PANEL = 8 << 20  # bytes of a panel
+_LARGE = 1 << 20  # elements of a large weight
+_BY_EIGHT = 24, 64  # rows of x up to which decoding for each eight of them is faster than panels: small weights, large
+_memory = threading.local()
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
@@ -89,7 +94,6 @@ def library(bits: int) -> ctypes.CDLL:
         "lb_lowbit_dequantize": [_POINTER] * 4 + [_LONG, _POINTER, _INT, _INT],
         "lb_lowbit_panel": [_POINTER] * 3 + [_LONG, _LONG, _LONG, _POINTER, _INT, _INT],
         "lb_lowbit_gemv": [_POINTER] * 3 + [_LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT],
-        "lb_lowbit_gemm": [_POINTER] * 3 + [_LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT],
     }
     for name, arguments in functions.items():
         getattr(compiled, name).restype, getattr(compiled, name).argtypes = None, arguments
@@ -121,38 +125,55 @@ def lowbit_embedding(
 def _dequantize(
     packed: Tensor, scales: Tensor, indices: Tensor | None, leading: Any, form: str, length: int, dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty(*leading, length, dtype=dtype, device="cpu")
+    return _decode(torch.empty(*leading, length, dtype=dtype, device="cpu"), packed, scales, indices, form)
+
+
+def _decode(out: Tensor, packed: Tensor, scales: Tensor, indices: Tensor | None, form: str) -> Tensor:
     if out.numel():
+        length = out.shape[-1]
         compiled, argument, _ = _form(form, length)
         rows = None if indices is None else indices.data_ptr()
         compiled.lb_lowbit_dequantize(
             *(argument, packed.data_ptr(), scales.data_ptr(), rows, out.numel() // length, out.data_ptr()),
-            *(DTYPE_NUMBERS[dtype], _threads(out.numel())),
+            *(DTYPE_NUMBERS[out.dtype], _threads(out.numel())),
         )
     return out
 
 
 def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """See the reference."""
-    return _product("lb_lowbit_gemv", x, packed, scales, bias, form)
-
-
-def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """See the reference."""
-    return _product("lb_lowbit_gemm", x, packed, scales, bias, form)
-
-
-def _product(way: str, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """See the reference. Rows of x are multiplied eight at a time."""
     (rows, length), outputs = x.shape, packed.shape[0]
     compiled, argument, _ = _form(form, length)
     out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu")
     if bias is not None:
         bias = bias.float().contiguous()
-    getattr(compiled, way)(
-        *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr(), rows),
-        *(None if bias is None else bias.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[x.dtype]),
-        _threads(outputs * length),
-    )
+    for first in range(0, rows, 8):
+        compiled.lb_lowbit_gemv(
+            *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr() + first * length * x.itemsize),
+            *(min(8, rows - first), None if bias is None else bias.data_ptr()),
+            *(out.data_ptr() + first * outputs * x.itemsize, DTYPE_NUMBERS[x.dtype], _threads(outputs * length)),
+        )
+    return out
+
+
+def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """See the reference."""
+    (rows, length), outputs = x.shape, packed.shape[0]
+    if rows <= _BY_EIGHT[outputs * length >= _LARGE]:
+        return lowbit_gemv(x, packed, scales, bias, form)
+    there = x.to(_dtype(x.dtype, form, length))
+    step = max(1, _PANEL // there.itemsize // length)
+    out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu") if outputs > step else None
+    for first in range(0, outputs, step):
+        part = slice(first, min(outputs, first + step))
+        panel = _scratch((part.stop - first, length), there.dtype)
+        y = torch.nn.functional.linear(there, _decode(panel, packed[part], scales[part], None, form))
+        if bias is not None:
+            y.add_(bias[part])
+        if out is None:
+            return y.to(x.dtype)
+        out[:, part] = y
+    assert out is not None
     return out
 
 
@@ -160,23 +181,34 @@ def lowbit_matmul_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str
     """See the reference. A panel is all rows of some chunks of columns, in the order ``[chunk][phase][lane]`` in which
     codes are decoded (src/lowbit.h); the result is brought out of it."""
     (rows, outputs), (compiled, argument, f) = dy.shape, _form(form, row_length)
-    narrow = dy.dtype == torch.bfloat16 and compiled.lb_lowbit_pairs()
-    dtype = torch.bfloat16 if narrow else torch.float32
+    there = dy.to(_dtype(dy.dtype, form, row_length))
     lanes, phases = compiled.lb_lowbit_lanes(), compiled.lb_lowbit_phases()
     chunk, chunks = lanes * phases, -(-row_length // (lanes * phases))
-    step = min(chunks, max(1, _PANEL // outputs // chunk))
-    memory = torch.empty(outputs * step * chunk, dtype=dtype, device="cpu")
-    dx = torch.empty(rows, chunks * chunk, dtype=dtype, device="cpu")
-    dy_there = dy.to(dtype)
+    step = min(chunks, max(1, _PANEL // there.itemsize // outputs // chunk))
+    dx = torch.empty(rows, chunks * chunk, dtype=there.dtype, device="cpu")
     for first in range(0, chunks, step):
         last = min(chunks, first + step)
-        width = (last - first) * chunk
-        panel = memory[: outputs * width].view(outputs, width)
+        panel = _scratch((outputs, (last - first) * chunk), there.dtype)
         compiled.lb_lowbit_panel(
             *(argument, packed.data_ptr(), scales.data_ptr(), outputs, first, last, panel.data_ptr()),
-            *(DTYPE_NUMBERS[dtype], _threads(panel.numel())),
+            *(DTYPE_NUMBERS[panel.dtype], _threads(panel.numel())),
         )
-        dx[:, first * chunk : last * chunk] = dy_there @ panel  # into dx itself torch multiplies bfloat16 slowly
+        dx[:, first * chunk : last * chunk] = there @ panel  # into dx itself torch multiplies bfloat16 slowly
     if f.bits < 8:
         dx = dx.view(rows, chunks, phases, lanes).transpose(2, 3).reshape(rows, chunks * chunk)
     return dx[:, :row_length].to(dy.dtype).contiguous()
+
+
+def _dtype(dtype: torch.dtype, form: str, length: int) -> torch.dtype:
+    """In which torch multiplies: bfloat16 for operands that are that, if the processor multiplies pairs of them."""
+    narrow = dtype == torch.bfloat16 and _form(form, length)[0].lb_lowbit_pairs()
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def _scratch(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Memory that this thread keeps for panels: fresh memory would cost a page fault for every 4 KiB."""
+    size = prod(shape) * dtype.itemsize
+    memory: Tensor | None = getattr(_memory, "bytes", None)
+    if memory is None or len(memory) < size:
+        memory = _memory.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return memory[:size].view(dtype).view(shape)

@@ -1,6 +1,5 @@
 // Low-bit weights: dequantised, and multiplied with x.
 #include "lowbit_decode.h"
-#include "lowbit_gemm.h"
 #include "lowbit_product.h"
 
 template <bool NATURAL, class T>
@@ -52,10 +51,5 @@ void lb_lowbit_panel(const Form* form, const uint8_t* packed, const uint8_t* sca
 void lb_lowbit_gemv(const Form* form, const uint8_t* packed, const uint8_t* scales, int64_t N, const void* x,
                     int64_t M, const float* bias, void* out, int dtype, int threads) {
     by_dtype(dtype, out, [&](auto* to) { few_rows(*form, packed, scales, N, (decltype(to))x, M, bias, to, threads); });
-}
-// The same for any M
-void lb_lowbit_gemm(const Form* form, const uint8_t* packed, const uint8_t* scales, int64_t N, const void* x,
-                    int64_t M, const float* bias, void* out, int dtype, int threads) {
-    by_dtype(dtype, out, [&](auto* to) { many_rows(*form, packed, scales, N, (decltype(to))x, M, bias, to, threads); });
 }
 }

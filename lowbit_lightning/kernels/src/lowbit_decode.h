@@ -34,6 +34,62 @@ LB_FN void to_natural_order(V* v, float* out) {
     }
 }
 
+#if LB_AVX512 && BITS < 8
+// The codes of 16 neighbouring elements, in bits that a look-up heeds: their bytes in every lane, shifted by the lane's
+// own number of bits.
+struct Neighbours {
+    I shift, high_shift, halves;
+    Neighbours() {
+        for (int l = 0; l < W; ++l) {
+            shift[l] = BITS == 4 ? 8 * (l % 8 / 2) + 4 - 4 * (l % 2) : 8 * (l / 4) + 6 - 2 * (l % 4);
+            high_shift[l] = 8 * (l / 8) + 7 - l % 8;
+            halves[l] = l / 8;
+        }
+    }
+    LB_METHOD I of(const Form& form, const uint8_t* row, int64_t k) const {
+#if BITS == 4
+        int64_t bytes;
+        memcpy(&bytes, row + k / 2, 8);
+        const __m512i both = _mm512_permutexvar_epi32((__m512i)halves, _mm512_set1_epi64(bytes));
+        return (I)_mm512_srlv_epi32(both, (__m512i)shift);
+#else
+        int32_t bytes;
+        memcpy(&bytes, row + k / 4, 4);
+        const I low = (I)_mm512_srlv_epi32(_mm512_set1_epi32(bytes), (__m512i)shift);
+        if (BITS == 2) return low;
+        uint16_t high;
+        memcpy(&high, row + ceil_div(form.length, 4) + k / 8, 2);
+        return (low & 3) | ((I)_mm512_srlv_epi32(_mm512_set1_epi32(high), (__m512i)high_shift) & 1) << 2;
+#endif
+    }
+};
+#endif
+
+// A whole chunk in the natural order: CHUNK elements.
+template <class T>
+LB_FN void decode_whole(const Form& form, const Values& values, const Spread& spread, const uint8_t* packed,
+                        const float* scales, const float* offsets, int64_t c, T* out) {
+#if LB_AVX512 && BITS < 8
+    const Neighbours neighbours;
+    const int64_t first = spread.fine ? c * spread.fine : c >> spread.shift;  // block
+#pragma GCC unroll 16
+    for (int p = 0; p < PHASES; ++p) {
+        const int64_t block = first + p * spread.fine / PHASES;
+        const I codes = neighbours.of(form, packed, c * CHUNK + p * W);
+        V v = lookup(values.table, codes) * splat<V>(scales[block]);
+        if (form.affine) v = v + splat<V>(offsets[block]);
+        store(out + p * W, v, W);
+    }
+#else
+    V v[PHASES];
+    const V offset = form.affine ? spread.of(offsets, c) : V{};
+    decode_chunk(values, load_codes(form, packed, c), spread.of(scales, c), form.affine, offset, v);
+    alignas(64) float ordered[CHUNK];
+    if (BITS < 8) to_natural_order(v, ordered);
+    for (int p = 0; p < PHASES; ++p) store(out + p * W, BITS < 8 ? load(ordered + p * W, W) : v[p], W);
+#endif
+}
+
 // Chunks first_chunk to last_chunk - 1 of a row. NATURAL: elements in order, none after the row's end; otherwise
 // [phase][lane], the last chunk whole.
 template <bool NATURAL, class T>
@@ -41,6 +97,10 @@ static void decode_row(const Form& form, const Values& values, const Spread& spr
                        const float* scales, const float* offsets, int64_t first_chunk, int64_t last_chunk, T* out) {
     for (int64_t c = first_chunk; c < last_chunk; ++c, out += CHUNK) {
         const int64_t left = form.length - c * CHUNK;
+        if (NATURAL && left >= CHUNK) {
+            decode_whole(form, values, spread, packed, scales, offsets, c, out);
+            continue;
+        }
         const Codes codes = left < CHUNK ? load_last_codes(form, packed, c) : load_codes(form, packed, c);
         V v[PHASES];
         decode_chunk(values, codes, spread.of(scales, c), form.affine, form.affine ? spread.of(offsets, c) : V{}, v);
@@ -50,9 +110,6 @@ static void decode_row(const Form& form, const Values& values, const Spread& spr
         }
         alignas(64) float ordered[CHUNK];
         to_natural_order(v, ordered);
-        const int64_t count = least(CHUNK, left);
-        int64_t i = 0;
-        for (; i + W <= count; i += W) store(out + i, load(ordered + i, W), W);
-        if (i < count) store(out + i, load(ordered + i, W), (int)(count - i));
+        for_vectors(left, [&](int64_t i, int width) LB_LAMBDA { store(out + i, load(ordered + i, W), width); });
     }
 }

@@ -234,8 +234,9 @@ static void task(const Form& form, const uint8_t* packed, const uint8_t* scales,
     for (int64_t i = 0; i < count; i += R) {
         float* offsets = decoded.data() + R * stride;
         const auto decode = [&](int r) {
-            decode_scales(form, scales + (n + i + r) * form.scales_stride, decoded.data() + r * stride,
-                          offsets + r * stride);
+            const uint8_t* row = scales + (n + i + r) * form.scales_stride;
+            for (int64_t at = 0; at < form.scales_stride; at += 64) fetch(row + R * form.scales_stride + at);
+            decode_scales(form, row, decoded.data() + r * stride, offsets + r * stride);
         };
         const uint8_t* from = packed + (n + i) * form.packed_stride;
         if (i + R <= count) {
