@@ -58,7 +58,8 @@ def read_folder(folder: Path) -> dict[str, list[str]]:
 
 
 class Texts:
-    """Texts as tokens, shuffled once: the first ``held_out`` to measure on, the others to train on.
+    """Texts as tokens, shuffled once: the first ``held_out`` to measure on, the others to train on. A batch is as wide
+    as the longest of its texts.
 
     Raises:
         SystemExit: if too few texts are left to train on.
@@ -72,9 +73,10 @@ class Texts:
         random.Random(0).shuffle(pairs)
         options = {"truncation": True, "max_length": length, "padding": "max_length", "return_tensors": "pt"}
         tokens = tokenizer([text for text, _ in pairs], **options)
-        parts = tokens["input_ids"], tokens["attention_mask"], torch.tensor([number for _, number in pairs])
-        self._held_out: Batch = tuple(part[:held_out] for part in parts)  # type: ignore[assignment]
-        self._train: Batch = tuple(part[held_out:] for part in parts)  # type: ignore[assignment]
+        ids, mask, numbers = tokens["input_ids"], tokens["attention_mask"], torch.tensor([n for _, n in pairs])
+        by_length = mask[:held_out].sum(1).argsort(stable=True)
+        self._held_out: Batch = ids[by_length], mask[by_length], numbers[by_length]
+        self._train: Batch = ids[held_out:], mask[held_out:], numbers[held_out:]
 
     def __len__(self) -> int:
         return len(self._train[0])
@@ -86,9 +88,13 @@ class Texts:
     def batches(self, count: int, size: int, seed: int) -> list[Batch]:
         """Random ones to train on; those of a seed are always the same."""
         chosen = torch.randint(len(self), (count, size), generator=torch.Generator().manual_seed(seed))
-        ids, mask, classes = self._train
-        return [(ids[c], mask[c], classes[c]) for c in chosen]
+        return [_cut(*(part[one] for part in self._train)) for one in chosen]
 
     def held_out(self, size: int) -> Iterator[Batch]:
-        """All of them, in order."""
-        return zip(*(part.split(size) for part in self._held_out), strict=True)  # type: ignore[arg-type]
+        """All of them, the shortest first."""
+        return (_cut(*parts) for parts in zip(*(part.split(size) for part in self._held_out), strict=True))
+
+
+def _cut(ids: Tensor, mask: Tensor, classes: Tensor) -> Batch:
+    longest = int(mask.sum(1).max())
+    return ids[:, :longest], mask[:, :longest], classes
