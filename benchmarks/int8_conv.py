@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 
 import torch
-from _common import HOW_TO_READ, Candidate, Report, measure, parser
-from _resnet import Convolution, ResNet, resnet50
+from _common import HOW_TO_READ, ROOT, Candidate, Report, measure, parser
+from _resnet import Convolution, resnet50
 from torch import Tensor, nn
 
 from lowbit_lightning import convert, kernels
 from lowbit_lightning.layers import Int8Conv2d
 from lowbit_lightning.malloc import return_large_tensors
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+from vision_models import ResNet
 
 RIVALS = ("fp32", "bf16 autocast")
 

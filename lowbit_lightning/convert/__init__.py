@@ -8,11 +8,12 @@ of bitsandbytes.
 from lowbit_lightning.convert.bitsandbytes import to_bitsandbytes
 from lowbit_lightning.convert.files import empty_parameters, load_quantized
 from lowbit_lightning.convert.int8 import MIN_FEATURES, NothingToSwap, restore, swap_linears
-from lowbit_lightning.convert.lowbit import WeightReport, dequantize, quantize, weight_report
+from lowbit_lightning.convert.lowbit import NothingToQuantize, WeightReport, dequantize, quantize, weight_report
 from lowbit_lightning.layers.select import Report
 
 __all__ = [
     "MIN_FEATURES",
+    "NothingToQuantize",
     "NothingToSwap",
     "Report",
     "WeightReport",
