@@ -12,7 +12,8 @@ Every seed trains three times, from the same weights on the same images:
 
 - **fp32** with torch's SGD (resnet) or AdamW (all others);
 - **8-bit optimizer**: the same with ``lowbit_lightning.optim``;
-- **int8-mixed**, which has the 8-bit optimizer too: two lines differ from fp32.
+- **int8-mixed**, which has the 8-bit optimizer too: two lines differ from fp32. All convolutions run in int8 here;
+  ``precision="int8-mixed"`` alone leaves those that are slower in int8 (``--swap faster``), in small models most.
 
 Each is tested on held-out images in the precision that it was trained in. The fp32 result is then used in low bits,
 without further training: with "int8 products" the layers compute in int8 and keep their weights in fp32; in the other
@@ -33,36 +34,47 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from vision_data import SMALLEST, Data, Folder, Scenes
 from vision_pictures import draw_classes, draw_masks
-from vision_training import IGNORED, TASKS, Result, Task, Way, held, in_low_bits, planned, train, use
+from vision_training import IGNORED, TASKS, Result, Way, held, in_low_bits, planned, train, use
 
-WAYS = {"fp32": Way(), "8-bit optimizer": Way(bits=8), "int8-mixed": Way("int8-mixed", 8)}
+from lowbit_lightning import Int8MixedPrecision
+
+WAYS = ("fp32", "8-bit optimizer", "int8-mixed")
 LOW_BITS = ("int8 products", "int8", "nf4", "int3", "int2")
+SWAP_HELP = "int8-mixed for all convolutions, or as the string does it: for those that are faster in int8 here"
 ALLOWED = 1.0  # points below fp32
 
 Results = dict[str, dict[str, Result]]
 """Model -> way -> result."""
 
 
-def train_all(
-    args: argparse.Namespace, task: Task, data: Data, seed: int, results: dict[str, Result]
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Train in every way; returns the model of fp32, and what each model predicts of the held-out images."""
-    models, predictions = {}, {}
-    for way, settings in WAYS.items():
+def way_of(name: str, swap: str) -> Way:
+    """A new one for each training: a plugin remembers the model that it served."""
+    return Way(Int8MixedPrecision(swap=swap), 8) if name == "int8-mixed" else Way(bits=8 if "8-bit" in name else None)
+
+
+def train_in(
+    ways: tuple[str, ...], args: argparse.Namespace, name: str, data: Data, seed: int, results: dict[str, Result]
+) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Train in each of these ways; returns the models, and what they predict of the held-out images."""
+    found = {}
+    task = TASKS[name]
+    for way in ways:
+        settings = way_of(way, args.swap)
         L.seed_everything(seed, verbose=False)
-        models[way] = model = (task.full if args.full else task.small)(len(data.classes), args.size)
+        model = (task.full if args.full else task.small)(len(data.classes), args.size)
         if not results[way].bytes:
             results[way].bytes = planned(task, settings, model, data.training.batches(args.batch)[0])
         module = train(task, settings, model, data, args.batch)
         results[way].add(module.score, module.steps_per_second * args.batch, module.train_loss)
-        predictions[way] = module.score.predictions
-        if module.report and seed == 1:
+        if seed == 1 and module.report:
             print(module.report)
-        print(f"  seed {seed}, {way}: {module.score}", flush=True)
-    return models["fp32"], predictions
+        print(f"{name}, seed {seed}, {way}: {module.score}", flush=True)
+        found[way] = model, module.score.predictions
+    return found
 
 
 def use_all(plain: nn.Module, data: Data, results: dict[str, Result]) -> None:
@@ -77,14 +89,17 @@ def run(args: argparse.Namespace, source: Scenes | Folder) -> tuple[Results, Res
     """How each model trained, how it can be used, and what those of the first seed predict, by way."""
     trained: Results = {name: {way: Result() for way in WAYS} for name in args.models}
     used: Results = {name: {} for name in args.models}
-    predictions = {}
-    for name in args.models:
-        print(name, flush=True)
-        for seed in range(1, args.seeds + 1):
-            data = source.data(TASKS[name].segments, args.steps * args.batch, args.held_out, seed)
-            plain, predicted = train_all(args, TASKS[name], data, seed, trained[name])
-            predictions.setdefault(name, predicted)
-            use_all(plain, data, used[name])
+    predictions: dict[str, dict[str, Tensor]] = {name: {} for name in args.models}
+    for ways in (WAYS[:-1], WAYS[-1:]):  # int8-mixed comes last: it changes malloc for the rest of the process
+        for name in args.models:
+            count = args.batch * (args.steps or TASKS[name].steps)
+            for seed in range(1, args.seeds + 1):
+                data = source.data(TASKS[name].segments, count, args.held_out, seed)
+                found = train_in(ways, args, name, data, seed, trained[name])
+                if "fp32" in found:
+                    use_all(found["fp32"][0], data, used[name])
+                if seed == 1:
+                    predictions[name] |= {way: predicted for way, (_, predicted) in found.items()}
     return trained, used, predictions
 
 
@@ -153,11 +168,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--size", type=int, default=32, help="images are scaled and cut to this many pixels (default 32)"
     )
     parser.add_argument("--full", action="store_true", help="ViT-S, ResNet-18, ConvNeXt-T and a UNet of width 64")
+    parser.add_argument("--swap", choices=("all", "faster"), default="all", help=SWAP_HELP)
     parser.add_argument("--output", type=Path, default=Path("runs/vision"))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default 3)")
-    parser.add_argument("--steps", type=int, default=100, help="default 100")
+    parser.add_argument("--steps", type=int, help="default: 250 for the UNet, 150 for others")
     parser.add_argument("--batch", type=int, default=32, help="images in a step (default 32)")
     parser.add_argument("--held-out", type=int, default=1000, help="images to test on (default 1000)")
+    parser.add_argument("--threads", type=int, help="of the CPU; one gives a fair speed where other programs run too")
     args = parser.parse_args(arguments)
     args.models = (
         args.models.split(",") if args.models else [m for m in TASKS if not (args.images and TASKS[m].segments)]
@@ -167,7 +184,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--models {name}: there are {', '.join(TASKS)}")
         if args.images and TASKS[name].segments:
             parser.error(f"--models {name}: a folder of images says nothing about their pixels; leave out --images")
-    if min(args.seeds, args.batch, args.held_out) < 1 or args.steps <= IGNORED or args.size % 16:
+    few = args.steps is not None and args.steps <= IGNORED
+    if few or min(args.seeds, args.batch, args.held_out) < 1 or args.size % 16:
         parser.error(
             f"--seeds, --batch and --held-out must be at least 1, --steps {IGNORED + 1}, --size a multiple of 16"
         )
@@ -178,6 +196,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6.6 with torch 2.13

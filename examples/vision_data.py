@@ -52,7 +52,7 @@ class Data:
 class Scenes:
     """Handwritten digits on photographs; who wrote which pixel is known exactly.
 
-    A scene is a patch of a photograph at half its brightness. On it is one digit of 24 x 24 pixels, or two of 16 x 16 are
+    A scene is a patch of a photograph at half its brightness. On it is one digit of 24 x 24 pixels, or two of 16 x 16
     side by side, at random places and of random light colours. Held-out scenes show digits and parts of the photographs
     that training never shows: every fifth digit, and the right quarter of each photograph.
     """

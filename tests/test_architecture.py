@@ -101,6 +101,7 @@ PUBLIC = {
     "callbacks": ["DeterministicResume", "LowBitMonitor", "RunReport"],
     "convert": [
         "MIN_FEATURES",
+        "NothingToQuantize",
         "NothingToSwap",
         "Report",
         "WeightReport",
