@@ -92,9 +92,8 @@ def run(args: argparse.Namespace, source: Scenes | Folder) -> tuple[Results, Res
     predictions: dict[str, dict[str, Tensor]] = {name: {} for name in args.models}
     for ways in (WAYS[:-1], WAYS[-1:]):  # int8-mixed comes last: it changes malloc for the rest of the process
         for name in args.models:
-            count = args.batch * (args.steps or TASKS[name].steps)
             for seed in range(1, args.seeds + 1):
-                data = source.data(TASKS[name].segments, count, args.held_out, seed)
+                data = source.data(TASKS[name].segments, args.steps * args.batch, args.held_out, seed)
                 found = train_in(ways, args, name, data, seed, trained[name])
                 if "fp32" in found:
                     use_all(found["fp32"][0], data, used[name])
@@ -171,7 +170,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--swap", choices=("all", "faster"), default="all", help=SWAP_HELP)
     parser.add_argument("--output", type=Path, default=Path("runs/vision"))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default 3)")
-    parser.add_argument("--steps", type=int, help="default: 250 for the UNet, 150 for others")
+    parser.add_argument("--steps", type=int, default=150, help="default 150")
     parser.add_argument("--batch", type=int, default=32, help="images in a step (default 32)")
     parser.add_argument("--held-out", type=int, default=1000, help="images to test on (default 1000)")
     parser.add_argument("--threads", type=int, help="of the CPU; one gives a fair speed where other programs run too")
@@ -184,8 +183,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--models {name}: there are {', '.join(TASKS)}")
         if args.images and TASKS[name].segments:
             parser.error(f"--models {name}: a folder of images says nothing about their pixels; leave out --images")
-    few = args.steps is not None and args.steps <= IGNORED
-    if few or min(args.seeds, args.batch, args.held_out) < 1 or args.size % 16:
+    if min(args.seeds, args.batch, args.held_out) < 1 or args.steps <= IGNORED or args.size % 16:
         parser.error(
             f"--seeds, --batch and --held-out must be at least 1, --steps {IGNORED + 1}, --size a multiple of 16"
         )

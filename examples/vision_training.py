@@ -25,15 +25,13 @@ IGNORED = 3  # steps before the clock starts: kernels are compiled there, and co
 
 @dataclass(frozen=True)
 class Task:
-    """A model and how it is trained. ``small`` and ``full`` make it for a number of classes and a size of images;
-    ``steps``: those of the small one."""
+    """A model and how it is trained. ``small`` and ``full`` make it for a number of classes and a size of images."""
 
     small: Callable[[int, int], nn.Module]
     full: Callable[[int, int], nn.Module]
     optimizer: str
     options: dict[str, float]
     segments: bool = False
-    steps: int = 150
 
 
 TASKS = {
@@ -61,7 +59,6 @@ TASKS = {
         "AdamW",
         {"lr": 4e-3, "weight_decay": 1e-4},
         segments=True,
-        steps=250,
     ),
 }
 
