@@ -119,6 +119,7 @@ PUBLIC = {
         "StepScalars",
         "calls",
         "dequantize_blockwise",
+        "hadamard",
         "int8_conv",
         "int8_conv_input",
         "int8_conv_weight",

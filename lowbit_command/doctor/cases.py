@@ -72,6 +72,13 @@ def _int8() -> Iterator[Case]:
                 return [t for seed in (None, 7) for t in getattr(kernels, op)(x, seed)]
 
             yield Case(op, name, quantize)
+    for name, dtype in _DTYPES.items():
+
+        def rotate(device: torch.device, dtype: torch.dtype = dtype) -> list[Tensor]:
+            x = _random(ROWS, COLUMNS + 7, dtype=dtype).to(device)
+            return [kernels.hadamard(x, dim) for dim in (0, 1)]
+
+        yield Case("hadamard", name, rotate)
 
 
 def _product() -> Iterator[Case]:

@@ -14,6 +14,7 @@ from lowbit_lightning import kernels
 from lowbit_lightning.bitsandbytes import functional
 from lowbit_lightning.bitsandbytes.quant_state import QuantState
 from lowbit_lightning.layers.ops import int8_linear
+from lowbit_lightning.layers.product import HIGH, INT8
 
 
 @dataclass(eq=False)
@@ -76,7 +77,7 @@ def matmul(
 
 def _trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product of a weight that is trained: output and weight gradient in int8, input gradient in high precision."""
-    y, *_ = int8_linear(x.reshape(-1, x.shape[-1]), weight, bias, True, False, True, True, False)
+    y, *_ = int8_linear(x.reshape(-1, x.shape[-1]), weight, bias, INT8, HIGH, INT8, True, False)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

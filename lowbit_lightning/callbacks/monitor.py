@@ -32,7 +32,6 @@ Limitations
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -62,13 +61,15 @@ class LowBitMonitor(Callback):
         minimum_snr: products below this signal-to-noise ratio, in dB, are reported by name (normally distributed
             data has 35 to 40; at 20 the noise is a tenth of the signal). None: no guard.
         patience: how many samples in a row a product must be below it.
-        fallback: True runs such a product in high precision from the next step on, permanently; checkpoints keep this.
+        fallback: True changes such a product from the next step on, permanently; checkpoints keep this. At first its
+            operands are rotated (``Products``, "hadamard"); if it stays below, for as many samples again, it runs in
+            high precision.
         per_layer: log the ratio of every layer too.
         picture: write ``int8_snr.png`` to the logger's folder (``default_root_dir`` without one) when training ends.
             None: if matplotlib is installed.
 
-    ``metrics``: the last sample, by the names it was logged under. ``fallen_back``: layer -> its products that run in
-    high precision now. ``str(monitor)``: a few lines about the last sample.
+    ``metrics``: the last sample, by the names it was logged under. ``rotated``: layer -> its products that are
+    rotated now; ``fallen_back``: those that run in high precision. ``str(monitor)``: a few lines about the last sample.
 
     Raises:
         ValueError: for a number out of range. ModuleNotFoundError: ``picture=True`` without matplotlib.
@@ -99,6 +100,7 @@ class LowBitMonitor(Callback):
         self.fallback, self.per_layer, self.picture = fallback, per_layer, picture
         self.metrics: dict[str, Tensor] = {}
         self.fallen_back: dict[str, list[str]] = {}
+        self.rotated: dict[str, list[str]] = {}
         self._below: dict[str, dict[str, int]] = {}  # layer -> product -> samples in a row
         self._history: list[tuple[int, np.ndarray]] = []
         self._layers: dict[str, Int8Layer] = {}
@@ -226,6 +228,8 @@ class LowBitMonitor(Callback):
                 lines.append(
                     f"  {product}: median {np.nanmedian(values):.1f}, lowest {values[worst]:.1f} ({names[worst]})"
                 )
+        if self.rotated:
+            lines.append(f"  rotated since they fell below {self.minimum_snr}: {_listed(self.rotated)}")
         if self.fallen_back:
             lines.append(f"  in high precision since they fell below {self.minimum_snr}: {_listed(self.fallen_back)}")
         return "\n".join(lines)
@@ -233,18 +237,18 @@ class LowBitMonitor(Callback):
     # -- the guard ---------------------------------------------------------------------------------------------------
 
     def _guard(self, snr: Tensor) -> None:
-        """Count samples below ``minimum_snr``; report products that were below it ``patience`` times, and let them fall
-        back."""
+        """Count samples below ``minimum_snr``; report products that were below it ``patience`` times, and change them:
+        those that can be rotated are rotated, others fall back."""
         if self.minimum_snr is None:
             return
-        suffering: dict[str, list[str]] = {}
+        suffering: dict[str, dict[str, str]] = {}
         shown = []
         for name, values in zip(self._layers, snr.tolist(), strict=True):
             counts = self._below.setdefault(name, {})
             for product, value in zip(PRODUCTS, values, strict=True):
                 counts[product] = counts.get(product, 0) + 1 if value < self.minimum_snr else 0
                 if counts[product] == self.patience:
-                    suffering.setdefault(name, []).append(product)
+                    suffering.setdefault(name, {})[product] = _next(self._layers[name], product)
                     shown.append(f"{name} ({product}, {value:.1f} dB)")
         if not suffering:
             return
@@ -253,26 +257,36 @@ class LowBitMonitor(Callback):
             f"samples in a row: {', '.join(shown)}. "
         )
         if not self.fallback:
-            overrides = {name: dict.fromkeys(products, "high") for name, products in suffering.items()}
             rank_zero_warn(
-                f"{what}Outliers make the rest coarse. Run these products in high precision, "
-                f"Int8MixedPrecision(overrides={overrides}), leave the layers out (exclude=), or say fallback=True here"
+                f"{what}Outliers make the rest coarse. Rotate these products, or run them in high precision, "
+                f"Int8MixedPrecision(overrides={suffering}), leave the layers out (exclude=), or say fallback=True here"
             )
             return
-        rank_zero_warn(f"{what}They run in high precision from the next step on, and in runs resumed from here")
+        told = {"hadamard": "are rotated", "high": "run in high precision"}
+        parts = [verb for kind, verb in told.items() if any(kind in p.values() for p in suffering.values())]
+        rank_zero_warn(f"{what}They {' or '.join(parts)} from the next step on, and in runs resumed from here")
         for name, products in suffering.items():
-            self.fallen_back.setdefault(name, []).extend(products)
-            _to_high(self._layers[name], products)
+            for product, kind in products.items():
+                self._below[name][product] = 0
+                (self.fallen_back if kind == "high" else self.rotated).setdefault(name, []).append(product)
+                if kind == "high" and product in self.rotated.get(name, ()):
+                    self.rotated[name].remove(product)
+            self._change(name, self._layers[name])
+        self.rotated = {name: products for name, products in self.rotated.items() if products}
 
     def _apply(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Apply all fallbacks again: after a resume, or after ``convert_module``, which resets all layers."""
-        if not self.fallen_back:
+        """Apply all changes again: after a resume, or after ``convert_module``, which resets all layers."""
+        if not (self.fallen_back or self.rotated):
             return
         modules = dict(pl_module.named_modules())
-        for name, products in self.fallen_back.items():
+        for name in {**self.fallen_back, **self.rotated}:
             layer = modules.get(name)
             if isinstance(layer, Int8Layer):
-                _to_high(layer, products)
+                self._change(name, layer)
+
+    def _change(self, name: str, layer: Int8Layer) -> None:
+        kinds: dict[str, Any] = dict.fromkeys(self.rotated.get(name, ()), "hadamard")
+        layer.products = replace(layer.products, **kinds, **dict.fromkeys(self.fallen_back.get(name, ()), "high"))
 
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _apply
 
@@ -280,7 +294,8 @@ class LowBitMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         below = {n: dict(counts) for n, counts in self._below.items()}
-        return {"version": VERSION, "fallen_back": {n: list(p) for n, p in self.fallen_back.items()}, "below": below}
+        changed = {key: {n: list(p) for n, p in getattr(self, key).items()} for key in ("fallen_back", "rotated")}
+        return {"version": VERSION, **changed, "below": below}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("version") != VERSION:
@@ -289,15 +304,21 @@ class LowBitMonitor(Callback):
                 "lowbit_lightning"
             )
         self.fallen_back = {name: list(products) for name, products in state_dict["fallen_back"].items()}
+        self.rotated = {name: list(products) for name, products in state_dict.get("rotated", {}).items()}
         self._below = {name: dict(counts) for name, counts in state_dict["below"].items()}
 
 
 # -- what the callback needs of layers and optimizers -----------------------------------------------------------------
 
 
-def _to_high(layer: Int8Layer, products: Iterable[str]) -> None:
-    high: dict[str, Any] = dict.fromkeys(products, "high")
-    layer.products = replace(layer.products, **high)
+def _next(layer: Int8Layer, product: str) -> str:
+    """How a product should run that has too much noise now: rotated if it is not, and the layer can be."""
+    trial: dict[str, Any] = {product: "hadamard"}
+    kept, before = layer.products, layer.kinds
+    layer.products = replace(kept, **trial)
+    changes = layer.kinds != before
+    layer.products = kept
+    return "hadamard" if changes else "high"
 
 
 def _listed(products: dict[str, list[str]]) -> str:

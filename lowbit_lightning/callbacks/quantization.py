@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lowbit_lightning import kernels
 from lowbit_lightning.kernels.formats import dynamic_map
 
 PRODUCTS = ("forward", "grad_input", "grad_weight")
@@ -44,10 +45,12 @@ class Slot(NamedTuple):
     side: int
 
 
-def measure(x: Tensor, q: Tensor, scales: Tensor, features: str) -> Tensor:
+def measure(x: Tensor, q: Tensor, scales: Tensor, features: str, rotated: bool = False) -> Tensor:
     """float32 ``[5]``: snr in dB, saturation, underflow, nonfinite, overflow of ``x [R, C]`` and its int8 form.
 
     ``q [R, C]``, ``scales [R]``: what a quantiser made of x. ``features``: whether x's "columns" or "rows" are them.
+    ``rotated``: the quantiser got x rotated along its rows. The error is that of x all the same, since the rotation is
+    its own inverse: noise is spread over a block, where x's features are as different as they were.
 
     saturation: share of codes at +-127 (at least one in a row has to be). underflow: share of non-zero values that
     became zero. nonfinite: share of rows with a value that isn't finite; the other numbers leave them out. overflow:
@@ -62,8 +65,9 @@ def measure(x: Tensor, q: Tensor, scales: Tensor, features: str) -> Tensor:
     for start in range(0, q.shape[0], rows):
         part = slice(start, start + rows)
         values = torch.where(good[part, None], x[part], 0).float()
-        nonzero = values.count_nonzero()
-        error = torch.addcmul(values.mul_(unit), q[part].float(), scaled[part, None], value=-1)
+        nonzero = (kernels.hadamard(values, 1) if rotated else values).count_nonzero()
+        rounded = q[part].float().mul_(scaled[part, None])
+        error = values.mul_(unit) - (kernels.hadamard(rounded, 1) if rotated else rounded)
         signal.append(values.square().sum(over))
         noise.append(error.square_().sum(over))
         magnitude = q[part].abs()

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowbit_lightning import kernels
 from lowbit_lightning.callbacks.quantization import SHARES, Slot, measure
 from lowbit_lightning.layers import Int8Layer, Int8MultiheadAttention
+from lowbit_lightning.layers.product import HIGH, ROTATED, form
 
 
 class Sample:
@@ -68,22 +68,21 @@ class Sample:
             self._gradients(index, layer, x, matrix, output)
 
     def _operands(self, index: int, layer: Int8Layer, x: Tensor, weight: Tensor, turned: Tensor) -> None:
-        products = layer.products
+        forward, grad_input, grad_weight = layer.kinds
         with torch.no_grad():
             rows = layer.rows(_as_computed(x).detach())
-            if products.forward == "int8":
-                self._rowwise(Slot(index, 0, 0), rows)
-                self._rowwise(Slot(index, 0, 1), weight.detach())
-            if products.grad_input == "int8" and x.requires_grad:
-                self._colwise(Slot(index, 1, 1), turned.detach(), "columns")
-            if products.grad_weight == "int8" and weight.requires_grad:
-                self._colwise(Slot(index, 2, 1), rows, "rows")
+            self._rowwise(Slot(index, 0, 0), rows, forward)
+            self._rowwise(Slot(index, 0, 1), weight.detach(), forward)
+            if x.requires_grad:
+                self._colwise(Slot(index, 1, 1), turned.detach(), "columns", grad_input)
+            if weight.requires_grad:
+                self._colwise(Slot(index, 2, 1), rows, "rows", grad_weight)
 
     def _gradients(self, index: int, layer: Int8Layer, x: Tensor, weight: Tensor, output: Tensor) -> None:
         if self._off() or not output.requires_grad:
             return
-        grad_input = layer.products.grad_input == "int8" and x.requires_grad
-        grad_weight = layer.products.grad_weight == "int8" and weight.requires_grad
+        _, grad_input, grad_weight = layer.kinds
+        grad_input, grad_weight = grad_input * x.requires_grad, grad_weight * weight.requires_grad
         seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
         output.register_hook(partial(self._backward, index, layer.rows, grad_input, grad_weight, seed))
 
@@ -91,8 +90,8 @@ class Sample:
         self,
         index: int,
         as_rows: Callable[[Tensor], Tensor],
-        grad_input: bool,
-        grad_weight: bool,
+        grad_input: int,
+        grad_weight: int,
         seed: int | None,
         grad: Tensor,
     ) -> None:
@@ -100,19 +99,17 @@ class Sample:
             return
         with torch.no_grad():
             rows = as_rows(grad.detach())
-            if grad_input:
-                self._rowwise(Slot(index, 1, 0), rows, seed)
-            if grad_weight:
-                self._colwise(Slot(index, 2, 0), rows, "rows", seed)
+            self._rowwise(Slot(index, 1, 0), rows, grad_input, seed)
+            self._colwise(Slot(index, 2, 0), rows, "rows", grad_weight, seed)
 
-    def _rowwise(self, slot: Slot, x: Tensor, seed: int | None = None) -> None:
-        if x.numel():
-            self._measured.append((slot, measure(x, *kernels.quantize_rowwise(x, seed), "columns")))
+    def _rowwise(self, slot: Slot, x: Tensor, kind: int, seed: int | None = None) -> None:
+        if x.numel() and kind != HIGH:
+            self._measured.append((slot, measure(x, *form(x, 1, kind, seed), "columns", kind == ROTATED)))
 
-    def _colwise(self, slot: Slot, x: Tensor, features: str, seed: int | None = None) -> None:
+    def _colwise(self, slot: Slot, x: Tensor, features: str, kind: int, seed: int | None = None) -> None:
         """``features``: "rows" or "columns" of ``x.T``, the matrix that is quantised."""
-        if x.numel():
-            self._measured.append((slot, measure(x.T, *kernels.quantize_colwise(x, seed), features)))
+        if x.numel() and kind != HIGH:
+            self._measured.append((slot, measure(x.T, *form(x, 0, kind, seed), features, kind == ROTATED)))
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:

@@ -13,6 +13,7 @@ from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 from lowbit_lightning.kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from lowbit_lightning.kernels.dispatch import calls, reset_calls, use_backend
 from lowbit_lightning.kernels.int8 import (
+    hadamard,
     quantize_both,
     quantize_channels,
     quantize_colwise,
@@ -35,6 +36,7 @@ __all__ = [
     "StepScalars",
     "calls",
     "dequantize_blockwise",
+    "hadamard",
     "int8_conv",
     "int8_conv_input",
     "int8_conv_weight",

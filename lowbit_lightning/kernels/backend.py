@@ -69,6 +69,9 @@ class Int8(Protocol):
     def quantize_image(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The results of ``quantize_rowwise`` and ``quantize_channels``, in this order."""
 
+    def hadamard(self, x: Tensor, dim: int) -> Tensor:
+        """x ``[R, C]`` rotated along dimension 0 or 1, in bfloat16 if x is, and in float32 otherwise."""
+
 
 class Int8Conv(Protocol):
     """``int8_conv.py``: the products of a convolution. A batch has ``images`` images of R pixels, results of M each.

@@ -40,6 +40,7 @@ from lowbit_lightning.layers.conv_ops import int8_convolution
 from lowbit_lightning.layers.conv_product import Geometry, convolve
 from lowbit_lightning.layers.int8 import Int8Layer, Products, fewest_rows, in_compute_dtype, multiply
 from lowbit_lightning.layers.pixels import every_nth
+from lowbit_lightning.layers.product import HIGH, INT8
 from lowbit_lightning.layers.windows import Windows
 
 
@@ -68,6 +69,13 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
     stride: Any
     padding: Any
     seen: Seen | None = None
+
+    @property
+    def kinds(self) -> tuple[int, int, int]:
+        """As of ``Int8Layer``; only a matmul of pixels is rotated."""
+        one_pixel = set(self.kernel_size) == {1} and (isinstance(self.padding, str) or set(self.padding) == {0})
+        forward, grad_input, grad_weight = (k if one_pixel else min(k, INT8) for k in self.products.kinds)
+        return forward, grad_input, grad_weight
 
     @property
     def matrix(self) -> Tensor:
@@ -119,12 +127,13 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
             y = y.unflatten(0, (x.shape[0], *windows.results)).movedim(-1, 1)
             return y if last else y.contiguous()
         geometry: Geometry = (windows.stride, windows.padding, windows.dilation)
-        kinds = p.forward == "int8", p.grad_input == "int8", p.grad_weight == "int8"
+        forward, grad_input, grad_weight = (kind != HIGH for kind in p.kinds)
+        kinds = forward, grad_input, grad_weight
         if is_transformed():
             y = convolve(x, self.weight, geometry, kinds)
             return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * (x.ndim - 2))
         trains = self.weight.requires_grad and torch.is_grad_enabled()
-        save_int8 = trains and p.grad_weight == "int8" and p.save_inputs == "int8"
+        save_int8 = trains and p.grad_weight != "high" and p.save_inputs == "int8"
         stochastic = p.gradient_rounding == "stochastic"
         y, *_ = int8_convolution(x, self.weight, self.bias, *geometry, last, *kinds, save_int8, stochastic)
         return y

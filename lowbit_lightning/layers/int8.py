@@ -13,19 +13,25 @@ from torch import Tensor, nn
 
 from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.ops import int8_linear
-from lowbit_lightning.layers.product import product
+from lowbit_lightning.layers.product import HIGH, INT8, ROTATED, product
 
-Product = Literal["int8", "high"]
+Product = Literal["int8", "hadamard", "high"]
+Saved = Literal["int8", "high"]
+Rotation = Literal["none", "hadamard"]
 Rounding = Literal["nearest", "stochastic"]
+PRODUCTS = ("forward", "grad_input", "grad_weight")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FEWEST_ROWS = {"cpu": (64, 128, 256), "cuda": (128, 128, 1024)}
 """Device type -> rows of the input from which on int8 pays in evaluation, where each pass quantises the weight: of
 float32 weights, of those under autocast, and of 16-bit ones, which high precision reads without a cast. Measured on
 CPUs, estimated on GPUs."""
 
+_KINDS = {"high": HIGH, "int8": INT8, "hadamard": ROTATED}
 _CHOICES = {
-    **dict.fromkeys(("forward", "grad_input", "grad_weight", "save_inputs"), ("int8", "high")),
+    **dict.fromkeys(("forward", "grad_input", "grad_weight"), ("int8", "hadamard", "high")),
+    "save_inputs": ("int8", "high"),
     "gradient_rounding": ("nearest", "stochastic"),
+    "rotation": ("none", "hadamard"),
 }
 
 
@@ -34,12 +40,15 @@ class Products:
     """How a linear layer or a convolution computes its three products.
 
     Args:
-        forward, grad_input, grad_weight: "int8", or "high": the dtype of the input. ``grad_weight="high"`` is what
-            Wortsman et al. (2023) call SwitchBack.
+        forward, grad_input, grad_weight: "int8"; "hadamard": in int8, with both operands rotated along the dimension
+            that is contracted (``kernels.hadamard``), which spreads outliers; or "high": the dtype of the input.
+            ``grad_weight="high"`` is what Wortsman et al. (2023) call SwitchBack.
         save_inputs: the form of the input that an int8 ``grad_weight`` keeps for the backward: "int8", a byte per
             element, or "high", the input itself. The results are the same.
         gradient_rounding: "nearest", or "stochastic": the incoming gradient is rounded to int8 at random and without
             bias, by seeds from torch's default CPU generator.
+        rotation: "none", or "hadamard", which makes each "int8" above "hadamard". Convolutions contract channels and
+            taps, or pixels that overlap; only those of a single tap are rotated.
 
     Raises:
         ValueError: for any other value.
@@ -48,19 +57,28 @@ class Products:
     forward: Product = "int8"
     grad_input: Product = "int8"
     grad_weight: Product = "int8"
-    save_inputs: Product = "int8"
+    save_inputs: Saved = "int8"
     gradient_rounding: Rounding = "nearest"
+    rotation: Rotation = "none"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+                allowed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
     @property
     def int8(self) -> tuple[str, ...]:
         """The names of the products that run in int8."""
-        return tuple(name for name in ("forward", "grad_input", "grad_weight") if getattr(self, name) == "int8")
+        return tuple(name for name, kind in zip(PRODUCTS, self.kinds, strict=True) if kind != HIGH)
+
+    @property
+    def kinds(self) -> tuple[int, int, int]:
+        """How each of the three runs: ``product.HIGH``, ``INT8`` or ``ROTATED``."""
+        rotated = self.rotation == "hadamard"
+        forward, grad_input, grad_weight = (_KINDS[getattr(self, name)] for name in PRODUCTS)
+        return tuple(ROTATED if rotated and k == INT8 else k for k in (forward, grad_input, grad_weight))  # type: ignore
 
     def changed(self, fields: Mapping[str, Any]) -> Products:
         """These products with other values in some fields."""
@@ -69,7 +87,11 @@ class Products:
     def __str__(self) -> str:
         """'int8 (forward, grad_input, grad_weight)'."""
         random = self.gradient_rounding == "stochastic" and self.int8 not in ((), ("forward",))
-        return f"int8 ({', '.join(self.int8) or 'nothing'}{', gradients rounded at random' if random else ''})"
+        rotated = [name for name, kind in zip(PRODUCTS, self.kinds, strict=True) if kind == ROTATED]
+        parts = [", ".join(self.int8) or "nothing"]
+        if rotated:
+            parts.append("rotated" if len(rotated) == len(self.int8) else f"{' and '.join(rotated)} rotated")
+        return f"int8 ({', '.join([*parts, *(['gradients rounded at random'] if random else [])])})"
 
 
 class Int8Layer(nn.Module):
@@ -89,6 +111,11 @@ class Int8Layer(nn.Module):
         super().__init_subclass__(**kwargs)
         if "plain" in vars(cls):
             FORMS[cls.plain] = cls
+
+    @property
+    def kinds(self) -> tuple[int, int, int]:
+        """How the layer's products run: ``product.HIGH``, ``INT8`` or ``ROTATED``."""
+        return self.products.kinds
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -120,12 +147,12 @@ FORMS: dict[type[nn.Module], type[Int8Layer]] = {}
 
 def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, products: Products) -> Tensor:
     """``rows @ matrix.T + bias`` of ``[M, K]`` and ``[N, K]``, as ``products`` says, in the dtype of the rows."""
-    kinds = products.forward == "int8", products.grad_input == "int8", products.grad_weight == "int8"
+    kinds = products.kinds
     if is_transformed():
         y = product(rows, matrix, kinds)
         return y if bias is None else y + bias.to(y.dtype)
     trains = matrix.requires_grad and torch.is_grad_enabled()
-    save_int8 = trains and products.grad_weight == "int8" and products.save_inputs == "int8"
+    save_int8 = trains and products.grad_weight != "high" and products.save_inputs == "int8"
     y, *_ = int8_linear(rows, matrix, bias, *kinds, save_int8, products.gradient_rounding == "stochastic")
     return y
 

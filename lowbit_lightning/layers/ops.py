@@ -14,23 +14,24 @@ from torch import Tensor, nn
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare
 from lowbit_lightning.kernels.reuse import give_back
-from lowbit_lightning.layers.product import product
+from lowbit_lightning.layers.product import HIGH, ROTATED, form, form_of_weight, forms, product
 
 
 def _int8_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    forward: bool,
-    grad_input: bool,
-    grad_weight: bool,
+    forward: int,
+    grad_input: int,
+    grad_weight: int,
     save_int8: bool,
     stochastic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x @ weight.T + bias`` of ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, in x's dtype.
 
     Args:
-        forward, grad_input, grad_weight: which products run in int8; the last two only matter to autograd.
+        forward, grad_input, grad_weight: how the products run (``product.HIGH``, ``INT8`` or ``ROTATED``); of the last
+            two only the form of what is saved depends here.
         save_int8: give the backward x's int8 columns instead of x. An op can save only what it takes or returns, so
             they are its other two results: int8 ``[K, M]`` and scales ``[K]``, or else empty.
         stochastic: round the incoming gradient at random.
@@ -40,14 +41,14 @@ def _int8_linear(
         if save_int8:
             saved = x.new_zeros(x.shape[::-1], dtype=torch.int8), x.new_zeros(x.shape[1], dtype=torch.float32)
         return _high(x, weight, bias), *saved
-    if not forward:
-        return _high(x, weight, bias), *(kernels.quantize_colwise(x) if save_int8 else saved)
+    if forward == HIGH:
+        return _high(x, weight, bias), *(form(x, 0, grad_weight) if save_int8 else saved)
     if save_int8:
-        xq, x_scales, *columns = kernels.quantize_both(x)
+        xq, x_scales, *columns = forms(x, forward, grad_weight)
         saved = columns[0], columns[1]
     else:
-        xq, x_scales = kernels.quantize_rowwise(x)
-    wq, w_scales = _rows_of(weight)
+        xq, x_scales = form(x, 1, forward)
+    wq, w_scales = form_of_weight(weight, forward)
     y = kernels.int8_matmul(xq, wq, x_scales, w_scales, bias, x.dtype)
     give_back(xq, wq)
     return y, *saved
@@ -57,22 +58,15 @@ def _int8_linear_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    forward: bool,
-    grad_input: bool,
-    grad_weight: bool,
+    forward: int,
+    grad_input: int,
+    grad_weight: int,
     save_int8: bool,
     stochastic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, length = (x.shape[::-1], x.shape[1]) if save_int8 else (0, 0)
     saved = x.new_empty(shape, dtype=torch.int8), x.new_empty(length, dtype=torch.float32)
     return x.new_empty(x.shape[0], weight.shape[0]), *saved
-
-
-def _rows_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``quantize_rowwise`` of a matrix, which may be the transpose of a contiguous one."""
-    if matrix.is_contiguous() or not matrix.T.is_contiguous():
-        return kernels.quantize_rowwise(matrix)
-    return kernels.quantize_colwise(matrix.T)
 
 
 def _high(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,13 +84,16 @@ def _int8_linear_backward(
     x_scales: Tensor | None,
     x_dtype: torch.dtype,
     weight_dtype: torch.dtype,
+    grad_input: int,
+    grad_weight: int,
     stochastic: bool,
 ) -> tuple[Tensor, Tensor]:
     """``dy @ weight [M, K]`` and ``dy.T @ x [N, K]`` in int8, of ``dy [M, N]``; dy's two forms come from one op.
 
     Without ``weight [N, K]`` the first result is empty; without ``x [M, K]`` and its columns ``xq [K, M]``,
-    ``x_scales [K]`` (one of the two is enough) the second. ``stochastic``: dy is rounded at random, by a seed from
-    torch's default CPU generator.
+    ``x_scales [K]`` (one of the two is enough) the second. ``grad_input``, ``grad_weight``: ``INT8`` or ``ROTATED``; the
+    latter as xq, where it is given. ``stochastic``: dy is rounded at random, by a seed from torch's default CPU
+    generator.
     """
     dx, dw = dy.new_empty(0, dtype=x_dtype), dy.new_empty(0, dtype=weight_dtype)
     other = x if xq is None else xq
@@ -104,19 +101,19 @@ def _int8_linear_backward(
         return _zeros(dy, weight, x, xq, x_dtype, weight_dtype)
     seed = int(torch.randint(2**63 - 1, ())) if stochastic else None
     if weight is not None and other is not None:
-        rows, row_scales, columns, column_scales = kernels.quantize_both(dy, seed)
+        rows, row_scales, columns, column_scales = forms(dy, grad_input, grad_weight, seed)
     elif weight is not None:
-        rows, row_scales = kernels.quantize_rowwise(dy, seed)
+        rows, row_scales = form(dy, 1, grad_input, seed)
     else:
-        columns, column_scales = kernels.quantize_colwise(dy, seed)
+        columns, column_scales = form(dy, 0, grad_weight, seed)
     if weight is not None:
-        wq, w_scales = _rows_of(weight.T)
+        wq, w_scales = form_of_weight(weight.T, grad_input)
         dx = kernels.int8_matmul(rows, wq, row_scales, w_scales, None, x_dtype)
         give_back(rows, wq)
     if other is not None:
         made = None
         if xq is None or x_scales is None:
-            xq, x_scales = made, _ = kernels.quantize_colwise(other)
+            xq, x_scales = made, _ = form(other, 0, grad_weight)
         dw = kernels.int8_matmul(columns, xq, column_scales, x_scales, None, weight_dtype)
         give_back(columns, made)
     return dx, dw
@@ -138,7 +135,7 @@ def _zeros(
 
 int8_linear_backward = declare(
     "int8_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, ScalarType x_dtype, "
-    "ScalarType weight_dtype, bool stochastic) -> (Tensor, Tensor)",
+    "ScalarType weight_dtype, int grad_input, int grad_weight, bool stochastic) -> (Tensor, Tensor)",
     fake=lambda dy, weight, x, xq, _, *settings: _zeros(dy, weight, x, xq, *settings[:2]),
     implementation=_int8_linear_backward,
 )
@@ -167,13 +164,16 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         if needs_x:
             dx = product(dy, weight.T, (grad_input, forward, grad_weight)).to(ctx.x_dtype)
         if needs_weight:
-            x = unsaved((xq.float() * x_scales[:, None]).T) if x is None else x
+            if x is None:
+                values = xq.float() * x_scales[:, None]
+                x = unsaved((kernels.hadamard(values, 1) if grad_weight == ROTATED else values).T)
             dw = product(dy.T, x.T, (grad_weight, forward, grad_input)).to(ctx.weight_dtype)
     else:
-        int8_x, int8_weight = needs_x and grad_input, needs_weight and grad_weight
+        int8_x, int8_weight = needs_x and grad_input != HIGH, needs_weight and grad_weight != HIGH
         if int8_x or int8_weight:
             operands = weight if int8_x else None, *((x, xq, x_scales) if int8_weight else (None, None, None))
-            dx, dw = int8_linear_backward(dy, *operands, ctx.x_dtype, ctx.weight_dtype, ctx.stochastic)
+            dtypes = ctx.x_dtype, ctx.weight_dtype
+            dx, dw = int8_linear_backward(dy, *operands, *dtypes, grad_input, grad_weight, ctx.stochastic)
         if not int8_x:
             dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype) if needs_x else None
         if not int8_weight:
@@ -202,7 +202,7 @@ class _Unsaved(torch.autograd.Function):
 
 
 int8_linear = declare(
-    "int8_linear(Tensor x, Tensor weight, Tensor? bias, bool forward, bool grad_input, bool grad_weight, "
+    "int8_linear(Tensor x, Tensor weight, Tensor? bias, int forward, int grad_input, int grad_weight, "
     "bool save_int8, bool stochastic) -> (Tensor, Tensor, Tensor)",
     fake=_int8_linear_fake,
     implementation=_int8_linear,

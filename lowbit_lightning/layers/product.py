@@ -27,9 +27,37 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
+from lowbit_lightning.kernels.reuse import give_back
 
-Kinds = tuple[bool, bool, bool]
-"""Whether products of the kind of the result, of a, and of b run in int8."""
+HIGH, INT8, ROTATED = 0, 1, 2
+"""How a product runs: in high precision, in int8, or in int8 with both operands rotated along what it contracts."""
+
+Kinds = tuple[int, int, int]
+"""How products of the kind of the result, of a, and of b run."""
+
+
+def form(x: Tensor, dim: int, kind: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """The int8 form of a matrix ``[R, C]`` for a product that contracts ``dim``, and its scales: its rows for 1, its
+    columns, transposed, for 0. ``kind``: ``INT8`` or ``ROTATED``."""
+    y = kernels.hadamard(x, dim) if kind == ROTATED else x
+    found = kernels.quantize_rowwise(y, seed) if dim else kernels.quantize_colwise(y, seed)
+    if y is not x:
+        give_back(y)
+    return found
+
+
+def forms(x: Tensor, rows: int, columns: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(*form(x, 1, rows, seed), *form(x, 0, columns, seed))``, in one op where neither is rotated."""
+    if rows == columns == INT8:
+        return kernels.quantize_both(x, seed)
+    return *form(x, 1, rows, seed), *form(x, 0, columns, seed)
+
+
+def form_of_weight(matrix: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """``form(matrix, 1, kind)`` of a matrix that may be the transpose of a contiguous one."""
+    if matrix.is_contiguous() or not matrix.T.is_contiguous():
+        return form(matrix, 1, kind)
+    return form(matrix.T, 0, kind)
 
 
 def product(a: Tensor, b: Tensor, kinds: Kinds) -> Tensor:
@@ -40,9 +68,9 @@ def product(a: Tensor, b: Tensor, kinds: Kinds) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, kinds: Kinds) -> Tensor:
-        if not kinds[0] or a.numel() == 0 or b.numel() == 0:
+        if kinds[0] == HIGH or a.numel() == 0 or b.numel() == 0:
             return a @ b.to(a.dtype).T
-        (aq, a_scales), (bq, b_scales) = kernels.quantize_rowwise(a), kernels.quantize_rowwise(b)
+        (aq, a_scales), (bq, b_scales) = form(a, 1, kinds[0]), form(b, 1, kinds[0])
         return kernels.int8_matmul(aq, bq, a_scales, b_scales, None, a.dtype)
 
     @staticmethod

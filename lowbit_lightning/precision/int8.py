@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lowbit_lightning.convert import MIN_FEATURES, NothingToSwap, swap_linears
-from lowbit_lightning.layers.int8 import Int8Layer, Product, Products, Rounding, can_be_released, release
+from lowbit_lightning.layers.int8 import (
+    Int8Layer,
+    Product,
+    Products,
+    Rotation,
+    Rounding,
+    Saved,
+    can_be_released,
+    release,
+)
 from lowbit_lightning.layers.select import Overrides, Report, check_overrides
 from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
@@ -50,8 +59,9 @@ class Int8Mixed:
         forward: Product = "int8",
         grad_input: Product = "int8",
         grad_weight: Product = "int8",
-        save_inputs: Product = "int8",
+        save_inputs: Saved = "int8",
         gradient_rounding: Rounding = "nearest",
+        rotation: Rotation = "none",
         overrides: Overrides | None = None,
         swap: Literal["faster", "all"] = "faster",
         autocast: Literal["auto", "bf16", "off"] = "auto",
@@ -60,7 +70,7 @@ class Int8Mixed:
             raise ValueError(f"swap must be 'faster' or 'all', got {swap!r}")
         if autocast not in ("auto", "bf16", "off"):
             raise ValueError(f"autocast must be 'auto', 'bf16' or 'off', got {autocast!r}")
-        products = Products(forward, grad_input, grad_weight, save_inputs, gradient_rounding)
+        products = Products(forward, grad_input, grad_weight, save_inputs, gradient_rounding, rotation)
         overrides = dict(overrides or {})
         check_overrides(products, overrides, Products.changed)
         if not products.int8:
@@ -156,9 +166,11 @@ class Int8MixedPrecision(Int8Mixed, InStep):
 
     Args:
         include, exclude, filter, output_layer, min_features: which layers to swap; see ``swap_linears``.
-        forward, grad_input, grad_weight: "int8" or "high" (the input's dtype), for each of a layer's three products.
+        forward, grad_input, grad_weight: "int8", "hadamard" (int8 after a rotation that spreads outliers) or "high"
+            (the input's dtype), for each of a layer's three products.
         save_inputs: the form in which a layer's input is saved for the backward: "int8" (a byte per element) or "high".
         gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
+        rotation: "hadamard" makes every "int8" of the three products "hadamard".
         overrides: pattern -> settings for the layers that it matches, or None to leave them in high precision.
         swap: "faster" leaves convolutions in high precision that are slower in int8 on this device: they are timed
             after the first step, at the sizes that they have seen (``precision.slower``). "all" keeps them. A resumed

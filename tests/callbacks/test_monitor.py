@@ -193,7 +193,7 @@ def test_validation_inside_a_sample_is_not_measured(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("stays_in_int8")
 def test_a_planted_outlier_is_named(tmp_path: Path) -> None:
     model, monitor = Model(spike=100), LowBitMonitor(1, picture=False)
-    advice = r"Int8MixedPrecision\(overrides={'down': {'forward': 'high'}}\)"
+    advice = r"Int8MixedPrecision\(overrides={'down': {'forward': 'hadamard'}}\)"
     with pytest.warns(
         UserWarning, match=rf"in 2 samples in a row: down \(forward, 1[0-9]\.\d dB\)\. .*{advice}"
     ) as seen:
@@ -222,13 +222,14 @@ def test_it_falls_back_from_the_next_step_on_and_stays(tmp_path: Path) -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             found.append(matmuls())
 
-    path, expected = tmp_path / "four.ckpt", Products(forward="high")
-    model, monitor = Validated(spike=100), LowBitMonitor(1, fallback=True, picture=False)
-    with pytest.warns(UserWarning, match="down .*from the next step on"):
-        trainer = fit(model, tmp_path, monitor, Count(), max_steps=4)
+    path, expected = tmp_path / "four.ckpt", Products(forward="high", rotation="hadamard")
+    model, monitor = Validated(spike=100), LowBitMonitor(1, minimum_snr=30, fallback=True, picture=False)
+    settings: dict[str, Any] = {"precision": {"rotation": "hadamard"}}  # which is not enough
+    with pytest.warns(UserWarning, match="down .*They run in high precision from the next step on"):
+        trainer = fit(model, tmp_path, monitor, Count(), max_steps=4, **settings)
     assert found == [5, 5, 4, 4]
     assert model.down.products == expected
-    assert model.up.products == Products()
+    assert model.up.products == Products(rotation="hadamard")
     assert monitor.fallen_back == {"down": ["forward"]}
     assert "down (forward)" in str(monitor)
     trainer.save_checkpoint(path)
@@ -236,14 +237,33 @@ def test_it_falls_back_from_the_next_step_on_and_stays(tmp_path: Path) -> None:
     trainer.validate(model, verbose=False)  # converts again, with the plugin's products
     assert model.down.products == expected
 
-    resumed, again = Model(spike=100), LowBitMonitor(1, fallback=True, picture=False)
+    resumed, again = Model(spike=100), LowBitMonitor(1, minimum_snr=30, fallback=True, picture=False)
     with warnings.catch_warnings():  # others are errors: it is not reported again
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        fit(resumed, tmp_path, again, ckpt_path=path)
+        fit(resumed, tmp_path, again, ckpt_path=path, **settings)
     assert resumed.down.products == expected
     assert again.fallen_back == monitor.fallen_back
 
     torch.load(path, weights_only=True)
+
+
+@pytest.mark.usefixtures("stays_in_int8")
+def test_it_rotates_before_it_falls_back(tmp_path: Path) -> None:
+    """A rotation brings 13 dB to more than 20: it runs in int8 to the end, and a checkpoint says so."""
+    model, monitor = Model(spike=100), LowBitMonitor(1, fallback=True, per_layer=True, picture=False)
+    said = r"down \(forward, 1.\.. dB\)\. They are rotated from the next step on"
+    with pytest.warns(UserWarning, match=said) as seen:
+        fit(model, tmp_path, monitor)
+    assert ours(seen) == 1
+    assert model.down.products == Products(forward="hadamard")
+    assert (monitor.rotated, monitor.fallen_back) == ({"down": ["forward"]}, {})
+    assert monitor.metrics["int8/forward/snr/down"] > 25
+    assert "rotated since they fell below 20.0: down (forward)" in str(monitor)
+    again = LowBitMonitor(1, picture=False)
+    again.load_state_dict(monitor.state_dict())
+    assert again.rotated == monitor.rotated
+    again.load_state_dict({name: value for name, value in monitor.state_dict().items() if name != "rotated"})
+    assert again.rotated == {}
 
 
 def test_patience_counts_samples_in_a_row(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_ranks_agree(folder: Path) -> None:
         sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         replicated, cut = measured(monitor), measured(fit(None, folder, strategy=sharded, devices=2)[1])
     ranks: list[Any] = [None, None]
-    dist.all_gather_object(ranks, (replicated, cut, monitor.fallen_back))
+    dist.all_gather_object(ranks, (replicated, cut, monitor.rotated))
     assert ranks[0] == ranks[1]
     alone, outlier = json.loads(path.read_text()), "int8/forward/snr/net.0"
     assert alone[0][outlier] - alone[1][outlier] > 20  # decibels, and the mean is taken for each operand
@@ -89,7 +89,7 @@ def test_ranks_agree(folder: Path) -> None:
     assert {name: value for name, value in replicated.items() if "/snr/" in name} == pytest.approx(means, abs=1)
     assert 0 < cut["int8/optimizer/exp_avg/largest"] < 0.1
     assert cut == pytest.approx(replicated, abs=1e-3)
-    assert monitor.fallen_back == {"net.0": ["forward"]}
-    assert list(vars(model.net[0].products).values())[:3] == ["high", "int8", "int8"]
+    assert monitor.rotated == {"net.0": ["forward"]}
+    assert list(vars(model.net[0].products).values())[:3] == ["hadamard", "int8", "int8"]
     dist.barrier()
     assert (folder / "int8_snr.png").exists()

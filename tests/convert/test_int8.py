@@ -118,7 +118,11 @@ def test_overrides_by_pattern() -> None:
     ("overrides", "error", "said"),
     [
         ({"*.down": None}, ValueError, r"overrides='\*\.down' matches no layer; there are: head"),
-        ({"head": {"forward": "fp8"}}, ValueError, r"overrides\['head'\]=.* forward must be 'int8' or 'high'"),
+        (
+            {"head": {"forward": "fp8"}},
+            ValueError,
+            r"overrides\['head'\]=.* forward must be 'int8', 'hadamard' or 'high'",
+        ),
         ({"head": {"grad_wieght": "high"}}, TypeError, r"overrides\['head'\]=.*'grad_wieght'"),
         ({"head": "high"}, TypeError, r"overrides\['head'\]='high' must be None or settings"),
     ],
@@ -182,7 +186,7 @@ def test_nothing_left_to_swap_raises_and_says_what_is_there() -> None:
         swap_linears(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
     with pytest.raises(NothingToSwap, match=r"It has\n  0: output layer \(output_layer=None .*\nFor models"):
         swap_linears(nn.Sequential(nn.Linear(64, 64)))
-    with pytest.raises(ValueError, match="forward must be 'int8' or 'high', got 'fp8'"):
+    with pytest.raises(ValueError, match="forward must be 'int8', 'hadamard' or 'high', got 'fp8'"):
         swap_linears(Model(), forward="fp8")  # type: ignore[arg-type]
 
 

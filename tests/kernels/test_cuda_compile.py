@@ -62,6 +62,8 @@ def texts() -> dict[str, str]:
         for tile_n in (128, 256):
             text = specialised("int8_product.cu", ELEMENT=out, BIAS=bias, TILE_N=tile_n, STAGES=3)
             found[f"int8 product {out} bias {bias} tile {tile_n}"] = text
+    for dtype, rotated in ((F32, F32), (F16, F32), (BF16, BF16)):
+        found[f"hadamard {dtype}"] = specialised("int8_hadamard.cu", ELEMENT=dtype, ROTATED=rotated)
     found["table"] = specialised("table.cu", WORDS=table._WORDS)
     return found
 

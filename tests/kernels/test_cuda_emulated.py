@@ -341,6 +341,7 @@ def quantised(x: Tensor, seed: int | None) -> list[Tensor]:
         *(*kernels.quantize_rowwise(x, seed), *kernels.quantize_colwise(x, seed)),
         *kernels.quantize_both(x, seed),
         *kernels.quantize_image(x, seed),
+        *([] if seed else [kernels.hadamard(x, dim) for dim in (0, 1)]),
     ]
 
 

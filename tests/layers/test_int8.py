@@ -271,7 +271,7 @@ def test_bad_input() -> None:
         linear(torch.randn(4, K, device="meta"))
     with pytest.raises(TypeError, match=r"int8 layer must be float32, float16 or bfloat16, got torch\.float64"):
         layer().double()(torch.randn(4, K).double())
-    with pytest.raises(ValueError, match="grad_input must be 'int8' or 'high', got 'int4'"):
+    with pytest.raises(ValueError, match="grad_input must be 'int8', 'hadamard' or 'high', got 'int4'"):
         layer(grad_input="int4")
 
 

@@ -164,7 +164,9 @@ def test_options_are_validated() -> None:
             Products(**{name: value})  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="gradient_rounding='stochastic' does nothing where"):
         Int8MixedPrecision(gradient_rounding="stochastic", grad_input="high", grad_weight="high")
-    with pytest.raises(ValueError, match=r"overrides\['\*\.down'\]=.* grad_weight must be 'int8' or 'high'"):
+    with pytest.raises(
+        ValueError, match=r"overrides\['\*\.down'\]=.* grad_weight must be 'int8', 'hadamard' or 'high'"
+    ):
         Int8MixedPrecision(overrides={"*.down": {"grad_weight": "fp8"}})
 
 

@@ -294,7 +294,7 @@ def test_string_and_plugin_together() -> None:
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="autocast must be 'auto', 'bf16' or 'off', got 'fp16'"):
         Int8MixedPrecision(autocast="fp16")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="grad_input must be 'int8' or 'high'"):
+    with pytest.raises(ValueError, match="grad_input must be 'int8', 'hadamard' or 'high'"):
         Int8MixedPrecision(grad_input="int4")  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="runs nothing in int8"):
         Int8MixedPrecision(forward="high", grad_input="high", grad_weight="high")

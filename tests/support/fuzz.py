@@ -141,6 +141,11 @@ def _quantize_int8(op: str) -> Case:
     return f"{x.dtype} {tuple(x.shape)} seed {seed}", lambda: [*getattr(kernels, op)(protect(x), seed)]
 
 
+def _hadamard() -> Case:
+    x, dim = values(matrix(), random.choice(DTYPES)), random.choice((0, 1))
+    return f"{x.dtype} {tuple(x.shape)} dim {dim}", lambda: [kernels.hadamard(protect(x), dim)]
+
+
 def _int8_matmul() -> Case:
     (m, k), n, out = matrix(), matrix()[0], random.choice(DTYPES)
     low = random.choice((-128, -127))
@@ -287,6 +292,7 @@ OPS: dict[str, Callable[..., Case]] = {
     "quantize_blockwise": _quantize_blockwise,
     "dequantize_blockwise": _dequantize_blockwise,
     **{op: partial(_quantize_int8, op) for op in QUANTIZERS},
+    "hadamard": _hadamard,
     "int8_matmul": _int8_matmul,
     "int8_conv": _int8_conv,
     "lowbit_quantize": _lowbit,

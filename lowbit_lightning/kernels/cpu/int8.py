@@ -1,4 +1,4 @@
-"""Int8 matrices with a scale for each row or column, on CPU: src/int8_quantize.cpp.
+"""Int8 matrices with a scale for each row or column, on CPU: src/int8_quantize.cpp and src/int8_hadamard.cpp.
 
 It divides, multiplies and rounds in the reference's order.
 """
@@ -27,6 +27,23 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiled = host_library(specialised("int8_quantize.cpp"), flags=flags)
     compiled.lb_int8_quantize.restype, compiled.lb_int8_quantize.argtypes = None, _QUANTIZE
     return compiled
+
+
+@cache
+def rotation(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled rotation, likewise."""
+    compiled = host_library(specialised("int8_hadamard.cpp"), flags=flags)
+    compiled.lb_hadamard.restype = None
+    compiled.lb_hadamard.argtypes = [_POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _INT]
+    return compiled
+
+
+def hadamard(x: Tensor, dim: int) -> Tensor:
+    """See the reference."""
+    out = empty(*x.shape, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+    threads = torch.get_num_threads() if x.numel() >= _MANY else 1
+    rotation().lb_hadamard(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, dim, out.data_ptr(), threads)
+    return out
 
 
 def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,21 @@ def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor,
     return row_q, row_scales, column_q.T.contiguous(), column_scales
 
 
+def hadamard(x: Tensor, dim: int) -> Tensor:
+    """See the reference."""
+    rows, columns = x.shape
+    out = torch.empty(x.shape, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32, device=x.device)
+    if x.numel():
+        text = specialised("int8_hadamard.cu", ELEMENT=x.dtype, ROTATED=out.dtype)
+        arguments = x, ctypes.c_int64(rows), ctypes.c_int64(columns), out
+        if dim:
+            launch.run(Launch(text, "rotate_rows", (ceil_div(rows * ceil_div(columns, 64), 8), 1, 1), 256, arguments))
+        else:
+            grid = ceil_div(columns, 256), min(1 << 15, ceil_div(rows, 64)), 1
+            launch.run(Launch(text, "rotate_columns", grid, 256, arguments))
+    return out
+
+
 def _quantize_tiles(x: Tensor, seed: int | None, with_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The column-wise form, and the row-wise one or what stands for it, empty."""
     rows, columns = x.shape

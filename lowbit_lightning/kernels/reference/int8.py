@@ -48,6 +48,44 @@ def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor,
     return *quantize_rowwise(x, seed), *quantize_channels(x, seed)
 
 
+SEGMENT = 64
+
+
+def hadamard(x: Tensor, dim: int) -> Tensor:
+    """x ``[R, C]`` times a block-diagonal matrix, from the right for ``dim=1`` (along the rows), from the left for 0.
+
+    A dimension is cut into segments of 64 elements; what is left over is cut into blocks of powers of two, the largest
+    first. A block of n elements is multiplied by ``D H D / sqrt(n)``: elements by their sign and by 1 / sqrt(n) in
+    float32; then butterflies ``a + b``, ``a - b`` of elements that lie h = 1, 2, 4, ... n / 2 apart, in this order;
+    then by their sign. The sign of position i of a segment, with bits i0 to i5, is ``(-1)**(i0 i1 + i2 i3 + i4 i5)``: a
+    bent function, whose own transform is flat, so that neither an outlier nor a constant stands out afterwards.
+
+    The matrix is orthogonal and symmetric, hence its own inverse.
+    """
+    if dim == 0:
+        return hadamard(x.T.contiguous(), 1).T.contiguous()
+    y, first = x.float(), 0
+    parts = []
+    for size in (SEGMENT >> k for k in range(SEGMENT.bit_length())):
+        length = (x.shape[1] - first) // size * size
+        parts.append(_rotated_blocks(y[:, first : first + length].unflatten(1, (-1, size)), first % SEGMENT).flatten(1))
+        first += length
+    return torch.cat(parts, 1).to(torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+
+
+def _rotated_blocks(x: Tensor, first: int) -> Tensor:
+    """Of blocks ``[R, n, size]`` that begin at this position of a segment."""
+    size = x.shape[2]
+    place = first + torch.arange(size, device=x.device)
+    pairs = place & place >> 1
+    signs = 1.0 - 2.0 * ((pairs ^ pairs >> 2 ^ pairs >> 4) & 1).float()
+    y, h = x * (signs * size**-0.5), 1
+    while h < size:
+        a, b = y.unflatten(2, (-1, 2, h)).unbind(3)
+        y, h = torch.stack([a + b, a - b], 3).flatten(2), 2 * h
+    return y * signs
+
+
 def _int8_words(x: Tensor, seed: int | None) -> Tensor | None:
     return None if seed is None else random_words(seed, 0, 0, 0, x.numel(), x.device).view(x.shape)
 
