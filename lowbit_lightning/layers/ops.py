@@ -91,8 +91,8 @@ def _int8_linear_backward(
     """``dy @ weight [M, K]`` and ``dy.T @ x [N, K]`` in int8, of ``dy [M, N]``; dy's two forms come from one op.
 
     Without ``weight [N, K]`` the first result is empty; without ``x [M, K]`` and its columns ``xq [K, M]``,
-    ``x_scales [K]`` (one of the two is enough) the second. ``grad_input``, ``grad_weight``: ``INT8`` or ``ROTATED``; the
-    latter as xq, where it is given. ``stochastic``: dy is rounded at random, by a seed from torch's default CPU
+    ``x_scales [K]`` (one of the two is enough) the second. ``grad_input``, ``grad_weight``: ``INT8`` or ``ROTATED``
+    (the latter as xq, where it is given). ``stochastic``: dy is rounded at random, by a seed from torch's default CPU
     generator.
     """
     dx, dw = dy.new_empty(0, dtype=x_dtype), dy.new_empty(0, dtype=weight_dtype)

@@ -110,6 +110,7 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
     assert {kernel for _, kernel, _ in rows} == {
         *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
         *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product", "int8_conv"),
+        *("rotate_rows", "rotate_columns"),
         *("decode", "quantize_weight", "lowbit_gemv", "lowbit_gemv_plain", "lowbit_product", "sum_parts"),
         *("flag_columns", "list_columns", "multiply_columns"),
     }
