@@ -32,6 +32,7 @@ SHAPES = {"cpu": "2048x1024x4096,4096x2048x2048", "cuda": "8192x4096x4096,2048x1
 PASS = {"quantize_both": 2, "quantize_rowwise": 1, "quantize_colwise": 1, "int8_matmul": 3}
 """What Int8Linear calls in one pass: x and dy give both forms at once, w gives one in each direction."""
 
+PASS_ROTATED = {"hadamard": 6, "quantize_rowwise": 3, "quantize_colwise": 3, "int8_matmul": 3}
 PASS_HIGH = {"quantize_both": 1, "quantize_rowwise": 2, "quantize_colwise": 2, "int8_matmul": 3}  # keeping x itself
 
 
@@ -57,8 +58,8 @@ def candidates(tokens: int, inputs: int, outputs: int, device: str) -> list[Cand
     x = torch.randn(tokens, inputs, device=device)
     plain = nn.Linear(inputs, outputs, device=device)
 
-    def ours(autocast: bool, save_inputs: str = "int8") -> Callable[[], None]:
-        return passes(Int8Linear(inputs, outputs, device=device, save_inputs=save_inputs), x, autocast)
+    def ours(autocast: bool, **settings: str) -> Callable[[], None]:
+        return passes(Int8Linear(inputs, outputs, device=device, **settings), x, autocast)
 
     def torchao(compiled: bool, dtype: torch.dtype) -> Callable[[], None]:
         config = rival("torchao.prototype.quantized_training", "Int8MixedPrecisionTrainingConfig")
@@ -71,7 +72,9 @@ def candidates(tokens: int, inputs: int, outputs: int, device: str) -> list[Cand
         Candidate("bf16 autocast", lambda: passes(plain, x, autocast=True)),
         Candidate("Int8Linear fp32", lambda: ours(False)),
         Candidate("Int8Linear bf16", lambda: ours(True)),
-        Candidate("Int8Linear bf16, save_inputs=high", lambda: ours(True, "high")),
+        Candidate("Int8Linear bf16, save_inputs=high", lambda: ours(True, save_inputs="high")),
+        Candidate("Int8Linear fp32, rotated", lambda: ours(False, rotation="hadamard")),
+        Candidate("Int8Linear bf16, rotated", lambda: ours(True, rotation="hadamard")),
         Candidate("torchao int8 fp32", lambda: torchao(False, torch.float32)),
         Candidate("torchao int8 fp32 compiled", lambda: torchao(True, torch.float32)),
         Candidate("torchao int8 bf16 compiled", lambda: torchao(True, torch.bfloat16)),
@@ -85,7 +88,7 @@ def proof(candidate: Candidate) -> str:
     candidate.run()
     calls = kernels.calls()
     counts = {op: count for (op, _), count in calls.items()}
-    expected = PASS_HIGH if "high" in candidate.name else PASS
+    expected = PASS_HIGH if "high" in candidate.name else PASS_ROTATED if "rotated" in candidate.name else PASS
     if counts != expected or len(calls) != len(expected):
         raise RuntimeError(f"{candidate.name} should call {expected} in a pass, but called {calls}")
     return ", ".join(f"{count} {op} on {backend}" for (op, backend), count in sorted(calls.items()))
