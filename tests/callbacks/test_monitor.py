@@ -223,7 +223,7 @@ def test_it_falls_back_from_the_next_step_on_and_stays(tmp_path: Path) -> None:
             found.append(matmuls())
 
     path, expected = tmp_path / "four.ckpt", Products(forward="high", rotation="hadamard")
-    model, monitor = Validated(spike=100), LowBitMonitor(1, minimum_snr=30, fallback=True, picture=False)
+    model, monitor = Validated(spike=100), LowBitMonitor(1, minimum_snr=35, fallback=True, picture=False)
     settings: dict[str, Any] = {"precision": {"rotation": "hadamard"}}  # which is not enough
     with pytest.warns(UserWarning, match="down .*They run in high precision from the next step on"):
         trainer = fit(model, tmp_path, monitor, Count(), max_steps=4, **settings)
@@ -237,7 +237,7 @@ def test_it_falls_back_from_the_next_step_on_and_stays(tmp_path: Path) -> None:
     trainer.validate(model, verbose=False)  # converts again, with the plugin's products
     assert model.down.products == expected
 
-    resumed, again = Model(spike=100), LowBitMonitor(1, minimum_snr=30, fallback=True, picture=False)
+    resumed, again = Model(spike=100), LowBitMonitor(1, minimum_snr=35, fallback=True, picture=False)
     with warnings.catch_warnings():  # others are errors: it is not reported again
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         fit(resumed, tmp_path, again, ckpt_path=path, **settings)
