@@ -58,7 +58,7 @@ def candidates(tokens: int, inputs: int, outputs: int, device: str) -> list[Cand
     x = torch.randn(tokens, inputs, device=device)
     plain = nn.Linear(inputs, outputs, device=device)
 
-    def ours(autocast: bool, **settings: str) -> Callable[[], None]:
+    def ours(autocast: bool, **settings: Any) -> Callable[[], None]:
         return passes(Int8Linear(inputs, outputs, device=device, **settings), x, autocast)
 
     def torchao(compiled: bool, dtype: torch.dtype) -> Callable[[], None]:

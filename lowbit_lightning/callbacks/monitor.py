@@ -286,7 +286,8 @@ class LowBitMonitor(Callback):
 
     def _change(self, name: str, layer: Int8Layer) -> None:
         kinds: dict[str, Any] = dict.fromkeys(self.rotated.get(name, ()), "hadamard")
-        layer.products = replace(layer.products, **kinds, **dict.fromkeys(self.fallen_back.get(name, ()), "high"))
+        kinds |= dict.fromkeys(self.fallen_back.get(name, ()), "high")
+        layer.products = replace(layer.products, **kinds)
 
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _apply
 

@@ -15,13 +15,13 @@ from lowbit_lightning.callbacks.sample import Sample
 from lowbit_lightning.layers import Int8Conv2d, Int8Linear, Products
 from lowbit_lightning.layers.product import HIGH, INT8, ROTATED
 
-ROTATION = {"rotation": "hadamard"}
+ROTATION: dict[str, Any] = {"rotation": "hadamard"}
 
 
 def test_what_the_settings_mean() -> None:
     assert Products(rotation="hadamard", forward="high").kinds == (HIGH, ROTATED, ROTATED)
     assert Products(grad_weight="hadamard").kinds == (INT8, INT8, ROTATED)
-    assert str(Products(**ROTATION)) == "int8 (forward, grad_input, grad_weight, rotated)"  # type: ignore[arg-type]
+    assert str(Products(**ROTATION)) == "int8 (forward, grad_input, grad_weight, rotated)"
     assert str(Products(forward="hadamard")) == "int8 (forward, grad_input, grad_weight, forward rotated)"
     with pytest.raises(ValueError, match="rotation must be 'none' or 'hadamard', got 'dct'"):
         Products(rotation="dct")  # type: ignore[arg-type]
