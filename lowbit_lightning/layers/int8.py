@@ -76,9 +76,9 @@ class Products:
     @property
     def kinds(self) -> tuple[int, int, int]:
         """How each of the three runs: ``product.HIGH``, ``INT8`` or ``ROTATED``."""
-        rotated = self.rotation == "hadamard"
-        forward, grad_input, grad_weight = (_KINDS[getattr(self, name)] for name in PRODUCTS)
-        return tuple(ROTATED if rotated and k == INT8 else k for k in (forward, grad_input, grad_weight))  # type: ignore
+        kinds = [_KINDS[getattr(self, name)] for name in PRODUCTS]
+        forward, grad_input, grad_weight = (ROTATED if self.rotation != "none" and k == INT8 else k for k in kinds)
+        return forward, grad_input, grad_weight
 
     def changed(self, fields: Mapping[str, Any]) -> Products:
         """These products with other values in some fields."""

@@ -97,7 +97,8 @@ template <class T, class Out> struct Rotation {
         parallel_for((rows + step - 1) / step, threads, [&](int64_t task) {
             for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) {
                 int64_t c = r * columns;
-                for (const int64_t end = c + columns / SEGMENT * SEGMENT; c < end; c += SEGMENT) segment(x + c, out + c);
+                const int64_t end = c + columns / SEGMENT * SEGMENT;
+                for (; c < end; c += SEGMENT) segment(x + c, out + c);
                 if (columns % SEGMENT) rest(x + c, (int)(columns % SEGMENT), out + c);
             }
         });
