@@ -21,6 +21,8 @@ Rotation = Literal["none", "hadamard"]
 Rounding = Literal["nearest", "stochastic"]
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Asked once: the compiler of torch 2.7 cannot trace the question.
+_AUTOCASTS = {kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(kind)}
 FEWEST_ROWS = {"cpu": (64, 128, 256), "cuda": (128, 128, 1024)}
 """Device type -> rows of the input from which on int8 pays in evaluation, where each pass quantises the weight: of
 float32 weights, of those under autocast, and of 16-bit ones, which high precision reads without a cast. Measured on
@@ -231,13 +233,18 @@ class Int8Linear(Int8Matrix, nn.Linear):
         self.products = Products(**settings)
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for this type of device; never on meta, which has none."""
+    return kind in _AUTOCASTS and torch.is_autocast_enabled(kind)
+
+
 def fewest_rows(weight: Tensor) -> int:
     """The smallest number of input rows with which an evaluation runs in int8."""
     kind = weight.device.type
     float32, autocast, half = FEWEST_ROWS.get(kind, (0, 0, 0))
     if weight.dtype != torch.float32:
         return half
-    return autocast if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else float32
+    return autocast if autocasts(kind) else float32
 
 
 def in_compute_dtype(x: Tensor, weight: Tensor) -> Tensor:
@@ -247,7 +254,7 @@ def in_compute_dtype(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype not in FLOATS:
         raise TypeError(f"the weight of an int8 layer must be float32, float16 or bfloat16, got {weight.dtype}")
     kind = x.device.type
-    if x.dtype in FLOATS and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if x.dtype in FLOATS and autocasts(kind):
         return x.to(torch.get_autocast_dtype(kind))
     if x.dtype != weight.dtype:
         raise TypeError(f"input must have the weight's dtype, {weight.dtype}, outside autocast, got {x.dtype}")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
-from lowbit_lightning.layers.int8 import FLOATS, is_conv1d
+from lowbit_lightning.layers.int8 import FLOATS, autocasts, is_conv1d
 
 PARTS = ("weight", "weight_scales", "weight_format")
 """The entries of a low-bit weight in a ``state_dict``."""
@@ -366,6 +366,6 @@ def _quantised(weight: Tensor, weights: Weights) -> tuple[Tensor, Tensor, float 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast on the tensor's device; None where it is off."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         return torch.get_autocast_dtype(kind)
     return None

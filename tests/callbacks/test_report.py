@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import time
@@ -108,7 +109,7 @@ def test_configuration_and_environment(report: tuple[Record, str, Model]) -> Non
     assert record.name == "name"
     assert record.config["trainer"]["precision"] == "int8-mixed"
     assert record.config["optimizer"]["lr"] == 1e-3
-    assert record.environment["packages"]["torch"] == torch.__version__
+    assert record.environment["packages"]["torch"] == importlib.metadata.version("torch")
     assert record.previous == {}
     assert not record.notes
     assert "name/one" in page
