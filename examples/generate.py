@@ -164,7 +164,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--text", default="", help="to train on and hold out; default: Python's standard library")
     parser.add_argument("--context", type=int, default=128, help="tokens of a window of held-out text (default 128)")
     parser.add_argument("--windows", type=int, default=256, help="of held-out text (default 256)")
-    parser.add_argument("--steps", type=int, default=1500, help="of training, without --model (default 1500)")
+    parser.add_argument("--steps", type=int, default=600, help="of training, without --model (default 600)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/generate"))
     args = parser.parse_args(arguments)
