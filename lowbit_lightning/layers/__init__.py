@@ -20,6 +20,12 @@ this is about 1 % of the output's norm.
 All three products run as ``A @ B.T`` of two row-major operands, the layout that int8 matrix units need. Therefore the
 column-wise quantiser writes its result transposed.
 
+Outliers
+--------
+An outlier makes the scale of its row large, and the rest of the row coarse. A product stays the same if both operands
+are multiplied by one orthogonal matrix along the contracted axis. ``rotation="hadamard"`` does so before quantising,
+with a matrix that spreads each value over a block of 64 (``kernels.hadamard``).
+
 When the forms are made
 -----------------------
 One op makes both forms of a matrix; it reads the matrix less often than two ops would. The forms of x are made in the
