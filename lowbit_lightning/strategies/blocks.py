@@ -12,11 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
-def needs_torch(version: tuple[int, int], what: str, why: str) -> None:
+def needs_torch(version: str, what: str, why: str) -> None:
     """Raise RuntimeError for what an older torch cannot do, before it fails half-way or in silence."""
     if torch.__version__ < version:
-        oldest = ".".join(map(str, version))
-        raise RuntimeError(f"{what} needs torch {oldest} or newer, this is {torch.__version__}: {why}")
+        raise RuntimeError(f"{what} needs torch {version} or newer, this is {torch.__version__}: {why}")
 
 
 def shard(
@@ -31,8 +30,8 @@ def shard(
     forward and backward, unless ``reshard_root``."""
     whole = [name for name, p in module.named_parameters() if not p.is_floating_point()]
     if whole:
-        needs_torch((2, 8), f"sharding the low-bit weight {whole[0]}", "fully_shard takes no integers before")
-    old = torch.__version__ < (2, 13)  # seen in 2.7; not looked for in between
+        needs_torch("2.8", f"sharding the low-bit weight {whole[0]}", "fully_shard takes no integers before")
+    old = torch.__version__ < "2.13"  # seen in 2.7; not looked for in between
     for name in names:
         fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root, **options)
@@ -48,7 +47,7 @@ def average_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
     (pytorch/pytorch#162338). Where a small collective shows that, the sum is divided after it.
     """
     ranks = mesh.size(mesh.ndim - 1)
-    if mesh.device_type != "cpu" or ranks == 1 or torch.__version__ >= (2, 13):
+    if mesh.device_type != "cpu" or ranks == 1 or torch.__version__ >= "2.13":
         return
     found, group = torch.empty(1), mesh.get_group(mesh.ndim - 1)
     dist.reduce_scatter_tensor(found, torch.ones(ranks), op=dist.ReduceOp.AVG, group=group)

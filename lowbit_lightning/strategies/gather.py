@@ -95,7 +95,7 @@ def gather_in_int8(module: nn.Module) -> None:
     Raises:
         RuntimeError: with torch 2.7.
     """
-    needs_torch((2, 8), 'all_gather="int8"', "FSDP2 forgets before how parts of unequal length are gathered")
+    needs_torch("2.8", 'all_gather="int8"', "FSDP2 forgets before how parts of unequal length are gathered")
 
     def attach(*_: Any) -> None:
         for p in module.parameters():

@@ -138,7 +138,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.replicas == 1:
             return self.device_mesh["data_parallel"]
         if self.root_device.type == "cpu":
-            blocks.needs_torch((2, 8), f"{NAME} with replicas={self.replicas} on CPUs", "gloo has no average before")
+            blocks.needs_torch("2.8", f"{NAME} with replicas={self.replicas} on CPUs", "gloo has no average before")
         shape = mesh_shape(self.world_size, self.replicas)
         return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 

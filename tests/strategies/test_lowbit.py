@@ -19,7 +19,7 @@ CHECKS = (
 )
 pytestmark = [
     pytest.mark.multiprocess,
-    pytest.mark.skipif(torch.__version__ < (2, 8), reason="torch 2.7's fully_shard refuses integer parameters"),
+    pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7's fully_shard refuses integer parameters"),
 ]
 
 

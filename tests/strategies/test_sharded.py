@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are f
 STEPS = 50 if rounds.THOROUGH else 6
 EACH = (4, 1, 3, 2)  # ranks of `make slow`
 SIGTERM = 8 * hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")  # bytes of a number that Lightning 2.6 sends
-OLD = torch.__version__ < (2, 8)  # gloo has no average: replicas are refused
-TRIED = torch.__version__ < (2, 13)  # one reduce-scatter shows what gloo makes of an average
+OLD = torch.__version__ < "2.8"  # gloo has no average: replicas are refused
+TRIED = torch.__version__ < "2.13"  # one reduce-scatter shows what gloo makes of an average
 # Losses may differ from those of one device by this much, at 50 steps. Gradients are summed in another order; 8-bit
 # codes magnify what falls on another side of a threshold. int8 products also have scales of a rank's own tokens, and
 # weights that were gathered in bfloat16.
