@@ -73,7 +73,7 @@ class Digits:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.steps, self.batch = arguments.steps, arguments.batch
         scenes = Scenes()
-        images = nn.functional.pad(2 * scenes.strokes - 1, (6, 6, 6, 6), value=-1.0)[:, None].expand(-1, 3, -1, -1)
+        images = nn.functional.pad(2 * scenes.strokes[24] - 1, (4, 4, 4, 4), value=-1.0)[:, None].expand(-1, 3, -1, -1)
         held_out = torch.arange(len(images)) % 5 == 0
         self.known = Images(images[~held_out], scenes.written[~held_out])
         self.held_out = Images(images[held_out], scenes.written[held_out])

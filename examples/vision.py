@@ -32,6 +32,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -51,7 +52,7 @@ Results = dict[str, dict[str, Result]]
 """Model -> way -> result."""
 
 
-def way_of(name: str, swap: str) -> Way:
+def way_of(name: str, swap: Any) -> Way:
     """A new one for each training: a plugin remembers the model that it served."""
     return Way(Int8MixedPrecision(swap=swap), 8) if name == "int8-mixed" else Way(bits=8 if "8-bit" in name else None)
 

@@ -79,8 +79,11 @@ def test_quality_is_accuracy_or_mean_iou() -> None:
         pixels.add(logits[half], targets[half])
         images.add(logits[half, :, 0, 0], targets[half, 0, 0])
     predicted = logits.argmax(1)
-    both = [((predicted == c) & (targets == c)).sum() / ((predicted == c) | (targets == c)).sum() for c in range(4)]
-    assert pixels.quality == pytest.approx(100 * sum(both).item() / 4)
+    both = [
+        ((predicted == c) & (targets == c)).sum().item() / ((predicted == c) | (targets == c)).sum().item()
+        for c in range(4)
+    ]
+    assert pixels.quality == pytest.approx(100 * sum(both) / 4)
     assert pixels.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     right = (predicted == targets)[:, 0, 0].double().mean().item()
     assert images.quality == pytest.approx(100 * right)
