@@ -375,8 +375,7 @@ def test_the_monitor_sees_the_input_projections() -> None:
     assert low == [(0, 0, 0)]  # the memory's outlying feature
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_plan_is_exact(checkpointed: bool) -> None:
+def test_a_plan_is_exact() -> None:
     def made() -> nn.Module:
         layer = nn.TransformerEncoderLayer(128, 4, 512, 0.0, batch_first=True, norm_first=True)
         return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
@@ -386,9 +385,6 @@ def test_a_plan_is_exact(checkpointed: bool) -> None:
     def build() -> Any:
         model: Any = made()
         convert.swap_linears(model, output_layer=None)
-        if checkpointed:
-            for layer in model.layers:
-                layer.forward = _recomputed(layer.forward)
         optimizer = optim.AdamW(model.parameters())
 
         def step() -> None:
@@ -404,14 +400,10 @@ def test_a_plan_is_exact(checkpointed: bool) -> None:
     peak = real.peak_of(build)
     planned = memory.plan(
         real.on_meta(made), batch=data, precision="int8-mixed", int8={"output_layer": None},
-        step=lambda model, x: model(x[0]).float().square().sum(), activation_checkpointing=checkpointed,
+        step=lambda model, x: model(x[0]).float().square().sum(),
     )  # fmt: skip
     assert {key: getattr(planned, key) for key in real.EXACT} == real.left_behind(*kept)
     assert real.within(planned.total, peak, 0.05), (planned.total, peak)
-
-
-def _recomputed(forward: Any) -> Any:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def test_what_is_saved_is_a_byte_per_element() -> None:

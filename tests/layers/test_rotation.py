@@ -86,17 +86,18 @@ def test_what_runs() -> None:
     assert called() == {"hadamard": 2, "int8_matmul": 3, "quantize_rowwise": 3, "quantize_colwise": 3}
 
 
+def test_compiled_equals_eager() -> None:
+    linear, x = layer(**ROTATION), torch.randn(2, 24, K)
+    expected = gradients(linear, x)
+    assert_equal(gradients(torch.compile(linear, fullgraph=True, backend="aot_eager"), x), expected)
+
+
 @pytest.mark.parametrize("settings", [{}, {"save_inputs": "high"}, {"gradient_rounding": "stochastic"}])
-def test_compiled_equals_eager(settings: dict[str, Any]) -> None:
+def test_a_block_is_what_it_is_in_high_precision(settings: dict[str, Any]) -> None:
     block, x = swapped(Block(), **ROTATION, **settings), torch.randn(2, 24, K)
-    torch.manual_seed(3)
-    expected = gradients(block, x)
-    torch.manual_seed(3)
-    if settings.get("gradient_rounding") != "stochastic":  # seeds are drawn in another order then
-        assert_equal(gradients(torch.compile(block, fullgraph=True, backend="aot_eager"), x), expected)
     plain = copy.deepcopy(block)
     convert.restore(plain)
-    for found, exact in zip(expected, gradients(plain, x), strict=True):
+    for found, exact in zip(gradients(block, x), gradients(plain, x), strict=True):
         assert (found - exact).norm() < 0.05 * exact.norm() + 1e-6
 
 
