@@ -37,8 +37,8 @@ class GPT(L.LightningModule):
     def forward(self, tokens: Tensor, past: Sequence[Past] | None = None) -> Tensor:
         """Logits ``[batch, context, 256]`` of tokens ``[batch, context]``. With ``past``, of ``empty_past`` or from
         earlier calls, the tokens go on from those that were read before."""
-        x = self.tokens(tokens)
-        for block, seen in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+        x, nothing = self.tokens(tokens), [None] * len(self.blocks)
+        for block, seen in zip(self.blocks, nothing if past is None else past, strict=True):
             x = block(x, seen)
         logits: Tensor = self.head(self.norm(x))
         return logits.float()
