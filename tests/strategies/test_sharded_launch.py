@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
-from support.run_program import PROGRAMS, ROOT, run
+from support.run_program import PROGRAMS, ROOT, run, surroundings
 from torch import nn
 
 from lowbit_lightning import sharding
@@ -32,7 +31,7 @@ def torchrun(nodes: int, ranks: int, *program: str) -> None:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--local-addr=127.0.0.1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = surroundings()
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     launchers = [

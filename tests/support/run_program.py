@@ -15,18 +15,21 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "tests" / "programs"
 
 
+def surroundings() -> dict[str, str]:
+    """The environment of a program: it finds the package and what tests share, and computes with one thread."""
+    found = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(found), "OMP_NUM_THREADS": "1"}
+
+
 def run(program: str | Path, *arguments: Any, timeout: float = 280, **environment: str) -> str:
     """What it prints. It has a process group of its own, which ends with it, and needs no installed package."""
-    paths = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
     process = subprocess.Popen(
         [sys.executable, str(PROGRAMS / program), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        env={**surroundings(), **environment},
     )
     try:
         output, _ = process.communicate(timeout=timeout)
