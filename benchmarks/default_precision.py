@@ -20,13 +20,15 @@ from typing import Any
 import lightning as L
 import torch
 from _common import HOW_TO_READ, Candidate, Report, measure, parser, skipped
-from _convnext import ConvNeXt
 from _encoder import Encoder
-from _resnet import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowbit_lightning import Int8MixedPrecision
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from vision_models import ConvNeXt, ResNet
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -71,7 +73,6 @@ class ViT(nn.Module):
 
 
 def gpt(device: str, *settings: str) -> tuple[nn.Module, Tensor, Tensor]:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
     from gpt import GPT  # it wants omegaconf, which a machine for `make gpu` need not have
     from gpt_settings import parse
 
@@ -90,8 +91,8 @@ def encoder(device: str, dropout: float = 0.1, batch: int = 16) -> tuple[nn.Modu
     return Encoder(dropout=dropout).to(device), windows[:, :-1], windows[:, 1:].flatten()
 
 
-def with_images(kind: type[nn.Module], device: str, batch: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
-    model = kind(1000).to(device, memory_format=torch.channels_last)  # type: ignore[call-arg, call-overload]
+def with_images(kind: Callable[[int], nn.Module], device: str, batch: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
+    model = kind(1000).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(batch, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
     return model, images, torch.randint(1000, (batch,), device=device)
 
@@ -102,7 +103,7 @@ MODELS: dict[str, Callable[[str], tuple[nn.Module, Tensor, Tensor]]] = {
     "vit": vit,
     "encoder": encoder,
     "encoder-no-dropout": partial(encoder, dropout=0.0),
-    "convnext": partial(with_images, ConvNeXt),
+    "convnext": partial(with_images, partial(ConvNeXt, width=96, depths=(3, 3, 9, 3))),
     "resnet18": partial(with_images, ResNet),
 }
 
