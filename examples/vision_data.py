@@ -103,7 +103,7 @@ class Scenes:
                 place = slice(row, row + edge), slice(column, column + edge)
                 stroke = self.strokes[edge][number]
                 colour = torch.tensor([chance.uniform(*LIGHT) for _ in "rgb"])[:, None, None]
-                images[i][(slice(None), *place)].lerp_(colour, stroke)
+                images[i, :, place[0], place[1]].lerp_(colour, stroke)
                 pixels[i][place][stroke > 0.5] = last[i] = self.written[number]
         return images, pixels, last
 

@@ -260,7 +260,7 @@ def planned(task: Task, way: Way, model: nn.Module, batch: Batch) -> dict[str, i
     def step(model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch[0]).float(), batch[1])
 
-    momentum = {"momentum": task.options["momentum"]} if "momentum" in task.options else {}
+    momentum: dict[str, Any] = {"momentum": task.options["momentum"]} if "momentum" in task.options else {}
     name = way.precision if isinstance(way.precision, str) else "int8-mixed"
     plan = memory.plan(
         model, precision=name, optimizer=task.optimizer, bits=way.bits, batch=batch, step=step, **momentum

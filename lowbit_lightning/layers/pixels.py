@@ -23,7 +23,8 @@ def every_nth(x: Tensor, stride: Sequence[int]) -> Tensor:
 
 
 def _sliced(x: Tensor, stride: Sequence[int]) -> Tensor:
-    return x.movedim(1, -1)[(slice(None), *(slice(None, None, step) for step in stride))]
+    every = (slice(None), *(slice(None, None, step) for step in stride))
+    return x.movedim(1, -1)[every]
 
 
 def _fake(x: Tensor, stride: Sequence[int]) -> Tensor:

@@ -59,20 +59,20 @@ SETTINGS = [{}, {"save_inputs": "high"}, {"forward": "high"}, {"grad_input": "hi
 def test_gradients_with_reuse_equal_those_without(settings, monkeypatch):
     """Layers of the same size, one after the other, in two steps; the second backward runs twice over its graph."""
 
-    def gradients() -> list[torch.Tensor]:
+    def gradients() -> list[torch.Tensor | None]:
         torch.manual_seed(0)
         image = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1, stride=2))
         rows = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
-        models = nn.ModuleList([image.to(memory_format=torch.channels_last), rows])
+        models = nn.ModuleList([image.to(memory_format=torch.channels_last), rows])  # type: ignore[call-overload]
         convert.swap_linears(models, output_layer=None, **settings)
-        found = []
+        found: list[torch.Tensor | None] = []
         for step in range(2):
             for model, x in (image, torch.randn(16, 16, 64, 64)), (rows, torch.randn(4096, 256)):
                 loss = model(x.requires_grad_()).square().mean()
                 loss.backward(retain_graph=step == 1)
                 if step == 1:
                     loss.backward()
-                found += [x.grad, *(p.grad.clone() for p in model.parameters())]
+                found += [x.grad, *(None if p.grad is None else p.grad.clone() for p in model.parameters())]
         return found
 
     with_reuse = gradients()
