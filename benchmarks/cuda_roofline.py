@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from roofline import sass
+from roofline.describe import Phase, Work
 from roofline.devices import DEVICES, Device, limits, occupancy
 from roofline.memory import Traffic, traffic
-from roofline.work import Phase, Work, works
+from roofline.work import works
 
 from lowbit_lightning.kernels import compile
 
@@ -110,6 +111,7 @@ def _cheapest(blocks: list[sass.Block], phase: Phase, where: str) -> tuple[sass.
     bodies = [(0, None)] if phase.whole else sass.loops(blocks)
     for times in phase.unrolled:
         asked = {"loads": phase.loads * times, "stores": phase.stores * times, "tensor": phase.tensor * times}
+        asked["arithmetic"] = phase.arithmetic * times
         turns = [sass.turn(blocks, body, head, **asked) for head, body in bodies]
         found += [(turn.slots / times, turn, times) for turn in turns if turn is not None]
     if not found:

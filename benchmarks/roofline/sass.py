@@ -2,9 +2,9 @@
 
 NVIDIA's disassembler (``nvidia-cuda-nvdisasm``) gives instructions. They are cut into basic blocks and loops. Which way
 a branch goes is not written in machine code, so the path is found by what it must do: of all ways through one turn of a
-loop, the one with the fewest instructions that moves the bytes, or does the tensor products, that a turn has to. Paths
-for edges and special values (a block that is not full, a division whose quotient is subnormal) take more instructions,
-or move less, and so are never it.
+loop, the one with the fewest instructions that moves the bytes, and does the tensor products and the arithmetic, that a
+turn has to. Paths for edges and special values (a block that is not full, a division whose quotient is subnormal) take
+more instructions, or do less, and so are never it.
 
 A warp issues an instruction whether or not its lanes are predicated off, so every instruction is one slot of a warp.
 """
@@ -79,6 +79,11 @@ class Instruction:
     def tensor(self) -> int:
         return int(self.kind == "tensor")
 
+    @property
+    def arithmetic(self) -> int:
+        """Whether it adds or multiplies floats."""
+        return int(self.opcode.partition(".")[0] in ("FADD", "FMUL", "FFMA"))
+
 
 @dataclass
 class Block:
@@ -117,6 +122,10 @@ class Turn:
     @property
     def tensor(self) -> int:
         return sum(i.tensor for i in self.instructions)
+
+    @property
+    def arithmetic(self) -> int:
+        return sum(i.arithmetic for i in self.instructions)
 
     @property
     def local(self) -> int:
@@ -227,8 +236,9 @@ def _search(blocks: list[Block]) -> tuple[list[int], set[tuple[int, int]]]:
     return done[::-1], back
 
 
-Work = tuple[int, int, int]
-"""What a lane has done so far: bytes loaded from global memory, bytes stored there, tensor products."""
+Work = tuple[int, int, int, int]
+"""What a lane has done so far: bytes loaded from global memory, bytes stored there, tensor products, sums and products
+of floats."""
 
 
 def turn(
@@ -239,15 +249,17 @@ def turn(
     loads: int = 0,
     stores: int = 0,
     tensor: int = 0,
+    arithmetic: int = 0,
 ) -> Turn | None:
     """The path with the fewest slots through one turn of a loop, or through the kernel where ``body`` is None, on which
-    a lane loads at least ``loads`` bytes of global memory, stores ``stores`` there, and takes part in at least
-    ``tensor`` tensor products. Inner loops are entered at most once. None: there is no such path."""
-    wanted: Work = (loads, stores, tensor)
+    a lane does at least what is asked, and stores no more: loads ``loads`` bytes of global memory, stores ``stores``
+    there, takes part in ``tensor`` tensor products, adds or multiplies floats ``arithmetic`` times. Inner loops are
+    entered at most once. None: there is no such path."""
+    wanted: Work = (loads, stores, tensor, arithmetic)
     order, back = _search(blocks)
     inside = frozenset(order) if body is None else body
     # best[block][work so far] = (slots before the block, the block before it and the work then)
-    best: dict[int, dict[Work, tuple[int, tuple[int, Work] | None]]] = {head: {(0, 0, 0): (0, None)}}
+    best: dict[int, dict[Work, tuple[int, tuple[int, Work] | None]]] = {head: {(0, 0, 0, 0): (0, None)}}
     found: tuple[int, int, Work] | None = None
     for number in (n for n in order if n in inside):
         block = blocks[number]
@@ -255,11 +267,11 @@ def turn(
         ends = [head] if body is not None and head in block.next else []
         if body is None and _exits(block):
             ends = [_OUT]
-        for reached, (slots, _) in list(best.get(number, {}).items()):
+        for reached, slots in _worth(best.get(number, {})):
             cost = slots + part.slots
             for following in (*block.next, *ends):
                 done = _after(reached, _on_the_way(block, following))
-                now: Work = (min(done[0], loads), done[1], min(done[2], tensor))
+                now: Work = (min(done[0], loads), done[1], min(done[2], tensor), min(done[3], arithmetic))
                 if done[1] > stores:
                     continue
                 if following in ends:
@@ -282,8 +294,19 @@ def turn(
 _OUT = -1  # what follows the last block of a kernel
 
 
+def _worth(reached: dict[Work, tuple[int, tuple[int, Work] | None]]) -> list[tuple[Work, int]]:
+    """The ways to a block, with their slots, but for those that do no more than another in no fewer slots."""
+    kept: list[tuple[Work, int]] = []
+    for work, (slots, _) in sorted(reached.items(), key=lambda way: (way[1][0], [-done for done in way[0]])):
+        loads, stores, tensor, arithmetic = work
+        if not any(w[0] >= loads and w[1] == stores and w[2] >= tensor and w[3] >= arithmetic for w, _ in kept):
+            kept.append((work, slots))
+    return kept
+
+
 def _after(work: Work, more: Turn) -> Work:
-    return (work[0] + more.loaded_bytes, work[1] + more.stored_bytes, work[2] + more.tensor)
+    done = more.loaded_bytes, more.stored_bytes, more.tensor, more.arithmetic
+    return (work[0] + done[0], work[1] + done[1], work[2] + done[2], work[3] + done[3])
 
 
 def _on_the_way(block: Block, following: int) -> Turn:

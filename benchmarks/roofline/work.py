@@ -1,9 +1,9 @@
-"""The kernels that the roofline looks at, and what a lane of each has to do."""
+"""The kernels that the roofline looks at."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
@@ -13,43 +13,10 @@ from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.cuda.int8_product import fused_product
 from lowbit_lightning.kernels.sources import MAP_NUMBERS, StepVariant, specialised
+from roofline.describe import Phase, Work, random
 
 F32, BF16 = torch.float32, torch.bfloat16
 NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A loop, or with ``whole`` all of a kernel: what a lane loads and stores in one turn (bytes of global memory), its
-    tensor products, and the ``elements`` that this is for. Of an unrolled loop a turn does a multiple of it."""
-
-    kernel: str
-    elements: float
-    loads: int
-    stores: int = 0
-    tensor: int = 0
-    whole: bool = False
-    unrolled: tuple[int, ...] = (1,)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A kernel.
-
-    ``run``: the op on a small input, which the emulator watches. ``traffic``: bytes to and from memory for an element;
-    ``unit``: what an element is. ``operations``: of the tensor units for an element. ``shared``: bytes of dynamic
-    shared memory.
-    """
-
-    name: str
-    text: str
-    phases: tuple[Phase, ...]
-    run: Callable[[], object]
-    traffic: float
-    unit: str
-    threads: int = 256
-    operations: float = 0.0
-    shared: int = 0
 
 
 def works() -> Iterator[Work]:
@@ -78,26 +45,38 @@ def _steps() -> Iterator[Work]:
         text = StepVariant(rule, dtype, dtype, (1 << states) - 1, 256).text("optimizer_step.cu")
         traffic = 3 * dtype.itemsize + 2 * states * (1 + 4 / 256)
         run = partial(_take_steps, make, dtype)
-        yield Work(f"{rule} {NAMES[dtype]}", text, (Phase("step", 8, loads, stores),), run, traffic, "parameter")
+        # The gradient's factor, the rule; of a state two to decode, two to encode.
+        phase = Phase("step", 8, loads, stores, arithmetic=8 * (1 + operations(rules.get(rule)) + 4 * states))
+        yield Work(f"{rule} {NAMES[dtype]}", text, (phase,), run, traffic, "parameter")
+
+
+def operations(rule: rules.Rule) -> int:
+    """Sums and products that a rule takes for an element: what depends on scalars alone is computed once a block."""
+    known = {*rule.elementwise_scalars, *(f"{name}_scale" for name in rule.state_names)}
+    found = 0
+    for node in ast.walk(ast.parse(rule.sections["direction"] + rule.sections["finish"])):
+        calls = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        if isinstance(node, ast.BinOp) or calls == "fused":
+            found += not names <= known
+        elif calls == "over_root":
+            found += 3 + 4 + 7  # its own, a root by Newton's method, a quotient
+    return found
 
 
 def _take_steps(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> None:
-    parameter = torch.nn.Parameter(_random(16, 512, dtype))
+    parameter = torch.nn.Parameter(random(16, 512, dtype))
     optimizer = make([parameter], lr=1e-3)
     for _ in range(2):
-        parameter.grad = _random(16, 512, dtype)
+        parameter.grad = random(16, 512, dtype)
         optimizer.step()
-
-
-def _random(rows: int, columns: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _blockwise() -> Iterator[Work]:
     for dtype in (F32, BF16):
         text = specialised("quantize.cu", ELEMENT=dtype, MAP=MAP_NUMBERS["dynamic_signed"], BLOCK=256)
         size, traffic = dtype.itemsize, dtype.itemsize + 1 + 4 / 256
-        x = _random(16, 512, dtype)
+        x = random(16, 512, dtype)
         coded = kernels.quantize_blockwise(x)
         phase = Phase("quantize", 8, 8 * size, 8 + 4, whole=True)
         run: Callable[[], object] = partial(kernels.quantize_blockwise, x)
@@ -116,13 +95,13 @@ def _int8() -> Iterator[Work]:
             Phase("quantize_rows", width, 16, unrolled=several),
             Phase("quantize_rows", width, 16, width, unrolled=several),
         )
-        run: Callable[[], object] = partial(kernels.quantize_rowwise, _random(4, 2048, dtype))
+        run: Callable[[], object] = partial(kernels.quantize_rowwise, random(4, 2048, dtype))
         yield Work(f"int8 rows {NAMES[dtype]}", text, rows, run, dtype.itemsize + 1, "element")
         both = (
             Phase("find_tops", 4 * width, 64),
             Phase("quantize_tiles", 4 * width, 64 + 16, 2 * 4 * width),
         )
-        run = partial(kernels.quantize_both, _random(128, 256, dtype))
+        run = partial(kernels.quantize_both, random(128, 256, dtype))
         yield Work(f"int8 rows and columns {NAMES[dtype]}", text, both, run, 2 * dtype.itemsize + 2, "element")
     a = torch.randint(-127, 128, (256, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     multiply = partial(fused_product, a, a, torch.ones(256), torch.ones(256), None, BF16)

@@ -9,10 +9,11 @@ hyper: lr >= 0, lr_decay >= 0, weight_decay >= 0, eps >= 0, initial_accumulator_
 states: sum >= 0
 scalars:
     step_size = lr / (1 + (step - 1) * lr_decay)
+    one = 1.0
 direction:
     g = fused(weight_decay, p, g)
     sum = fused(g, g, sum * sum_scale)
 finish:
-    p = p - step_size * g / (sqrt(sum) + eps)
+    p = p - over_root(step_size, g, sum, one, eps)
 """,
 )

@@ -26,8 +26,8 @@ direction:
         max_exp_avg_sq = maximum(max_exp_avg_sq * max_exp_avg_sq_scale, exp_avg_sq)
 finish:
     if amsgrad:
-        p = p - step_size * exp_avg / (sqrt(max_exp_avg_sq) * root_correction + eps)
+        p = p - over_root(step_size, exp_avg, max_exp_avg_sq, root_correction, eps)
     else:
-        p = p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_correction + eps)
+        p = p - over_root(step_size, exp_avg, exp_avg_sq, root_correction, eps)
 """,
 )

@@ -26,6 +26,6 @@ direction:
     exp_avg_slow = exp_avg_slow + (g - exp_avg_slow) * rest3
     update = exp_avg * correction + weight * exp_avg_slow
 finish:
-    p = p - lr * update / (sqrt(exp_avg_sq) * root_correction + eps)
+    p = p - over_root(lr, update, exp_avg_sq, root_correction, eps)
 """,
 )

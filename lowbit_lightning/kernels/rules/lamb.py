@@ -15,7 +15,7 @@ scalars:
 direction:
     exp_avg = fused(rest1, g, exp_avg * (beta1 * exp_avg_scale))
     exp_avg_sq = fused(rest2 * g, g, exp_avg_sq * (beta2 * exp_avg_sq_scale))
-    update = exp_avg * correction / (sqrt(exp_avg_sq) * root_correction + eps) + weight_decay * p
+    update = over_root(correction, exp_avg, exp_avg_sq, root_correction, eps) + weight_decay * p
 norms of p, update:
     trusted = lr * ratio(p_norm, update_norm)
 finish:

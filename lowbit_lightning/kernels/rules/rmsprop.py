@@ -17,6 +17,7 @@ hyper: lr >= 0, alpha >= 0, eps >= 0, weight_decay >= 0, variance_floor, momentu
 states: square_avg >= 0, grad_avg, momentum_buffer
 scalars:
     rest = 1 - alpha
+    one = 1.0
 direction:
     g = fused(weight_decay, p, g)
     square_avg = fused(rest * g, g, square_avg * (alpha * square_avg_scale))
@@ -28,11 +29,11 @@ direction:
     else:
         variance = square_avg
     if momentum:
-        momentum_buffer = (momentum * momentum_buffer_scale) * momentum_buffer + g / (sqrt(variance) + eps)
+        momentum_buffer = (momentum * momentum_buffer_scale) * momentum_buffer + over_root(one, g, variance, one, eps)
 finish:
     if momentum:
         p = fused(-lr, momentum_buffer, p)
     else:
-        p = p - lr * g / (sqrt(variance) + eps)
+        p = p - over_root(lr, g, variance, one, eps)
 """,
 )

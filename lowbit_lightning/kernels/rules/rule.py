@@ -21,8 +21,9 @@ multiply-add is ``fused``). So all backends give the same bits.
   and changes the states. The name of a state stands for the value of its code. The text multiplies it by the scale of
   its block: ``exp_avg * exp_avg_scale``. In 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
   one multiplication, since the scale is shared by a block (with a factor above 1 it could overflow for all of them).
-  Functions: ``sqrt``, ``sign``, ``absolute``, ``maximum``, ``where``, and ``fused(a, b, c)``, which is a * b + c with
-  one rounding. As in torch, ``maximum`` of NaN is NaN and ``sign`` of NaN is 0; ``maximum`` of two zeros is the second.
+  Functions: ``sign``, ``absolute``, ``maximum``, ``where``; ``fused(a, b, c)``, which is a * b + c with one rounding;
+  and ``over_root(f, a, x, c, eps)``, which is f * a / (sqrt(x) * c + eps) of scalars f, c, eps and values a, x.
+  As in torch, ``maximum`` of NaN is NaN and ``sign`` of NaN is 0; ``maximum`` of two zeros is the second.
   Numbers are not allowed here; define them as scalars.
 * ``norms of p, update:`` is for rules with a trust ratio. It runs in double, once per parameter and step. It sees the
   2-norms, over the whole parameter, of the values that it names, as ``p_norm`` and ``update_norm``, and defines further
@@ -203,7 +204,8 @@ class Rule:
     def cpp(self) -> str:
         """C++ text: ``RULE_*`` constants, ``struct Scalars``, ``rule_scalars``, ``rule_direction``, ``rule_finish``.
 
-        ``rule_direction`` takes the scales of the states' blocks, ``const float*``.
+        ``rule_direction`` takes the scales of the states' blocks, ``const float*``. ``Roots`` has ``over``, which is
+        ``over_root`` (``src/over_root.h``).
 
         It expects ``LB_FN`` (function qualifiers), ``power`` and ``ratio`` for doubles, and for the value type ``V``
         the functions named in the module's docstring; ``maximum`` is called ``maximum_or_nan``.
@@ -224,6 +226,8 @@ class Rule:
         named = [
             f"n[{i}] = {'p' if name == 'p' else f't[{temporaries.index(name)}]'}" for i, name in enumerate(self.norms)
         ]
+        divisors = re.findall(r"over_root\(.*, (\w+), (\w+)\)", self._elementwise)
+        allowed = " && ".join(["true", *(f"Roots::allows(c.{c}, c.{eps})" for c, eps in divisors)])
         return f"""// generated from the rule {self.name}
 constexpr int RULE_STATES = {len(self.states)}, RULE_HYPER = {len(self.hyper)}, RULE_TEMPORARIES = {len(temporaries)};
 #define RULE_NORMS {len(self.norms)}
@@ -235,11 +239,13 @@ LB_FN Scalars rule_scalars(const double* hyper, double step, const double* squar
     Scalars c;
 {_statements(results)}    return c;
 }}
-template <class V>
-LB_FN void rule_direction(const Scalars& c, V& p, V& g, V* s, const float* scale, V* t) {{
+template <class V, class Roots>
+LB_FN void rule_direction(const Scalars& c, V& p, V& g, V* s, const float* scale, V* t, Roots& roots) {{
 {_statements([*values, *scales, *_for_shims(sections["direction"])])}}}
-template <class V> LB_FN void rule_finish(const Scalars& c, V& p, V& g, V* s, V* t) {{
+template <class V, class Roots>
+LB_FN void rule_finish(const Scalars& c, V& p, V& g, V* s, V* t, Roots& roots) {{
 {_statements([*values, *_for_shims(sections["finish"])])}}}
+template <class Roots> LB_FN bool rule_allows(const Scalars& c) {{ return {allowed}; }}
 template <class V> LB_FN void rule_norm_values(V& p, V* t, V* n) {{
 {_statements(named)}}}
 """
@@ -257,7 +263,7 @@ def _names(text: str) -> set[str]:
 
 def _for_shims(text: str) -> list[str]:
     """Lines for the shims, where ``maximum`` is the processor's, which drops a NaN."""
-    return text.replace("maximum(", "maximum_or_nan(").splitlines()
+    return text.replace("maximum(", "maximum_or_nan(").replace("over_root(", "roots.over(").splitlines()
 
 
 def _statements(lines: Iterable[str]) -> str:
@@ -318,6 +324,11 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
+def over_root(f: Tensor, a: Tensor, x: Tensor, c: Tensor, eps: Tensor) -> Tensor:
+    """``f * a / (sqrt(x) * c + eps)``, each operation rounded."""
+    return f * a / (_sqrt(x) * c + eps)
+
+
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """``a * b + c`` of float32 with one rounding. In double the product is exact; the sum is rounded to odd, so that
     rounding it again to float32 is as good as rounding once (Boldo & Melquiond, 2008)."""
@@ -338,7 +349,7 @@ def _maximum(a: Tensor, b: Tensor) -> Tensor:
 
 _TENSOR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fused": fused,
-    "sqrt": _sqrt,
+    "over_root": over_root,
     "sign": torch.sign,
     "absolute": torch.abs,
     "maximum": _maximum,

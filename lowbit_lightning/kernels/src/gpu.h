@@ -37,7 +37,41 @@ LB_FN I maximum(I a, I b) { return a > b ? a : b; }
 LB_FN V minimum(V a, V b) { return fminf(a, b); }
 LB_FN V magnitude_from(V x, float low) { return maximum(fabsf(x), low); }
 LB_FN V sign(V x) { return fabsf(x) > 0.0f ? copysignf(1.0f, x) : 0.0f; }  // 0 of a NaN, as torch.sign
+LB_FN uint32_t unsigned_maximum(uint32_t a, uint32_t b) { return a > b ? a : b; }
+// The larger of `most` and |x|; NaN if either is.
+LB_FN float raised(float most, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(most), "f"(fabsf(x)));
+    return result;
+#else
+    const I bits = to_bits(x) & 0x7fffffff;
+    return from_bits(to_bits(most) > bits ? to_bits(most) : bits);
+#endif
+}
 LB_FN uint32_t magnitude_bits(float x) { return (uint32_t)to_bits(x) & 0x7fffffffu; }
+
+// The hardware's approximations: 1 / x within 1 ulp, 1 / sqrt(x) within 2^-22.9; a subnormal x or result is zero.
+#ifdef __CUDA_ARCH__
+LB_FN float approximate_reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+LB_FN float approximate_inverse_root(float x) {
+    float result;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+#else  // as wrong as they may be, now on one side, now on the other
+LB_FN float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+LB_FN float astray(float x, float result) {
+    if (!(fabsf(result) >= 0x1p-125f && fabsf(result) < 0x1p126f)) return flushed(result);
+    return from_bits(to_bits(result) + (int32_t)((uint32_t)to_bits(x) * 2654435761u >> 16) % 3 - 1);
+}
+LB_FN float approximate_reciprocal(float x) { return astray(x, 1.0f / flushed(x)); }
+LB_FN float approximate_inverse_root(float x) { return astray(x, 1.0f / sqrtf(flushed(x))); }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 16-bit floats

@@ -27,11 +27,13 @@ LB_FN Position position_of(int64_t block, int64_t blocks_per_row, int64_t row_le
     return {row * row_length + column, block, (int)(left < BLOCK ? left : BLOCK)};
 }
 
-// A thread's elements of its block, in runs of RUN adjacent ones.
+// A thread's elements of its block, in runs of RUN adjacent ones. Accesses in packets want the address of the thread's
+// first element, others that of the block.
 template <int RUN> struct Share {
+    static constexpr int STRIDE = BLOCK / (PER_THREAD / RUN);  // from a run to the next
     // Index in the block of the thread's i-th element.
     LB_FN int index(int i) {
-        return i / RUN * (BLOCK / (PER_THREAD / RUN)) + (int)(threadIdx.x % GROUP) * RUN + i % RUN;
+        return i / RUN * STRIDE + (int)(threadIdx.x % GROUP) * RUN + i % RUN;
     }
     // Whether the elements of a full block that starts here can be accessed in packets.
     template <class T> LB_FN bool aligned(const T* block) {
@@ -41,7 +43,7 @@ template <int RUN> struct Share {
         assume_global(block);
         if constexpr (PACKETS) {
 #pragma unroll
-            for (int i = 0; i < PER_THREAD; i += RUN) load_packet<RUN>(block + index(i), v + i);
+            for (int i = 0; i < PER_THREAD; i += RUN) load_packet<RUN>(block + i / RUN * STRIDE, v + i);
         } else {
 #pragma unroll
             for (int i = 0; i < PER_THREAD; ++i) v[i] = index(i) < n ? raise(block[index(i)]) : R(0);
@@ -51,12 +53,19 @@ template <int RUN> struct Share {
         assume_global(block);
         if constexpr (PACKETS) {
 #pragma unroll
-            for (int i = 0; i < PER_THREAD; i += RUN) store_packet<RUN>(block + index(i), v + i);
+            for (int i = 0; i < PER_THREAD; i += RUN) store_packet<RUN>(block + i / RUN * STRIDE, v + i);
         } else {
 #pragma unroll
             for (int i = 0; i < PER_THREAD; ++i)
                 if (index(i) < n) block[index(i)] = (T)v[i];
         }
+    }
+    // The same of bytes, in packets.
+    LB_FN void store_bytes(uint8_t* block, const uint32_t (&word)[PER_THREAD / 4]) {
+        assume_global(block);
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i += RUN)
+            copy((const Packet<RUN>*)(word + i / 4), (Packet<RUN>*)(block + i / RUN * STRIDE));
     }
 
   private:

@@ -38,22 +38,22 @@ template <int RUN> LB_FN float fold_group(float (&v)[PER_THREAD]) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_blocks(
     const Parameter* parameters, int64_t count, int64_t blocks, int blocks_per_group, const Scalars* scalars,
     const float* factor, double* sums) {
-    prepare_lines(uses_map(true), uses_map(false));
-    Walk walk{parameters, count};
-    int64_t number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
-    for (int turn = 0; turn < blocks_per_group; ++turn, number += GROUPS) {
+    const uint32_t place = prepare_tables(uses_map(true), uses_map(false));
+    Walk walk{parameters, count, blocks, (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP, scalars};
+    const float f = *factor;
+    for (int turn = 0; turn < blocks_per_group; ++turn) {
         float squares[RULE_NORMS][PER_THREAD] = {};
-        if (number < blocks) {
+        walk.go(turn);
+        if (walk.active) {
             Elements e;
-            const Block b = walk.to(number);
-            if (b.packets) load<true>(b, e);
-            else load<false>(b, e);
-            const Scalars c = scalars[walk.i];
-            const float f = *factor;
+            const Block b = walk.block(turn);
+            if (b.packets) load<true>(b, e, place);
+            else load<false>(b, e, place);
+            Exact exact;
 #pragma unroll
             for (int k = 0; k < PER_THREAD; ++k) {
                 e.g[k] *= f;
-                apply<DIRECTION>(c, e, k);
+                apply<DIRECTION>(walk.c, e, k, exact);
                 float t[TEMPORARIES], n[RULE_NORMS];
 #pragma unroll
                 for (int j = 0; j < RULE_TEMPORARIES; ++j) t[j] = e.t[j][k];
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_blocks(
 #pragma unroll
         for (int j = 0; j < RULE_NORMS; ++j) {
             const float sum = fold_group<16 / sizeof(PARAM)>(squares[j]);
-            if (number < blocks && threadIdx.x % GROUP == 0) sums[j * blocks + number] = sum;
+            if (walk.active && threadIdx.x % GROUP == 0) sums[j * blocks + walk.number + (int64_t)turn * GROUPS] = sum;
         }
     }
 }

@@ -7,6 +7,7 @@
 #include "parallel.h"
 #include "blocks.h"
 #include "fold.h"
+#include "over_root.h"
 #include "master.h"
 #include "random_words.h"
 #include "rule_scalars.h"
@@ -215,16 +216,17 @@ LB_FN void update_vectors(
     const Shared& shared, const Parameter& q, const Block& block, const Scales& scales, int first, int count,
     const uint16_t* words, Pending& pending, Extremes* seen) {
     V s[N][STATES], t[N][TEMPORARIES], p[N], g[N];
+    Exact exact;
     for (int j = 0, i = first; j < N; ++j, i += W) {
         g[j] = load((const GRAD*)q.g + block.start + i, count) * shared.factor;
         load_states(q, block.start + i, count, s[j]);
     }
     for (int j = 0, i = first; j < N; ++j, i += W) {
         p[j] = load_parameter(q, block.start + i, count);
-        rule_direction(shared.c, p[j], g[j], s[j], scales.of, t[j]);
+        rule_direction(shared.c, p[j], g[j], s[j], scales.of, t[j], exact);
     }
     for (int j = 0, i = first; j < N; ++j, i += W) {
-        rule_finish(shared.c, p[j], g[j], s[j], t[j]);
+        rule_finish(shared.c, p[j], g[j], s[j], t[j], exact);
         keep_states(q, block, i, count, s[j], pending, seen);
         store_parameter(q, block, i, count, p[j], words);
     }
@@ -313,9 +315,10 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
                 const int count = std::min(W, block.n - i);
                 const int64_t at = block.start + i;
                 V s[STATES], t[TEMPORARIES], n[RULE_NORMS];
+                Exact exact;
                 V p = load_parameter(q, at, count), g = load((const GRAD*)q.g + at, count) * factor;
                 load_states(q, at, count, s);
-                rule_direction(scalars[run.parameter], p, g, s, scales.of, t);
+                rule_direction(scalars[run.parameter], p, g, s, scales.of, t, exact);
                 rule_norm_values(p, t, n);
                 for (int j = 0; j < RULE_NORMS; ++j) store(squares[j] + i, n[j] * n[j], count);
             }

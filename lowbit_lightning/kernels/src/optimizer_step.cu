@@ -4,6 +4,7 @@
 //
 // Specialised by the macros of optimizer_block.h and STOCHASTIC (1: parameters are rounded at random).
 #include "optimizer_block.h"
+#include "over_root_quick.h"
 #include "master.h"
 #include "philox.h"
 #include "step_settings.h"
@@ -13,14 +14,15 @@ LB_FN uint32_t random_bits(const Philox& words, int i) {  // by selections: an a
     return (i & 4 ? high : low) >> (16 * (i & 1)) & 0xffff;
 }
 
-template <bool PACKETS> LB_FN void store_parameter(const Block& b, const float (&v)[PER_THREAD], const uint64_t seed,
-                                                   uint32_t ordinal, uint32_t step, int64_t offset) {
+template <bool PACKETS>
+LB_FN void store_parameter(const Block& b, const float (&v)[PER_THREAD], uint64_t seed, const Parameter& q) {
     PARAM rounded[PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) rounded[i] = narrow<PARAM>(v[i]);
 #if STOCHASTIC
     static_assert(sizeof(PARAM) == 2, "a thread's eight elements are adjacent");
-    const uint64_t first = (uint64_t)(offset + b.at.start + Mine::index(0));
+    const uint64_t first = (uint64_t)(q.offset + b.at.start + Mine::index(0));
+    const uint32_t ordinal = (uint32_t)q.ordinal, step = step_word(*q.step);
     const int shift = (int)(first & 7);  // eight indices that a shard may cut out of two groups of random words
     const Philox group = philox(seed, ordinal, step, first >> 3);
     const Philox next = shift ? philox(seed, ordinal, step, (first >> 3) + 1) : group;
@@ -44,27 +46,11 @@ template <bool PACKETS> LB_FN void store_parameter(const Block& b, const float (
     Mine::store<PACKETS>(b.p, b.at.n, rounded);
 }
 
-// The scale keys of an element. Of a state that is not finite, or below zero where none can be, it is too large.
-LB_FN constexpr uint32_t too_large(bool is_signed) { return is_signed ? INFINITE << 1 : INFINITE; }
-template <int S = 0> LB_FN void raise_keys(const Elements& e, int i, uint32_t (&key)[STATES]) {
-    if constexpr (S < RULE_STATES) {
-        if constexpr (coded<S>()) {
-            const uint32_t one = Map<S>::is_signed ? scale_key(e.s[S][i], true) : (uint32_t)to_bits(e.s[S][i]);
-            key[S] = key[S] > one ? key[S] : one;
-        }
-        raise_keys<S + 1>(e, i, key);
-    }
-}
-template <int S = 0> LB_FN bool all_below(const uint32_t (&key)[STATES]) {
-    if constexpr (S < RULE_STATES) {
-        return (!coded<S>() || key[S] < too_large(Map<S>::is_signed)) && all_below<S + 1>(key);
-    } else {
-        return true;
-    }
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Blocks of any kind
 
-// What that does not hold for, it is done again with more care: an element any of whose coded states is not finite has
-// all its states set to zero, those in 32 bits too. The others decide on the scales.
+// An element any of whose coded states is not finite has all its states set to zero, those in 32 bits too. A value below
+// zero of a state that has none counts as zero. The others decide on the scales.
 template <int S = 0> LB_FN bool all_finite(const Elements& e, int i) {
     if constexpr (S < RULE_STATES) {
         const bool rest = all_finite<S + 1>(e, i);
@@ -73,76 +59,193 @@ template <int S = 0> LB_FN bool all_finite(const Elements& e, int i) {
         return true;
     }
 }
-template <int S = 0> LB_FN void keep(Elements& e, int i, bool kept, uint32_t (&key)[STATES]) {
+template <int S = 0> LB_FN void keep(Elements& e, int i, bool kept) {
     if constexpr (S < RULE_STATES) {
-        if (!kept) e.s[S][i] = 0.0f;
-        if constexpr (coded<S>()) {
-            const uint32_t one = scale_key(e.s[S][i], Map<S>::is_signed);
-            key[S] = key[S] > one ? key[S] : one;
-        }
-        keep<S + 1>(e, i, kept, key);
+        if (!kept || (coded<S>() && !Map<S>::is_signed && !(e.s[S][i] > 0.0f))) e.s[S][i] = 0.0f;
+        keep<S + 1>(e, i, kept);
     }
 }
 
-LB_FN void keep_what_counts(const Block& b, Elements& e, uint32_t (&key)[STATES]) {
-    for (int s = 0; s < STATES; ++s) key[s] = 0;
-#pragma unroll
-    for (int k = 0; k < PER_THREAD; ++k) keep(e, k, all_finite(e, k) && Mine::index(k) < b.at.n, key);
-}
-
-template <bool PACKETS, int S = 0> LB_FN void store_states(const Block& b, const Elements& e, uint32_t (&key)[STATES]) {
+template <int S = 0> LB_FN void raise_keys(const Elements& e, int i, uint32_t (&key)[STATES]) {
     if constexpr (S < RULE_STATES) {
-        if constexpr (coded<S>()) {
-            const float scale = scale_of(key[S], Map<S>::is_signed), inverse = reciprocal(scale);
-            int32_t code[PER_THREAD];
-#pragma unroll
-            for (int i = 0; i < PER_THREAD; ++i) code[i] = encode<Map<S>, V, I>(e.s[S][i], inverse);
-            Mine::store<PACKETS>((uint8_t*)b.state[S], b.at.n, code);
-            assume_global(b.scale[S]);
-            if (threadIdx.x % GROUP == 0) *b.scale[S] = scale;
-        } else {
-            Mine::store<PACKETS>((float*)b.state[S], b.at.n, e.s[S]);
-        }
-        store_states<PACKETS, S + 1>(b, e, key);
+        if constexpr (coded<S>()) key[S] = unsigned_maximum(key[S], scale_key(e.s[S][i], Map<S>::is_signed));
+        raise_keys<S + 1>(e, i, key);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) step(
+template <bool PACKETS>
+LB_FN void update(const Block& b, const Scalars& c, float factor, uint32_t place, Elements& e, uint32_t (&key)[STATES]) {
+    Exact roots;
+    load<PACKETS>(b, e, place);
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; ++k) {
+        e.g[k] *= factor;
+        apply<DIRECTION>(c, e, k, roots);
+        apply<FINISH>(c, e, k, roots);
+        keep(e, k, all_finite(e, k) && Mine::index(k) < b.at.n);
+        raise_keys(e, k, key);
+    }
+}
+
+template <bool PACKETS, int S> LB_FN void store_codes(const Block& b, const Elements& e, float scale, uint32_t place) {
+    const float inverse = reciprocal(scale);
+    int32_t code[PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) code[i] = encode<Map<S>, V, I>(e.s[S][i], inverse, place);
+    Mine::store<PACKETS>((uint8_t*)b.state[S], b.at.n, code);
+    assume_global(b.scale[S]);
+    if (threadIdx.x % GROUP == 0) *b.scale[S] = scale;
+}
+template <bool PACKETS, int S = 0>
+LB_FN void store_states(const Block& b, const Elements& e, const uint32_t (&key)[STATES], uint32_t place) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (coded<S>()) store_codes<PACKETS, S>(b, e, scale_of(key[S], Map<S>::is_signed), place);
+        else Mine::store<PACKETS>((float*)b.state[S], b.at.n, e.s[S]);
+        store_states<PACKETS, S + 1>(b, e, key, place);
+    }
+}
+
+// Every thread takes part, also without a block of its own: group_max needs all of them.
+LB_FN void careful_turn(const Walk& walk, int turn, float factor, uint64_t seed, uint32_t place) {
+    Block b;
+    Elements e;
+    uint32_t key[STATES] = {};
+    if (walk.active) {
+        b = walk.block(turn);
+        if (b.packets) update<true>(b, walk.c, factor, place, e, key);
+        else update<false>(b, walk.c, factor, place, e, key);
+        if (b.packets) store_parameter<true>(b, e.p, seed, walk.parameters[walk.i]);
+        else store_parameter<false>(b, e.p, seed, walk.parameters[walk.i]);
+    }
+    if (CODED) group_max<GROUP>(key);
+    if (walk.active) {
+        if (b.packets) store_states<true>(b, e, key, place);
+        else store_states<false>(b, e, key, place);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Full blocks of numbers that are not special, in few instructions: the same results
+
+// What the values of a coded state say, as bits of which the largest decides: of both signs the magnitude, of squares
+// their key.
+template <int S = 0> LB_FN void raise_quick_keys(const Elements& e, int i, uint32_t (&key)[STATES]) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (coded<S>() && Map<S>::is_signed)
+            key[S] = (uint32_t)to_bits(raised(from_bits((int32_t)key[S]), e.s[S][i]));
+        else if constexpr (coded<S>()) key[S] = unsigned_maximum(key[S], square_key(e.s[S][i]));
+        raise_quick_keys<S + 1>(e, i, key);
+    }
+}
+template <int S = 0> LB_FN bool not_special(const uint32_t (&key)[STATES]) {
+    if constexpr (S < RULE_STATES)
+        return (!coded<S>() || (Map<S>::is_signed ? key[S] < INFINITE : square_in_range(key[S]))) &&
+            not_special<S + 1>(key);
+    else return true;
+}
+
+// Whether it holds for all threads of the warp; where a group has several, of the CUDA block.
+LB_FN bool holds_for_all(bool condition) {
+    if constexpr (GROUP > 32) return __syncthreads_and(condition);
+    else return __all_sync(ALL_LANES, condition);
+}
+// Which conditions hold for a thread of the group.
+LB_FN void hold_for_any(bool& a, bool& b) {
+    if constexpr (GROUP == 32) {
+        a = __any_sync(ALL_LANES, a);
+        b = __any_sync(ALL_LANES, b);
+    } else {
+        uint32_t key[2] = {a, b};
+        group_max<GROUP>(key);
+        a = key[0];
+        b = key[1];
+    }
+}
+
+// The element of largest magnitude is among those whose f is 128: their sign is the scale's, if they have one.
+template <int S> LB_FN void store_signed(const Block& b, const Elements& e, float most, uint32_t place) {
+    const float inverse = quick_reciprocal(most);
+    uint32_t word[PER_THREAD / 4], sign[PER_THREAD / 4], below = 0, above = 0;
+#pragma unroll
+    for (int i = 0; i < PER_THREAD / 4; ++i) {
+        word[i] = encode_bytes<Map<S>>(e.s[S] + 4 * i, inverse, place);
+        sign[i] = sign_bytes(e.s[S] + 4 * i);
+        below |= word[i] & sign[i];
+        above |= word[i] & ~sign[i];
+    }
+    bool has_below = below & 0x80808080u, has_above = above & 0x80808080u;
+    hold_for_any(has_below, has_above);
+    const float scale = has_above ? most : -most;
+    const bool easy = !(has_below && has_above) && most >= SMALLEST_SCALE && most <= 0x1p125f;
+    if (!(GROUP == 32 ? easy : holds_for_all(easy))) {
+        uint32_t key[1] = {0};
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) key[0] = unsigned_maximum(key[0], scale_key(e.s[S][i], true));
+        group_max<GROUP>(key);
+        store_codes<true, S>(b, e, scale_of(key[0], true), place);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PER_THREAD / 4; ++i) word[i] = signed_codes(word[i], has_above ? sign[i] : ~sign[i]);
+    Mine::store_bytes((uint8_t*)b.state[S], word);
+    assume_global(b.scale[S]);
+    if (threadIdx.x % GROUP == 0) *b.scale[S] = scale;
+}
+template <int S> LB_FN void store_squares(const Block& b, const Elements& e, float scale, uint32_t place) {
+    const float inverse = quick_reciprocal(scale);
+    uint32_t word[PER_THREAD / 4];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD / 4; ++i)
+        word[i] = unsigned_codes(encode_bytes<Map<S>>(e.s[S] + 4 * i, inverse, place));
+    Mine::store_bytes((uint8_t*)b.state[S], word);
+    assume_global(b.scale[S]);
+    if (threadIdx.x % GROUP == 0) *b.scale[S] = scale;
+}
+template <int S = 0>
+LB_FN void store_states_quickly(const Block& b, const Elements& e, const uint32_t (&key)[STATES], uint32_t place) {
+    if constexpr (S < RULE_STATES) {
+        if constexpr (!coded<S>()) Mine::store<true>((float*)b.state[S], b.at.n, e.s[S]);
+        else if constexpr (Map<S>::is_signed) store_signed<S>(b, e, from_bits((int32_t)key[S]), place);
+        else store_squares<S>(b, e, from_bits((int32_t)(key[S] + LOWEST_SQUARE)), place);
+        store_states_quickly<S + 1>(b, e, key, place);
+    }
+}
+
+// False, and nothing is done, if a group has not such a block.
+LB_FN bool quick_turn(const Walk& walk, int turn, float factor, uint64_t seed, uint32_t place) {
+    if (!(GROUP == 32 ? walk.whole : holds_for_all(walk.whole))) return false;
+    const Block b = walk.whole_block(turn);
+    Elements e;
+    uint32_t key[STATES] = {};
+    Quick roots;
+    load<true>(b, e, place);
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; ++k) {
+        e.g[k] *= factor;
+        apply<DIRECTION>(walk.c, e, k, roots);
+        apply<FINISH>(walk.c, e, k, roots);
+        raise_quick_keys(e, k, key);
+    }
+    if (!holds_for_all(not_special(key) && roots.sure())) return false;
+    store_parameter<true>(b, e.p, seed, walk.parameters[walk.i]);
+    if (CODED) group_max<GROUP>(key);
+    store_states_quickly(b, e, key, place);
+    return true;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) step(
     const Parameter* parameters, int64_t count, int64_t blocks, int blocks_per_group, const Scalars* scalars,
     const float* factor, const StepSettings told) {
     if (skipped(told)) return;
-    prepare_lines(uses_map(true), uses_map(false));
-    Walk walk{parameters, count};
-    int64_t number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
-    // Every thread takes every turn, also without a block of its own: group_max needs all of them.
-    for (int turn = 0; turn < blocks_per_group; ++turn, number += GROUPS) {
-        Elements e;
-        Block b;
-        uint32_t key[STATES] = {};
-        const bool active = number < blocks;
-        if (active) {
-            b = walk.to(number);
-            if (b.packets) load<true>(b, e);
-            else load<false>(b, e);
-            const Scalars c = scalars[walk.i];
-            const float f = *factor;
-#pragma unroll
-            for (int k = 0; k < PER_THREAD; ++k) {
-                e.g[k] *= f;
-                apply<DIRECTION>(c, e, k);
-                apply<FINISH>(c, e, k);
-                raise_keys(e, k, key);
-            }
-            if (!b.packets || !all_below(key)) keep_what_counts(b, e, key);
-            const Parameter& q = parameters[walk.i];
-            const uint32_t steps = STOCHASTIC ? step_word(*q.step) : 0;
-            if (b.packets) store_parameter<true>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
-            else store_parameter<false>(b, e.p, told.seed, (uint32_t)q.ordinal, steps, q.offset);
-        }
-        if (CODED) group_max<GROUP>(key);
-        if (active) {
-            if (b.packets) store_states<true>(b, e, key);
-            else store_states<false>(b, e, key);
+    const uint32_t place = prepare_tables(uses_map(true), uses_map(false));
+    Walk walk{parameters, count, blocks, (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP, scalars};
+    const float f = *factor;
+    for (int turn = 0; turn < blocks_per_group; ++turn) {
+        if (walk.go(turn)) walk.whole = walk.whole && rule_allows<Quick>(walk.c);
+        const int last = (walk.end < blocks_per_group ? walk.end : blocks_per_group) - 1;
+        for (;; ++turn) {
+            if (!quick_turn(walk, turn, f, told.seed, place)) careful_turn(walk, turn, f, told.seed, place);
+            if (GROUP != 32 || turn >= last) break;  // a warp that is one group stays here while it is at one parameter
         }
     }
 }

@@ -8,6 +8,7 @@
 #include "instruction_sets.h"
 
 #define LB_FN static inline __attribute__((always_inline))
+#define LB_METHOD inline __attribute__((always_inline))
 #define LB_LAMBDA __attribute__((always_inline))
 
 constexpr int W = LB_VECTOR_BITS / 32;
