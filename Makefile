@@ -45,14 +45,7 @@ fuzz: $(STAMP)
 # On a machine with a GPU: its own python with its own CUDA build of torch; nothing is installed. (The example wants
 # omegaconf, which such a machine need not have.)
 gpu:
-	PYTHONPATH=. python -m pytest -m gpu --ignore tests/test_examples.py $(ARGS)
-	PYTHONPATH=. python benchmarks/optimizer_step.py
-	PYTHONPATH=. python benchmarks/paging.py
-	PYTHONPATH=. python benchmarks/int8_quantize.py
-	PYTHONPATH=. python benchmarks/int8_linear.py
-	PYTHONPATH=. python benchmarks/int8_conv.py
-	PYTHONPATH=. python benchmarks/lowbit_linear.py
-	PYTHONPATH=. python benchmarks/default_precision.py --models vit
+	PYTHONPATH=. python benchmarks/gpu.py $(ARGS)
 
 # Every benchmark in a small size, beside the rivals that are installed: a quarter of an hour on two cores. Writes
 # docs/benchmarks/DATE-all-cpu.md. For one part: make bench ARGS="--only int8_linear"

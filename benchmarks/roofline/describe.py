@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-F32 = torch.float32
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+NAMES = {F32: "fp32", BF16: "bf16", F16: "fp16"}
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.cuda.int8_product import fused_product
 from lowbit_lightning.kernels.sources import MAP_NUMBERS, StepVariant, specialised
-from roofline.describe import Phase, Work, random
-
-F32, BF16 = torch.float32, torch.bfloat16
-NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16"}
+from roofline.describe import BF16, F32, NAMES, Phase, Work, random
 
 
 def works() -> Iterator[Work]:

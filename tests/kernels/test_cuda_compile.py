@@ -115,8 +115,11 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
         *("flag_columns", "list_columns", "multiply_columns"),
     }
     # A thread of a product holds up to 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
+    # A step of three states has more of them than two blocks of 256 threads could have each.
     wide = ("int8_product", "int8_conv", "lowbit_product", "lowbit_gemv", "lowbit_gemv_plain")
-    assert all(8 <= r.registers <= (255 if kernel in wide else 128) for _, kernel, r in rows)
+    most = {**dict.fromkeys(wide, 255), "step": 192}
+    assert all(8 <= r.registers <= most.get(kernel, 128) for _, kernel, r in rows)
+    assert all(r.registers <= 128 for name, _, r in rows if name in ("step adamw", "step lion", "step sgd"))
     assert all(r.shared <= 48 * 1024 for _, _, r in rows)
 
 

@@ -8,14 +8,19 @@ checks, no step overflows or becomes subnormal.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from emulator import Module
+from emulator import EmulatorError, Module
+from emulator.backend import emulated
 
+from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import compile, formats
 from lowbit_lightning.kernels.compile import source_text
+from lowbit_lightning.kernels.sources import StepVariant
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 
@@ -225,3 +230,56 @@ def test_codes(module: Module, stride: int) -> None:
     for first in range(0, top, 1 << 28):
         module.launch("codes", 1, THREADS, [first, -(-min(1 << 28, top + 1 - first) // stride), stride, wrong])
     assert wrong.sum() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step's kernel
+
+CAREFUL = "careful_turn(walk, turn, f, told.seed, place);"
+
+
+def weights(rows: int = 8) -> torch.Tensor:
+    return torch.randn(rows, 512, generator=torch.Generator().manual_seed(1))
+
+
+def stepped(backend: Any, change: Callable[[torch.Tensor], object], steps: int = 3) -> list[torch.Tensor]:
+    """A parameter and its AdamW states after a few steps; ``change`` may make gradients special."""
+    parameter = torch.nn.Parameter(weights())
+    optimizer = optim.AdamW([parameter], lr=1e-3)
+    with backend:
+        for step in range(steps):
+            parameter.grad = 1e-3 * torch.randn(8, 512, generator=torch.Generator().manual_seed(step + 2))
+            change(parameter.grad)
+            optimizer.step()
+    return [parameter.detach(), *optimizer.state[parameter].values()]
+
+
+def special(grad: torch.Tensor) -> None:
+    """Blocks of zeros, of one value, with extremes of both signs that are equal or nearly, of subnormal scales, of huge
+    numbers, with one zero, one infinity; the last is usual."""
+    grad[0, :256] = 0.0
+    grad[0, 256:] = 0.25
+    grad[1, 3], grad[1, 70] = 0.5, -0.5
+    grad[1, 300], grad[1, 301] = -0.5, 0.499
+    grad[2, 3], grad[2, 70] = -0.5, -0.5
+    grad[3] *= 1e-37
+    grad[4] *= 1e22
+    grad[5, 100], grad[5, 300] = 0.0, -0.0
+    grad[6, 9], grad[6, 500] = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("change", [special, lambda grad: None], ids=["special", "usual"])
+def test_the_step_equals_the_reference(change: Callable[[torch.Tensor], None]) -> None:
+    ours, theirs = stepped(emulated(), change), stepped(kernels.use_backend("reference"), change)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_usual_numbers_take_the_quick_way_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = StepVariant.text
+    monkeypatch.setattr(StepVariant, "text", lambda self, source: text(self, source).replace(CAREFUL, "__trap();"))
+    # Not the first step, whose states are zero only before it: what counts are the new ones.
+    stepped(emulated(), lambda grad: None)
+    for row, column, value in ((0, 0, 0.0), (3, 511, 1e30), (7, 300, float("nan"))):
+        with pytest.raises(EmulatorError, match="trap"):
+            stepped(emulated(), lambda grad: grad[row].__setitem__(column, value), steps=1)  # noqa: B023

@@ -119,8 +119,10 @@ struct Walk {
     bool whole = false;      // every block of it is full, and every access to it aligned
     bool active = false;     // there is a parameter
     Block first;             // that of turn `begin`, of a whole parameter; the thread's first element
-    Scalars c;
+    Scalars kept;
 
+    // Of the parameter. Beside the values of three states there is no room in registers.
+    LB_METHOD Scalars c() const { return RULE_STATES > 2 ? scalars[i] : kept; }
     // Before each turn. Whether the group comes to a parameter.
     LB_METHOD bool go(int turn) {
         if (turn < end) return false;
@@ -139,7 +141,7 @@ struct Walk {
         first = block_at(q, {mine * BLOCK, mine, BLOCK});
         whole = q.row_length % BLOCK == 0 && aligned(first);
         first = moved(first, Mine::index(0), 0);
-        c = scalars[i];
+        kept = scalars[i];
         return true;
     }
     // Of a whole parameter.

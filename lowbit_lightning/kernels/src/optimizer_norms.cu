@@ -49,11 +49,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_blocks(
             const Block b = walk.block(turn);
             if (b.packets) load<true>(b, e, place);
             else load<false>(b, e, place);
+            const Scalars c = walk.c();
             Exact exact;
 #pragma unroll
             for (int k = 0; k < PER_THREAD; ++k) {
                 e.g[k] *= f;
-                apply<DIRECTION>(walk.c, e, k, exact);
+                apply<DIRECTION>(c, e, k, exact);
                 float t[TEMPORARIES], n[RULE_NORMS];
 #pragma unroll
                 for (int j = 0; j < RULE_TEMPORARIES; ++j) t[j] = e.t[j][k];

@@ -112,8 +112,9 @@ LB_FN void careful_turn(const Walk& walk, int turn, float factor, uint64_t seed,
     uint32_t key[STATES] = {};
     if (walk.active) {
         b = walk.block(turn);
-        if (b.packets) update<true>(b, walk.c, factor, place, e, key);
-        else update<false>(b, walk.c, factor, place, e, key);
+        const Scalars c = walk.c();
+        if (b.packets) update<true>(b, c, factor, place, e, key);
+        else update<false>(b, c, factor, place, e, key);
         if (b.packets) store_parameter<true>(b, e.p, seed, walk.parameters[walk.i]);
         else store_parameter<false>(b, e.p, seed, walk.parameters[walk.i]);
     }
@@ -211,10 +212,13 @@ LB_FN void store_states_quickly(const Block& b, const Elements& e, const uint32_
     }
 }
 
+constexpr bool HURRY = GROUP <= 32 || RULE_STATES <= 2;  // with 512 threads there are too few registers for three states
+
 // False, and nothing is done, if a group has not such a block.
 LB_FN bool quick_turn(const Walk& walk, int turn, float factor, uint64_t seed, uint32_t place) {
     if (!(GROUP == 32 ? walk.whole : holds_for_all(walk.whole))) return false;
     const Block b = walk.whole_block(turn);
+    const Scalars c = walk.c();
     Elements e;
     uint32_t key[STATES] = {};
     Quick roots;
@@ -222,8 +226,8 @@ LB_FN bool quick_turn(const Walk& walk, int turn, float factor, uint64_t seed, u
 #pragma unroll
     for (int k = 0; k < PER_THREAD; ++k) {
         e.g[k] *= factor;
-        apply<DIRECTION>(walk.c, e, k, roots);
-        apply<FINISH>(walk.c, e, k, roots);
+        apply<DIRECTION>(c, e, k, roots);
+        apply<FINISH>(c, e, k, roots);
         raise_quick_keys(e, k, key);
     }
     if (!holds_for_all(not_special(key) && roots.sure())) return false;
@@ -233,7 +237,7 @@ LB_FN bool quick_turn(const Walk& walk, int turn, float factor, uint64_t seed, u
     return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) step(
+extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 || RULE_STATES > 2 ? 1 : 2) step(
     const Parameter* parameters, int64_t count, int64_t blocks, int blocks_per_group, const Scalars* scalars,
     const float* factor, const StepSettings told) {
     if (skipped(told)) return;
@@ -241,10 +245,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) ste
     Walk walk{parameters, count, blocks, (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP, scalars};
     const float f = *factor;
     for (int turn = 0; turn < blocks_per_group; ++turn) {
-        if (walk.go(turn)) walk.whole = walk.whole && rule_allows<Quick>(walk.c);
+        if (walk.go(turn)) walk.whole = walk.whole && rule_allows<Quick>(walk.c());
         const int last = (walk.end < blocks_per_group ? walk.end : blocks_per_group) - 1;
         for (;; ++turn) {
-            if (!quick_turn(walk, turn, f, told.seed, place)) careful_turn(walk, turn, f, told.seed, place);
+            if (!(HURRY && quick_turn(walk, turn, f, told.seed, place)))
+                careful_turn(walk, turn, f, told.seed, place);
             if (GROUP != 32 || turn >= last) break;  // a warp that is one group stays here while it is at one parameter
         }
     }
