@@ -45,7 +45,7 @@ fuzz: $(STAMP)
 # On a machine with a GPU: its own python with its own CUDA build of torch; nothing is installed. (The example wants
 # omegaconf, which such a machine need not have.)
 gpu:
-	PYTHONPATH=. python benchmarks/gpu.py $(ARGS)
+	PYTHONPATH=. python benchmarks/gpu_parts.py $(ARGS)
 
 # Every benchmark in a small size, beside the rivals that are installed: a quarter of an hour on two cores. Writes
 # docs/benchmarks/DATE-all-cpu.md. For one part: make bench ARGS="--only int8_linear"

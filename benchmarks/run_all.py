@@ -50,7 +50,7 @@ PARTS = (
 ALONE = {
     "bitsandbytes_tests.py": "runs another project's tests",
     "cuda_roofline.py": "reads compiled CUDA kernels",
-    "gpu.py": "runs the others on a GPU",
+    "gpu_parts.py": "runs the others on a GPU",
     "gpu_predicted.py": "needs a GPU",
     "int8_vision_quality.py": "trains for long: make quality",
 }

@@ -1,6 +1,6 @@
 """What a GPU shows, in order of worth: each part under two minutes, finished parts are not run again.
 
-    python benchmarks/gpu.py [--output docs/benchmarks] [--only correctness,step] [--again]
+    python benchmarks/gpu_parts.py [--output docs/benchmarks] [--only correctness,step] [--again]
 
 Parts: are all kernels right; the optimizer step and the other kernels against their predictions
 (``gpu_predicted.py``); int8 products; paging; CUDA graphs; rivals, where they are installed. Each part is a process of
@@ -73,8 +73,12 @@ def run(part: Part, seconds: float = SECONDS) -> Outcome:
         left = seconds - (time.monotonic() - start)
         process = subprocess.Popen(
             [sys.executable, *command],
-            **{"cwd": ROOT, "env": environment, "text": True, "start_new_session": True},
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         try:
             printed += process.communicate(timeout=max(left, 0.1))[0]
