@@ -107,8 +107,8 @@ LB_FN int64_t find_parameter(const Parameter* parameters, int64_t count, int64_t
     return low;
 }
 
-// Goes with a group of threads from block to block, GROUPS further in each turn, and keeps in registers what it knows of
-// the parameter that it is at: a turn at a parameter whose blocks are all full costs few instructions.
+// Goes with a group of threads from block to block, GROUPS further in each turn, and keeps in registers what it knows
+// of the parameter that it is at: a turn at a parameter whose blocks are all full costs few instructions.
 struct Walk {
     const Parameter* parameters;
     int64_t count, blocks;  // of all parameters

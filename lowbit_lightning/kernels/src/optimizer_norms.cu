@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) norm_blocks(
     const Parameter* parameters, int64_t count, int64_t blocks, int blocks_per_group, const Scalars* scalars,
     const float* factor, double* sums) {
     const uint32_t place = prepare_tables(uses_map(true), uses_map(false));
-    Walk walk{parameters, count, blocks, (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP, scalars};
+    const int64_t number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
+    Walk walk{parameters, count, blocks, number, scalars};
     const float f = *factor;
     for (int turn = 0; turn < blocks_per_group; ++turn) {
         float squares[RULE_NORMS][PER_THREAD] = {};

@@ -49,8 +49,8 @@ LB_FN void store_parameter(const Block& b, const float (&v)[PER_THREAD], uint64_
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks of any kind
 
-// An element any of whose coded states is not finite has all its states set to zero, those in 32 bits too. A value below
-// zero of a state that has none counts as zero. The others decide on the scales.
+// An element any of whose coded states is not finite has all its states set to zero, those in 32 bits too. A value
+// below zero of a state that has none counts as zero. The others decide on the scales.
 template <int S = 0> LB_FN bool all_finite(const Elements& e, int i) {
     if constexpr (S < RULE_STATES) {
         const bool rest = all_finite<S + 1>(e, i);
@@ -74,7 +74,8 @@ template <int S = 0> LB_FN void raise_keys(const Elements& e, int i, uint32_t (&
 }
 
 template <bool PACKETS>
-LB_FN void update(const Block& b, const Scalars& c, float factor, uint32_t place, Elements& e, uint32_t (&key)[STATES]) {
+LB_FN void update(
+    const Block& b, const Scalars& c, float factor, uint32_t place, Elements& e, uint32_t (&key)[STATES]) {
     Exact roots;
     load<PACKETS>(b, e, place);
 #pragma unroll
@@ -212,7 +213,8 @@ LB_FN void store_states_quickly(const Block& b, const Elements& e, const uint32_
     }
 }
 
-constexpr bool HURRY = GROUP <= 32 || RULE_STATES <= 2;  // with 512 threads there are too few registers for three states
+// 512 threads have too few registers for three states.
+constexpr bool HURRY = GROUP <= 32 || RULE_STATES <= 2;
 
 // False, and nothing is done, if a group has not such a block.
 LB_FN bool quick_turn(const Walk& walk, int turn, float factor, uint64_t seed, uint32_t place) {
@@ -242,7 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 || RULE_STAT
     const float* factor, const StepSettings told) {
     if (skipped(told)) return;
     const uint32_t place = prepare_tables(uses_map(true), uses_map(false));
-    Walk walk{parameters, count, blocks, (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP, scalars};
+    const int64_t number = (int64_t)blockIdx.x * blocks_per_group * GROUPS + threadIdx.x / GROUP;
+    Walk walk{parameters, count, blocks, number, scalars};
     const float f = *factor;
     for (int turn = 0; turn < blocks_per_group; ++turn) {
         if (walk.go(turn)) walk.whole = walk.whole && rule_allows<Quick>(walk.c());

@@ -3,8 +3,8 @@
 // do is asked once, after all elements of a thread: `sure`. If not, everything is done again with Exact.
 //
 // In the range, and with approximations as PTX promises them (1 ulp for rcp.approx, 2^-22.9 for rsqrt.approx), one step
-// of Newton's method rounds every root correctly, two every reciprocal; one for the reciprocal and two corrections of the
-// quotient every quotient.
+// of Newton's method rounds every root correctly, two every reciprocal; one for the reciprocal and two corrections of
+// the quotient every quotient.
 // tests/kernels/test_quick_step.py proves it for all numbers
 // (but three, of which CUDA's own functions, made of the same instructions, are the proof).
 #pragma once
@@ -40,7 +40,9 @@ struct Quick {
     uint32_t key = 0;  // of the squares
     uint32_t wrong = 0;  // bits 29 and 30: of quotients that are not in [2^-63, 2)
 
-    LB_METHOD static bool allows(float c, float eps) { return eps >= 0x1p-38f && eps <= 0x1p20f && c >= 0.0f && c <= 0x1p20f; }
+    LB_METHOD static bool allows(float c, float eps) {
+        return eps >= 0x1p-38f && eps <= 0x1p20f && c >= 0.0f && c <= 0x1p20f;
+    }
 
     LB_METHOD float over(float f, float a, float x, float c, float eps) {
         const uint32_t one = square_key(x);
