@@ -6,8 +6,8 @@
 //   fused(V a, V b, V c) (a * b + c, rounded once), splat<V>(float), splat<I>(int), to_bits(V), from_bits(I),
 //   minimum(V, V), maximum(V, V), maximum(I, I), where(mask, a, b), magnitude_from(V x, float low) (the larger of |x|
 //   and low)
-//   decode_line<C>(V n, V& slope, V& offset, Place...): the line of f = |n| / 4, with a quarter of its slope; its number
-//     is the low four bits of n's exponent field
+//   decode_line<C>(V n, V& slope, V& offset, Place...): the line of f = |n| / 4, with a quarter of its slope; its
+//     number is the low four bits of n's exponent field
 //   encode_line<C>(V magnitude, V& slope, I& shift, Place...): the line whose number is how many thresholds are below
 // Place: where a backend has its tables, if it asks.
 // Every operation, `fused` as one, is rounded by itself, in this order, as in the reference.
