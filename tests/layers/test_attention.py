@@ -313,6 +313,7 @@ def test_bad_arguments() -> None:
 # -- tools -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7's compiler cannot trace it")
 def test_a_compiled_encoder_equals_eager() -> None:
     model, x = int8(encoder(1)), torch.randn(N, L, E)
     expected = gradients(model, x)

@@ -52,7 +52,7 @@ def loss_of(model: nn.Module) -> Callable[[Any, Tensor], Tensor]:
 def dual(model: nn.Module) -> Any:
     with forward_ad.dual_level():
         y = model(forward_ad.make_dual(inputs(ROWS, WIDTH), inputs(WIDTH, ROWS).T))
-        return forward_ad.unpack_dual(y)
+        return tuple(forward_ad.unpack_dual(y))
 
 
 def of_weights(model: nn.Module) -> Any:
