@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit_lightning import kernels
 from lowbit_lightning.layers import Int8Linear, Products
+from lowbit_lightning.layers.product import HIGH, INT8, ROTATED
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 
@@ -56,8 +57,9 @@ def test_ops_pass_opcheck(save_int8: bool, stochastic: bool) -> None:
     # Two runs of random rounding differ, which opcheck takes for a fault: its other checks remain.
     checks = CHECKS[:2] if stochastic else CHECKS
     for arguments in (
-        (x, weight, bias, True, True, True, save_int8),
-        (x, weight, None, False, True, save_int8, save_int8),
+        (x, weight, bias, INT8, INT8, INT8, save_int8),
+        (x, weight, bias, ROTATED, ROTATED, ROTATED, save_int8),
+        (x, weight, None, HIGH, INT8, INT8 if save_int8 else HIGH, save_int8),
     ):
         torch.library.opcheck(forward, (*arguments, stochastic), test_utils=checks)
     dy, saved = torch.randn(6, N), kernels.quantize_colwise(x.detach())
@@ -65,7 +67,8 @@ def test_ops_pass_opcheck(save_int8: bool, stochastic: bool) -> None:
     dtypes = torch.bfloat16, torch.float32
     w = weight.detach()
     for operands in ((w, None, *saved), (w, x.detach(), None, None), (None, None, *saved), (w, None, None, None)):
-        torch.library.opcheck(backward, (dy, *operands, *dtypes, stochastic), test_utils=CHECKS[:2])
+        for kind in INT8, ROTATED:
+            torch.library.opcheck(backward, (dy, *operands, *dtypes, kind, kind, stochastic), test_utils=CHECKS[:2])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
