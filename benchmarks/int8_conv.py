@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from lowbit_lightning import convert, kernels
 from lowbit_lightning.layers import Int8Conv2d
-from lowbit_lightning.malloc import return_large_tensors
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -162,7 +161,6 @@ def main() -> None:
     options.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     arguments: argparse.Namespace = options.parse_args()
     report = Report("int8 convolutions", arguments)
-    return_large_tensors(arguments.device, print)
     report.add(HOW_TO_READ, "")
     for part in arguments.parts.split(","):
         PARTS[part](report)

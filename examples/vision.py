@@ -58,12 +58,12 @@ def way_of(name: str, swap: Any) -> Way:
 
 
 def train_in(
-    ways: tuple[str, ...], args: argparse.Namespace, name: str, data: Data, seed: int, results: dict[str, Result]
+    args: argparse.Namespace, name: str, data: Data, seed: int, results: dict[str, Result]
 ) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Train in each of these ways; returns the models, and what they predict of the held-out images."""
+    """Train in each way; returns the models, and what they predict of the held-out images."""
     found = {}
     task = TASKS[name]
-    for way in ways:
+    for way in WAYS:
         settings = way_of(way, args.swap)
         L.seed_everything(seed, verbose=False)
         model = (task.full if args.full else task.small)(len(data.classes), args.size)
@@ -91,15 +91,13 @@ def run(args: argparse.Namespace, source: Scenes | Folder) -> tuple[Results, Res
     trained: Results = {name: {way: Result() for way in WAYS} for name in args.models}
     used: Results = {name: {} for name in args.models}
     predictions: dict[str, dict[str, Tensor]] = {name: {} for name in args.models}
-    for ways in (WAYS[:-1], WAYS[-1:]):  # int8-mixed comes last: it changes malloc for the rest of the process
-        for name in args.models:
-            for seed in range(1, args.seeds + 1):
-                data = source.data(TASKS[name].segments, args.steps * args.batch, args.held_out, seed)
-                found = train_in(ways, args, name, data, seed, trained[name])
-                if "fp32" in found:
-                    use_all(found["fp32"][0], data, used[name])
-                if seed == 1:
-                    predictions[name] |= {way: predicted for way, (_, predicted) in found.items()}
+    for name in args.models:
+        for seed in range(1, args.seeds + 1):
+            data = source.data(TASKS[name].segments, args.steps * args.batch, args.held_out, seed)
+            found = train_in(args, name, data, seed, trained[name])
+            use_all(found["fp32"][0], data, used[name])
+            if seed == 1:
+                predictions[name] = {way: predicted for way, (_, predicted) in found.items()}
     return trained, used, predictions
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare
-from lowbit_lightning.kernels.reuse import give_back
 from lowbit_lightning.layers import conv_product
 from lowbit_lightning.layers.conv_product import high, pixels_of
 from lowbit_lightning.layers.ops import unsaved
@@ -68,7 +67,6 @@ def _int8_convolution(
     table = windows.table(x.device)
     taps = wq.unflatten(1, (table.shape[1], -1))
     y = kernels.int8_conv(xq, taps, x_scales, w_scales, table, x.shape[0], bias, x.dtype)
-    give_back(xq, wq)
     return _images(y, x.shape[0], windows.results, channels_last), *saved
 
 
@@ -129,15 +127,12 @@ def _int8_convolution_backward(
         taps = wq.unflatten(0, (-1, table.shape[1]))
         pixels = torch.Size(windows.size).numel()
         dx = kernels.int8_conv_input(row_q, taps, row_scales, w_scales, table, images, pixels, x_dtype)
-        give_back(row_q, wq)
         dx = _images(dx, images, windows.size, channels_last)
     if wants_weight:
-        made = None
         if xq is None or x_scales is None:
             assert x is not None
-            xq, x_scales = made, _ = kernels.quantize_channels(pixels_of(x))
+            xq, x_scales = kernels.quantize_channels(pixels_of(x))
         dw = kernels.int8_conv_weight(column_q, xq, column_scales, x_scales, table, images, weight_dtype)
-        give_back(column_q, made)
         dw = dw.unflatten(1, windows.kernel).movedim(-1, 1)
         dw = dw if weight_last else dw.contiguous()
     return dx, dw

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare
-from lowbit_lightning.kernels.reuse import give_back
 from lowbit_lightning.layers.product import HIGH, ROTATED, form, form_of_weight, forms, product
 
 
@@ -50,7 +49,6 @@ def _int8_linear(
         xq, x_scales = form(x, 1, forward)
     wq, w_scales = form_of_weight(weight, forward)
     y = kernels.int8_matmul(xq, wq, x_scales, w_scales, bias, x.dtype)
-    give_back(xq, wq)
     return y, *saved
 
 
@@ -109,13 +107,10 @@ def _int8_linear_backward(
     if weight is not None:
         wq, w_scales = form_of_weight(weight.T, grad_input)
         dx = kernels.int8_matmul(rows, wq, row_scales, w_scales, None, x_dtype)
-        give_back(rows, wq)
     if other is not None:
-        made = None
         if xq is None or x_scales is None:
-            xq, x_scales = made, _ = form(other, 0, grad_weight)
+            xq, x_scales = form(other, 0, grad_weight)
         dw = kernels.int8_matmul(columns, xq, column_scales, x_scales, None, weight_dtype)
-        give_back(columns, made)
     return dx, dw
 
 

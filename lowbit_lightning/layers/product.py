@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels.reuse import give_back
 
 HIGH, INT8, ROTATED = 0, 1, 2
 """How a product runs: in high precision, in int8, or in int8 with both operands rotated along what it contracts."""
@@ -40,10 +39,7 @@ def form(x: Tensor, dim: int, kind: int, seed: int | None = None) -> tuple[Tenso
     """The int8 form of a matrix ``[R, C]`` for a product that contracts ``dim``, and its scales: its rows for 1, its
     columns, transposed, for 0. ``kind``: ``INT8`` or ``ROTATED``."""
     y = kernels.hadamard(x, dim) if kind == ROTATED else x
-    found = kernels.quantize_rowwise(y, seed) if dim else kernels.quantize_colwise(y, seed)
-    if y is not x:
-        give_back(y)
-    return found
+    return kernels.quantize_rowwise(y, seed) if dim else kernels.quantize_colwise(y, seed)
 
 
 def forms(x: Tensor, rows: int, columns: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

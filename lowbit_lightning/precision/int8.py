@@ -29,7 +29,6 @@ from lowbit_lightning.layers.int8 import (
     release,
 )
 from lowbit_lightning.layers.select import Overrides, Report, check_overrides
-from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
 from lowbit_lightning.precision.in_step import InStep
 from lowbit_lightning.precision.slower import Slower
@@ -109,7 +108,6 @@ class Int8Mixed:
             if not self._found_nothing:
                 rank_zero_warn(f"precision={NAME!r} runs nothing of this model in int8: {error}")
             self._found_nothing = True
-        return_large_tensors(self.device_type or _device(module), rank_zero_info)
         if self.autocast == "auto" and not self._resumed:
             self._choice = choose(module, self.device_type or _device(module))
         if report is not None:

@@ -43,7 +43,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.optim.loading import all_or_nothing
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.sharding import Policy, chosen_blocks, mesh_shape
@@ -153,7 +152,6 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        return_large_tensors(self.root_device.type, rank_zero_info)
         refuse_copies(trainer, NAME)
         # FSDP2's parameters can't be made in inference mode, where Lightning evaluates by default under NCCL.
         fit_loop = trainer.fit_loop.epoch_loop.val_loop

@@ -19,7 +19,7 @@ import torch
 from support.planned_memory import peak_of
 from torch import nn
 
-from lowbit_lightning import malloc, memory, optim
+from lowbit_lightning import memory, optim
 
 WIDTH, DEPTH = 1024, 24
 RECIPES: dict[str, dict[str, Any]] = {
@@ -76,7 +76,6 @@ def resident(told: dict[str, Any], folder: str) -> dict[str, int]:
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    malloc.return_large_tensors("cpu", lambda line: print(line, file=sys.stderr))
     found, numbers = {}, WIDTH * WIDTH * DEPTH
     for told in RECIPES.values():
         peak_of(lambda told=told: run(told, folder))  # type: ignore[misc]  # kernels, code and pages of libraries

@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, logging
 
 from lowbit_lightning.integrations.transformers import LowBitConfig
-from lowbit_lightning.malloc import return_large_tensors
 
 
 def status(name: str) -> int:
@@ -26,7 +25,6 @@ def status(name: str) -> int:
 folder = Path(sys.argv[1])
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-return_large_tensors("cpu", lambda line: None)
 config = LowBitConfig("nf4")
 AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=config)  # what is imported and compiled late
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew

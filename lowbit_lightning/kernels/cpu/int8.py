@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.compile import host_library
-from lowbit_lightning.kernels.reuse import empty
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
 _MANY = 1 << 15  # elements below which a second thread costs more than it saves
@@ -40,7 +39,8 @@ def rotation(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 def hadamard(x: Tensor, dim: int) -> Tensor:
     """See the reference."""
-    out = empty(*x.shape, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(x.shape, dtype=dtype, device="cpu")
     threads = torch.get_num_threads() if x.numel() >= _MANY else 1
     rotation().lb_hadamard(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, dim, out.data_ptr(), threads)
     return out
@@ -85,13 +85,13 @@ def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor,
 
 def _empty_channels(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    q = empty(rows, columns, dtype=torch.int8)
+    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     return q, torch.empty(columns, dtype=torch.float32, device="cpu")
 
 
 def empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Memory for int8 ``[rows, columns]`` and its scales."""
-    q = empty(rows, columns, dtype=torch.int8)
+    q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     return q, torch.empty(rows, dtype=torch.float32, device="cpu")
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.compile import host_library
-from lowbit_lightning.kernels.reuse import empty, give_back
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
 SLOW = "no int8 instructions"
@@ -64,12 +63,11 @@ def int8_matmul(
     """See the reference."""
     (m, k), n = a.shape, b.shape[0]
     out = torch.empty(m, n, dtype=out_dtype, device="cpu")
-    workspace = empty(library().lb_int8_matmul_workspace(m, n, k), dtype=torch.uint8)
+    workspace = torch.empty(library().lb_int8_matmul_workspace(m, n, k), dtype=torch.uint8, device="cpu")
     bias = None if bias is None else bias.float().contiguous()
     library().lb_int8_matmul(
         *(a.data_ptr(), b.data_ptr(), m, n, k, a_scales.data_ptr(), b_scales.data_ptr()),
         *(None if bias is None else bias.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[out_dtype], workspace.data_ptr()),
         torch.get_num_threads() if m * n * k >= _MANY else 1,
     )
-    give_back(workspace)
     return out

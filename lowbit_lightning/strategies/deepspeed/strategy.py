@@ -30,7 +30,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import strategies
 from lightning.pytorch.plugins import DeepSpeedPrecision
@@ -40,7 +39,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
-from lowbit_lightning.malloc import return_large_tensors
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.strategies.atomic import naming_a_full_disk
 from lowbit_lightning.strategies.deepspeed import checkpoints
@@ -171,7 +169,6 @@ class DeepSpeedStrategy(_LightningsStrategy):
     # -- the model and its optimizer ---------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer) -> None:
-        return_large_tensors(self.root_device.type, rank_zero_info)
         if not isinstance(self.precision_plugin, DeepSpeedPrecision):
             raise TypeError(
                 f"{type(self.precision_plugin).__name__} would bypass DeepSpeed's engine: give the Trainer a precision "
