@@ -14,6 +14,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 
 import cuda_roofline
@@ -41,17 +42,14 @@ def cases() -> Iterator[Case]:
         x = torch.randn(16384, 8192, device="cuda").to(dtype)
         codes, scales = kernels.quantize_blockwise(x)
         name, count = NAMES[dtype], x.numel()
-        yield f"quantize {name}", count, lambda x=x: kernels.quantize_blockwise(x)
-        yield (
-            *(f"dequantize {name}", count),
-            lambda c=codes, s=scales, t=dtype: kernels.dequantize_blockwise(c, s, dtype=t),
-        )
-        yield f"int8 rows {name}", count, lambda x=x: kernels.quantize_rowwise(x)
-        yield f"int8 rows and columns {name}", count, lambda x=x: kernels.quantize_both(x)
+        yield f"quantize {name}", count, partial(kernels.quantize_blockwise, x)
+        yield f"dequantize {name}", count, partial(kernels.dequantize_blockwise, codes, scales, dtype=dtype)
+        yield f"int8 rows {name}", count, partial(kernels.quantize_rowwise, x)
+        yield f"int8 rows and columns {name}", count, partial(kernels.quantize_both, x)
     a = torch.randint(-127, 128, (8192, 4096), dtype=torch.int8, device="cuda")
     b = torch.randint(-127, 128, (4096, 4096), dtype=torch.int8, device="cuda")
     ones = torch.ones(8192, device="cuda")
-    call = lambda: fused_product(a, b, ones, ones[:4096], None, BF16)  # noqa: E731
+    call = partial(fused_product, a, b, ones, ones[:4096], None, BF16)
     yield "int8 product, tiles of 128 x 256", 8192 * 4096 * 4096, call
 
 
