@@ -28,7 +28,7 @@ from lowbit_lightning import Int8MixedPrecision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from vision_models import ConvNeXt, ResNet
+from vision_models import ConvNeXt, ResNet, TransformerBlock
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -41,20 +41,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # [batch, patches, width]
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class ViT(nn.Module):
     """A vision transformer (Dosovitskiy et al., 2021), of the width of ViT-S; images are [batch, 3, 224, 224]."""
 
@@ -64,7 +50,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.positions = nn.Parameter(0.02 * torch.randn((224 // patch) ** 2, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Attention(nn.Module):
+class TransformerBlock(nn.Module):
     """A transformer's block: attention and a perceptron, each behind a norm."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -37,7 +37,7 @@ class VisionTransformer(nn.Module):
             parts += [nn.Conv2d(first, last, 3, 2, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU(inplace=True)]
         self.patches = nn.Sequential(*parts)
         self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
-        self.blocks = nn.Sequential(*(Attention(width, width // 32) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, width // 32) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
