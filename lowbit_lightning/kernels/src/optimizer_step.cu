@@ -213,8 +213,8 @@ LB_FN void store_states_quickly(const Block& b, const Elements& e, const uint32_
     }
 }
 
-// 512 threads have too few registers for three states, or for two and random words.
-constexpr bool HURRY = GROUP <= 32 || RULE_STATES + (STOCHASTIC && THREADS > 256) <= 2;
+// Registers decide: random words take as many as a state, where there are few.
+constexpr bool HURRY = RULE_STATES + (STOCHASTIC && (THREADS > 256 || RULE_STATES > 2)) <= (GROUP <= 32 ? 3 : 2);
 
 // False, and nothing is done, if a group has not such a block.
 LB_FN bool quick_turn(const Walk& walk, int turn, float factor, uint64_t seed, uint32_t place) {
