@@ -31,11 +31,10 @@ def shard(
     whole = [name for name, p in module.named_parameters() if not p.is_floating_point()]
     if whole:
         needs_torch("2.8", f"sharding the low-bit weight {whole[0]}", "fully_shard takes no integers before")
-    old = torch.__version__ < "2.13"  # seen in 2.7; not looked for in between
     for name in names:
         fully_shard(module.get_submodule(name), mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_root, **options)
-    if reshard_root and old:  # there FSDP2 keeps a root gathered all the same
+    if reshard_root and torch.__version__ < "2.8":  # there FSDP2 keeps a root gathered (pytorch/pytorch#154704)
         module.register_forward_hook(lambda root, *_: root.reshard())
     average_gradients(module, mesh)
 
