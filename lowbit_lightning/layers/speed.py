@@ -1,29 +1,24 @@
 """Which convolutions are faster in int8 on this device: measured, by the sizes that they have seen.
 
 A convolution that has trained once knows the sizes of its images (``Int8Conv.seen``). Its forward and backward are then
-timed in int8 and in high precision, in turns, on a few such images. The times are kept beside the compiled kernels, for
-this processor and version of torch, so the next run does not measure again. One thread is timed on a CPU: if threads
-wait for each other, other programs decide how long a convolution takes.
+timed in int8 and in high precision, on a few such images. The times are kept for the next run.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowbit_lightning.kernels.compile import cache as kept
 from lowbit_lightning.kernels.compile import processor
 from lowbit_lightning.layers.conv import Int8Conv, Seen
 from lowbit_lightning.layers.int8 import FORMS, Products
+from lowbit_lightning.layers.timing import remembered, shortest
 
-MOST_PRODUCTS, ROUNDS, SECONDS = 3e8, 5, 0.4
+MOST_PRODUCTS, ROUNDS, SECONDS = 3e8, 6, 0.4
 """Of a forward that is timed, unless one image has more; rounds, and seconds after which no round begins."""
 
 GAIN = 1.05
@@ -74,40 +69,17 @@ class Shape(NamedTuple):
         return f"{kernel}{stride}, {channels}, {self.seen.images} images of {size}"
 
 
-def times_of(shapes: Iterable[Shape], device: torch.device) -> dict[Shape, Times]:
-    """The times of each shape, kept from an earlier run or measured now."""
-    return {shape: _times(shape, device) for shape in dict.fromkeys(shapes)}
-
-
 @cache
-def _times(shape: Shape, device: torch.device) -> Times:
+def times(shape: Shape, device: torch.device) -> Times:
+    """The times of a shape, kept from an earlier run or measured now."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    described = json.dumps([1, torch.__version__, machine, repr(shape)])
-    name = f"convolution-{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
-    entry = kept.find(name)
-    if entry is None:
-        measured = measure(shape, device)
-        kept.store(name, json.dumps(measured).encode())
-        return measured
-    return Times(*json.loads(kept.body(entry)))
+    return Times(*remembered("convolution", machine, repr(shape), measure=lambda: measure(shape, device)))
 
 
 def measure(shape: Shape, device: torch.device) -> Times:
-    """The same, measured now: the shortest of several rounds, in which the two take turns."""
-    rival, int8 = (_runner(shape, device, high) for high in (True, False))
-    best = [float("inf")] * 2
-    threads, start = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
-    try:
-        for rounds in range(ROUNDS + 1):  # the first one warms up
-            if rounds >= 3 and time.perf_counter() - start > SECONDS:
-                break
-            found = [_once(run, device) for run in (int8, rival)]
-            if rounds:
-                best = [min(pair) for pair in zip(best, found, strict=True)]
-    finally:
-        torch.set_num_threads(threads)
-    return Times(*best)
+    """The same, measured now."""
+    runs = [_runner(shape, device, high) for high in (False, True)]
+    return Times(*shortest(runs, device, ROUNDS, SECONDS, least=3))
 
 
 def _runner(shape: Shape, device: torch.device, high: bool) -> Callable[[], object]:
@@ -139,13 +111,3 @@ def _image(
     values = torch.arange(n * channels * torch.Size(size).numel(), device=device).remainder_(251).sub_(125)
     x = values.to(dtype).view(n, *size, channels).movedim(-1, 1)
     return x if last else x.contiguous()
-
-
-def _once(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

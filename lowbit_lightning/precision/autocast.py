@@ -3,9 +3,7 @@ faster.
 
 On a GPU this is known: bf16 if the hardware multiplies it. On a CPU it is not known. Instructions for bf16 do not make
 it faster: without AMX, some processors take twice as long over a bf16 matmul as over a float32 one. So both are
-measured, on the
-largest matrices of the model itself, in a fraction of a second. The measurement uses one thread: if threads wait for
-each other, other programs on the machine decide how long a matmul takes.
+measured, on the largest matrices of the model itself, in a fraction of a second.
 
 The answer must not change between runs that are compared:
 
@@ -18,26 +16,23 @@ The answer must not change between runs that are compared:
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import platform
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from lowbit_lightning.kernels.compile import cache
+from lowbit_lightning.kernels.compile import processor
+from lowbit_lightning.layers.timing import agreed, remembered, shortest
 
 Shape = tuple[int, int]
 """(out_features, in_features) of a matmul by a weight."""
 
-ROWS, LARGEST, SHAPES, SECONDS = 256, 2048, 3, 0.3
-"""A measurement: rows of x, most features either way, how many shapes, and seconds after which no round begins."""
+ROWS, LARGEST, SHAPES, ROUNDS, SECONDS = 256, 2048, 3, 8, 0.3
+"""A measurement: rows of x, most features either way, how many shapes; rounds, and seconds after which none begins."""
 
 GAIN = 1.1
 """How much faster bf16 must be: casts to it cost something too, and no coin is to be tossed."""
@@ -59,13 +54,7 @@ def choose(module: nn.Module, device_type: str) -> Choice:
     if device_type != "cpu":
         fast = computes_in_bf16(device_type)
         return Choice(fast, f"the hardware {'multiplies' if fast else 'does not multiply'} bfloat16")
-    ranks = torch.distributed
-    if not (ranks.is_available() and ranks.is_initialized()):
-        return _choose_on_cpu(module)
-    answer = [_choose_on_cpu(module) if ranks.get_rank() == 0 else None]
-    ranks.broadcast_object_list(answer, src=0)
-    assert answer[0] is not None
-    return answer[0]
+    return agreed(lambda: _choose_on_cpu(module))
 
 
 def _choose_on_cpu(module: nn.Module) -> Choice:
@@ -96,50 +85,20 @@ def _largest(shapes: Iterable[Shape]) -> tuple[Shape, ...]:
 @functools.cache
 def seconds(shapes: tuple[Shape, ...]) -> tuple[float, float]:
     """How long one matmul of each shape takes in float32 and in bfloat16: kept from an earlier run, or measured."""
-    described = json.dumps([1, torch.__version__, _processor(), ROWS, shapes])
-    name = f"autocast-{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
-    entry = cache.find(name)
-    if entry is not None:
-        float32, bfloat16 = json.loads(cache.body(entry))
-        return float32, bfloat16
-    measured = measure(shapes)
-    cache.store(name, json.dumps(measured).encode())
-    return measured
+    float32, bfloat16 = remembered("autocast", processor(), ROWS, shapes, measure=lambda: measure(shapes))
+    return float32, bfloat16
 
 
 def measure(shapes: tuple[Shape, ...]) -> tuple[float, float]:
-    """The same, measured now: the shortest of several rounds, in which the two take turns."""
-    pairs: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    """The same, measured now."""
+    matmuls = []
     for dtype in (torch.float32, torch.bfloat16):
         # Not random: the run's generators are not ours to draw from.
-        pairs[dtype] = [(torch.ones(ROWS, k, dtype=dtype), torch.ones(n, k, dtype=dtype)) for n, k in shapes]
-    best = {dtype: [float("inf")] * len(shapes) for dtype in pairs}
-    threads, start = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            for rounds in range(8):
-                if rounds >= 2 and time.perf_counter() - start > SECONDS:
-                    break
-                for dtype, operands in pairs.items():
-                    best[dtype] = [min(b, _once(*pair)) for b, pair in zip(best[dtype], operands, strict=True)]
-    finally:
-        torch.set_num_threads(threads)
-    return sum(best[torch.float32]), sum(best[torch.bfloat16])
-
-
-def _once(x: torch.Tensor, weight: torch.Tensor) -> float:
-    start = time.perf_counter()
-    F.linear(x, weight)
-    return time.perf_counter() - start
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.platform() + platform.processor()
-    return "\n".join(line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "flags", "CPU ")))
+        pairs = [(torch.ones(ROWS, k, dtype=dtype), torch.ones(n, k, dtype=dtype)) for n, k in shapes]
+        matmuls += [functools.partial(F.linear, *pair) for pair in pairs]
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        best = shortest(matmuls, torch.device("cpu"), ROUNDS, SECONDS)
+    return sum(best[: len(shapes)]), sum(best[len(shapes) :])
 
 
 @functools.cache

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from lowbit_lightning.layers import speed
 from lowbit_lightning.layers.conv import Int8Conv
 from lowbit_lightning.layers.int8 import Products, can_be_released, release
 from lowbit_lightning.layers.select import Report, stacked
-from lowbit_lightning.layers.speed import Shape, times_of
+from lowbit_lightning.layers.speed import Shape
+from lowbit_lightning.layers.timing import agreed
 
 
 @dataclass
@@ -37,11 +38,7 @@ class Slower:
         if not named:
             return
         shapes = {name: shape for name, m in named.items() if (shape := Shape.of(m)) is not None}
-        answer = [_timed(named, shapes) if _rank() == 0 else None]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(answer, src=0)
-        assert answer[0] is not None
-        self.layers, self.gains = answer[0]
+        self.layers, self.gains = agreed(lambda: _timed(named, shapes))
 
     def apply(self, module: nn.Module, report: Report) -> Report:
         """Make the slower layers plain, and say so."""
@@ -75,14 +72,9 @@ def _timed(named: Mapping[str, Int8Conv], shapes: Mapping[str, Shape]) -> tuple[
     gains = []
     for shape in dict.fromkeys(shapes.values()):
         names = [name for name, own in shapes.items() if own == shape]
-        times = times_of([shape], named[names[0]].weight.device)[shape]
+        times = speed.times(shape, named[names[0]].weight.device)
         if times.pays:
             gains.append(f"{stacked(names)} ({shape}): {times}")
         else:
             layers |= dict.fromkeys(names, f"slower in int8 on this device ({shape}: {times}; swap='all' takes it too)")
     return layers, tuple(gains)
-
-
-def _rank() -> int:
-    ranks = torch.distributed
-    return ranks.get_rank() if ranks.is_available() and ranks.is_initialized() else 0

@@ -39,7 +39,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
         shapes.append(shape)
         return Times(2.0, 1.0) if shape.kernel == (1, 1) else Times(1.0, 1.5)
 
-    monkeypatch.setattr(speed, "_times", times)
+    monkeypatch.setattr(speed, "times", times)
     return shapes
 
 
