@@ -39,7 +39,7 @@ Formed = tuple[Tensor, Form]
 
 
 class LowBitOptimizer(Optimizer):
-    """Base class of all optimizers of this package. Subclasses define ``_rule`` and their constructor.
+    """Base class of all optimizers of this package. Subclasses define ``rule`` and their constructor.
 
     ``state[p]`` holds ``step`` (0-d float32) and, for every state of the rule, either ``NAME`` (float32) or
     ``NAME_codes`` (uint8) and ``NAME_scales`` (float32). They are DTensors if p is a DTensor. A group's
@@ -69,9 +69,11 @@ class LowBitOptimizer(Optimizer):
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
+    rule: str
+    """The name of the rule, or ``_rule`` gives one for each group."""
+
     def _rule(self, group: dict[str, Any]) -> str:
-        """The name of the rule for a group."""
-        raise NotImplementedError
+        return self.rule
 
     def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
         """Hyperparameters of the rule that are not keys of the group; ``bits`` are those of the parameters' states."""

@@ -147,6 +147,8 @@ class Adagrad(LowBitOptimizer):
     Args: as ``torch.optim.Adagrad``, and ``Options``.
     """
 
+    rule = "adagrad"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -159,9 +161,6 @@ class Adagrad(LowBitOptimizer):
     ) -> None:
         defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}
         super().__init__(params, {**defaults, "initial_accumulator_value": initial_accumulator_value}, options)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "adagrad"
 
     def _initial(self, state: State, group: dict[str, Any]) -> float:
         return group["initial_accumulator_value"]
@@ -186,6 +185,8 @@ class Lion(LowBitOptimizer):
     AdamW's.
     """
 
+    rule = "lion"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -196,9 +197,6 @@ class Lion(LowBitOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, options)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "lion"
-
 
 class LAMB(LowBitOptimizer):
     """Layer-wise adaptive moments for large batches (You et al., 2020): AdamW with a trust ratio ||p|| / ||update||.
@@ -206,6 +204,8 @@ class LAMB(LowBitOptimizer):
     Norms are taken over whole parameters, summed over the ranks that share one. States ``exp_avg``, ``exp_avg_sq``.
     Args: as ``AdamW``.
     """
+
+    rule = "lamb"
 
     def __init__(
         self,
@@ -218,9 +218,6 @@ class LAMB(LowBitOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, options)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "lamb"
-
 
 class LARS(LowBitOptimizer):
     """Layer-wise adaptive rates (You et al., 2017, "Large Batch Training of Convolutional Networks", algorithm 1).
@@ -229,6 +226,8 @@ class LARS(LowBitOptimizer):
     eps)``; 1 where either side is zero. Norms are of whole parameters, summed over the ranks that share one. One
     state, ``momentum_buffer``.
     """
+
+    rule = "lars"
 
     def __init__(
         self,
@@ -243,9 +242,6 @@ class LARS(LowBitOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
         super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient}, options)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "lars"
-
 
 class AdEMAMix(LowBitOptimizer):
     """AdamW with a second, slow momentum (Pagliardini et al., 2024, "The AdEMAMix Optimizer").
@@ -256,6 +252,8 @@ class AdEMAMix(LowBitOptimizer):
     changes it by less than the resolution of 8 bits, so it would stand still and the loss would be worse (by 6 % after
     2000 steps of a small language model). Args: names as in bitsandbytes, and ``Options``.
     """
+
+    rule = "ademamix"
 
     def __init__(
         self,
@@ -271,9 +269,6 @@ class AdEMAMix(LowBitOptimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay}, options)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "ademamix"
 
     def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
         beta1, _, beta3 = group["betas"]
