@@ -50,8 +50,6 @@ from torch.utils.data import DataLoader
 from lowbit_lightning.callbacks import loaders, random_states
 from lowbit_lightning.callbacks.random_states import State
 
-__all__ = ["DeterministicResume"]
-
 KEY = "lowbit_lightning.DeterministicResume"
 VERSION = 1
 

@@ -31,23 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit_lightning.kernels.compile import cache
-from lowbit_lightning.kernels.compile.errors import CompileError, CompilerNotFound, NoPlace, Unavailable
-
-__all__ = [
-    "SOURCES",
-    "CompileError",
-    "CompilerNotFound",
-    "Cubin",
-    "NoPlace",
-    "Resources",
-    "Unavailable",
-    "cubin",
-    "host_compiler",
-    "host_library",
-    "nvrtc_version",
-    "resources",
-    "source_text",
-]
+from lowbit_lightning.kernels.compile.errors import CompileError, CompilerNotFound
+from lowbit_lightning.kernels.compile.errors import NoPlace as NoPlace
+from lowbit_lightning.kernels.compile.errors import Unavailable as Unavailable
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
 NVRTC_HINT = (

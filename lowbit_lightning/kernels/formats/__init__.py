@@ -21,28 +21,3 @@ from lowbit_lightning.kernels.formats.maps import (
     dynamic_map,
 )
 from lowbit_lightning.kernels.formats.weights import FITS, Format, check_fit, weight_format
-
-__all__ = [
-    "DECADES",
-    "DEFAULT_BLOCK_SIZE",
-    "ENCODE_OFFSET",
-    "ENCODE_TOP",
-    "FITS",
-    "FOLD",
-    "MAPS",
-    "MAX_BLOCK_SIZE",
-    "MIN_BLOCK_SIZE",
-    "SMALLEST_SCALE",
-    "BlockGrid",
-    "DynamicMap",
-    "Format",
-    "Span",
-    "check_block_size",
-    "check_codebook",
-    "check_fit",
-    "check_name",
-    "codebook",
-    "cpp_tables",
-    "dynamic_map",
-    "weight_format",
-]

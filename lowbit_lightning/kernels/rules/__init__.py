@@ -11,8 +11,6 @@ from pkgutil import iter_modules
 
 from lowbit_lightning.kernels.rules.rule import Rule, State, fused, power, ratio
 
-__all__ = ["RULES", "Rule", "State", "fused", "get", "power", "ratio"]
-
 _FILES = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__) if module.name != "rule"]
 RULES: dict[str, Rule] = {rule.name: rule for file in _FILES for rule in file.RULES}
 """Every rule by name."""

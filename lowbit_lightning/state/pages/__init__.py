@@ -14,21 +14,6 @@ from lowbit_lightning.state.pages.pager import Chunk, Pager, Piece
 from lowbit_lightning.state.pages.statistics import PageStatistics
 from lowbit_lightning.state.pages.transport import Event, Moves, Transport
 
-__all__ = [
-    "Chunk",
-    "Entries",
-    "Event",
-    "Moves",
-    "PageStatistics",
-    "Pager",
-    "Piece",
-    "Transport",
-    "Want",
-    "in_a_slab",
-    "open_transport",
-    "raw",
-]
-
 
 def open_transport(paged: bool | str, device: torch.device, directory: str | None = None) -> Transport | None:
     """The transport between ``device`` and the far tier that ``paged`` names. None if there is no such tier.

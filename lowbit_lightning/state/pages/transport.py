@@ -59,19 +59,16 @@ class Transport(Protocol):
         Raises:
             OSError, RuntimeError, MemoryError: if there is no room, saying how much was wanted and what to do.
         """
-        ...
 
     def buffer(self, nbytes: int) -> Tensor:
         """Near memory: uint8 ``[nbytes]``, aligned to 4096 bytes on a CPU. Called before the first copy, once for each
         slot of the ring and each resident chunk. The pager keeps the tensors."""
-        ...
 
     def fetch(self, moves: Moves, after: Event | None) -> Event:
         """Start copying from the slab to near memory, once ``after`` is past (None: at once). Returns at once.
 
         The event is past when all parts have arrived.
         """
-        ...
 
     def store(self, moves: Moves, after: Event | None) -> Event:
         """Start copying from near memory to the slab, once ``after`` is past. Returns at once.
@@ -79,12 +76,10 @@ class Transport(Protocol):
         The event is past when all parts are in the slab. Then the near memory may be overwritten, and a fetch or the
         host reads what was stored.
         """
-        ...
 
     def computed(self, moves: Moves) -> Event:
         """An event for the kernels that were launched up to this call, on any stream that was current in a ``wait``
         since the last call. It is past when they are done. ``moves``: the data that they worked on."""
-        ...
 
     def wait(self, event: Event) -> None:
         """Make kernels that are launched from now on, on the current stream, run after ``event``. May be called again.
@@ -92,18 +87,14 @@ class Transport(Protocol):
         On a GPU the stream waits, and this call returns at once. If kernels are functions of the host, the host waits,
         and an error of the copy is raised here.
         """
-        ...
 
     def settle(self, event: Event) -> None:
         """Make the host wait until ``event`` is past. Raises the error of the copy, if there was one."""
-        ...
 
     def trim(self) -> None:
         """Give back memory that the host's accesses to the slab took. Called after such accesses, before the first
         fetch, when no copy is under way."""
-        ...
 
     def close(self) -> None:
         """Wait for the copies under way, ignoring their errors, and give back everything except the slab's memory. A
         file is deleted. May be called again, and by ``__del__``."""
-        ...
