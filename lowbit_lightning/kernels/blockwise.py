@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels import formats
-from lowbit_lightning.kernels.arguments import FLOATS
+from lowbit_lightning.kernels.checks import check_dtype
 from lowbit_lightning.kernels.dispatch import declare, run
 
 
@@ -30,8 +30,7 @@ def quantize_blockwise(
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    check_dtype("x", x.dtype)
     formats.check_block_size(block_size)
     name, values = _codebook(codebook, x.device)
     return _quantize(x, name, values, block_size)
@@ -52,8 +51,7 @@ def dequantize_blockwise(
     formats.check_block_size(block_size)
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8, got {codes.dtype}")
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+    check_dtype("dtype", dtype)
     expected = formats.BlockGrid.of(codes.shape, block_size).scales_shape
     if scales.dtype != torch.float32 or tuple(scales.shape) != expected or scales.device != codes.device:
         raise ValueError(
@@ -85,7 +83,7 @@ def _resolved(name: str, values: Tensor | None, device: torch.device) -> tuple[s
 
 
 def _quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
-    return run("quantize_blockwise", x.device, x.contiguous(), *_resolved(codebook, values, x.device), block_size)
+    return run("quantize_blockwise", x.device, x, *_resolved(codebook, values, x.device), block_size)
 
 
 def _quantize_blockwise_fake(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +95,7 @@ def _dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     book = _resolved(codebook, values, codes.device)
-    return run("dequantize_blockwise", codes.device, codes.contiguous(), scales.contiguous(), *book, block_size, dtype)
+    return run("dequantize_blockwise", codes.device, codes, scales, *book, block_size, dtype)
 
 
 _quantize = declare(

@@ -37,7 +37,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from lowbit_lightning.kernels.backend import BACKENDS, OPS
-from lowbit_lightning.kernels.compile import Unavailable
+from lowbit_lightning.kernels.compile.errors import Unavailable
 
 _library = torch.library.Library("lowbit_lightning", "DEF")
 _calls: Counter[tuple[str, str]] = Counter()
@@ -65,24 +65,13 @@ def declare(
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.lowbit_lightning, name).default
-    _library.impl(name, implementation or _on_backend(op), "CompositeExplicitAutograd")
+    on_backend = implementation or (lambda *arguments: run(name, arguments[0].device, *arguments))
+    _library.impl(name, on_backend, "CompositeExplicitAutograd")
     qualified = f"lowbit_lightning::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return op
-
-
-def _on_backend(op: OpOverload) -> Callable[..., Any]:
-    places = [i for i, a in enumerate(op._schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
-
-    def implementation(*arguments: Any) -> Any:
-        for i in places:
-            if arguments[i] is not None and not arguments[i].is_contiguous():
-                arguments = *arguments[:i], arguments[i].contiguous(), *arguments[i + 1 :]
-        return run(op._opname, arguments[0].device, *arguments)
-
-    return implementation
 
 
 def is_transformed() -> bool:
@@ -116,15 +105,16 @@ def _watchers() -> bool:
 
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
-    """Run the function ``op`` of the backend for ``device``, and count the call."""
+    """Run the function ``op`` of the backend for ``device``, on contiguous tensors, and count the call."""
+    near = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
     name = _forced[-1] if _forced else backend_of(device.type)
     try:
-        result = function(name, op)(*arguments)
+        result = function(name, op)(*near)
     except Unavailable as error:  # it is raised before the op has changed anything
         if _forced:
             raise
         name = _chosen[device.type] = _warned_reference(device.type, str(error))
-        result = function(name, op)(*arguments)
+        result = function(name, op)(*near)
     _calls[op, name] += 1
     return result
 

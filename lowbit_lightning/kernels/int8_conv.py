@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.arguments import FLOATS
+from lowbit_lightning.kernels.checks import check_bias, check_devices, check_dtype, check_scales
 from lowbit_lightning.kernels.dispatch import declare
 
 MOST_CHANNELS = 2**16
@@ -50,9 +50,9 @@ def int8_conv(
     _check_table(table, images)
     _check("a", a, (images * _per_image("a", a, 0, images), None), a_scales, "a_scales", 0)
     _check("b", b, (None, table.shape[1], a.shape[1]), b_scales, "b_scales", 0)
-    if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (b.shape[0],)):
-        raise ValueError(f"bias must be a float vector of shape ({len(b)},), got {bias.dtype} of {tuple(bias.shape)}")
-    _check_rest(a, out_dtype, a.shape[1], b=b, a_scales=a_scales, b_scales=b_scales, table=table, bias=bias)
+    check_bias(bias, b.shape[0])
+    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, table=table, bias=bias)
+    _check_rest(out_dtype, a.shape[1])
     return _conv(a, b, a_scales, b_scales, table, images, bias, out_dtype)
 
 
@@ -83,7 +83,8 @@ def int8_conv_input(
     _check_table(table, images)
     _check("a", a, (images * table.shape[0], None), a_scales, "a_scales", 0)
     _check("b", b, (a.shape[1], table.shape[1], None), b_scales, "b_scales", 2)
-    _check_rest(a, out_dtype, a.shape[1], b=b, a_scales=a_scales, b_scales=b_scales, table=table)
+    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, table=table)
+    _check_rest(out_dtype, a.shape[1])
     return _conv_input(a, b, a_scales, b_scales, table, images, pixels, out_dtype)
 
 
@@ -113,7 +114,8 @@ def int8_conv_weight(
     _check_table(table, images)
     _check("a", a, (None, images * table.shape[0]), a_scales, "a_scales", 0)
     _check("b", b, (images * _per_image("b", b, 0, images), None), b_scales, "b_scales", 1)
-    _check_rest(a, out_dtype, 0, b=b, a_scales=a_scales, b_scales=b_scales, table=table)
+    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, table=table)
+    _check_rest(out_dtype, 0)
     return _conv_weight(a, b, a_scales, b_scales, table, images, out_dtype)
 
 
@@ -139,20 +141,13 @@ def _check(name: str, x: Tensor, shape: tuple[int | None, ...], scales: Tensor, 
     if x.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} must be of shape [{wanted}], got {tuple(x.shape)}")
-    if scales.dtype != torch.float32 or tuple(scales.shape) != (x.shape[dim],):
-        raise ValueError(
-            f"{scales_name} must be float32 of shape ({x.shape[dim]},), got {scales.dtype} of {tuple(scales.shape)}"
-        )
+    check_scales(scales_name, scales, x.shape[dim])
 
 
-def _check_rest(a: Tensor, out_dtype: torch.dtype, channels: int, **others: Tensor | None) -> None:
+def _check_rest(out_dtype: torch.dtype, channels: int) -> None:
     if channels > MOST_CHANNELS:
         raise ValueError(f"a must have at most {MOST_CHANNELS} channels, got {channels}")
-    for name, other in others.items():
-        if other is not None and other.device != a.device:
-            raise ValueError(f"{name} is on {other.device} but a on {a.device}; move one of them")
-    if out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}")
+    check_dtype("out_dtype", out_dtype)
 
 
 _conv = declare(

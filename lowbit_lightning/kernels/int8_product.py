@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.arguments import FLOATS
+from lowbit_lightning.kernels.checks import check_bias, check_devices, check_dtype, check_scales
 from lowbit_lightning.kernels.dispatch import declare, run
 
 LONGEST_INT8_SUM = (2**31 - 1) // 128**2
@@ -38,32 +38,21 @@ def int8_matmul(
         raise TypeError(f"a and b must be int8, got {a.dtype} and {b.dtype}")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"a and b must be [M, K] and [N, K], got {tuple(a.shape)} and {tuple(b.shape)}")
-    for name, scales, length in (("a_scales", a_scales, a.shape[0]), ("b_scales", b_scales, b.shape[0])):
-        if scales.dtype != torch.float32 or tuple(scales.shape) != (length,):
-            raise ValueError(
-                f"{name} must be float32 of shape ({length},), got {scales.dtype} of {tuple(scales.shape)}"
-            )
-    if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (b.shape[0],)):
-        raise ValueError(
-            f"bias must be a float vector of shape ({b.shape[0]},), got {bias.dtype} of {tuple(bias.shape)}"
-        )
-    for name, other in (("b", b), ("a_scales", a_scales), ("b_scales", b_scales), ("bias", bias)):
-        if other is not None and other.device != a.device:
-            raise ValueError(f"{name} is on {other.device} but a on {a.device}; move one of them")
-    if out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}")
+    check_scales("a_scales", a_scales, a.shape[0])
+    check_scales("b_scales", b_scales, b.shape[0])
+    check_bias(bias, b.shape[0])
+    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, bias=bias)
+    check_dtype("out_dtype", out_dtype)
     return _matmul(a, b, a_scales, b_scales, bias, out_dtype)
 
 
 def _int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
     if a.shape[1] <= LONGEST_INT8_SUM:
         return run("int8_matmul", a.device, a, b, a_scales, b_scales, bias, out_dtype)
     total = a.new_zeros(a.shape[0], b.shape[0], dtype=torch.float32)
-    for a_part, b_part in zip(a.split(LONGEST_INT8_SUM, 1), b.split(LONGEST_INT8_SUM, 1), strict=True):
-        parts = a_part.contiguous(), b_part.contiguous()
+    for parts in zip(a.split(LONGEST_INT8_SUM, 1), b.split(LONGEST_INT8_SUM, 1), strict=True):
         total += run("int8_matmul", a.device, *parts, a_scales, b_scales, None, torch.float32)
     return (total if bias is None else total + bias.float()).to(out_dtype)
 

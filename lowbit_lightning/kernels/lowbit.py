@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import FLOATS
+from lowbit_lightning.kernels.checks import check_bias, check_devices, check_dtype
 from lowbit_lightning.kernels.dispatch import declare, is_transformed, run, unwatched
 from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
 
@@ -165,36 +166,22 @@ def _check_rows(
     packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
 ) -> None:
     _check_form(packed, scales, form, row_length)
-    _check_dtype("dtype", dtype)
+    check_dtype("dtype", dtype)
     if packed.ndim != 2:
         raise ValueError(f"packed must be [rows, bytes], got shape {tuple(packed.shape)}")
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
-    _check_devices(packed, scales=scales, indices=indices)
+    check_devices(packed=packed, scales=scales, indices=indices)
 
 
 def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> None:
-    _check_dtype("x's dtype", x.dtype)
+    check_dtype("x's dtype", x.dtype)
     if x.ndim == 0 or packed.ndim != 2:
         raise ValueError(f"x must be [..., K] and packed [N, bytes], got {tuple(x.shape)} and {tuple(packed.shape)}")
     _check_form(packed, scales, form, x.shape[-1])
-    if bias is not None and (bias.dtype not in FLOATS or bias.shape != packed.shape[:1]):
-        raise ValueError(
-            f"bias must be a float vector of shape ({packed.shape[0]},), got {bias.dtype} of {tuple(bias.shape)}"
-        )
+    check_bias(bias, packed.shape[0])
     if not x.device == packed.device == scales.device == (x if bias is None else bias).device:
-        _check_devices(x, packed=packed, scales=scales, bias=bias)
-
-
-def _check_devices(first: Tensor, **others: Tensor | None) -> None:
-    for name, other in others.items():
-        if other is not None and other.device != first.device:
-            raise ValueError(f"{name} is on {other.device}, not on {first.device} as the first; move one of them")
-
-
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in FLOATS:
-        raise TypeError(f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
+        check_devices(x=x, packed=packed, scales=scales, bias=bias)
 
 
 # -- what the ops do, and what their results look like ---------------------------------------------------------------
@@ -202,7 +189,7 @@ def _check_dtype(name: str, dtype: torch.dtype) -> None:
 
 def _run_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, Tensor]:
     f, chosen = _check_weight(weight, form, fit)
-    return run("lowbit_quantize", weight.device, weight.contiguous(), str(f), chosen)
+    return run("lowbit_quantize", weight.device, weight, str(f), chosen)
 
 
 def _like_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, Tensor]:
@@ -214,13 +201,13 @@ def _like_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, 
 
 def _run_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
     _check_form(packed, scales, form, row_length)
-    _check_dtype("dtype", dtype)
-    return run("lowbit_dequantize", packed.device, packed.contiguous(), scales.contiguous(), form, row_length, dtype)
+    check_dtype("dtype", dtype)
+    return run("lowbit_dequantize", packed.device, packed, scales, form, row_length, dtype)
 
 
 def _like_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
     _check_form(packed, scales, form, row_length)
-    _check_dtype("dtype", dtype)
+    check_dtype("dtype", dtype)
     return packed.new_empty(*packed.shape[:-1], row_length, dtype=dtype)
 
 
@@ -228,8 +215,7 @@ def _run_embedding(
     packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
 ) -> Tensor:
     _check_rows(packed, scales, indices, form, row_length, dtype)
-    operands = packed.contiguous(), scales.contiguous(), indices.contiguous()
-    return run("lowbit_embedding", packed.device, *operands, form, row_length, dtype)
+    return run("lowbit_embedding", packed.device, packed, scales, indices, form, row_length, dtype)
 
 
 def _like_embedding(
@@ -248,7 +234,7 @@ def _run_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None,
         y = x.new_zeros(len(x), outputs) if bias is None else bias.to(x.dtype).expand(len(x), outputs).clone()
     else:
         op = "lowbit_gemv" if x.shape[0] <= FEW_ROWS else "lowbit_matmul"
-        y = run(op, x.device, x.contiguous(), packed.contiguous(), scales.contiguous(), bias, form)
+        y = run(op, x.device, x, packed, scales, bias, form)
     return y if len(shape) == 2 else y.view(*shape[:-1], outputs)
 
 
@@ -261,8 +247,8 @@ def _run_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_len
     (*leading, outputs), rows = dy.shape, prod(dy.shape[:-1])
     if not (rows and outputs and row_length):
         return dy.new_zeros(*leading, row_length)
-    operands = dy.reshape(rows, outputs).contiguous(), packed.contiguous(), scales.contiguous()
-    return run("lowbit_matmul_backward", dy.device, *operands, form, row_length).view(*leading, row_length)
+    operands = dy.reshape(rows, outputs), packed, scales, form, row_length
+    return run("lowbit_matmul_backward", dy.device, *operands).view(*leading, row_length)
 
 
 def _like_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
@@ -280,8 +266,7 @@ def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     (*leading, length), outputs = x.shape, packed.shape[0]
     if prod(leading) <= FEW_ROWS or not (outputs and length):
         return _run_product(x, packed, scales, bias, "int8")
-    rows, outliers = x.reshape(prod(leading), length).contiguous(), None
-    packed, scales = packed.contiguous(), scales.contiguous()
+    rows, outliers = x.reshape(prod(leading), length), None
     if threshold:
         rows, outliers = run("split_outliers", x.device, rows, packed, scales, threshold)
     codes, row_scales = run("quantize_rowwise", x.device, rows, None)
@@ -295,8 +280,7 @@ def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
 
 def _run_split(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     _check_outliers(x, packed, scales, None, threshold)
-    operands = x.contiguous(), packed.contiguous(), scales.contiguous()
-    rest, product = run("split_outliers", x.device, *operands, threshold)
+    rest, product = run("split_outliers", x.device, x, packed, scales, threshold)
     return (
         (rest, product) if product is not None else (x.clone(), x.new_zeros(len(x), len(packed), dtype=torch.float32))
     )

@@ -27,7 +27,6 @@ def library() -> ctypes.CDLL:
 
 
 def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
     scales = torch.empty(BlockGrid.of(x.shape, block_size).scales_shape, dtype=torch.float32, device="cpu")
     _run(library().quantize_blockwise, x, codes, scales, codebook, values, block_size)
@@ -37,7 +36,6 @@ def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_si
 def dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """See the reference."""
     out = torch.empty(codes.shape, dtype=dtype, device="cpu")
     _run(library().dequantize_blockwise, out, codes, scales, codebook, values, block_size)
     return out

@@ -38,7 +38,6 @@ def rotation(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 
 def hadamard(x: Tensor, dim: int) -> Tensor:
-    """See the reference."""
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
     threads = torch.get_num_threads() if x.numel() >= _MANY else 1
@@ -47,14 +46,12 @@ def hadamard(x: Tensor, dim: int) -> Tensor:
 
 
 def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     form = empty_form(*x.shape)
     quantize_into(x, seed, *form, None, None)
     return form
 
 
 def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     rows, columns = x.shape
     form = empty_form(columns, rows)
     quantize_into(x, seed, None, None, *form)
@@ -62,7 +59,6 @@ def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
 
 
 def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See the reference."""
     rows, columns = x.shape
     forms = *empty_form(rows, columns), *empty_form(columns, rows)
     quantize_into(x, seed, *forms)
@@ -70,14 +66,12 @@ def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def quantize_channels(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     form = _empty_channels(x)
     quantize_into(x, seed, None, None, *form, turned=False)
     return form
 
 
 def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See the reference."""
     forms = *empty_form(*x.shape), *_empty_channels(x)
     quantize_into(x, seed, *forms, turned=False)
     return forms

@@ -39,10 +39,9 @@ def int8_conv(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See the reference."""
     n, _, k = b.shape
     out = torch.empty(images * len(table), n, dtype=out_dtype, device="cpu")
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else bias.float()
     operands = a.data_ptr(), a_scales.data_ptr(), b.data_ptr(), b_scales.data_ptr()
     _run((*operands, None if bias is None else bias.data_ptr()), n, k, table, len(a) // images, images, False, out)
     return out
@@ -58,7 +57,6 @@ def int8_conv_input(
     pixels: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See the reference."""
     k, _, n = b.shape
     out = torch.empty(images * pixels, n, dtype=out_dtype, device="cpu")
     operands = a.data_ptr(), a_scales.data_ptr(), b.data_ptr(), b_scales.data_ptr(), None
@@ -85,7 +83,6 @@ def int8_conv_weight(
     images: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See the reference."""
     (n, all_results), (rows, k), (results, taps) = a.shape, b.shape, table.shape
     total = torch.zeros(n, taps, k, dtype=torch.float32, device="cpu")
     library().lb_int8_conv_weight(

@@ -60,11 +60,10 @@ def instructions(compiled: ctypes.CDLL) -> str:
 def int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """See the reference."""
     (m, k), n = a.shape, b.shape[0]
     out = torch.empty(m, n, dtype=out_dtype, device="cpu")
     workspace = torch.empty(library().lb_int8_matmul_workspace(m, n, k), dtype=torch.uint8, device="cpu")
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else bias.float()
     library().lb_int8_matmul(
         *(a.data_ptr(), b.data_ptr(), m, n, k, a_scales.data_ptr(), b_scales.data_ptr()),
         *(None if bias is None else bias.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[out_dtype], workspace.data_ptr()),

@@ -68,7 +68,6 @@ def quantize_library() -> ctypes.CDLL:
 
 
 def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     (*leading, length), rows = weight.shape, prod(weight.shape[:-1])
     if weight_format(form).kind == "int8":
         codes, scales = quantize_rowwise(weight.view(rows, length), None)
@@ -107,14 +106,12 @@ def _threads(elements: int) -> int:
 
 
 def lowbit_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
-    """See the reference."""
     return _dequantize(packed, scales, None, packed.shape[:-1], form, row_length, dtype)
 
 
 def lowbit_embedding(
     packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
 ) -> Tensor:
-    """See the reference."""
     flat = indices.to(torch.int64)
     low, high = (int(flat.min()), int(flat.max())) if flat.numel() else (0, -1)
     if low < 0 or high >= packed.shape[0]:
@@ -141,12 +138,12 @@ def _decode(out: Tensor, packed: Tensor, scales: Tensor, indices: Tensor | None,
 
 
 def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """See the reference. Rows of x are multiplied eight at a time."""
+    """Rows of x are multiplied eight at a time."""
     (rows, length), outputs = x.shape, packed.shape[0]
     compiled, argument, _ = _form(form, length)
     out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu")
     if bias is not None:
-        bias = bias.float().contiguous()
+        bias = bias.float()
     for first in range(0, rows, 8):
         compiled.lb_lowbit_gemv(
             *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr() + first * length * x.itemsize),
@@ -157,7 +154,6 @@ def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """See the reference."""
     (rows, length), outputs = x.shape, packed.shape[0]
     if rows <= _BY_EIGHT[outputs * length >= _LARGE]:
         return lowbit_gemv(x, packed, scales, bias, form)
@@ -178,7 +174,7 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
 
 
 def lowbit_matmul_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
-    """See the reference. A panel is all rows of some chunks of columns, in the order ``[chunk][phase][lane]`` in which
+    """A panel is all rows of some chunks of columns, in the order ``[chunk][phase][lane]`` in which
     codes are decoded (src/lowbit.h); the result is brought out of it."""
     (rows, outputs), (compiled, argument, f) = dy.shape, _form(form, row_length)
     there = dy.to(_dtype(dy.dtype, form, row_length))

@@ -41,12 +41,10 @@ def library(variant: StepVariant) -> ctypes.CDLL:
 def optimizer_step(
     arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None
 ) -> None:
-    """See the reference."""
     _run("optimizer_step", arguments, grads, scalars, None if norms is None else norms.data_ptr())
 
 
 def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
-    """See the reference."""
     out = torch.empty(len(arguments.params), len(rules.get(arguments.rule).norms), dtype=torch.float64, device="cpu")
     if out.numel():
         _run("optimizer_norms", arguments, grads, scalars, None, out.data_ptr())

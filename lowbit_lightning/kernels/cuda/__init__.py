@@ -7,5 +7,3 @@ types and block size that occurs.
 """
 
 from lowbit_lightning.kernels.cuda.launch import load
-
-__all__ = ["load"]

@@ -14,7 +14,6 @@ from lowbit_lightning.kernels.sources import MAP_NUMBERS, specialised
 
 
 def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     grid = BlockGrid.of(x.shape, block_size)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty(grid.scales_shape, dtype=torch.float32, device=x.device)
@@ -27,7 +26,6 @@ def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_si
 def dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """See the reference."""
     grid = BlockGrid.of(codes.shape, block_size)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if codes.numel():

@@ -20,7 +20,6 @@ def _text(x: Tensor, row_threads: int, seed: int | None) -> str:
 
 
 def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     rows, columns = x.shape
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -34,31 +33,27 @@ def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
 
 
 def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     q, scales, _, _ = _quantize_tiles(x, seed, with_rows=False)
     return q, scales
 
 
 def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See the reference."""
     column_q, column_scales, row_q, row_scales = _quantize_tiles(x, seed, with_rows=True)
     return row_q, row_scales, column_q, column_scales
 
 
 def quantize_channels(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """See the reference. The transposed form is turned back, a byte per element each way."""
+    """The transposed form is turned back, a byte per element each way."""
     q, scales = quantize_colwise(x, seed)
     return q.T.contiguous(), scales
 
 
 def quantize_image(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See the reference."""
     row_q, row_scales, column_q, column_scales = quantize_both(x, seed)
     return row_q, row_scales, column_q.T.contiguous(), column_scales
 
 
 def hadamard(x: Tensor, dim: int) -> Tensor:
-    """See the reference."""
     rows, columns = x.shape
     out = torch.empty(x.shape, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32, device=x.device)
     if x.numel():

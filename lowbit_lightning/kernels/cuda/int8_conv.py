@@ -32,7 +32,6 @@ def int8_conv(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See the reference."""
     return _windows(a, b, a_scales, b_scales, table, images, bias, out_dtype)
 
 
@@ -46,7 +45,6 @@ def int8_conv_input(
     pixels: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See the reference."""
     read = torch.where(table < 0, pixels, table).long()
     turned = torch.full((pixels + 1, table.shape[1]), -1, dtype=torch.int32, device=a.device)
     results = torch.arange(len(table), dtype=torch.int32, device=a.device)
@@ -68,7 +66,6 @@ def _windows(
     out = torch.empty(images * results, n, dtype=out_dtype, device=a.device)
     if not n:
         return out
-    bias = None if bias is None else bias.contiguous()
     macros = {"ELEMENT": out_dtype, "BIAS": torch.float32 if bias is None else bias.dtype}
     text = specialised("int8_conv.cu", **macros, STAGES=_STAGES)
     sizes = [ctypes.c_int64(size) for size in (results, taps, len(a) // images, images, n, k + -k % 16)]
@@ -88,7 +85,6 @@ def int8_conv_weight(
     images: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See the reference."""
     total = torch.zeros(a.shape[0], table.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
     first = torch.arange(images, device=table.device).mul_(len(b) // images).unsqueeze(1)
     for t in range(table.shape[1]):

@@ -28,7 +28,6 @@ _SHORT_SUM = 2048
 def int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """See the reference."""
     product = fused_product if fusing_pays(launch.capability(a.device), a.shape[1]) else cublaslt_product
     return product(a, b, a_scales, b_scales, bias, out_dtype)
 
@@ -61,7 +60,6 @@ def fused_product(
     if not m or not n:
         return out
     tile_n = 256 if ceil_div(m, _TILE_M) * ceil_div(n, 256) >= _WIDE_TILES else 128
-    bias = None if bias is None else bias.contiguous()
     text = specialised("int8_product.cu", **_macros(out_dtype, bias), TILE_N=tile_n, STAGES=_STAGES)
     sizes = ctypes.c_int64(m), ctypes.c_int64(n), ctypes.c_int64(k + -k % 16)
     arguments = in_chunks(a), in_chunks(b), *sizes, a_scales, b_scales, bias, out
@@ -90,7 +88,6 @@ def cublaslt_product(
     if not m or not n:
         return out
     sums = _int_mm(a, b)
-    bias = None if bias is None else bias.contiguous()
     text = specialised("int8_scale_sums.cu", **_macros(out_dtype, bias))
     sizes = ctypes.c_int64(m), ctypes.c_int64(n), ctypes.c_int64(sums.shape[1])
     grid = ceil_div(n, 1024), min(m, 4096), 1

@@ -21,7 +21,6 @@ _MOST_BLOCKS = 1 << 16  # CUDA blocks of a quantiser, each of which takes furthe
 
 
 def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor]:
-    """See the reference."""
     (*leading, length), rows, f = weight.shape, prod(weight.shape[:-1]), weight_format(form)
     if f.kind == "int8":
         codes, row_scales = quantize_rowwise(weight.view(rows, length), None)
@@ -39,30 +38,26 @@ def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor
 
 
 def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """See the reference."""
     gemv = lowbit_product.tensor_gemv if lowbit_product.has_tensor_cores(x) else lowbit_product.plain_gemv
     return gemv(x, packed, scales, bias, form)
 
 
 def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """See the reference."""
     return lowbit_product.forward(x, packed, scales, bias, form)
 
 
 def lowbit_matmul_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
-    """See the reference."""
     return lowbit_product.backward(dy, packed, scales, form, row_length)
 
 
 def lowbit_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
-    """See the reference."""
     return _decode(packed, scales, None, packed.shape[:-1], form, row_length, dtype)
 
 
 def lowbit_embedding(
     packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
 ) -> Tensor:
-    """See the reference. An index out of range stops the kernel, as it does torch's."""
+    """An index out of range stops the kernel, as it does torch's."""
     return _decode(packed, scales, indices, indices.shape, form, row_length, dtype)
 
 
@@ -81,7 +76,7 @@ def _decode(
 
 
 def split_outliers(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor | None]:
-    """See the reference. Without outliers the product is zero: how many there are stays on the device."""
+    """Without outliers the product is zero: how many there are stays on the device."""
     (m, k), n = x.shape, packed.shape[0]
     text = specialised("lowbit_outliers.cu", ELEMENT=x.dtype)
     flags = torch.zeros(k, dtype=torch.int32, device=x.device)

@@ -70,7 +70,6 @@ def has_tensor_cores(x: Tensor) -> bool:
 def tensor_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """``lowbit_matmul`` of up to 32 rows of float16 or bfloat16 x."""
     (m, k), n, f = x.shape, packed.shape[0], weight_format(form)
-    bias = None if bias is None else bias.contiguous()
     columns = next(c for c in (8, 16, 32) if c >= m)
     stages = 4 if launch.capability(x.device) >= (8, 0) else 2  # sm_75 has no asynchronous copies to wait for
     text = text_of(
@@ -130,7 +129,6 @@ def _padded(x: Tensor) -> Tensor:
 def plain_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """``lowbit_matmul`` of up to 8 rows of x."""
     (m, k), n = x.shape, packed.shape[0]
-    bias = None if bias is None else bias.contiguous()
     columns = next(c for c in (1, 2, 4, 8) if c >= m)
     dtypes = {"ELEMENT": x.dtype, "BIAS": torch.float32 if bias is None else bias.dtype}
     text = text_of("lowbit_gemv_plain.cu", form, **dtypes, COLUMNS=columns)
@@ -149,7 +147,6 @@ def fused_product(
     """``x @ weight.T (+ bias)``, or ``x @ weight`` if transposed, of float16 or bfloat16 x."""
     (m, length), rows = x.shape, packed.shape[0]
     outputs = row_length if transposed else rows
-    bias = None if bias is None else bias.contiguous()
     tile_m = 128 if m > 64 and launch.capability(x.device) >= (8, 0) else 64  # sm_75 has 64 KiB of shared memory
     text = text_of(
         *("lowbit_product.cu", form),

@@ -23,12 +23,10 @@ _TURNS = 8
 def optimizer_step(
     arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None
 ) -> None:
-    """See the reference."""
     _Step(arguments, grads, scalars).step(norms)
 
 
 def optimizer_norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
-    """See the reference."""
     return _Step(arguments, grads, scalars).norms()
 
 
