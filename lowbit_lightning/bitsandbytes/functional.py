@@ -4,6 +4,8 @@ their blocks: inside rows. bitsandbytes' blocks are flat, so a tensor is handed 
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -212,50 +214,24 @@ def dequantize_4bit(
     return found.T if A.ndim == 2 and A.shape[0] == 1 < A.shape[1] and found.ndim == 2 else found
 
 
-def quantize_fp4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """``quantize_4bit`` to fp4."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+def _quantizing(kind: str) -> Callable[..., tuple[Tensor, QuantState]]:
+    def quantize(
+        A: Tensor,
+        absmax: Tensor | None = None,
+        out: Tensor | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = False,
+        quant_storage: torch.dtype = torch.uint8,
+    ) -> tuple[Tensor, QuantState]:
+        return quantize_4bit(A, absmax, out, blocksize, compress_statistics, kind, quant_storage)
+
+    quantize.__name__, quantize.__doc__ = f"quantize_{kind}", f"``quantize_4bit`` to {kind}."
+    return quantize
 
 
-def quantize_nf4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
-    """``quantize_4bit`` to nf4."""
-    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
-
-
-def dequantize_fp4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """``dequantize_4bit`` of fp4."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
-
-
-def dequantize_nf4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-) -> Tensor:
-    """``dequantize_4bit`` of nf4."""
-    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+quantize_fp4, quantize_nf4 = _quantizing("fp4"), _quantizing("nf4")
+dequantize_fp4 = functools.partial(dequantize_4bit, quant_type="fp4")
+dequantize_nf4 = functools.partial(dequantize_4bit, quant_type="nf4")
 
 
 def linear_4bit(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:

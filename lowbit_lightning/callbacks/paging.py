@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowbit_lightning.memory.result import readable
 from lowbit_lightning.optim import LowBitOptimizer
 from lowbit_lightning.state.pages import PageStatistics
 
@@ -48,18 +49,10 @@ def report(optimizers: Iterable[Optimizer]) -> str | None:
     if total is None or not total.steps:
         return None
     text = (
-        f"paged optimizer states: {_size(total.far_bytes)}, {100 * total.resident_share:.0f} % of them resident; "
-        f"{_size(total.bytes_in)} in and {_size(total.bytes_out)} out in {total.steps} steps"
+        f"paged optimizer states: {readable(total.far_bytes)}, {100 * total.resident_share:.0f} % of them resident; "
+        f"{readable(total.bytes_in)} in and {readable(total.bytes_out)} out in {total.steps} steps"
     )
     if total.overlap is not None:
         waited = f"{total.stall_seconds:.1f} of {total.step_seconds:.1f} s"
         text += f", which waited for copies {total.stalls} times, {waited} (overlap {100 * total.overlap:.0f} %)"
     return text
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.4g} TiB"

@@ -75,13 +75,10 @@ class LowBitOptimizer(Optimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return self.rule
 
-    def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
+    @staticmethod
+    def _derived(group: dict[str, Any], bits: int) -> dict[str, float]:
         """Hyperparameters of the rule that are not keys of the group; ``bits`` are those of the parameters' states."""
         return {}
-
-    def _initial(self, state: rules.State, group: dict[str, Any]) -> float:
-        """The initial value of a state, before the first step: 0 or a positive number."""
-        return 0.0
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
@@ -117,9 +114,7 @@ class LowBitOptimizer(Optimizer):
 
     def settings(self, group: dict[str, Any]) -> Settings:
         """What a step makes of a group."""
-        rule = self.rule_of(group)
-        initial = tuple(self._initial(state, group) for state in rule.states)
-        return Settings(group, rule, initial, {bits: self._derived(group, bits) for bits in (8, 32)})
+        return Settings(group, self.rule_of(group), self._derived)
 
     def _everyone(self) -> Iterator[Formed]:
         """All parameters with their forms."""

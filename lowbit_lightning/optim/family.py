@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowbit_lightning.kernels.rules import State
 from lowbit_lightning.optim.base import LowBitOptimizer
 from lowbit_lightning.optim.options import Options
 
@@ -135,7 +134,8 @@ class RMSprop(LowBitOptimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return "rmsprop" + ("_centered" if group["centered"] else "") + ("_momentum" if group["momentum"] else "")
 
-    def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
+    @staticmethod
+    def _derived(group: dict[str, Any], bits: int) -> dict[str, float]:
         return {"variance_floor": 1 / 64 if bits == 8 else 0.0}
 
 
@@ -161,9 +161,6 @@ class Adagrad(LowBitOptimizer):
     ) -> None:
         defaults = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}
         super().__init__(params, {**defaults, "initial_accumulator_value": initial_accumulator_value}, options)
-
-    def _initial(self, state: State, group: dict[str, Any]) -> float:
-        return group["initial_accumulator_value"]
 
     def state_dict(self, *, bits: int | None = None) -> dict[str, Any]:
         """See ``LowBitOptimizer``."""
@@ -270,7 +267,8 @@ class AdEMAMix(LowBitOptimizer):
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay}, options)
 
-    def _derived(self, group: dict[str, Any], bits: int) -> dict[str, float]:
+    @staticmethod
+    def _derived(group: dict[str, Any], bits: int) -> dict[str, float]:
         beta1, _, beta3 = group["betas"]
         tiny = 1e-300  # the logarithm of a beta of zero, as good as
         return {

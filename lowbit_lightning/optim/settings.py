@@ -6,7 +6,7 @@ A parameter may decide about its own states: ``parameter.state_bits = 32`` (or 8
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from lowbit_lightning.state.store import Store
 
 _form = itemgetter("bits", "min_size", "block_size", "master", "stochastic_rounding", "paged", "resident", "page_dir")
 """Gets the values of those keys of a group that decide its launches."""
+_BETAS = "beta1", "beta2", "beta3"
 
 
 def state_bits(p: Tensor) -> int | None:
@@ -41,14 +42,13 @@ def state_bits(p: Tensor) -> int | None:
 class Settings(NamedTuple):
     """A group, and what its optimizer derives from it.
 
-    ``initial``: the value of each state before the first step. ``derived``: hyperparameters of the rule that are not
-    keys of the group, by the bits of the parameters' states.
+    ``derived``: gives hyperparameters of the rule that are not keys of the group, by the bits of the parameters'
+    states.
     """
 
     group: dict[str, Any]
     rule: Rule
-    initial: tuple[float, ...]
-    derived: dict[int, dict[str, float]]
+    derived: Callable[[dict[str, Any], int], dict[str, float]]
 
     @property
     def key(self) -> tuple:
@@ -81,8 +81,8 @@ class Settings(NamedTuple):
         return Form(
             self.rule,
             tuple(8 if low and not state.slow else 32 for state in self.rule.states),
-            self.initial,
             group["block_size"],
+            initial=group.get("initial_accumulator_value", 0.0),
             master=group["master"] is not None and dtype == torch.bfloat16,
             paging=paging,
             partition=partition,
@@ -111,8 +111,8 @@ class Settings(NamedTuple):
 
     def scalars(self, device: torch.device, bits: int, asked: Factors) -> StepScalars:
         """The scalars of a step for parameters on ``device`` whose states have ``bits`` bits."""
-        values = {**self.group, **self.derived[bits]}
-        values |= {f"beta{i + 1}": beta for i, beta in enumerate(values.get("betas", ()))}
+        values = {**self.group, **self.derived(self.group, bits)}
+        values |= zip(_BETAS, values.get("betas", ()), strict=False)
         lr = values["lr"]
         on_device = isinstance(lr, Tensor) and lr.device == device
         if on_device:

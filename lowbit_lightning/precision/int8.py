@@ -120,11 +120,16 @@ class Int8Mixed:
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """See Lightning's. After the first step, layers that are slower in int8 go on in high precision."""
         result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
-        module = None if self._module is None else self._module()
+        module = self._converted
         if self.swap == "faster" and not self._slower.known and module is not None and self._swapped is not None:
             self._slower.find(module)
             self._say(self._slower.apply(module, self._swapped))
         return result
+
+    @property
+    def _converted(self) -> nn.Module | None:
+        """The module that was converted last, while it exists."""
+        return None if self._module is None else self._module()
 
     def release_layers(self) -> None:
         """Turn the layers back that ``convert_module`` swapped: int8 is how a run computes, not what a model is.
@@ -138,7 +143,7 @@ class Int8Mixed:
 
     def forward_context(self) -> AbstractContextManager:
         """bf16 autocast for all other ops, or no autocast if bf16 is not wanted or not faster."""
-        device = _device(None if self._module is None else self._module())
+        device = _device(self._converted)
         if self.autocast == "bf16" and not self._warned and not computes_in_bf16(device):
             self._warned = True
             rank_zero_warn(f"autocast='bf16' on {device}, whose hardware emulates bf16: 'auto' or 'off' is faster")
@@ -207,7 +212,7 @@ class Int8MixedPrecision(Int8Mixed, InStep):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See Lightning's; it comes after ``convert_module``."""
         super().on_load_checkpoint(checkpoint)
-        module = None if self._module is None else self._module()
+        module = self._converted
         if self.swap == "faster" and KEPT_LAYERS in checkpoint and module is not None and self._swapped is not None:
             self._slower = Slower.of(checkpoint[KEPT_LAYERS])
             self._say(self._slower.apply(module, self._swapped))
@@ -228,7 +233,7 @@ class Int8MixedPrecision(Int8Mixed, InStep):
                 self._say(self._swapped)
 
     def _is_sharded(self) -> bool:
-        module = None if self._module is None else self._module()
+        module = self._converted
         return module is not None and any(isinstance(m, FSDPModule) for m in module.modules())
 
 

@@ -90,15 +90,15 @@ class Entry(NamedTuple):
 class Form:
     """How one parameter's state is kept.
 
-    ``bits``: 8 or 32 for each of the rule's states. ``initial``: their values before the first step. ``master``:
-    whether the lower bits of a 24-bit master copy are kept. ``paging``: None for states on the parameter's own device.
+    ``bits``: 8 or 32 for each of the rule's states. ``initial``: their value before the first step. ``master``: whether
+    the lower bits of a 24-bit master copy are kept. ``paging``: None for states on the parameter's own device.
     ``partition``: whether the parameter is one of DeepSpeed's flat partitions.
     """
 
     rule: Rule
     bits: tuple[int, ...]
-    initial: tuple[float, ...]
     block_size: int
+    initial: float = 0.0
     master: bool = False
     paging: Paging | None = None
     partition: bool = False
@@ -108,13 +108,13 @@ class Form:
         paged = self.paging is not None and prod(shape) > 0
         scales_shape = BlockGrid.of(shape, self.block_size).scales_shape
         found = [Entry(STEP, "steps", (), torch.float32, 0.0, False)]
-        for state, bits, value in zip(self.rule.states, self.bits, self.initial, strict=True):
+        for state, bits in zip(self.rule.states, self.bits, strict=True):
             if bits == 32:
-                found.append(Entry(state.name, "32-bit", shape, torch.float32, value, paged))
+                found.append(Entry(state.name, "32-bit", shape, torch.float32, self.initial, paged))
                 continue
-            code = 255 if value else dynamic_map(state.codebook).zero_code  # the code of 1.0
+            code = 255 if self.initial else dynamic_map(state.codebook).zero_code  # the code of 1.0
             found.append(Entry(codes_name(state.name), "codes", shape, torch.uint8, code, paged))
-            found.append(Entry(scales_name(state.name), "scales", scales_shape, torch.float32, value, False))
+            found.append(Entry(scales_name(state.name), "scales", scales_shape, torch.float32, self.initial, False))
         if self.master:
             found.append(Entry(MASTER, "master remainders", shape, torch.int8, 0, paged))
         return found

@@ -71,7 +71,8 @@ def test_the_monitor_logs_what_paging_did(tmp_path: Path, caplog: pytest.LogCapt
         assert STATES * (1 - share) * 0.99 <= float(monitor.metrics[f"pages/{name}"]) <= 2 * STATES
     assert 0 <= float(monitor.metrics["pages/overlap"]) <= 1
     (line,) = [r.getMessage() for r in caplog.records if "paged optimizer states" in r.getMessage()]
-    assert re.search(rf"512 KiB, {100 * share:.0f} % of them resident; .* in and .* out in {STEPS} steps", line), line
+    told = rf"512\.00 KiB, {100 * share:.0f} % of them resident; .* in and .* out in {STEPS} steps"
+    assert re.search(told, line), line
 
 
 @pytest.fixture

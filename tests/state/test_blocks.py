@@ -27,7 +27,7 @@ def format_of(block_size: int = 256) -> StateFormat:
 
 
 def form(bits: int = 8, block_size: int = 256, initial: float = 0.0) -> Form:
-    return Form(RULE, (bits, bits), (initial, initial), block_size)
+    return Form(RULE, (bits, bits), block_size, initial)
 
 
 def created(form: Form, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def test_states_of_an_element_are_encoded_together(bad: float) -> None:
     elements are encoded as if that one had been 0."""
     rule = rules.get("ademamix")
     names = [state.name for state in rule.states]
-    asked = Form(rule, tuple(32 if state.slow else 8 for state in rule.states), (0.0,) * 3, 32)
+    asked = Form(rule, tuple(32 if state.slow else 8 for state in rule.states), 32)
     values = {name: torch.rand(3, 200) for name in names}
     for lost in names:
         plain = {name: x.clone() for name, x in values.items()}
@@ -125,7 +125,7 @@ def test_states_of_an_element_are_encoded_together(bad: float) -> None:
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
             assert float(found["exp_avg_slow"][1, 7]) == 0
-            wide = blocks.convert(plain, {}, Form(rule, (32,) * 3, (0.0,) * 3, 32), CPU)
+            wide = blocks.convert(plain, {}, Form(rule, (32,) * 3, 32), CPU)
             assert all(wide[name] is plain[name] for name in names)  # in 32 bits an overflow stays, as in torch
 
 

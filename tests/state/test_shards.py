@@ -138,7 +138,7 @@ def test_states_are_created_where_the_parameter_is(shape: tuple[int, ...], world
     with being_rank(rank, (world,)) as mesh:
         p = sharded(torch.zeros(shape), mesh, (Shard(0),))
         bits = 8 if shards.keeps_grid(p) else 32
-        form = Form(rules.get("lion"), (bits,), (0.0,), 32)
+        form = Form(rules.get("lion"), (bits,), 32)
         state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         given = Store(state).give(p, form, lambda: [(p, form)])
         assert given.kept.keys() == state[p].keys()

@@ -21,7 +21,7 @@ multiply-add is ``fused``). So all backends give the same bits.
   and changes the states. The name of a state stands for the value of its code. The text multiplies it by the scale of
   its block: ``exp_avg * exp_avg_scale``. In 32 bits the scale is 1. ``exp_avg * (beta1 * exp_avg_scale)`` costs
   one multiplication, since the scale is shared by a block (with a factor above 1 it could overflow for all of them).
-  Functions: ``sign``, ``absolute``, ``maximum``, ``where``; ``fused(a, b, c)``, which is a * b + c with one rounding;
+  Functions: ``sign``, ``maximum``, ``where``; ``fused(a, b, c)``, which is a * b + c with one rounding;
   and ``over_root(f, a, x, c, eps)``, which is f * a / (sqrt(x) * c + eps) of scalars f, c, eps and values a, x.
   As in torch, ``maximum`` of NaN is NaN and ``sign`` of NaN is 0; ``maximum`` of two zeros is the second.
   Numbers are not allowed here; define them as scalars.
@@ -351,7 +351,6 @@ _TENSOR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fused": fused,
     "over_root": over_root,
     "sign": torch.sign,
-    "absolute": torch.abs,
     "maximum": _maximum,
     "where": torch.where,
 }
