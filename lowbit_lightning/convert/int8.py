@@ -88,17 +88,23 @@ def swap_linears(
         output_layer=output_layer,
         overrides=overrides,
     )
-    selection = _without_owned(layers, selection)
-    _check_released({n: layers[n] for n in selection.skipped if _is_adopted(layers[n])})
-    rest = others(module, layers)
+    selection, rest = _without_owned(layers, selection), others(module, layers)
+    _carry_out(module, layers, selection, rest)
+    return Report.of(selection, products, _notes(module), rest)
+
+
+def _carry_out(
+    module: nn.Module, layers: Mapping[str, nn.Module], selection: Selection[Products], rest: dict[str, str]
+) -> None:
+    """Swap the chosen layers, and turn back the others that an earlier call swapped."""
+    turned_back = {name: layers[name] for name in selection.skipped if _is_adopted(layers[name])}
+    _check_released(turned_back)
     if not selection.chosen:
         raise NothingToSwap(_nothing(module, {**selection.skipped, **rest}))
-    for name, layer in layers.items():
-        if name in selection.chosen:
-            adopt(layer, selection.chosen[name])
-        elif _is_adopted(layer):
-            release(layer)  # type: ignore[arg-type]
-    return Report.of(selection, products, _notes(module), rest)
+    for name, products in selection.chosen.items():
+        adopt(layers[name], products)
+    for layer in turned_back.values():
+        release(layer)  # type: ignore[arg-type]
 
 
 def restore(module: nn.Module) -> tuple[str, ...]:
