@@ -65,8 +65,8 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:  # type: ignore[override]
-        """What torch's fused paths ask for; a plain attention finds its own answer again in the object."""
-        return False
+        """What torch's fused paths ask for; its constructor, and a plain attention, find their answer in the object."""
+        return not hasattr(self, "products") and vars(self)["_qkv_same_embed_dim"]
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
@@ -179,7 +179,8 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
         padded = torch.nested.to_padded_tensor(x, 0.0)
         places = torch.arange(padded.shape[1], device=padded.device)
         unused = places >= torch.tensor(lengths, device=padded.device).unsqueeze(1)
-        y, weights = self(padded, padded, padded, unused, need_weights, average_attn_weights=average)
+        given = padded, padded, padded, unused, need_weights
+        y, weights = self.forward(*given, average_attn_weights=average)  # so that hooks run once
         parts = [row[:n] for row, n in zip(y, lengths, strict=True)]
         return torch.nested.as_nested_tensor(parts, layout=x.layout), weights
 

@@ -136,7 +136,9 @@ class Int8Layer(nn.Module):
 
     @staticmethod
     def rows(x: Tensor) -> Tensor:
-        """An input, output or gradient as a matrix with a column for each feature."""
+        """An input, output or gradient as a matrix with a column for each feature; it may be nested."""
+        if x.is_nested:
+            return torch.cat([Int8Layer.rows(part) for part in x.unbind()])
         return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
     def extra_repr(self) -> str:
@@ -192,17 +194,16 @@ class Int8Matrix(Int8Layer):
         return self._nested(input) if input.is_nested else linear(self, input, self.matrix, self.bias)
 
     def _nested(self, input: Tensor) -> Tensor:
-        """All rows of a nested tensor at once."""
+        """All rows of a nested tensor at once. ``forward`` is called, so that hooks run once."""
         if input.layout is not torch.jagged:
             parts = input.unbind()
-            rows = [self.rows(part) for part in parts]
-            results = self(torch.cat(rows)).split([len(part) for part in rows])
+            results = self.forward(self.rows(input)).split([part.shape[:-1].numel() for part in parts])
             shaped = [y.view(*part.shape[:-1], -1) for y, part in zip(results, parts, strict=True)]
             return torch.nested.as_nested_tensor(shaped)
         if not input.is_contiguous():
             raise ValueError("a jagged input must be contiguous, as for nn.Linear: call .contiguous() on it")
         offsets = input.offsets()  # type: ignore[attr-defined]
-        return torch.nested.nested_tensor_from_jagged(self(input.values()), offsets)
+        return torch.nested.nested_tensor_from_jagged(self.forward(input.values()), offsets)
 
 
 class Int8Linear(Int8Matrix, nn.Linear):

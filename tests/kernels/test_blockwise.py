@@ -207,7 +207,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: kernels.quantize_blockwise(torch.zeros(4, dtype=torch.int32)), TypeError, "x must be float32"),
+        (lambda: kernels.quantize_blockwise(torch.zeros(4, dtype=torch.int32)), TypeError, "x must be torch.float32"),
         (lambda: kernels.quantize_blockwise(torch.zeros(4), block_size=7), ValueError, "power of two .* got 7"),
         (lambda: kernels.quantize_blockwise(torch.zeros(4), "dynamic"), ValueError, "codebook must be one of"),
         (

@@ -147,6 +147,17 @@ def test_a_swap_is_in_place_and_reversible() -> None:
     assert convert.restore(again) == report.swapped
 
 
+@pytest.mark.parametrize("settings", [{}, {"kdim": 48, "vdim": 48, "bias": False}])
+def test_one_that_is_built_has_the_parameters_of_torch_s(settings: dict[str, Any]) -> None:
+    plain, built = nn.MultiheadAttention(E, HEADS, **settings), Int8MultiheadAttention(E, HEADS, **settings)
+    built.load_state_dict(plain.state_dict())
+    given = inputs("memory", batch_first=False, kdim=settings.get("kdim", E))
+    for own, swapped in zip(results(built, given), results(int8(plain), given), strict=True):
+        assert torch.equal(own, swapped)
+    convert.restore(built)
+    assert built._qkv_same_embed_dim == plain._qkv_same_embed_dim
+
+
 def test_names_stand_for_projections() -> None:
     """The attention's for the input projections, ``out_proj`` for the output's, which can't be int8 alone."""
     model = encoder()

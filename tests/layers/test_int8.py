@@ -11,6 +11,7 @@ from support.int8_models import K, N, counted, layer, matmuls
 from torch import Tensor, nn
 
 from lowbit_lightning import kernels
+from lowbit_lightning.callbacks.sample import Sample
 from lowbit_lightning.layers import Int8Linear
 from lowbit_lightning.layers.int8 import fewest_rows
 
@@ -174,6 +175,24 @@ def test_nested_tensors() -> None:
             narrow(turned)
     strided = linear(torch.nested.nested_tensor(parts))
     assert all(torch.equal(a, linear(b)) for a, b in zip(strided.unbind(), parts, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_hooks_see_a_nested_input_once_and_the_monitor_measures_its_rows(layout: torch.layout) -> None:
+    linear, parts = layer(), [torch.randn(n, K) for n in (3, 5)]
+    found = []
+    for x in (torch.nested.nested_tensor(parts, layout=layout, requires_grad=True), torch.cat(parts).requires_grad_()):
+        sample, calls = Sample({"layer": linear}), list[Any]()
+        handle = linear.register_forward_hook(lambda *seen, calls=calls: calls.append(seen))
+        y = linear(x)
+        (torch.cat(y.unbind()) if y.is_nested else y).square().sum().backward()
+        handle.remove()
+        sample.remove()
+        assert len(calls) == 1
+        found.append(sample.result()[1])
+    assert torch.equal(*found)
+    assert len(found[0]) == 6
 
 
 def test_no_bias_and_strided_operands() -> None:
