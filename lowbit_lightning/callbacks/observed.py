@@ -80,7 +80,7 @@ def _states(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
 
 
 def peak(device: torch.device, rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The peak, and a row of what activations and temporary tensors took of it, where the device counts."""
+    """The peak and, where the device counts memory, a row for activations and temporary tensors."""
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
         rest = most - sum(row["bytes"] for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -90,18 +91,22 @@ def dequantize(module: Module, dtype: torch.dtype | None = None) -> Module:
     Args:
         dtype: float32, float16 or bfloat16; None: the dtype that each weight had before.
 
-    The weights are frozen; ``requires_grad_`` makes them trainable.
+    The weights are frozen; ``requires_grad_`` makes them trainable. Layers that share a weight share the decoded one.
     """
     if dtype not in (None, *FLOATS):
         raise TypeError(f"dtype must be None, torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-    for name, layer in list(low_bit_layers(module)):
-        if isinstance(layer, LowBitLinear):
-            LowBitLinear.release(layer, dtype)
-        elif isinstance(layer, LowBitEmbedding):
-            LowBitEmbedding.release(layer, dtype)
-        elif isinstance(layer, LowBitTensor):
+    found = list(low_bit_layers(module))
+    users = Counter(id(layer.weight) for _, layer in found)
+    shared: dict[tuple[int, bool], nn.Parameter] = {}
+    for name, layer in found:
+        if isinstance(layer, LowBitTensor):
             owner, _, part = name.rpartition(".")
             LowBitTensor.release(module.get_submodule(owner), part, dtype)
+            continue
+        packed = id(layer.weight)
+        (LowBitEmbedding if isinstance(layer, LowBitEmbedding) else LowBitLinear).release(layer, dtype)  # type: ignore
+        if users[packed] > 1:
+            layer.weight = shared.setdefault((packed, is_conv1d(layer)), layer.weight)
     return module
 
 

@@ -17,8 +17,8 @@ from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, BlockGrid, chec
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PART = 2**16
-"""Pixels whose products ``int8_conv_weight`` sums exactly, in int32, before they are scaled; -128 is a number like any
-other."""
+"""The number of pixels whose products ``int8_conv_weight`` sums exactly, in int32, before it scales the sum. An int32
+holds them even if all are products of -128."""
 
 _PLACE = attrgetter("shape", "device", "layout", "dtype")
 

@@ -28,7 +28,7 @@ def quantize_blockwise(
         codebook has no -1).
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     check_dtype("x", x.dtype)
     formats.check_block_size(block_size)
@@ -46,7 +46,7 @@ def dequantize_blockwise(
     """The inverse of ``quantize_blockwise``: ``codebook[codes] * scales``, of the codes' shape, in ``dtype``.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     formats.check_block_size(block_size)
     if codes.dtype != torch.uint8:

@@ -18,7 +18,7 @@ from lowbit_lightning.kernels.checks import check_bias, check_devices, check_dty
 from lowbit_lightning.kernels.dispatch import declare
 
 MOST_CHANNELS = 2**16
-"""An int32 holds the sum of so many products, -128 included."""
+"""An int32 holds the sum of this many products, even if all are products of -128."""
 
 
 def int8_conv(
@@ -45,7 +45,7 @@ def int8_conv(
         ``[images * M, N]`` of ``out_dtype``.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     _check_table(table, images)
     _check("a", a, (images * _per_image("a", a, 0, images), None), a_scales, "a_scales", 0)
@@ -78,7 +78,7 @@ def int8_conv_input(
         ``[images * R, N]`` of ``out_dtype``.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     _check_table(table, images)
     _check("a", a, (images * table.shape[0], None), a_scales, "a_scales", 0)
@@ -109,7 +109,7 @@ def int8_conv_weight(
         ``[N, T, K]`` of ``out_dtype``. Sums over more than 65,536 results are added in float32.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     _check_table(table, images)
     _check("a", a, (None, images * table.shape[0]), a_scales, "a_scales", 0)

@@ -32,7 +32,7 @@ def int8_matmul(
         ``[M, N]`` of ``out_dtype``. Above K = 131,071, where int32 could overflow, partial sums are added in float32.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         raise TypeError(f"a and b must be int8, got {a.dtype} and {b.dtype}")

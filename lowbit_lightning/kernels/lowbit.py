@@ -46,7 +46,7 @@ def lowbit_dequantize(
     """The weight ``[..., K]`` in ``dtype``: float32, float16 or bfloat16. ``row_length`` is K.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     return _dequantize(packed, scales, str(form), row_length, dtype)
 
@@ -67,7 +67,7 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
         infinite there if x has more than 32 rows, and in the gradient of x.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     if unwatched(x, packed, scales, bias):
         return _run_product(x, packed, scales, bias, str(form))
@@ -90,7 +90,7 @@ def lowbit_embedding(
         indices: int32 or int64, from 0 to rows - 1. On a GPU that is the caller's duty; elsewhere it is checked.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
         IndexError: for an index out of range.
     """
     return _embedding(packed, scales, indices, str(form), row_length, dtype)
@@ -116,7 +116,7 @@ def int8_outlier_matmul(
         ``[..., N]`` in x's dtype.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     if is_transformed():
         return _by_torch(x, packed, scales, bias, "int8")

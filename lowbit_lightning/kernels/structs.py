@@ -104,7 +104,7 @@ class FitRule(ctypes.Structure):
 
 @cache
 def fit_rule(name: str, length: int, fit: str) -> FitRule:
-    """Of a format, rows of ``length`` elements and a fit."""
+    """The struct for a format, rows of ``length`` elements and a fit."""
     f = weight_format(name)
     rule = FitRule(
         *(length, f.block_length(length), f.blocks_per_row(length), f.packed_width(length)),

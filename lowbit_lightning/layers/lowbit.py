@@ -15,8 +15,7 @@ safetensors, pickle and deepcopy need nothing special.
 In which dtype it computes
 --------------------------
 It computes in ``compute_dtype`` if one was given, otherwise in autocast's dtype if autocast is on, otherwise in the
-input's dtype. Sums are
-float32. The output has the input's dtype, or autocast's.
+input's dtype. Sums are float32. The output has the input's dtype, or autocast's.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lowbit_lightning.layers.int8 import FLOATS, autocasts, is_conv1d
 PARTS = ("weight", "weight_scales", "weight_format")
 """The entries of a low-bit weight in a ``state_dict``."""
 ELEMENTS_AT_ONCE = 1 << 19
-"""So many elements of a weight are quantised at once."""
+"""The number of elements of a weight that are quantised at once."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MOST_PRODUCTS, ROUNDS, SECONDS = 3e8, 6, 0.4
 """Of a forward that is timed, unless one image has more; rounds, and seconds after which no round begins."""
 
 GAIN = 1.05
-"""How much faster int8 must be: a coin should not be tossed."""
+"""int8 must be faster by this factor, so that noise does not decide."""
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 

@@ -28,7 +28,11 @@ Group = list[nn.Parameter]
 
 @dataclass(frozen=True)
 class Copies:
-    """Bytes of gathered parameters, of gradients in communication; of each collective in a step; the groups reduced."""
+    """What communication needs on a device.
+
+    ``gathered``, ``reduction``: bytes of gathered parameters, and of gradients that are being reduced.
+    ``communication``: bytes of each collective in a step. ``reductions``: gradients that are reduced together.
+    """
 
     gathered: int = 0
     reduction: int = 0

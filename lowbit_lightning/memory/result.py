@@ -37,8 +37,8 @@ class Plan:
         activations: tensors that forward and backward hold at their peak, beyond the gradients; None without a batch.
         paged_out: bytes of optimizer states in "host memory" or on "disk"; not part of ``total``.
         state_parts: ``states`` by kind; "pages" is near memory of paged states: of resident ones, and the ring.
-        communication: bytes by collective in an optimizer step, as each rank hands them over or gets them: whichever is
-            whole.
+        communication: bytes by collective in an optimizer step, of the whole tensor: what a rank hands over to be
+            reduced, or receives when it is gathered.
         margin: a share of the total, for memory that the allocator keeps beside the tensors.
         settings: what was planned for, and what gave the ``loss``.
     """

@@ -25,9 +25,10 @@ Parts = Mapping[nn.Parameter, nn.Parameter]
 def make(
     kind: Kind, bits: int | None, parts: Parts, convert: bool, options: dict[str, Any], paging: dict[str, Any]
 ) -> Optimizer:
-    """The optimizer over the parts. ``convert``: an optimizer of torch.optim becomes its twin, as in the sharded
-    strategy.
-    ``paging``: options of this package's optimizers and of twins.
+    """The optimizer over the parts.
+
+    ``convert``: an optimizer of torch.optim becomes its twin, as in the sharded strategy. ``paging``: options of this
+    package's optimizers and of twins.
 
     Raises:
         ValueError, TypeError: for a name, class, instance or option that cannot be used; the error names it.

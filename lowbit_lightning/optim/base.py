@@ -61,9 +61,10 @@ class LowBitOptimizer(Optimizer):
 
     @classmethod
     def __subclasses__(cls) -> list[type]:  # type: ignore[override]
-        """All but the namesakes of torch's, and those of a class that they derive from: LightningCLI looks for a bare
-        ``--optimizer=AdamW`` among the subclasses of ``torch.optim.Optimizer``, and refuses it where it finds two. Ours
-        goes by ``lowbit_lightning.optim.AdamW``."""
+        """The subclasses, without those that have the name of an optimizer in torch or of their own base class.
+
+        LightningCLI looks for a bare ``--optimizer=AdamW`` among all subclasses of ``torch.optim.Optimizer``, and
+        refuses the name if it finds two. This package's is called ``lowbit_lightning.optim.AdamW`` there."""
         found = [c for c in type.__subclasses__(cls) if not hasattr(torch.optim, c.__name__)]
         return [c for c in found if c.__name__ not in {base.__name__ for base in c.__mro__[1:]}]
 
@@ -113,7 +114,7 @@ class LowBitOptimizer(Optimizer):
         return rules.get(self._rule(group))
 
     def settings(self, group: dict[str, Any]) -> Settings:
-        """What a step makes of a group."""
+        """A group as a step sees it."""
         return Settings(group, self.rule_of(group), self._derived)
 
     def _everyone(self) -> Iterator[Formed]:
@@ -122,7 +123,7 @@ class LowBitOptimizer(Optimizer):
 
     @property
     def _store(self) -> Store:
-        """Of the states. Made when it is first needed: an optimizer may have been unpickled, or of another class."""
+        """The store, made when it is first needed: an optimizer may have been unpickled, or have changed its class."""
         if "_states" not in self.__dict__:
             self._states = Store(self.state)
         self._states.state = self.state  # torch makes a new one when it loads
@@ -275,7 +276,7 @@ class LowBitOptimizer(Optimizer):
         loading.load(self, super().load_state_dict, state_dict, withhold_states, install)
 
     def _renew_store(self) -> None:
-        """From here on states in their slabs, and whoever holds the old store, are all that keeps them alive."""
+        """Replace the store: old slabs then live only as long as somebody holds their tensors or the old store."""
         self._states = Store(self.state, self._store.pagers.renewed())
 
     def taken_over(self, groups: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:

@@ -270,7 +270,7 @@ class AdEMAMix(LowBitOptimizer):
     @staticmethod
     def _derived(group: dict[str, Any], bits: int) -> dict[str, float]:
         beta1, _, beta3 = group["betas"]
-        tiny = 1e-300  # the logarithm of a beta of zero, as good as
+        tiny = 1e-300  # in place of a beta of zero, which has no logarithm
         return {
             "log_beta1": log(max(beta1, tiny)),
             "log_beta3": log(max(beta3, tiny)),

@@ -35,7 +35,7 @@ ROWS, LARGEST, SHAPES, ROUNDS, SECONDS = 256, 2048, 3, 8, 0.3
 """A measurement: rows of x, most features either way, how many shapes; rounds, and seconds after which none begins."""
 
 GAIN = 1.1
-"""How much faster bf16 must be: casts to it cost something too, and no coin is to be tossed."""
+"""bf16 must be faster by this factor: casts to it take time too, and noise must not decide."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from lowbit_lightning.precision.in_step import InStep
 from lowbit_lightning.precision.slower import Slower
 
 NAME = "int8-mixed"
-KEPT = "lowbit_lightning.autocast"  # what a checkpoint says that "auto" has chosen
-KEPT_LAYERS = "lowbit_lightning.swap"  # and that "faster" has
+KEPT = "lowbit_lightning.autocast"  # a checkpoint's key for what autocast="auto" chose
+KEPT_LAYERS = "lowbit_lightning.swap"  # and for what swap="faster" chose
 
 
 class Int8Mixed:

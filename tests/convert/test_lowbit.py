@@ -88,6 +88,9 @@ def test_tied_weights_stay_one() -> None:
     x = torch.randint(80, (2, 5))
     expected = nn.functional.linear(net.embed(x), net.embed.dequantize(torch.float32))  # type: ignore[operator]
     assert torch.allclose(net.head(net.embed(x)), expected, atol=1e-5)
+    plain = convert.dequantize(net)
+    assert plain.head.weight is plain.embed.weight
+    assert len({id(m.weight) for m in plain.modules() if isinstance(m, nn.Linear)}) == 5
 
 
 def test_the_report() -> None:

@@ -30,7 +30,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 @cache
 def rotation(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The compiled rotation, likewise."""
+    """The compiled rotation; ``flags`` as for ``library``."""
     compiled = host_library(specialised("int8_hadamard.cpp"), flags=flags)
     compiled.lb_hadamard.restype = None
     compiled.lb_hadamard.argtypes = [_POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _INT]
@@ -84,14 +84,14 @@ def _empty_channels(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Memory for int8 ``[rows, columns]`` and its scales."""
+    """Uninitialised int8 ``[rows, columns]`` and scales ``[rows]``."""
     q = torch.empty(rows, columns, dtype=torch.int8, device="cpu")
     return q, torch.empty(rows, dtype=torch.float32, device="cpu")
 
 
 def quantize_into(x: Tensor, seed: int | None, *forms: Tensor | None, turned: bool = True) -> None:
-    """``quantize_both``, or ``quantize_image`` if not ``turned``, into memory at hand; None for a form, both of its
-    tensors, that is not wanted."""
+    """Write the results of ``quantize_both``, or of ``quantize_image`` if not ``turned``, into the given tensors.
+    Give None, None for a form that is not wanted."""
     word = None if seed is None else ctypes.byref(ctypes.c_int64(seed))
     pointers = [None if form is None else form.data_ptr() for form in forms]
     threads = torch.get_num_threads() if x.numel() >= _MANY else 1

@@ -39,7 +39,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     if instructions(compiled) == SLOW and not flags:
         warnings.warn(
             "lowbit_lightning knows no instructions for int8 products on this processor: int8_matmul gives the same"
-            " numbers, but not faster than float32; precision='bf16-mixed' or '32-true' may train faster here",
+            " numbers, but is no faster than float32; precision='bf16-mixed' or '32-true' may train faster here",
             stacklevel=2,
         )
     if instructions(compiled).startswith(REFUSED) and not flags:

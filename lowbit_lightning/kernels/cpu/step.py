@@ -1,7 +1,7 @@
 """The optimizer step on CPU: src/optimizer_step.cpp.
 
-It is compiled once for each combination of rule, dtypes, coded states and block size that occurs, so that nothing is
-decided inside its loop; the cache makes that a matter of the first run on a machine.
+It is compiled for each combination of rule, dtypes, coded states and block size that occurs, so its loop takes no
+decisions. The cache keeps the results, so a machine compiles each combination once.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def hadamard(x: Tensor, dim: int) -> Tensor:
 
 
 def _quantize_tiles(x: Tensor, seed: int | None, with_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The column-wise form, and the row-wise one or what stands for it, empty."""
+    """The column-wise form, then the row-wise form, which is empty unless ``with_rows``."""
     rows, columns = x.shape
     row_count = rows if with_rows else 0
     column_q = torch.empty(columns, rows, dtype=torch.int8, device=x.device)

@@ -102,11 +102,11 @@ def check_block_size(block_size: int) -> None:
 
 
 ENCODE_OFFSET = np.float32(32 / 9)
-"""Of the line from 4 to 8 over a decade, whose lower end is a tenth of its upper one: where it meets zero."""
+"""The value at zero of the line that rises from 4 to 8 over a decade (from a tenth of its upper end to this end)."""
 ENCODE_TOP = np.nextafter(np.float32(8), np.float32(0))
 """The largest float32 below 8."""
 _SHIFT_TO = {1: 22, 128: 23, 0: 31}
-"""The bytes that shifts find in the bits of ENCODE_OFFSET, 0x40638E39."""
+"""Byte -> the shift after which it is the low byte of ENCODE_OFFSET's bits, 0x40638E39."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def hadamard(x: Tensor, dim: int) -> Tensor:
 
 
 def _rotated_blocks(x: Tensor, first: int) -> Tensor:
-    """Of blocks ``[R, n, size]`` that begin at this position of a segment."""
+    """Rotate blocks ``[R, n, size]``, each of which begins at position ``first`` of a segment."""
     size = x.shape[2]
     place = first + torch.arange(size, device=x.device)
     pairs = place & place >> 1

@@ -22,8 +22,8 @@ class Entries:
     is under way. A tensor that was read is the slab's memory, and later steps change it without notice. So read it
     again, or clone it. Assigning a tensor to a paged state copies it into the slab.
 
-    The class is no ``Mapping``, because Lightning moves the content of mappings to the device, and these entries must
-    stay. ``dict(entries)`` works.
+    The class is not a ``Mapping``: Lightning moves the content of mappings to the device, and these entries must stay.
+    ``dict(entries)`` works.
     """
 
     def __init__(self, p: Tensor, entries: Mapping[str, Any], pager: Pager, number: int) -> None:
