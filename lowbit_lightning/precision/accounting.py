@@ -12,10 +12,9 @@ package's ops. So:
 
 from __future__ import annotations
 
-import functools
 import warnings
+from collections.abc import Callable
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils import flop_counter
 
 from lowbit_lightning.precision.int8 import Int8Mixed
 from lowbit_lightning.precision.low_bit_weights import ATTRIBUTE
+from lowbit_lightning.precision.wrapping import wrap_once
 
 
 def patch_accounting() -> None:
@@ -34,8 +34,8 @@ def patch_accounting() -> None:
     from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
 
     for module in (throughput, throughput_monitor):
-        _wrap_compute_dtype(module)
-    _wrap_summary(ModelSummary)
+        wrap_once(module, "_plugin_to_compute_dtype", _compute_dtype)
+    wrap_once(ModelSummary, "__init__", _summarise)
     ops = torch.ops.lowbit_lightning
     for op, formula in (
         (ops.int8_linear, _forward),
@@ -47,38 +47,20 @@ def patch_accounting() -> None:
             flop_counter.register_flop_formula(op)(formula)
 
 
-def _wrap_compute_dtype(module: ModuleType) -> None:
-    original = getattr(module, "_plugin_to_compute_dtype", None)
-    if original is None or hasattr(original, "_lowbit_lightning"):
-        return  # another Lightning
-
-    @functools.wraps(original)
-    def compute_dtype(plugin: Any) -> torch.dtype:
-        return torch.int8 if isinstance(plugin, Int8Mixed) else original(plugin)
-
-    compute_dtype._lowbit_lightning = True  # type: ignore[attr-defined]
-    module._plugin_to_compute_dtype = compute_dtype  # type: ignore[attr-defined]
+def _compute_dtype(original: Callable[[Any], torch.dtype], plugin: Any) -> torch.dtype:
+    return torch.int8 if isinstance(plugin, Int8Mixed) else original(plugin)
 
 
-def _wrap_summary(summary: Any) -> None:
-    original = summary.__init__
-    if hasattr(original, "_lowbit_lightning"):
+def _summarise(original: Callable[..., None], summary: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    trainer = getattr(model, "_trainer", None)
+    plugin = None if trainer is None else trainer.precision_plugin
+    if not isinstance(plugin, Int8Mixed) and not hasattr(plugin, ATTRIBUTE):
+        original(summary, model, *args, **kwargs)
         return
-
-    @functools.wraps(original)
-    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        trainer = getattr(model, "_trainer", None)
-        plugin = None if trainer is None else trainer.precision_plugin
-        if not isinstance(plugin, Int8Mixed) and not hasattr(plugin, ATTRIBUTE):
-            original(self, model, *args, **kwargs)
-            return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"Precision \S+ is not supported by the model summary")
-            original(self, model, *args, **kwargs)
-        self._precision_megabytes = _bytes_per_parameter(model) * 1e-6
-
-    __init__._lowbit_lightning = True  # type: ignore[attr-defined]
-    summary.__init__ = __init__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Precision \S+ is not supported by the model summary")
+        original(summary, model, *args, **kwargs)
+    summary._precision_megabytes = _bytes_per_parameter(model) * 1e-6
 
 
 def _bytes_per_parameter(module: nn.Module) -> float:

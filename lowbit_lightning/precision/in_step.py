@@ -19,7 +19,6 @@ Interactions
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +38,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from lowbit_lightning.optim import LowBitOptimizer
+from lowbit_lightning.precision.wrapping import wrap_once
 
 _NORM, _VALUE = GradClipAlgorithmType.NORM, GradClipAlgorithmType.VALUE
 
@@ -161,16 +161,8 @@ def allow_clipping() -> None:
     other optimizer; idempotent.
     """
     for module in (fabric_amp, fabric_fsdp, amp, fsdp):  # three of them have imported the function from the first
-        original = module._optimizer_handles_unscaling
-        if not hasattr(original, "_lowbit_lightning"):
-            module._optimizer_handles_unscaling = _except_ours(original)  # type: ignore[attr-defined]
+        wrap_once(module, "_optimizer_handles_unscaling", _handles_unscaling)
 
 
-def _except_ours(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    @functools.wraps(original)
-    def _optimizer_handles_unscaling(optimizer: Any) -> bool:
-        inner = getattr(optimizer, "optimizer", optimizer)
-        return original(optimizer) and not isinstance(inner, LowBitOptimizer)
-
-    _optimizer_handles_unscaling._lowbit_lightning = True  # type: ignore[attr-defined]
-    return _optimizer_handles_unscaling
+def _handles_unscaling(original: Callable[[Any], bool], optimizer: Any) -> bool:
+    return original(optimizer) and not isinstance(getattr(optimizer, "optimizer", optimizer), LowBitOptimizer)

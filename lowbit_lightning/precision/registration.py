@@ -7,10 +7,9 @@ and Fabric, because LightningCLI reads the values of ``--trainer.precision`` fro
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Union, get_args
 
@@ -31,6 +30,7 @@ from lowbit_lightning.precision.int8 import (
     fit_to,
 )
 from lowbit_lightning.precision.low_bit_weights import LowBitWeights, attach
+from lowbit_lightning.precision.wrapping import wrap_once
 
 
 class PrecisionNotApplied(RuntimeError):
@@ -54,10 +54,7 @@ def register() -> None:
 
 
 def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
-    original = connector.__init__  # type: ignore[misc]
-    if hasattr(original, "_lowbit_lightning"):
-        return
-    signature = inspect.signature(original)
+    signature = inspect.signature(connector.__init__)  # type: ignore[misc]
     missing = {"precision", "plugins", "strategy"} - set(signature.parameters)
     if missing:
         rank_zero_warn(
@@ -66,8 +63,7 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
         )
         return
 
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def connect(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         wanted = _precision(connector, bound.arguments.get("precision")) == NAME
         weights, plugins = _without_weights(_listed(bound.arguments.get("plugins")))
@@ -92,8 +88,7 @@ def _wrap(connector: type, plugin: type[Any], attribute: str) -> None:
         if weights is not None:
             attach(weights, in_use, self.strategy)
 
-    __init__._lowbit_lightning = True  # type: ignore[attr-defined]
-    connector.__init__ = __init__  # type: ignore[misc]
+    wrap_once(connector, "__init__", connect)
 
 
 def _annotate(reader: type) -> None:
