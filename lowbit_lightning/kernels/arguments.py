@@ -16,6 +16,8 @@ from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.formats import DEFAULT_BLOCK_SIZE, BlockGrid, check_block_size
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Scaled = tuple[Tensor, Tensor]
+"""int8 values and their float32 scales."""
 PART = 2**16
 """The number of pixels whose products ``int8_conv_weight`` sums exactly, in int32, before it scales the sum. An int32
 holds them even if all are products of -128."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
+from lowbit_lightning.kernels.arguments import Scaled, StepArguments, StepScalars
 
 
 class Load(Protocol):
@@ -74,48 +74,24 @@ class Int8(Protocol):
 
 
 class Int8Conv(Protocol):
-    """``int8_conv.py``: the products of a convolution. A batch has ``images`` images of R pixels, results of M each.
+    """``int8_conv.py``: the products of a convolution. A batch has ``images`` images of R pixels, results of M each. An
+    operand is int8 and its float32 scales.
 
     ``table``: int32 ``[M, T]``, not empty: the pixel that tap t of a result's window reads, or -1 outside the image.
     No pixel is read twice by one tap.
     """
 
     def int8_conv(
-        self,
-        a: Tensor,
-        b: Tensor,
-        a_scales: Tensor,
-        b_scales: Tensor,
-        table: Tensor,
-        images: int,
-        bias: Tensor | None,
-        out_dtype: torch.dtype,
+        self, a: Scaled, b: Scaled, table: Tensor, images: int, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
         """``[images * M, N]`` of a ``[images * R, K]`` and b ``[N, T, K]``."""
 
     def int8_conv_input(
-        self,
-        a: Tensor,
-        b: Tensor,
-        a_scales: Tensor,
-        b_scales: Tensor,
-        table: Tensor,
-        images: int,
-        pixels: int,
-        out_dtype: torch.dtype,
+        self, a: Scaled, b: Scaled, table: Tensor, images: int, pixels: int, out_dtype: torch.dtype
     ) -> Tensor:
         """``[images * R, N]`` of a ``[images * M, K]`` and b ``[K, T, N]``; ``pixels`` is R."""
 
-    def int8_conv_weight(
-        self,
-        a: Tensor,
-        b: Tensor,
-        a_scales: Tensor,
-        b_scales: Tensor,
-        table: Tensor,
-        images: int,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
+    def int8_conv_weight(self, a: Scaled, b: Scaled, table: Tensor, images: int, out_dtype: torch.dtype) -> Tensor:
         """``[N, T, K]`` of a ``[N, images * M]`` and b ``[images * R, K]``."""
 
 

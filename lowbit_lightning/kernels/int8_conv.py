@@ -11,11 +11,14 @@ pixels: both operands have a scale for each *channel*.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.checks import check_bias, check_devices, check_dtype, check_scales
-from lowbit_lightning.kernels.dispatch import declare
+from lowbit_lightning.kernels.dispatch import declare, run
 
 MOST_CHANNELS = 2**16
 """An int32 holds the sum of this many products, even if all are products of -128."""
@@ -150,18 +153,29 @@ def _check_rest(out_dtype: torch.dtype, channels: int) -> None:
     check_dtype("out_dtype", out_dtype)
 
 
+def _on_backend(op: str) -> Callable[..., Tensor]:
+    def implementation(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, *rest: Any) -> Tensor:
+        operands = (a.contiguous(), a_scales.contiguous()), (b.contiguous(), b_scales.contiguous())
+        return run(op, a.device, *operands, *rest)
+
+    return implementation
+
+
 _conv = declare(
     "int8_conv(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor table, SymInt images, Tensor? bias, "
     "ScalarType out_dtype) -> Tensor",
     fake=lambda a, b, _, __, table, images, ___, dtype: a.new_empty(images * table.shape[0], b.shape[0], dtype=dtype),
+    implementation=_on_backend("int8_conv"),
 )
 _conv_input = declare(
     "int8_conv_input(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor table, SymInt images, SymInt pixels, "
     "ScalarType out_dtype) -> Tensor",
     fake=lambda a, b, _, __, ___, images, pixels, dtype: a.new_empty(images * pixels, b.shape[2], dtype=dtype),
+    implementation=_on_backend("int8_conv_input"),
 )
 _conv_weight = declare(
     "int8_conv_weight(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor table, SymInt images, "
     "ScalarType out_dtype) -> Tensor",
     fake=lambda a, b, _, __, table, ___, dtype: a.new_empty(a.shape[0], table.shape[1], b.shape[1], dtype=dtype),
+    implementation=_on_backend("int8_conv_weight"),
 )

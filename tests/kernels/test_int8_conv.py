@@ -126,8 +126,9 @@ def assert_as_reference(case: Case, dtype: torch.dtype, hostile: bool = False) -
         ("int8_conv_input", (dy, w, dy_scales, of_channels, table, case.images, pixels, dtype)),
         ("int8_conv_weight", (dy.T.contiguous(), x, of_features, of_channels, table, case.images, dtype)),
     ]
-    for op, arguments in calls:
-        assert_same(getattr(kernels, op)(*arguments), getattr(reference, op)(*arguments))
+    for op, (a, b, a_scales, b_scales, *rest) in calls:
+        wanted = getattr(reference, op)((a, a_scales), (b, b_scales), *rest)
+        assert_same(getattr(kernels, op)(a, b, a_scales, b_scales, *rest), wanted)
 
 
 @needs_compiler

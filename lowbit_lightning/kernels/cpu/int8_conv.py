@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_lightning.kernels.arguments import Scaled
 from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
@@ -29,39 +30,24 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     return compiled
 
 
-def int8_conv(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor,
-    b_scales: Tensor,
-    table: Tensor,
-    images: int,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    n, _, k = b.shape
+def int8_conv(a: Scaled, b: Scaled, table: Tensor, images: int, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    n, _, k = b[0].shape
     out = torch.empty(images * len(table), n, dtype=out_dtype, device="cpu")
     bias = None if bias is None else bias.float()
-    operands = a.data_ptr(), a_scales.data_ptr(), b.data_ptr(), b_scales.data_ptr()
-    _run((*operands, None if bias is None else bias.data_ptr()), n, k, table, len(a) // images, images, False, out)
+    operands = *_addresses(a, b), None if bias is None else bias.data_ptr()
+    _run(operands, n, k, table, len(a[0]) // images, images, False, out)
     return out
 
 
-def int8_conv_input(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor,
-    b_scales: Tensor,
-    table: Tensor,
-    images: int,
-    pixels: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    k, _, n = b.shape
+def int8_conv_input(a: Scaled, b: Scaled, table: Tensor, images: int, pixels: int, out_dtype: torch.dtype) -> Tensor:
+    k, _, n = b[0].shape
     out = torch.empty(images * pixels, n, dtype=out_dtype, device="cpu")
-    operands = a.data_ptr(), a_scales.data_ptr(), b.data_ptr(), b_scales.data_ptr(), None
-    _run(operands, n, k, table, pixels, images, True, out)
+    _run((*_addresses(a, b), None), n, k, table, pixels, images, True, out)
     return out
+
+
+def _addresses(a: Scaled, b: Scaled) -> list[int]:
+    return [x.data_ptr() for x in (*a, *b)]
 
 
 def _run(
@@ -74,19 +60,11 @@ def _run(
     )
 
 
-def int8_conv_weight(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor,
-    b_scales: Tensor,
-    table: Tensor,
-    images: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    (n, all_results), (rows, k), (results, taps) = a.shape, b.shape, table.shape
+def int8_conv_weight(a: Scaled, b: Scaled, table: Tensor, images: int, out_dtype: torch.dtype) -> Tensor:
+    (n, all_results), (rows, k), (results, taps) = a[0].shape, b[0].shape, table.shape
     total = torch.zeros(n, taps, k, dtype=torch.float32, device="cpu")
     library().lb_int8_conv_weight(
-        *(a.data_ptr(), a_scales.data_ptr(), b.data_ptr(), b_scales.data_ptr(), n, k, table.data_ptr(), results, taps),
+        *(*_addresses(a, b), n, k, table.data_ptr(), results, taps),
         *(rows // images, images, total.data_ptr(), _threads(all_results * taps * n * k)),
     )
     return total.to(out_dtype)

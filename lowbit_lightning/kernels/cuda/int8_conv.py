@@ -13,7 +13,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.arguments import PART
+from lowbit_lightning.kernels.arguments import PART, Scaled
 from lowbit_lightning.kernels.cuda import launch
 from lowbit_lightning.kernels.cuda.int8_product import in_chunks, int8_matmul
 from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
@@ -22,40 +22,23 @@ from lowbit_lightning.kernels.sources import specialised
 _TILE, _TILE_K, _STAGES, _THREADS = 128, 64, 3, 256
 
 
-def int8_conv(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor,
-    b_scales: Tensor,
-    table: Tensor,
-    images: int,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return _windows(a, b, a_scales, b_scales, table, images, bias, out_dtype)
+def int8_conv(a: Scaled, b: Scaled, table: Tensor, images: int, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return _windows(*a, *b, table, images, bias, out_dtype)
 
 
-def int8_conv_input(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor,
-    b_scales: Tensor,
-    table: Tensor,
-    images: int,
-    pixels: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def int8_conv_input(a: Scaled, b: Scaled, table: Tensor, images: int, pixels: int, out_dtype: torch.dtype) -> Tensor:
     read = torch.where(table < 0, pixels, table).long()
-    turned = torch.full((pixels + 1, table.shape[1]), -1, dtype=torch.int32, device=a.device)
-    results = torch.arange(len(table), dtype=torch.int32, device=a.device)
+    turned = torch.full((pixels + 1, table.shape[1]), -1, dtype=torch.int32, device=table.device)
+    results = torch.arange(len(table), dtype=torch.int32, device=table.device)
     turned.scatter_(0, read, results.unsqueeze(1).expand_as(read))
-    return _windows(a, b.permute(2, 1, 0).contiguous(), a_scales, b_scales, turned[:pixels], images, None, out_dtype)
+    weight, scales = b
+    return _windows(*a, weight.permute(2, 1, 0).contiguous(), scales, turned[:pixels], images, None, out_dtype)
 
 
 def _windows(
     a: Tensor,
-    b: Tensor,
     a_scales: Tensor,
+    b: Tensor,
     b_scales: Tensor,
     table: Tensor,
     images: int,
@@ -76,22 +59,15 @@ def _windows(
     return out
 
 
-def int8_conv_weight(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor,
-    b_scales: Tensor,
-    table: Tensor,
-    images: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    total = torch.zeros(a.shape[0], table.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
-    first = torch.arange(images, device=table.device).mul_(len(b) // images).unsqueeze(1)
+def int8_conv_weight(a: Scaled, b: Scaled, table: Tensor, images: int, out_dtype: torch.dtype) -> Tensor:
+    (dy, dy_scales), (x, x_scales) = a, b
+    total = torch.zeros(dy.shape[0], table.shape[1], x.shape[1], dtype=torch.float32, device=dy.device)
+    first = torch.arange(images, device=table.device).mul_(len(x) // images).unsqueeze(1)
     for t in range(table.shape[1]):
         column = table[:, t]
         read = (column.clamp(min=0) + first).flatten()
-        pixels = torch.where((column < 0).repeat(images).unsqueeze(1), 0, b[read]).T
-        for start in range(0, a.shape[1], PART):
-            of_a, of_b = (x[:, start : start + PART].contiguous() for x in (a, pixels))
-            total[:, t] += int8_matmul(of_a, of_b, a_scales, b_scales, None, torch.float32)
+        pixels = torch.where((column < 0).repeat(images).unsqueeze(1), 0, x[read]).T
+        for start in range(0, dy.shape[1], PART):
+            parts = (matrix[:, start : start + PART].contiguous() for matrix in (dy, pixels))
+            total[:, t] += int8_matmul(*parts, dy_scales, x_scales, None, torch.float32)
     return total.to(out_dtype)
