@@ -68,6 +68,6 @@ def int8_conv_weight(a: Scaled, b: Scaled, table: Tensor, images: int, out_dtype
         read = (column.clamp(min=0) + first).flatten()
         pixels = torch.where((column < 0).repeat(images).unsqueeze(1), 0, x[read]).T
         for start in range(0, dy.shape[1], PART):
-            parts = (matrix[:, start : start + PART].contiguous() for matrix in (dy, pixels))
-            total[:, t] += int8_matmul(*parts, dy_scales, x_scales, None, torch.float32)
+            of_dy, of_x = (matrix[:, start : start + PART].contiguous() for matrix in (dy, pixels))
+            total[:, t] += int8_matmul(of_dy, of_x, dy_scales, x_scales, None, torch.float32)
     return total.to(out_dtype)
