@@ -46,7 +46,7 @@ def samplers(loader: DataLoader) -> list[Any]:
 
 
 def generators(loader: DataLoader) -> list[torch.Generator]:
-    """Those of the loader's and its samplers' own."""
+    """The generators that the loader and its samplers own."""
     found = [loader.generator, *(value for s in samplers(loader) for value in vars(s).values())]
     unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
     return list(unique.values())

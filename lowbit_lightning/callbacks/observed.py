@@ -44,7 +44,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def memory(module: nn.Module, optimizers: Iterable[Optimizer], gradients: int) -> list[dict[str, Any]]:
-    """Rows of kind, what it is, and bytes on this rank."""
+    """Rows with the kind of memory, what it is, and its bytes on this rank."""
     rows = []
     for kind, tensors in (("parameters", [*module.parameters()]), ("parameters", [*module.buffers()])):
         of = "buffers, " if tensors and not isinstance(tensors[0], nn.Parameter) else ""
@@ -63,7 +63,7 @@ def _by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, int]:
 
 
 def _states(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
-    """Of optimizer states: codes and scales of a state are one row."""
+    """The rows of optimizer states. Codes and scales of a state are one row."""
     sizes: Counter[tuple[str, str]] = Counter()
     for entries in (entries for optimizer in optimizers for entries in getattr(optimizer, "state", {}).values()):
         paged = isinstance(entries, Entries)
@@ -166,7 +166,7 @@ def _counted(held: list[Tensor]) -> list[int] | None:
 
 
 def ops(before: Mapping[tuple[str, str], int]) -> list[list[Any]]:
-    """Rows of op, backend, calls since ``before``, most calls first."""
+    """Rows of op, backend and number of calls since ``before``; most calls first."""
     rows = [[op, backend, n - before.get((op, backend), 0)] for (op, backend), n in kernels.calls().items()]
     return sorted((row for row in rows if row[2]), key=lambda row: -row[2])
 

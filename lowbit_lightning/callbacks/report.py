@@ -296,7 +296,7 @@ def _now() -> str:
 
 
 def _numbers(tensors: list[Tensor]) -> list[float]:
-    """Their values, with one copy for each device."""
+    """The tensors' values, with one copy from each device."""
     if not tensors:
         return []
     if len({t.device for t in tensors}) == 1:
@@ -320,7 +320,7 @@ def _sizes(batch: Any) -> tuple[int, int]:
 
 
 def _previous(folder: Path) -> dict[str, Any]:
-    """Folder and configuration of the run before, beside this one."""
+    """Folder and configuration of the last run that lies beside this one."""
     found = []
     for path in folder.parent.glob(f"*/{FILE}"):
         if path.parent != folder:

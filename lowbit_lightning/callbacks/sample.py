@@ -43,7 +43,7 @@ class Sample:
             handle.remove()
 
     def result(self) -> tuple[list[Slot], Tensor]:
-        """The operands and, ``[n, 5]``, what ``measure`` gave for each."""
+        """The operands, and what ``measure`` gave for each: ``[n, 5]``."""
         if not self._measured:
             return [], torch.zeros(0, 2 + len(SHARES))
         return [slot for slot, _ in self._measured], torch.stack([values for _, values in self._measured])

@@ -88,7 +88,6 @@ class StepArguments:
         return self.params[0].device
 
     def grid(self, i: int) -> BlockGrid:
-        """The block grid of parameter i."""
         return BlockGrid.of(self.params[i].shape, self.block_size)
 
     @cached_property

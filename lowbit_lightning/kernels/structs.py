@@ -46,7 +46,6 @@ def settings_values(scalars: StepScalars) -> list[int | None]:
 
 
 def cpp_settings() -> str:
-    """The C++ text of ``struct StepSettings``."""
     return f"struct StepSettings {{ {' '.join(f'{text} {name};' for name, _, text in _SETTINGS)} }};"
 
 

@@ -79,7 +79,7 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The first of them."""
+        """The first of ``weights``."""
         return self.weights[0]
 
     def register_projection_hook(self, hook: ProjectionHook) -> RemovableHandle:

@@ -72,7 +72,7 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
 
     @property
     def kinds(self) -> tuple[int, int, int]:
-        """As of ``Int8Layer``; only a matmul of pixels is rotated."""
+        """See ``Int8Layer``. Only a matmul of pixels is rotated."""
         one_pixel = set(self.kernel_size) == {1} and (isinstance(self.padding, str) or set(self.padding) == {0})
         forward, grad_input, grad_weight = (k if one_pixel else min(k, INT8) for k in self.products.kinds)
         return forward, grad_input, grad_weight
@@ -145,7 +145,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 class _Built(Int8Conv):
-    """The constructor of ``nn.Conv*``, and settings."""
+    """Adds the constructor: the arguments of ``nn.Conv*``, and settings."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = {name: kwargs.pop(name) for name in tuple(kwargs) if name in Products.__dataclass_fields__}

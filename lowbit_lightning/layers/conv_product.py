@@ -29,12 +29,12 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry, kinds: Kinds) -> Ten
 
 
 def grad_input(dy: Tensor, weight: Tensor, size: torch.Size, geometry: Geometry, kinds: Kinds) -> Tensor:
-    """Its gradient by an input of the shape ``size``, in dy's dtype."""
+    """The gradient of ``convolve`` by an input of the shape ``size``, in dy's dtype."""
     return _Product.apply("dx", dy, weight, size, geometry, kinds)  # type: ignore[no-untyped-call]
 
 
 def grad_weight(dy: Tensor, x: Tensor, size: torch.Size, geometry: Geometry, kinds: Kinds) -> Tensor:
-    """Its gradient by a weight of the shape ``size``, in dy's dtype."""
+    """The gradient of ``convolve`` by a weight of the shape ``size``, in dy's dtype."""
     return _Product.apply("dw", dy, x, size, geometry, kinds)  # type: ignore[no-untyped-call]
 
 

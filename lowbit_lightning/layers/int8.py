@@ -305,7 +305,7 @@ def _int8_conv1d(plain: type[nn.Module]) -> type[Int8Layer]:
 
 
 def __getattr__(name: str) -> Any:
-    """Where pickle finds ``Int8Conv1D``."""
+    """Lets pickle find ``Int8Conv1D``."""
     if name == "Int8Conv1D":
         return _int8_conv1d(importlib.import_module("transformers.pytorch_utils").Conv1D)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

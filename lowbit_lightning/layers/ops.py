@@ -122,7 +122,7 @@ def _zeros(
     x_dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The results where there is nothing to sum; their shapes otherwise."""
+    """The results if there is nothing to sum; otherwise tensors of their shapes."""
     dx = (0,) if weight is None else (dy.shape[0], weight.shape[1])
     dw = (dy.shape[1], x.shape[1]) if x is not None else (0,) if xq is None else (dy.shape[1], xq.shape[0])
     return dy.new_zeros(dx, dtype=x_dtype), dy.new_zeros(dw, dtype=weight_dtype)

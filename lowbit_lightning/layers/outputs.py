@@ -212,7 +212,7 @@ def _within(name: str, part: str) -> bool:
 
 
 def _common(a: str, b: str) -> str:
-    """The module that holds both."""
+    """The name of the innermost module that holds both."""
     pairs = zip(a.split("."), b.split("."), strict=False)
     shared: list[str] = []
     for x, y in pairs:

@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, layer: Int8Conv) -> Shape | None:
-        """None of a layer that hasn't trained yet."""
+        """The shape of a layer; None if it hasn't trained yet."""
         if layer.seen is None:
             return None
         padding = (0,) * len(layer.kernel_size) if isinstance(layer.padding, str) else tuple(layer.padding)
@@ -77,7 +77,7 @@ def times(shape: Shape, device: torch.device) -> Times:
 
 
 def measure(shape: Shape, device: torch.device) -> Times:
-    """The same, measured now."""
+    """``times``, measured now."""
     runs = [_runner(shape, device, high) for high in (False, True)]
     return Times(*shortest(runs, device, ROUNDS, SECONDS, least=3))
 
@@ -107,7 +107,7 @@ def _runner(shape: Shape, device: torch.device, high: bool) -> Callable[[], obje
 def _image(
     n: int, channels: int, size: tuple[int, ...], last: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Not random: the run's generators are not ours to draw from."""
+    """An image of fixed values, because the run's random generators must not be used."""
     values = torch.arange(n * channels * torch.Size(size).numel(), device=device).remainder_(251).sub_(125)
     x = values.to(dtype).view(n, *size, channels).movedim(-1, 1)
     return x if last else x.contiguous()

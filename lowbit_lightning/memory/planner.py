@@ -109,7 +109,7 @@ def _gradients(run: Run, sizes: list[int], twin: nn.Module, copies: Copies) -> i
 
 
 def _activations(twin: nn.Module, run: Run, copies: Copies, gradients: int) -> tuple[int | None, Measured | None]:
-    """Bytes, and what was measured; None without a batch."""
+    """Bytes of activations, and the measurement that gave them; None without a batch."""
     if run.batch is None:
         return None, None
     once = run.accumulate == 1

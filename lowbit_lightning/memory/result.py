@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All that is known; without a batch all but activations."""
+        """The sum of all that is known: without a batch, of all but activations."""
         return sum(getattr(self, name) or 0 for name in CATEGORIES)
 
     @property
@@ -76,7 +76,7 @@ class Plan:
         return [] if self.fits(memory) else self._advise(memory)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as a dict for JSON."""
         own = {name: getattr(self, name) for name in CATEGORIES}
         rest = {name: dict(getattr(self, name)) for name in ("paged_out", "state_parts", "communication", "settings")}
         return {**own, "total": self.total, "needed": self.needed, **rest}

@@ -69,7 +69,7 @@ class _Live(TorchDispatchMode):
         self.passes(0)
 
     def passes(self, size: int) -> None:
-        """Count so many more bytes for a moment."""
+        """Count ``size`` more bytes for a moment."""
         self.peak = max(self.peak, self.bytes + size)
 
 

@@ -110,7 +110,6 @@ class LowBitOptimizer(Optimizer):
         )
 
     def rule_of(self, group: dict[str, Any]) -> rules.Rule:
-        """The update rule of a group."""
         return rules.get(self._rule(group))
 
     def settings(self, group: dict[str, Any]) -> Settings:

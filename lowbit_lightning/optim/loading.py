@@ -40,7 +40,7 @@ def load(
 
 
 def _remove_hooks(optimizer: Optimizer) -> None:
-    """Those of ``load``."""
+    """Remove the hooks of ``load``."""
     for hooks in (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks):
         for number in [n for n, hook in hooks.items() if getattr(hook, "__module__", None) == __name__]:
             del hooks[number]

@@ -150,7 +150,6 @@ def parse_bytes(value: int | str, name: str = "resident") -> int:
 
 
 def check_paging(group: dict[str, Any]) -> None:
-    """Raise for invalid values of the group's keys."""
     if not isinstance(group["paged"], bool) and group["paged"] != "disk":
         raise ValueError(f'paged must be False, True (to host memory) or "disk", got {group["paged"]!r}')
     parse_bytes(group["resident"])

@@ -28,7 +28,7 @@ from lowbit_lightning.precision.wrapping import wrap_once
 
 
 def patch_accounting() -> None:
-    """Teach them about our plugins and ops; idempotent."""
+    """Teach all three about our plugins and ops. Idempotent."""
     from lightning.fabric.utilities import throughput
     from lightning.pytorch.callbacks import throughput_monitor
     from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary

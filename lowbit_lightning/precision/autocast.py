@@ -90,7 +90,7 @@ def seconds(shapes: tuple[Shape, ...]) -> tuple[float, float]:
 
 
 def measure(shapes: tuple[Shape, ...]) -> tuple[float, float]:
-    """The same, measured now."""
+    """``seconds``, measured now."""
     matmuls = []
     for dtype in (torch.float32, torch.bfloat16):
         # Not random: the run's generators are not ours to draw from.

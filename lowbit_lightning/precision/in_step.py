@@ -51,7 +51,7 @@ class InStep(Precision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """See Lightning's; the closure has run backward before hooks and clipping run."""
+        """The closure has run backward before hooks and clipping run."""
         if not isinstance(optimizer, LowBitOptimizer):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         vars(self).setdefault("_stepped", weakref.WeakSet()).add(optimizer)
@@ -86,7 +86,6 @@ class InStep(Precision):
         clip_val: int | float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = _NORM,
     ) -> None:
-        """See Lightning's."""
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if not isinstance(inner, LowBitOptimizer) or clip_val <= 0:
             super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
@@ -105,7 +104,7 @@ class InStep(Precision):
             self.clip_grad_by_norm(inner, clip_val)
 
     def teardown(self) -> None:
-        """See Lightning's; it has just moved the states to the CPU, and their old memory is to be free."""
+        """Lightning has just moved the states to the CPU. Plans would keep their old memory alive."""
         for optimizer in vars(self).pop("_stepped", ()):
             optimizer.forget_plans()
         super().teardown()

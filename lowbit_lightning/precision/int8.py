@@ -118,7 +118,7 @@ class Int8Mixed:
         return module
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """See Lightning's. After the first step, layers that are slower in int8 go on in high precision."""
+        """After the first step, layers that are slower in int8 go on in high precision."""
         result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
         module = self._converted
         if self.swap == "faster" and not self._slower.known and module is not None and self._swapped is not None:
@@ -197,12 +197,12 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         return f"<{type(self).__name__} for lightning.Trainer (not pytorch_lightning.Trainer)>"
 
     def teardown(self) -> None:
-        """See Lightning's; it comes at the end of every fit, validate, test and predict, of failed ones too."""
+        """Lightning calls this at the end of every fit, validate, test and predict, of failed ones too."""
         self.release_layers()
         super().teardown()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See Lightning's. On another machine the resumed run computes as this one does."""
+        """Keeps what was chosen, so that a run resumed on another machine computes as this one does."""
         super().on_save_checkpoint(checkpoint)
         if self._choice is not None:
             checkpoint[KEPT] = {"bf16": self._choice.bf16}
@@ -210,7 +210,7 @@ class Int8MixedPrecision(Int8Mixed, InStep):
             checkpoint[KEPT_LAYERS] = self._slower.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See Lightning's; it comes after ``convert_module``."""
+        """Lightning calls this after ``convert_module``."""
         super().on_load_checkpoint(checkpoint)
         module = self._converted
         if self.swap == "faster" and KEPT_LAYERS in checkpoint and module is not None and self._swapped is not None:

@@ -222,18 +222,18 @@ class Resources:
     spill_loads: int
 
 
-def cubin(text: str, arch: str, *, flags: tuple[str, ...] = ()) -> Cubin:
-    """Compile CUDA C++ to a binary for ``arch`` ("sm_90"). ``flags`` are macros: "-DNAME" or "-DNAME=VALUE".
+def cubin(text: str, arch: str) -> Cubin:
+    """Compile CUDA C++ to a binary for ``arch`` ("sm_90").
 
     Raises:
         CompilerNotFound: if there is no NVRTC.
         CompileError: with the compiler's log, if the text does not compile.
     """
     version = nvrtc_version()
-    key = _key("cuda", text, arch, *flags, version)
+    key = _key("cuda", text, arch, version)
     entry = cache.find(f"{key}.cubin")
     if entry is None:
-        made = _compile_cuda(text, arch, flags, version)
+        made = _compile_cuda(text, arch, version)
         log = made.log.encode()
         cache.store(f"{key}.cubin", made.code + log + len(log).to_bytes(8, "little"))
         return made
@@ -274,7 +274,7 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
-def _compile_cuda(text: str, arch: str, flags: tuple[str, ...], version: str) -> Cubin:
+def _compile_cuda(text: str, arch: str, version: str) -> Cubin:
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
@@ -286,7 +286,6 @@ def _compile_cuda(text: str, arch: str, flags: tuple[str, ...], version: str) ->
         prec_div=True,
         prec_sqrt=True,
         ptxas_options=["-v"],
-        define_macro=[flag.removeprefix("-D") for flag in flags] or None,
     )
     log = io.StringIO()
     try:

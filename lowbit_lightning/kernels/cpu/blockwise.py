@@ -19,7 +19,6 @@ _ARGUMENTS: list[Any] = [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled quantiser."""
     compiled = host_library(specialised("quantize.cpp"))
     for function in (compiled.quantize_blockwise, compiled.dequantize_blockwise):
         function.restype, function.argtypes = None, _ARGUMENTS

@@ -87,7 +87,7 @@ def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor
 
 @cache
 def library(bits: int) -> ctypes.CDLL:
-    """The compiled kernels for codes of so many bits."""
+    """The compiled kernels for codes of ``bits`` bits."""
     compiled = host_library(specialised("lowbit.cpp", BITS=bits))
     functions = {
         "lb_lowbit_dequantize": [_POINTER] * 4 + [_LONG, _POINTER, _INT, _INT],

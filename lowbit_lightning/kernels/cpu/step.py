@@ -34,7 +34,6 @@ class _Call(StepSettings):
 
 @cache
 def library(variant: StepVariant) -> ctypes.CDLL:
-    """The compiled step of a variant."""
     return host_library(variant.text("optimizer_step.cpp"))
 
 

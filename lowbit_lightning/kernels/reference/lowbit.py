@@ -117,7 +117,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
-    """Of the elements in a byte: the first is in its highest bits."""
+    """How far each element of a byte is shifted: the first one is in the highest bits."""
     return torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=device)
 
 

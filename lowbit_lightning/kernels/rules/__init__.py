@@ -17,7 +17,7 @@ RULES: dict[str, Rule] = {rule.name: rule for file in _FILES for rule in file.RU
 
 
 def get(name: str) -> Rule:
-    """The rule of that name. Raises ValueError for an unknown one."""
+    """Raises ValueError for an unknown name."""
     if name not in RULES:
         raise ValueError(f"rule must be one of {sorted(RULES)}, got {name!r}")
     return RULES[name]
