@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_lightning.convert import bitsandbytes
+from lowbit_lightning.convert.fused import settle_fused_path
 from lowbit_lightning.convert.lowbit import adopt, layer_at, select_weights
 from lowbit_lightning.layers.lowbit import FLOATS, PARTS, LowBitWeight, Weights
 
@@ -99,6 +100,7 @@ def load_quantized(
     _check_names(aliases, served, strict)
     for name, own in selection.chosen.items():
         adopt(layer_at(model, name), own)
+    settle_fused_path(model)
     target = torch.device(device)
     with _bar(found, progress) as names:
         for name in names:

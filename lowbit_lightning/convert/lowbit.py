@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowbit_lightning.convert.fused import settle_fused_path
 from lowbit_lightning.layers.embedding import LowBitEmbedding
 from lowbit_lightning.layers.experts import LowBitTensor
 from lowbit_lightning.layers.int8 import is_conv1d
@@ -82,6 +83,7 @@ def quantize(
         if tied is not None and tied.format == low.format:
             low.share(tied)
         seen[id(original)] = low
+    settle_fused_path(module)
     return module if device is None else module.to(device)
 
 
@@ -107,6 +109,7 @@ def dequantize(module: Module, dtype: torch.dtype | None = None) -> Module:
         (LowBitEmbedding if isinstance(layer, LowBitEmbedding) else LowBitLinear).release(layer, dtype)  # type: ignore
         if users[packed] > 1:
             layer.weight = shared.setdefault((packed, is_conv1d(layer)), layer.weight)
+    settle_fused_path(module)
     return module
 
 

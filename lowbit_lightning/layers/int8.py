@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -175,6 +175,23 @@ def linear(layer: Int8Layer, input: Tensor, matrix: Tensor, bias: Tensor | None)
     return multiply(Int8Matrix.rows(x), matrix, bias, layer.products).reshape(*x.shape[:-1], matrix.shape[0])
 
 
+def of_nested(forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """What a linear layer's ``forward`` gives for a nested tensor ``[N, *, in_features]``: for all its rows at once.
+
+    Raises:
+        ValueError: for a jagged tensor that is not contiguous.
+    """
+    if input.layout is not torch.jagged:
+        parts = input.unbind()
+        results = forward(Int8Layer.rows(input)).split([part.shape[:-1].numel() for part in parts])
+        shaped = [y.view(*part.shape[:-1], -1) for y, part in zip(results, parts, strict=True)]
+        return torch.nested.as_nested_tensor(shaped)
+    if not input.is_contiguous():
+        raise ValueError("a jagged input must be contiguous, as for nn.Linear: call .contiguous() on it")
+    offsets = input.offsets()  # type: ignore[attr-defined]
+    return torch.nested.nested_tensor_from_jagged(forward(input.values()), offsets)
+
+
 class Int8Matrix(Int8Layer):
     """What ``Int8Linear`` and the int8 form of Transformers' ``Conv1D`` have in common.
 
@@ -191,19 +208,9 @@ class Int8Matrix(Int8Layer):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._nested(input) if input.is_nested else linear(self, input, self.matrix, self.bias)
-
-    def _nested(self, input: Tensor) -> Tensor:
-        """All rows of a nested tensor at once. ``forward`` is called, so that hooks run once."""
-        if input.layout is not torch.jagged:
-            parts = input.unbind()
-            results = self.forward(self.rows(input)).split([part.shape[:-1].numel() for part in parts])
-            shaped = [y.view(*part.shape[:-1], -1) for y, part in zip(results, parts, strict=True)]
-            return torch.nested.as_nested_tensor(shaped)
-        if not input.is_contiguous():
-            raise ValueError("a jagged input must be contiguous, as for nn.Linear: call .contiguous() on it")
-        offsets = input.offsets()  # type: ignore[attr-defined]
-        return torch.nested.nested_tensor_from_jagged(self.forward(input.values()), offsets)
+        if input.is_nested:
+            return of_nested(self.forward, input)  # not the module itself: hooks run once
+        return linear(self, input, self.matrix, self.bias)
 
 
 class Int8Linear(Int8Matrix, nn.Linear):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.formats import Format, check_fit, weight_format
-from lowbit_lightning.layers.int8 import FLOATS, autocasts, is_conv1d
+from lowbit_lightning.layers.int8 import FLOATS, autocasts, is_conv1d, of_nested
 
 PARTS = ("weight", "weight_scales", "weight_format")
 """The entries of a low-bit weight in a ``state_dict``."""
@@ -238,7 +238,7 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
             ``-dq`` and ``-g128`` as ``kernels.formats.weight_format`` says.
         settings: the other fields of ``Weights``: ``fit``, ``compute_dtype``, ``threshold``.
 
-    Input ``[..., in_features]``, output ``[..., out_features]``.
+    Input ``[..., in_features]`` or nested, output ``[..., out_features]``.
 
     Raises:
         ValueError: for a bad setting, and in ``forward`` for an input of another shape.
@@ -295,6 +295,8 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
                 self.bias.data.copy_(fresh.bias.data)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return of_nested(self.forward, input)
         own = self.weights
         dtype = own.compute_dtype or autocast_dtype(input)
         x = input if dtype is None else input.to(dtype)

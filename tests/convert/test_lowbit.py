@@ -93,6 +93,22 @@ def test_tied_weights_stay_one() -> None:
     assert len({id(m.weight) for m in plain.modules() if isinstance(m, nn.Linear)}) == 5
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder_of_torch_evaluates_its_low_bit_layers(padded: bool) -> None:
+    """Torch's fused path takes the weights of linear layers itself; with padding it gives them nested tensors."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, activation="gelu", batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).requires_grad_(False).eval()
+    x, unused = torch.randn(3, 7, 64), torch.arange(7).repeat(3, 1) > torch.tensor([[6], [3], [5]])
+    options = {"src_key_padding_mask": unused} if padded else {}
+    low = copy.deepcopy(convert.quantize(encoder, "int8", output_layer=None))
+    assert {type(m) for name, m in low.named_modules() if name.endswith("linear1")} == {layers.LowBitLinear}
+    plain = convert.dequantize(encoder)
+    assert plain.layers[0].activation_relu_or_gelu == 2
+    with torch.no_grad():
+        assert torch.allclose(low(x, **options)[~unused], plain(x, **options)[~unused], atol=1e-5)
+
+
 def test_the_report() -> None:
     net = Net()
     before = sum(p.nbytes for p in net.parameters())

@@ -49,6 +49,15 @@ def test_it_is_a_linear_layer_of_the_decoded_weight(weights: str, dtype: torch.d
     assert torch.allclose(layer.bias.grad.double(), grad.double().flatten(0, 1).sum(0), rtol=2e-2, atol=1e-1)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors(layout: torch.layout) -> None:
+    layer, parts = linear(), [torch.randn(n, 160) for n in (3, 9)]
+    y = layer(torch.nested.nested_tensor(parts, layout=layout, requires_grad=True))
+    assert y.layout == layout
+    assert torch.allclose(torch.cat(y.unbind()), layer(torch.cat(parts)))
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 def test_the_error_is_what_snr_says(weights: str) -> None:
     plain = nn.Linear(160, 48)
