@@ -19,7 +19,8 @@ def settle_fused_path(module: nn.Module) -> None:
     for m in module.modules():
         if not isinstance(m, nn.TransformerEncoderLayer):
             continue
-        if isinstance(m.linear1, LowBitWeight) or isinstance(m.linear2, LowBitWeight):
+        layers: list[nn.Module] = [m.linear1, m.linear2]
+        if any(isinstance(layer, LowBitWeight) for layer in layers):
             vars(m).setdefault(_KEPT, m.activation_relu_or_gelu)
             m.activation_relu_or_gelu = 0
         elif _KEPT in vars(m):
