@@ -1,4 +1,4 @@
-"""What of a model FSDP2 gathers as one, and what of it lies on a rank; strategies and planner ask here.
+"""Which parts of a model FSDP2 gathers as one, and which part of it a rank holds. Strategies and planner ask here.
 
 FSDP2 cuts every parameter along dimension 0, as ``torch.chunk`` does: of ``rows`` rows on ``n`` ranks the first ranks
 get ``ceil(rows / n)`` each, the last ones what remains, which may be nothing. What travels is padded to equal shares.
@@ -35,7 +35,7 @@ def repeated_blocks(module: nn.Module) -> list[str]:
 
 
 def chosen_blocks(module: nn.Module, policy: Policy | None) -> list[str]:
-    """What the policy says yes to, or the repeated blocks; innermost first, since that is how they are sharded.
+    """The modules that the policy chooses, or the repeated blocks; innermost first, as they are sharded.
 
     Modules that share a parameter with something outside of them are left to the root.
     """
@@ -102,7 +102,7 @@ def travels_in_int8(shape: Shape) -> bool:
 
 
 def int8_share(rows: int, length: int) -> tuple[int, int]:
-    """Of a rank's rows, packed as ``strategies.gather`` does: where the scales begin, after the codes, and all bytes
-    of it."""
+    """For a rank's rows, packed as ``strategies.gather`` does: the byte at which the scales begin, after the codes, and
+    the number of all bytes."""
     scales_at = -(-rows * length // _ALIGNMENT) * _ALIGNMENT
     return scales_at, scales_at + 4 * rows

@@ -1,4 +1,4 @@
-"""What a run should show and keep: exact resumption, and the error of low-bit arithmetic.
+"""Callbacks: exact resumption, the error of low-bit arithmetic, and a report of the run.
 
 ``resume``: ``DeterministicResume``, with ``loaders`` (which it can resume) and ``random_states``. ``monitor``:
 ``LowBitMonitor``, with ``sample`` (its hooks), ``quantization`` (what it measures), ``paging`` and ``picture``.

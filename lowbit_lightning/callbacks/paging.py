@@ -20,7 +20,7 @@ def low_bit(optimizers: Iterable[Optimizer]) -> list[LowBitOptimizer]:
 
 
 def statistics(optimizers: Iterable[Optimizer]) -> PageStatistics | None:
-    """Of all optimizers' pagers, on this rank, since they were made; None if nothing is paged."""
+    """The statistics of all pagers on this rank since they were made; None if nothing is paged."""
     found = [o.page_statistics() for o in low_bit(optimizers)]
     parts = [part for part in found if part is not None]
     return PageStatistics.total(parts) if parts else None

@@ -23,7 +23,7 @@ MIN_FEATURES = 32
 """Below one tile of an int8 matrix instruction a product is cheaper than quantising its operands."""
 
 MIN_CHANNELS = 16
-"""The same for a tap of a convolution, whose channels are summed by themselves."""
+"""The same for a convolution, where the channels of each tap are summed separately."""
 
 
 LAST = "the model's last convolution: perhaps its output (output_layer=None takes it too)"
@@ -189,7 +189,7 @@ def _without_owned(layers: Mapping[str, nn.Module], selection: Selection[Product
 
 
 def _nothing(module: nn.Module, there: dict[str, str]) -> str:
-    """What the model has instead, by reasons."""
+    """The error's text: what the model has, by the reason why it is not swapped."""
     found = "\n".join(f"  {names}: {reason}" for reason, names in grouped(there)) or "  no layer with a matrix"
     return f"nothing to swap in {type(module).__name__}: no layer would run in int8. It has\n{found}\n{INSTEAD}."
 

@@ -39,7 +39,7 @@ def others(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def _holds_matrices(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
-    """Of at least 32 by 32, and not tied to a layer; three dimensions are those of mixtures of experts."""
+    """A parameter of at least 32 by 32 that is not tied to a layer. Mixtures of experts have three dimensions."""
     weights = {id(p) for layer in linears.values() for p in layer.parameters(recurse=False)}
     return any(
         p.ndim in (2, 3) and min(p.shape[-2:]) >= 32 and id(p) not in weights for p in module.parameters(recurse=False)

@@ -108,7 +108,7 @@ class StepArguments:
 
     @cached_property
     def _places(self) -> dict[torch.dtype, list[tuple]]:
-        """What ``_PLACE`` must return for the gradients, by their dtype."""
+        """Dtype of the gradients -> what ``_PLACE`` must return for each."""
         return {dtype: [(p.shape, p.device, torch.strided, dtype) for p in self.params] for dtype in FLOATS}
 
     # -- checks ------------------------------------------------------------------------------------------------------

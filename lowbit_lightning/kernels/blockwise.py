@@ -76,7 +76,7 @@ def _named_values(name: str, device: torch.device) -> Tensor:
 
 
 def _resolved(name: str, values: Tensor | None, device: torch.device) -> tuple[str, Tensor | None]:
-    """What a backend takes: one of the dynamic maps, or "custom" with values."""
+    """The codebook in a backend's form: the name of a dynamic map, or "custom" with values."""
     if values is not None or name in formats.MAPS:
         return name, values
     return "custom", _named_values(name, device)

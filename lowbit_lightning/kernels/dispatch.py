@@ -121,7 +121,7 @@ def run(op: str, device: torch.device, *arguments: Any) -> Any:
 
 @cache
 def function(backend: str, op: str) -> Callable[..., Any]:
-    """What a backend runs for an op."""
+    """The function that a backend runs for an op."""
     return getattr(import_module(f"lowbit_lightning.kernels.{backend}.{OPS[op]}"), op)
 
 

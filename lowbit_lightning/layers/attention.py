@@ -65,7 +65,7 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:  # type: ignore[override]
-        """What torch's fused paths ask for; its constructor, and a plain attention, find their answer in the object."""
+        """False for torch's fused paths. Its constructor, and a plain attention, find the true answer in the object."""
         return not hasattr(self, "products") and vars(self)["_qkv_same_embed_dim"]
 
     @_qkv_same_embed_dim.setter
@@ -160,7 +160,7 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
         return torch.cat([x, *more], 2) if more else x
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """What is added to the scores ``[N, heads, L, S]``; its first three sizes may be 1."""
+        """The mask that is added to the scores ``[N, heads, L, S]``; its first three sizes may be 1."""
         n, heads, length, keys = *q.shape[:3], k.shape[2]
         of_scores = {(length, keys): (1, 1, length, keys), (n * heads, length, keys): (n, heads, length, keys)}
         of_keys: dict[tuple[int, ...], tuple[int, ...]] = {(n, keys): (n, 1, 1, keys)}

@@ -60,7 +60,7 @@ class LowBitEmbedding(LowBitWeight, nn.Embedding):  # type: ignore[misc]  # both
         layer.__class__ = nn.Embedding  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:
-        """As ``nn.Embedding``, then quantised; on the meta device there is nothing to do."""
+        """Initialise as ``nn.Embedding`` does, and quantise. Does nothing on the meta device."""
         if not hasattr(self, "weights"):  # still being built as an ``nn.Embedding``
             super().reset_parameters()
         elif not self.weight.is_meta:

@@ -24,7 +24,7 @@ from lowbit_lightning.layers.lowbit import LowBitWeight, Weights
 TENSOR_ATTRIBUTES = frozenset(
     {"T", "mT", "bmm", "contiguous", "detach", "matmul", "permute", "size", "transpose", "unbind"}
 )
-"""What code asks of the decoded tensor as an attribute."""
+"""The attributes of a tensor that code reads from a weight."""
 
 
 class ActsAsTensor:

@@ -101,7 +101,7 @@ class LowBitWeight(nn.Module):
     weights: Weights
     row_length: int
     dtype: torch.dtype
-    """What ``dequantize`` and an embedding give by default: the dtype that the weight had, or was cast to."""
+    """The dtype that ``dequantize`` and an embedding return by default: that of the weight, or of its last cast."""
     snr_db: float | None
     """Signal to rounding noise of this weight in dB, where it was quantised here; None where it was loaded."""
 
@@ -246,7 +246,7 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
 
     default: str = "nf4"
     plain: type[nn.Module] = nn.Linear
-    """What the layer was, and is again when it is released."""
+    """The class that the layer had, and has again when it is released."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class LowBitLinear(LowBitWeight, nn.Linear):  # type: ignore[misc]  # both say w
         return weight if issubclass(self.plain, nn.Linear) else weight.T.contiguous()
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear``, then quantised; on the meta device there is nothing to do."""
+        """Initialise as ``nn.Linear`` does, and quantise. Does nothing on the meta device."""
         if not hasattr(self, "weights"):  # still being built as an ``nn.Linear``
             super().reset_parameters()
         elif not self.weight.is_meta:

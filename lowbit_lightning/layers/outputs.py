@@ -103,7 +103,7 @@ def _said(module: nn.Module, linears: Mapping[str, nn.Module]) -> tuple[set[str]
 def _asked(method: Callable[[], Any] | None) -> tuple[Any, ...]:
     try:
         heads = method() if callable(method) else None
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # of another meaning, or not to be asked
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it means another thing
         return ()
     return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
 

@@ -19,7 +19,7 @@ from lowbit_lightning.layers.int8 import FORMS, Products
 from lowbit_lightning.layers.timing import remembered, shortest
 
 MOST_PRODUCTS, ROUNDS, SECONDS = 3e8, 6, 0.4
-"""Of a forward that is timed, unless one image has more; rounds, and seconds after which no round begins."""
+"""The most products of a timed forward, unless one image has more; rounds, and seconds after which none begins."""
 
 GAIN = 1.05
 """int8 must be faster by this factor, so that noise does not decide."""

@@ -58,7 +58,7 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def agreed(find: Callable[[], T]) -> T:
-    """What rank 0 finds, on all ranks, which call this together."""
+    """The result of ``find`` on rank 0, for all ranks. They call this together."""
     ranks = torch.distributed
     if not (ranks.is_available() and ranks.is_initialized()):
         return find()

@@ -22,7 +22,7 @@ class _Change:
 
 
 def _changes(model: nn.Module, now: Run) -> list[_Change]:
-    """What could be changed; ``weight`` is the cost that the bytes saved are divided by."""
+    """The changes that are possible. ``weight``: the cost by which the saved bytes are divided."""
     many, changes = now.world_size > 1, []
     if isinstance(now.optimizer, (str, type)) and now.bits != 8:
         changes.append(_Change("bits=8", "optimizer states in 8 bits", 1, {"bits": 8}))

@@ -42,7 +42,7 @@ class Copies:
 
 def copies_of(twin: nn.Module, run: Run) -> Copies:
     """What the run's model, which lies on the meta device, needs."""
-    buffers = sum(b.nbytes for b in twin.buffers())  # of rank 0; DDP sends them before the first forward of a step
+    buffers = sum(b.nbytes for b in twin.buffers())  # DDP sends rank 0's before the first forward of a step
     if run.strategy == "ddp":
         buckets = sum(p.nbytes for p in twin.parameters() if p.requires_grad)
         return Copies(reduction=buckets, communication={"all_reduce": buckets, "broadcast": buffers})

@@ -72,7 +72,7 @@ class Plan:
         return self.needed <= memory
 
     def advice(self, memory: int) -> list[Advice]:
-        """What to change first: by bytes saved over cost, each change planned anew by itself; empty if it fits."""
+        """The changes that save memory, by bytes saved over cost, each planned separately. Empty if the plan fits."""
         return [] if self.fits(memory) else self._advise(memory)
 
     def to_dict(self) -> dict[str, Any]:

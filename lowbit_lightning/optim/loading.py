@@ -21,7 +21,7 @@ def load(
 ) -> None:
     """Run torch's method ``torch_load`` on what ``withhold_states`` makes of the checkpoint, and ``install`` the states
     after it, before any hook of the user's. If anything fails, nothing has been changed."""
-    _remove_hooks(optimizer)  # of a load that an interrupt struck before it could clean up
+    _remove_hooks(optimizer)  # an interrupt may have ended an earlier load before it could clean up
     optimizer.register_load_state_dict_pre_hook(lambda _, found: withhold_states(found))
     optimizer.register_load_state_dict_post_hook(lambda _: install(), prepend=True)
     try:

@@ -1,5 +1,4 @@
-"""What ``autocast="auto"`` means: other ops than int8 products run in the dtype in which this machine multiplies
-faster.
+"""What ``autocast="auto"`` means: ops other than int8 products run in the dtype that this machine multiplies faster.
 
 On a GPU this is known: bf16 if the hardware multiplies it. On a CPU it is not known. Instructions for bf16 do not make
 it faster: without AMX, some processors take twice as long over a bf16 matmul as over a float32 one. So both are

@@ -45,7 +45,7 @@ class Int8Mixed:
     by_name = False
     """True where the bare string asked for it: a model with nothing to swap is then a warning, no error."""
 
-    device_type: str | None = None  # of the run's accelerator; None: the module's when it is converted
+    device_type: str | None = None  # the accelerator's; None: that of the module when it is converted
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from lowbit_lightning.layers.lowbit import Weights
 from lowbit_lightning.layers.select import Overrides, Patterns, check_overrides
 
 ATTRIBUTE = "low_bit_weights"
-"""Of a precision plugin that quantises first: the ``LowBitWeights``."""
+"""The attribute in which a precision plugin that quantises first holds its ``LowBitWeights``."""
 
 
 class LowBitWeights(Precision):

@@ -58,7 +58,7 @@ class Slower:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The state for a checkpoint."""
         return {"layers": dict(self.layers), "gains": list(self.gains)}
 
     @classmethod

@@ -32,7 +32,7 @@ class Pagers:
         self._pagers: dict[torch.device, Pager] = {}
         self._places: dict[Tensor, Place] = {}
         self._settings: dict[torch.device, Paging] = {}
-        self._unpageable: set[tuple[bool | str, torch.device]] = set()  # for which there is nothing to page to
+        self._unpageable: set[tuple[bool | str, torch.device]] = set()  # they have no memory to page to
         self._passed: list[Tensor] = []  # parameters in the order of the first pass that updates them one by one
         self._order: dict[Tensor, int] | None = None
         self._before: dict[torch.device, PageStatistics] = {}
@@ -111,7 +111,7 @@ class Pagers:
 
     def _wants_on(self, state: State, device: torch.device, paging: Paging, forms: Forms) -> dict[Tensor, Want]:
         wants: dict[Tensor, Want] = {}
-        if self._partial:  # what is not shown now stays
+        if self._partial:  # parameters that are not shown now stay
             pager = self._pagers.get(device)
             wants = {p: pager.wants[number] for p, (holder, number) in self._places.items() if holder is pager}
         for p, form in forms:

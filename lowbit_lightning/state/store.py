@@ -120,7 +120,7 @@ class Store:
 
     def load(self, made: Mapping[Tensor, Made], everyone: Everyone) -> None:
         """Take in loaded entries. They are made one parameter at a time, and paged ones go to their slab at once."""
-        self.state.update({p: {STEP: None} for p in made})  # whose states are paged, all in one slab
+        self.state.update({p: {STEP: None} for p in made})  # so that one slab is made for all of them
         for p, (form, make) in made.items():
             self.state[p] = _owned(make())
             if form.paging is not None:  # at once: what is not, Lightning moves to the device

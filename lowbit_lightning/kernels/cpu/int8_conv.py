@@ -15,7 +15,7 @@ from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
 _MANY = 1 << 21  # products below which a second thread costs more than it saves
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_SIZES: list[Any] = [_LONG, _LONG, _POINTER, *[_LONG] * 4]  # of the result's rows, and the table
+_SIZES: list[Any] = [_LONG, _LONG, _POINTER, *[_LONG] * 4]  # sizes of a result's rows, and the table
 _CONV: list[Any] = [*[_POINTER] * 5, *_SIZES, _INT, _POINTER, _INT, _INT]
 _WEIGHT: list[Any] = [*[_POINTER] * 4, *_SIZES, _POINTER, _INT]
 

@@ -21,7 +21,7 @@ from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
 SLOW = "no int8 instructions"
-REFUSED = "AMX refused, "  # and what is used in its place
+REFUSED = "AMX refused, "  # followed by the instructions that are used instead
 _MANY = 1 << 21  # products below which a second thread costs more than it saves
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -53,7 +53,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 
 def instructions(compiled: ctypes.CDLL) -> str:
-    """What the product is computed with: "AMX", or an instruction set as ``int8_dot.h`` names it."""
+    """The instructions that the product uses: "AMX", or a name from ``int8_dot.h``."""
     return compiled.lb_int8_instructions().decode()
 
 

@@ -86,7 +86,7 @@ class Span(NamedTuple):
         return x.contiguous()[self.start // grid.row_length : self.stop // grid.row_length]
 
     def of_scales(self, scales: Tensor, grid: BlockGrid) -> Tensor:
-        """The same part of its scales."""
+        """The scales of this part of a tensor."""
         if grid.in_runs:
             return scales.view(1, -1)[:, self.start // grid.block_size : -(-self.stop // grid.block_size)]
         return scales[self.start // grid.row_length : self.stop // grid.row_length]
@@ -148,7 +148,7 @@ def dynamic_map(name: str) -> DynamicMap:
     first, last = unit * (0.1 + 0.45 / steps), unit * (1 - 0.45 / steps)  # a decade's smallest and largest code
     low = first[0] / 2 if signed else first[0]
     zeros = 1 if signed else 0  # lines for it
-    top = _SHIFT_TO[128] if signed else _SHIFT_TO[0]  # of 1.0: f is 128, or 256, whose low byte is 0
+    top = _SHIFT_TO[128] if signed else _SHIFT_TO[0]  # for 1.0, whose f is 128, or 256 with a low byte of 0
     many = steps > 1  # decades of more than one code
     slopes, shifts = np.where(many, 4 / (0.9 * unit), 0), np.where(many, 23 - np.log2(steps), _SHIFT_TO[1])
     f32 = np.float32

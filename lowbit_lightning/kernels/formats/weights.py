@@ -105,8 +105,8 @@ class Format:
 
     @property
     def bfloat16_unit(self) -> float:
-        """What the table is multiplied by before it is rounded to bfloat16. So nf4 is off by 0.063 % (rms), by
-        0.106 % as it is; fp4 is exact. Of other formats the table itself is exact."""
+        """The factor for the table before it is rounded to bfloat16. With it nf4 is off by 0.063 % (rms), instead of
+        0.106 %; fp4 is exact. The tables of other formats are exact as they are."""
         return {"nf4": 1.437, "fp4": 12.0}.get(self.kind, 1.0)
 
     def order(self) -> tuple[int, ...]:
