@@ -27,18 +27,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import bert_larger
 import lightning as L
+import running
 import torch
-from bert_larger import Try
 from bert_report import Result, complaints, draw, origin, table
 from bert_text import Texts, read_docstrings, read_folder
 from bert_ways import KINDS, low_bits, planned, quiet, train, ways
@@ -146,25 +146,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def write(
-    args: argparse.Namespace, trained: dict[str, Result], used: dict[str, Result], tries: list[Try], report: str
-) -> None:
-    settings = {name: str(value) for name, value in vars(args).items()}
-    results = {
-        "settings": settings,
-        "trained": {name: vars(result) for name, result in trained.items()},
-        "used": {name: vars(result) for name, result in used.items()},
-        "tries": [vars(one) for one in tries],
-    }
-    (args.output / "results.json").write_text(json.dumps(results, indent=1))
-    (args.output / "bert.md").write_text(report)
-
-
 def main(arguments: list[str]) -> int:
     args, start = parse(arguments), time.perf_counter()
     quiet()
-    found = read_folder(Path(args.text)) if args.text else read_docstrings()
-    texts = Texts(found, AutoTokenizer.from_pretrained(args.model), args.length, args.held_out)
+    read = read_folder(Path(args.text)) if args.text else read_docstrings()
+    texts = Texts(read, AutoTokenizer.from_pretrained(args.model), args.length, args.held_out)
     print(f"{len(texts)} texts to train on, {args.held_out} held out; classes: {', '.join(texts.classes)}", flush=True)
     trained, used = run(args, texts)
     tries = bert_larger.larger(args.budget) if args.budget else []
@@ -175,14 +161,12 @@ def main(arguments: list[str]) -> int:
     parts = [origin(took), table(trained, "trained in"), table(used, "used in")]
     parts += [bert_larger.table(tries, args.budget)] if tries else []
     report = "\n\n".join(parts) + "\n"
-    args.output.mkdir(parents=True, exist_ok=True)
-    write(args, trained, used, tries, report)
+    found = {"trained": trained, "used": used}
+    written: dict[str, Any] = {kind: {name: vars(r) for name, r in rows.items()} for kind, rows in found.items()}
+    running.save(args.output, args, report, "bert.md", **written, tries=[vars(one) for one in tries])
     draw(args.output, trained, used, tries, args.budget)
     print(f"\n{report}\nin {args.output}: bert.md, bert-light.svg, bert-dark.svg, results.json")
-    failures = complaints(trained, used) + bert_larger.complaints(tries)
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return running.status(complaints(trained, used) + bert_larger.complaints(tries))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+import running
 import torch
 from bert_limit import limit_memory, refusal
 from bert_ways import Batch, planned, quiet, train, ways
@@ -123,7 +123,8 @@ def attempt(name: str, sizes: tuple[int, int], batch: Batch) -> nn.Module:
 def try_here(name: str, shape: str, budget: int, batch: Batch) -> dict[str, Any]:
     """``peak``, ``seconds`` and ``failed`` of a ``Try``."""
     attempt(name, (1, 64), batch)  # loads kernels, starts threads
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    peak, start = running.Peak(), time.perf_counter()
+    before = peak.bytes() or 0
     limit_memory(budget)
     failed = None
     try:
@@ -132,8 +133,7 @@ def try_here(name: str, shape: str, budget: int, batch: Batch) -> dict[str, Any]
         failed = refusal(error)
         if failed is None:
             raise
-    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return {"peak": peak, "seconds": time.perf_counter() - start, "failed": failed}
+    return {"peak": (peak.bytes() or 0) - before, "seconds": time.perf_counter() - start, "failed": failed}
 
 
 # -- all ---------------------------------------------------------------------------------------------------------------
@@ -192,10 +192,7 @@ def main(arguments: list[str]) -> int:
         return 0
     found = larger(budget, args.batch, args.length)
     print(f"\n{table(found, budget)}")
-    failures = complaints(found)
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return running.status(complaints(found))
 
 
 if __name__ == "__main__":

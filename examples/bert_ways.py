@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import peft
+import running
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -126,7 +126,5 @@ def quiet() -> None:
     """Leaves out what Lightning and Transformers say of every run."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    running.quiet()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # Transformers 5.24
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6.6 with torch 2.13

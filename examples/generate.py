@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import running
 import torch
 from generate_models import FLOATS, PROMPT, Bytes, Hub, Shape, Source, train
 from gpt_settings import Settings
@@ -82,32 +81,13 @@ def perplexity(source: Source, model: torch.nn.Module, windows: int, device: str
     return float(torch.tensor(total / count).exp()) if count else None
 
 
-class Peak:
-    """The most memory that is held from now on: by the process (Linux), or on the GPU."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(device)
-        elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def bytes(self) -> int | None:
-        if self.device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated(self.device)
-        if sys.platform != "linux":
-            return None
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 @torch.no_grad()
 def measure(source: Source, form: str, args: argparse.Namespace) -> Result:
     gc.collect()  # the model before this one
     model = source.load(form, None if args.head == "bf16" else args.head).to(args.device)
     prompt = source.encode(args.prompt).to(args.device)
     write(source.reader(model), prompt, 3, 0.0, 1)  # kernels are compiled, caches filled
-    peak = Peak(args.device)
+    peak = running.Peak(args.device)
     tokens, seconds = write(source.reader(model), prompt, args.tokens, args.temperature, args.seed)
     return Result(
         form=form,
@@ -195,8 +175,7 @@ def source_of(args: argparse.Namespace) -> Source:
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the text is in memory
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6.6 with torch 2.13
+    running.quiet()
     args.out.mkdir(parents=True, exist_ok=True)
     source = source_of(args)
     results = []
@@ -205,11 +184,7 @@ def main(arguments: list[str]) -> int:
         print(f"{form}: {results[-1].tokens_per_second:.1f} tokens per second", flush=True)
     report = f"{source.name}\n\n{table(results)}\n"
     written = "" if args.shape else f"\n{texts(results, args.prompt)}"
-    (args.out / "generate.md").write_text(report + written)
-    settings = {name: str(value) for name, value in vars(args).items()}
-    (args.out / "results.json").write_text(
-        json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=1)
-    )
+    running.save(args.out, args, report + written, "generate.md", results=[asdict(r) for r in results])
     print(f"\n{report}{written}\nin {args.out}: generate.md, results.json")
     return 0
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import running
 import torch
 from gpt import GPT, Text
 from gpt_settings import Settings, parse
@@ -212,10 +213,7 @@ def main(arguments: list[str]) -> int:
     (Path(settings.out) / "results.json").write_text(json.dumps(results, indent=1))
     draw(Path(settings.out) / "loss.png", runs)
     print(f"\n{report(runs)}\n\nin {settings.out}: results.json, loss.png, logs and checkpoints")
-    failures = complaints(runs[0], runs[-1], settings.tolerance)
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return running.status(complaints(runs[0], runs[-1], settings.tolerance))
 
 
 if __name__ == "__main__":

@@ -25,16 +25,14 @@ more than one point of accuracy (mean IoU) below fp32.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import statistics
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import running
 import torch
 from torch import Tensor, nn
 from vision_data import SMALLEST, Data, Folder, Scenes
@@ -47,6 +45,7 @@ WAYS = ("fp32", "8-bit optimizer", "int8-mixed")
 LOW_BITS = ("int8 products", "int8", "nf4", "int3", "int2")
 SWAP_HELP = "int8-mixed for all convolutions, or as the string does it: for those that are faster in int8 here"
 ALLOWED = 1.0  # points below fp32
+STEPS = ", ".join(f"{task.steps} for {name}" for name, task in TASKS.items())
 
 Results = dict[str, dict[str, Result]]
 """Model -> way -> result."""
@@ -93,7 +92,8 @@ def run(args: argparse.Namespace, source: Scenes | Folder) -> tuple[Results, Res
     predictions: dict[str, dict[str, Tensor]] = {name: {} for name in args.models}
     for name in args.models:
         for seed in range(1, args.seeds + 1):
-            data = source.data(TASKS[name].segments, args.steps * args.batch, args.held_out, seed)
+            steps = args.steps or TASKS[name].steps
+            data = source.data(TASKS[name].segments, steps * args.batch, args.held_out, seed)
             found = train_in(args, name, data, seed, trained[name])
             use_all(found["fp32"][0], data, used[name])
             if seed == 1:
@@ -169,7 +169,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--swap", choices=("all", "faster"), default="all", help=SWAP_HELP)
     parser.add_argument("--output", type=Path, default=Path("runs/vision"))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default 3)")
-    parser.add_argument("--steps", type=int, default=150, help="default 150")
+    parser.add_argument("--steps", type=int, help=f"of a training (default: {STEPS})")
     parser.add_argument("--batch", type=int, default=32, help="images in a step (default 32)")
     parser.add_argument("--held-out", type=int, default=1000, help="images to test on (default 1000)")
     parser.add_argument("--threads", type=int, help="of the CPU; one gives a fair speed where other programs run too")
@@ -182,7 +182,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--models {name}: there are {', '.join(TASKS)}")
         if args.images and TASKS[name].segments:
             parser.error(f"--models {name}: a folder of images says nothing about their pixels; leave out --images")
-    if min(args.seeds, args.batch, args.held_out) < 1 or args.steps <= IGNORED or args.size % 16:
+    steps = IGNORED + 1 if args.steps is None else args.steps
+    if min(args.seeds, args.batch, args.held_out) < 1 or steps <= IGNORED or args.size % 16:
         parser.error(
             f"--seeds, --batch and --held-out must be at least 1, --steps {IGNORED + 1}, --size a multiple of 16"
         )
@@ -195,26 +196,18 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6.6 with torch 2.13
+    running.quiet()
     source = Folder(args.images, args.size) if args.images else Scenes(args.size)
     trained, used, predictions = run(args, source)
-    args.output.mkdir(parents=True, exist_ok=True)
     report = f"{table(trained, 'trained in')}\n\n{table(used, 'used in')}\n"
-    (args.output / "vision.md").write_text(report)
     results = {
         group: {model: {way: asdict(r) for way, r in ways.items()} for model, ways in part.items()}
         for group, part in (("trained", trained), ("used", used))
     }
-    settings = {name: str(value) for name, value in vars(args).items()}
-    (args.output / "results.json").write_text(json.dumps({"settings": settings, **results}, indent=1))
+    running.save(args.output, args, report, "vision.md", **results)
     drawn = draw(args, source, predictions)
     print(f"\n{report}\nin {args.output}: vision.md, results.json, {', '.join(drawn)}")
-    failures = complaints(trained)
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return running.status(complaints(trained))
 
 
 if __name__ == "__main__":
