@@ -147,6 +147,11 @@ class Expert:
         self.weight.data = self.weight.data.to(device)
 
 
+def in_parts(weight: Tensor) -> bool:
+    """Whether a rank holds only its part of a parameter, because ZeRO-3 of DeepSpeed has cut it: it looks empty."""
+    return hasattr(weight, "ds_shape") and weight.numel() != weight.ds_shape.numel()
+
+
 def layer_at(module: nn.Module, name: str) -> Any:
     """The module of that name, or the ``Expert``."""
     owner, _, part = name.rpartition(".")
@@ -208,6 +213,8 @@ def _unfit(layer: Any) -> str | None:
         return f"max_norm={layer.max_norm} changes its table"
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    if in_parts(weight):
+        return "ZeRO-3 of DeepSpeed has cut its weight: quantise before that"
     return None if weight.dtype in FLOATS else f"weight is {weight.dtype}; float32, float16 and bfloat16 are taken"
 
 

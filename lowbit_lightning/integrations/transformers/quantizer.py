@@ -30,12 +30,13 @@ from lowbit_lightning.convert.lowbit import (
     adopt,
     candidate_weights,
     dequantize,
+    in_parts,
     layer_at,
     low_bit_layers,
     quantize,
     select_weights,
 )
-from lowbit_lightning.integrations.transformers import ties
+from lowbit_lightning.integrations.transformers import ties, zero
 from lowbit_lightning.integrations.transformers.config import METHOD, LowBitConfig, described, dtype_of, settings_of
 from lowbit_lightning.integrations.transformers.hooks import without_hooks
 from lowbit_lightning.integrations.transformers.pages import ReadPages
@@ -128,16 +129,17 @@ class LowBitQuantizer(HfQuantizer):
     ) -> None:
         self.pages = ReadPages(checkpoint_files)
         if self.pre_quantized:
-            self.adopt_saved(model)
+            zero.check(self.adopt_saved(model))
             return
         config = self.quantization_config
         with ties.tied(model):
             chosen = select_weights(model, config.setting, **config.choice).chosen
         self.waiting = {_parameter(model, name): (name, own) for name, own in chosen.items()}
+        zero.check(name for name in chosen if name in self.waiting)
         ties.check(model, {name: own.format for name, (_, own) in self.waiting.items()})
 
-    def adopt_saved(self, model: PreTrainedModel) -> None:
-        """Make the layers that the config names low-bit ones, without values."""
+    def adopt_saved(self, model: PreTrainedModel) -> list[str]:
+        """Make the layers that the config names low-bit ones, without values; returns those that are experts."""
         layers, prefix = self.quantization_config.layers, getattr(model, "base_model_prefix", "")
         if layers is None:
             raise ValueError("quantization_config lacks layers: this model was not saved by lowbit_lightning")
@@ -148,6 +150,7 @@ class LowBitQuantizer(HfQuantizer):
             if own is not None:
                 vars(adopt(layer_at(model, name), own))[LOADED] = True  # codes have no initial values
         ties.share(model)
+        return [name for name, low in low_bit_layers(model) if isinstance(low, LowBitTensor)]
 
     def take(self, model: PreTrainedModel, name: str, weight: Tensor, missing: MutableSet[str] | None) -> None:
         """Quantise the weight ``name`` into its layer, and into those that are tied to it."""
@@ -159,6 +162,7 @@ class LowBitQuantizer(HfQuantizer):
                 other_layer, other_own = self.waiting.pop(other)
                 initialized(adopt(layer_at(model, other_layer), other_own))
         ties.share(model)
+        zero.partition(layer_at(model, layer))
         if missing is not None:
             missing.discard(name)
             self.missing = missing
@@ -175,7 +179,13 @@ class LowBitQuantizer(HfQuantizer):
                 if not getattr(low, part).is_meta and not hasattr(getattr(low, part), LOADED):
                     raise ValueError(f"the checkpoint lacks {name}.{part}, which its config says is in low bits")
             low.check_format(name)
-        if any(isinstance(low, LowBitTensor) for _, low in low_bit_layers(model)):
+        experts = {name: low for name, low in low_bit_layers(model) if isinstance(low, LowBitTensor)}
+        if away := [name for name, low in experts.items() if low.weight.is_meta]:
+            raise ValueError(
+                f"device_map offloads {away[:4]}, but experts in low bits can't be offloaded: leave them on a device, "
+                "or quantise with LowBitConfig(..., experts=False)"
+            )
+        if experts:
             self.experts_before = model.config._experts_implementation
             model.set_experts_implementation("eager")  # one expert at a time, in packed form
         self.describe(model)
@@ -204,10 +214,10 @@ class LowBitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         low = dict(low_bit_layers(model))
-        if away := [name for name, layer in low.items() if layer.weight.is_meta]:
+        if away := [name for name, layer in low.items() if layer.weight.is_meta or in_parts(layer.weight)]:
             raise ValueError(
-                f"dequantize() needs the weights in memory, but {away[:4]} are offloaded to disk or to the CPU: load "
-                "the model without offload"
+                f"dequantize() needs the weights in memory, but {away[:4]} are offloaded to disk or to the CPU, or cut "
+                "by ZeRO-3: load the model without"
             )
         with without_hooks(low.values()):
             dequantize(model, dtype_of(dtype))  # a saved model's config has its name
