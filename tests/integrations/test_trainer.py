@@ -29,13 +29,13 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), use_cpu=True, dataloader_pin_memory=False, **{**given, **options})
 
 
-def low_bit(folder: Folder) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder("llama"), quantization_config=LowBitConfig("nf4"))
+def low_bit(folder: Folder, weights: str = "nf4") -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder("llama"), quantization_config=LowBitConfig(weights))
 
 
-def adapted(folder: Folder) -> Any:
+def adapted(folder: Folder, weights: str = "nf4") -> Any:
     torch.manual_seed(0)
-    return get_peft_model(low_bit(folder), LoraConfig(target_modules=["q_proj", "up_proj"], r=64))
+    return get_peft_model(low_bit(folder, weights), LoraConfig(target_modules=["q_proj", "up_proj"], r=64))
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
@@ -70,9 +70,10 @@ def test_our_optimizer_with_accumulation_and_clipping_steps_as_torch_does(folder
     assert distance(ours, theirs) < 1e-5
 
 
-def test_eight_bit_states_resume_to_the_bit(folder: Folder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_eight_bit_states_resume_to_the_bit(weights: str, folder: Folder, tmp_path: Path) -> None:
     args = arguments(tmp_path, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
-    straight, resumed = adapted(folder), adapted(folder)
+    straight, resumed = adapted(folder, weights), adapted(folder, weights)
     chosen = optimizer(args, "AdamW", min_size=0)
     trainer = Trainer(straight, args, train_dataset=data(), optimizer_cls_and_kwargs=chosen)
     trainer.train()

@@ -30,8 +30,9 @@ WHOLE: dict[str, Any] = {"embeddings": True, "output_layer": None}
 
 
 def load(folder: Path, weights: str | None = "nf4", kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    config = None if weights is None else LowBitConfig(weights, **options)
-    return kind.from_pretrained(folder, **({} if config is None else {"quantization_config": config}))
+    if weights is None:
+        return kind.from_pretrained(folder, **options)
+    return kind.from_pretrained(folder, quantization_config=LowBitConfig(weights, **options))
 
 
 def in_place(folder: Path, weights: str = "nf4", **options: Any) -> Any:
@@ -170,6 +171,22 @@ def test_disk_offload_of_a_saved_model_and_the_error_while_quantising(folder: Fo
     assert torch.equal(logits(away), logits(model))
     with pytest.raises(ValueError, match="offloaded to disk or to the CPU"):
         away.dequantize()
+
+
+def test_offload_to_the_cpu(folder: Folder) -> None:
+    """By accelerate: a layer's codes are on the device only while it computes."""
+    from accelerate import cpu_offload
+
+    model, whole = load(folder("tied"), **WHOLE), load(folder("tied"), **WHOLE)
+    cpu_offload(model, execution_device="cpu")
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_experts_are_not_offloaded(folder: Folder, tmp_path: Path) -> None:
+    load(folder("mixtral")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"offloads .*experts.gate_up_proj.*experts=False"):
+        load(tmp_path, None, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
 
 
 # -- dequantize, and models in memory --------------------------------------------------------------------------------
