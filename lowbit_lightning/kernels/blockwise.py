@@ -67,7 +67,7 @@ def _codebook(codebook: str | Tensor, device: torch.device) -> tuple[str, Tensor
         formats.check_name(codebook)
         return codebook, None
     formats.check_codebook(codebook)
-    return "custom", codebook.to(device)
+    return "custom", codebook.to(device).contiguous()
 
 
 @cache
@@ -83,7 +83,7 @@ def _resolved(name: str, values: Tensor | None, device: torch.device) -> tuple[s
 
 
 def _quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
-    return run("quantize_blockwise", x.device, x, *_resolved(codebook, values, x.device), block_size)
+    return run("quantize_blockwise", x.device, x.contiguous(), *_resolved(codebook, values, x.device), block_size)
 
 
 def _quantize_blockwise_fake(x: Tensor, codebook: str, values: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _dequantize_blockwise(
     codes: Tensor, scales: Tensor, codebook: str, values: Tensor | None, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     book = _resolved(codebook, values, codes.device)
-    return run("dequantize_blockwise", codes.device, codes, scales, *book, block_size, dtype)
+    return run("dequantize_blockwise", codes.device, codes.contiguous(), scales.contiguous(), *book, block_size, dtype)
 
 
 _quantize = declare(

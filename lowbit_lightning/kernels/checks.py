@@ -16,7 +16,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 def check_scales(name: str, scales: Tensor, length: int) -> None:
     """Raise ValueError unless they are float32 ``[length]``."""
-    if scales.dtype != torch.float32 or tuple(scales.shape) != (length,):
+    if scales.dtype != torch.float32 or scales.shape != (length,):
         raise ValueError(f"{name} must be float32 of shape ({length},), got {scales.dtype} of {tuple(scales.shape)}")
 
 
@@ -26,9 +26,8 @@ def check_bias(bias: Tensor | None, length: int) -> None:
         raise ValueError(f"bias must be a float vector of shape ({length},), got {bias.dtype} of {tuple(bias.shape)}")
 
 
-def check_devices(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all of them that are not None are on the device of the first."""
-    (place, first), *others = tensors.items()
-    for name, other in others:
-        if other is not None and first is not None and other.device != first.device:
-            raise ValueError(f"{name} is on {other.device} but {place} on {first.device}; move one of them")
+def check_devices(first: str, device: torch.device, **others: Tensor | None) -> None:
+    """Raise ValueError unless the others are None or on the device of the argument ``first``."""
+    for name, other in others.items():
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} is on {other.device} but {first} on {device}; move one of them")

@@ -65,13 +65,20 @@ def declare(
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.lowbit_lightning, name).default
-    on_backend = implementation or (lambda *arguments: run(name, arguments[0].device, *arguments))
-    _library.impl(name, on_backend, "CompositeExplicitAutograd")
+    _library.impl(name, implementation or _on_backend(name), "CompositeExplicitAutograd")
     qualified = f"lowbit_lightning::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     return op
+
+
+def _on_backend(op: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any) -> Any:
+        near = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
+        return run(op, near[0].device, *near)
+
+    return implementation
 
 
 def is_transformed() -> bool:
@@ -105,16 +112,15 @@ def _watchers() -> bool:
 
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
-    """Run the function ``op`` of the backend for ``device``, on contiguous tensors, and count the call."""
-    near = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
+    """Run the function ``op`` of the backend for ``device``, and count the call. All tensors must be contiguous."""
     name = _forced[-1] if _forced else backend_of(device.type)
     try:
-        result = function(name, op)(*near)
+        result = function(name, op)(*arguments)
     except Unavailable as error:  # it is raised before the op has changed anything
         if _forced:
             raise
         name = _chosen[device.type] = _warned_reference(device.type, str(error))
-        result = function(name, op)(*near)
+        result = function(name, op)(*arguments)
     _calls[op, name] += 1
     return result
 

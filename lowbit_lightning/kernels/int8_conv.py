@@ -54,7 +54,7 @@ def int8_conv(
     _check("a", a, (images * _per_image("a", a, 0, images), None), a_scales, "a_scales", 0)
     _check("b", b, (None, table.shape[1], a.shape[1]), b_scales, "b_scales", 0)
     check_bias(bias, b.shape[0])
-    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, table=table, bias=bias)
+    check_devices("a", a.device, b=b, a_scales=a_scales, b_scales=b_scales, table=table, bias=bias)
     _check_rest(out_dtype, a.shape[1])
     return _conv(a, b, a_scales, b_scales, table, images, bias, out_dtype)
 
@@ -86,7 +86,7 @@ def int8_conv_input(
     _check_table(table, images)
     _check("a", a, (images * table.shape[0], None), a_scales, "a_scales", 0)
     _check("b", b, (a.shape[1], table.shape[1], None), b_scales, "b_scales", 2)
-    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, table=table)
+    check_devices("a", a.device, b=b, a_scales=a_scales, b_scales=b_scales, table=table)
     _check_rest(out_dtype, a.shape[1])
     return _conv_input(a, b, a_scales, b_scales, table, images, pixels, out_dtype)
 
@@ -117,7 +117,7 @@ def int8_conv_weight(
     _check_table(table, images)
     _check("a", a, (None, images * table.shape[0]), a_scales, "a_scales", 0)
     _check("b", b, (images * _per_image("b", b, 0, images), None), b_scales, "b_scales", 1)
-    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, table=table)
+    check_devices("a", a.device, b=b, a_scales=a_scales, b_scales=b_scales, table=table)
     _check_rest(out_dtype, 0)
     return _conv_weight(a, b, a_scales, b_scales, table, images, out_dtype)
 

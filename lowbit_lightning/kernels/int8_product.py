@@ -41,7 +41,7 @@ def int8_matmul(
     check_scales("a_scales", a_scales, a.shape[0])
     check_scales("b_scales", b_scales, b.shape[0])
     check_bias(bias, b.shape[0])
-    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, bias=bias)
+    check_devices("a", a.device, b=b, a_scales=a_scales, b_scales=b_scales, bias=bias)
     check_dtype("out_dtype", out_dtype)
     return _matmul(a, b, a_scales, b_scales, bias, out_dtype)
 
@@ -49,10 +49,13 @@ def int8_matmul(
 def _int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
+    a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if a.shape[1] <= LONGEST_INT8_SUM:
         return run("int8_matmul", a.device, a, b, a_scales, b_scales, bias, out_dtype)
     total = a.new_zeros(a.shape[0], b.shape[0], dtype=torch.float32)
-    for parts in zip(a.split(LONGEST_INT8_SUM, 1), b.split(LONGEST_INT8_SUM, 1), strict=True):
+    for cut in zip(a.split(LONGEST_INT8_SUM, 1), b.split(LONGEST_INT8_SUM, 1), strict=True):
+        parts = [part.contiguous() for part in cut]
         total += run("int8_matmul", a.device, *parts, a_scales, b_scales, None, torch.float32)
     return (total if bias is None else total + bias.float()).to(out_dtype)
 

@@ -171,7 +171,7 @@ def _check_rows(
         raise ValueError(f"packed must be [rows, bytes], got shape {tuple(packed.shape)}")
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
-    check_devices(packed=packed, scales=scales, indices=indices)
+    check_devices("packed", packed.device, scales=scales, indices=indices)
 
 
 def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> None:
@@ -181,7 +181,7 @@ def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
     _check_form(packed, scales, form, x.shape[-1])
     check_bias(bias, packed.shape[0])
     if not x.device == packed.device == scales.device == (x if bias is None else bias).device:
-        check_devices(x=x, packed=packed, scales=scales, bias=bias)
+        check_devices("x", x.device, packed=packed, scales=scales, bias=bias)
 
 
 # -- what the ops do, and what their results look like ---------------------------------------------------------------
@@ -189,7 +189,7 @@ def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
 
 def _run_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, Tensor]:
     f, chosen = _check_weight(weight, form, fit)
-    return run("lowbit_quantize", weight.device, weight, str(f), chosen)
+    return run("lowbit_quantize", weight.device, weight.contiguous(), str(f), chosen)
 
 
 def _like_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def _like_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, 
 def _run_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
     _check_form(packed, scales, form, row_length)
     check_dtype("dtype", dtype)
-    return run("lowbit_dequantize", packed.device, packed, scales, form, row_length, dtype)
+    return run("lowbit_dequantize", packed.device, packed.contiguous(), scales.contiguous(), form, row_length, dtype)
 
 
 def _like_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
@@ -215,7 +215,8 @@ def _run_embedding(
     packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
 ) -> Tensor:
     _check_rows(packed, scales, indices, form, row_length, dtype)
-    return run("lowbit_embedding", packed.device, packed, scales, indices, form, row_length, dtype)
+    operands = packed.contiguous(), scales.contiguous(), indices.contiguous()
+    return run("lowbit_embedding", packed.device, *operands, form, row_length, dtype)
 
 
 def _like_embedding(
@@ -233,8 +234,9 @@ def _run_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None,
     if not (x.numel() and outputs):
         y = x.new_zeros(len(x), outputs) if bias is None else bias.to(x.dtype).expand(len(x), outputs).clone()
     else:
+        bias = None if bias is None else bias.contiguous()
         op = "lowbit_gemv" if x.shape[0] <= FEW_ROWS else "lowbit_matmul"
-        y = run(op, x.device, x, packed, scales, bias, form)
+        y = run(op, x.device, x.contiguous(), packed.contiguous(), scales.contiguous(), bias, form)
     return y if len(shape) == 2 else y.view(*shape[:-1], outputs)
 
 
@@ -247,8 +249,8 @@ def _run_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_len
     (*leading, outputs), rows = dy.shape, prod(dy.shape[:-1])
     if not (rows and outputs and row_length):
         return dy.new_zeros(*leading, row_length)
-    operands = dy.reshape(rows, outputs), packed, scales, form, row_length
-    return run("lowbit_matmul_backward", dy.device, *operands).view(*leading, row_length)
+    operands = dy.reshape(rows, outputs).contiguous(), packed.contiguous(), scales.contiguous()
+    return run("lowbit_matmul_backward", dy.device, *operands, form, row_length).view(*leading, row_length)
 
 
 def _like_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
@@ -266,7 +268,8 @@ def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     (*leading, length), outputs = x.shape, packed.shape[0]
     if prod(leading) <= FEW_ROWS or not (outputs and length):
         return _run_product(x, packed, scales, bias, "int8")
-    rows, outliers = x.reshape(prod(leading), length), None
+    rows, outliers = x.reshape(prod(leading), length).contiguous(), None
+    packed, scales, bias = packed.contiguous(), scales.contiguous(), None if bias is None else bias.contiguous()
     if threshold:
         rows, outliers = run("split_outliers", x.device, rows, packed, scales, threshold)
     codes, row_scales = run("quantize_rowwise", x.device, rows, None)
@@ -280,7 +283,8 @@ def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
 
 def _run_split(x: Tensor, packed: Tensor, scales: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     _check_outliers(x, packed, scales, None, threshold)
-    rest, product = run("split_outliers", x.device, x, packed, scales, threshold)
+    operands = x.contiguous(), packed.contiguous(), scales.contiguous()
+    rest, product = run("split_outliers", x.device, *operands, threshold)
     return (
         (rest, product) if product is not None else (x.clone(), x.new_zeros(len(x), len(packed), dtype=torch.float32))
     )
