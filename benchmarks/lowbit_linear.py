@@ -19,7 +19,10 @@ the weight.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,7 +32,9 @@ from _common import Candidate, Report, copy_bandwidth, measure, parser, rival, s
 from torch import Tensor
 
 from lowbit_lightning import kernels
+from lowbit_lightning.kernels.cpu.lowbit import library
 from lowbit_lightning.kernels.formats import weight_format
+from lowbit_lightning.layers import LowBitLinear
 
 CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 OURS = [
@@ -205,6 +210,39 @@ def case(report: Report, shape: tuple[int, int], rows: int, bandwidth: float) ->
     report.add(*skipped(everyone))
 
 
+def share_of_python(report: Report, form: str = "nf4", width: int = 2048, count: int = 128) -> None:
+    """What a layer takes beside its compiled product: layers of their own weights, called in turn as in a model, each
+    of which drives Python's code and data out of the caches."""
+    layer = LowBitLinear(width, width, bias=False, dtype=torch.bfloat16, weights=form)
+    layers, x = [copy.deepcopy(layer) for _ in range(count)], torch.randn(1, 1, width, dtype=torch.bfloat16)
+    compiled = library(weight_format(form).bits)
+    product, inside, beside = compiled.lb_lowbit_gemv, 0.0, []
+
+    def timed(*arguments: Any) -> None:
+        nonlocal inside
+        start = time.perf_counter()
+        product(*arguments)
+        inside += time.perf_counter() - start
+
+    compiled.lb_lowbit_gemv = timed
+    try:
+        for _ in range(report.arguments.repeats):
+            inside, start = 0.0, time.perf_counter()
+            with torch.no_grad():
+                for layer in layers:
+                    layer(x)
+            beside.append((time.perf_counter() - start - inside) / count)
+    finally:
+        compiled.lb_lowbit_gemv = product
+    report.add(
+        f"## Python's share of a layer, 1 row of x, {form}",
+        "",
+        f"{count} layers of {width} to {width} features, called in turn: {1e6 * min(beside):.1f} microseconds a layer"
+        f" beside its compiled product, median {1e6 * statistics.median(beside):.1f}.",
+        "",
+    )
+
+
 def main() -> None:
     options: argparse.ArgumentParser = parser(__doc__)
     options.add_argument("--shapes", default="4096x4096,11008x4096", help="outputs x inputs, comma-separated")
@@ -224,6 +262,8 @@ def main() -> None:
         outputs, inputs = (int(n) for n in shape.split("x"))
         for rows in arguments.rows.split(","):
             case(report, (outputs, inputs), int(rows), bandwidth)
+    if on_cpu and "1" in arguments.rows.split(","):
+        share_of_python(report)
     report.save()
 
 

@@ -154,8 +154,8 @@ def _check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> N
         raise TypeError(
             f"packed and scales of {form} must be torch.uint8 and {dtype}, got {packed.dtype} and {scales.dtype}"
         )
-    leading = packed.shape[:-1]
-    if packed.ndim == 0 or packed.shape != (*leading, width) or scales.shape != (*leading, scales_width):
+    shape = packed.shape
+    if not shape or shape[-1] != width or scales.shape != (*shape[:-1], scales_width):
         raise ValueError(
             f"packed and scales of {form} with rows of {row_length} must be [..., {width}] and [..., {scales_width}],"
             f" got {tuple(packed.shape)} and {tuple(scales.shape)}"

@@ -56,20 +56,25 @@ def test_products_of_few_and_many_rows(form: str, name: str, length: int) -> Non
 
 
 @pytest.mark.parametrize("form", ["nf4", "int3", "int8"])
-@pytest.mark.parametrize("by_eight", [0, 20])
-def test_products_by_panels_and_by_eight_rows(form: str, by_eight: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels of one row, of several and of all, the last one narrower; and the same rows of x eight at a time."""
-    monkeypatch.setattr(on_cpu, "_BY_EIGHT", (by_eight, by_eight))
-    packed, scales, weight = weight_of(form, 37, 333)
-    x, bias = torch.randn(19, 333), torch.randn(37)
-    for size in (1, 10 * 333 * 4, 1 << 20):
+@pytest.mark.parametrize("way", ["eight rows", "panels", "vectors"])
+def test_every_way_to_multiply_many_rows(form: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight rows of x at a time; panels of one row of the weight, of several and of all, the last one narrower; and the
+    kernel of our own, in several tasks, with columns and steps left over at the end."""
+    monkeypatch.setattr(on_cpu, "_BY_EIGHT", (100, 100) if way == "eight rows" else (0, 0))
+    if way != "vectors":  # which is how it is multiplied where that is possible
+        monkeypatch.setattr(on_cpu, "_by_vectors", on_cpu._by_panels)
+    rows = 100 if way == "vectors" else 19
+    for size in (1, 10 * 333 * 4, 1 << 20) if way == "panels" else (on_cpu._PANEL,):
         monkeypatch.setattr(on_cpu, "_PANEL", size)
-        for dtype, allowed in TOLERANCE.items():
-            rows = x.to(dtype)
-            for b in (bias, bias.to(dtype), None):
-                y = kernels.lowbit_matmul(rows, packed, scales, b, form)
-                assert y.dtype == dtype
-                assert error(y, rows.double() @ weight.T + (0 if b is None else b)) < allowed
+        for outputs, length in ((37, 333), (70, 1100)) if way == "vectors" else ((37, 333),):
+            packed, scales, weight = weight_of(form, outputs, length)
+            x, bias = torch.randn(rows, length), torch.randn(outputs)
+            for dtype, allowed in TOLERANCE.items():
+                for b in (bias, bias.to(dtype), None):
+                    y = kernels.lowbit_matmul(x.to(dtype), packed, scales, b, form)
+                    assert y.dtype == dtype
+                    expected = x.to(dtype).double() @ weight.T + (0 if b is None else b)
+                    assert error(y, expected) < allowed
 
 
 @pytest.mark.parametrize("form", NAMES)

@@ -1,9 +1,10 @@
 """Low-bit weights on CPU: src/lowbit.cpp, src/lowbit_quantize.cpp, compiled for the bits of a code.
 
 A product of few rows of x reads the packed weight once for eight of them and decodes it in registers
-(src/lowbit_product.h). One of many rows decodes a panel of the weight at a time, some rows of it, which stays in the
-caches for torch's own product (oneDNN, MKL). A panel of the backward is some columns, in the order in which codes are
-decoded.
+(src/lowbit_product.h). One of many rows decodes a panel of the weight at a time. With AVX-512 that is done in each
+thread, which multiplies the panel by vectors (src/lowbit_gemm.h). Elsewhere, and for bfloat16 where the processor has
+tiles (AMX), a panel is some rows of the weight, which stay in the caches for torch's own product (oneDNN, MKL). A panel
+of the backward is some columns, in the order in which codes are decoded.
 """
 
 from __future__ import annotations
@@ -93,11 +94,13 @@ def library(bits: int) -> ctypes.CDLL:
         "lb_lowbit_dequantize": [_POINTER] * 4 + [_LONG, _POINTER, _INT, _INT],
         "lb_lowbit_panel": [_POINTER] * 3 + [_LONG, _LONG, _LONG, _POINTER, _INT, _INT],
         "lb_lowbit_gemv": [_POINTER] * 3 + [_LONG, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT],
+        "lb_lowbit_gemm": [_POINTER] * 3 + [_LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT],
     }
     for name, arguments in functions.items():
         getattr(compiled, name).restype, getattr(compiled, name).argtypes = None, arguments
     for name in ("lb_lowbit_phases", "lb_lowbit_lanes", "lb_lowbit_pairs"):
         getattr(compiled, name).restype, getattr(compiled, name).argtypes = _LONG, []
+    compiled.lb_lowbit_multiplies.restype, compiled.lb_lowbit_multiplies.argtypes = _LONG, [_INT]
     return compiled
 
 
@@ -157,17 +160,41 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     (rows, length), outputs = x.shape, packed.shape[0]
     if rows <= _BY_EIGHT[outputs * length >= _LARGE]:
         return lowbit_gemv(x, packed, scales, bias, form)
-    there = x.to(_dtype(x.dtype, form, length))
-    step = max(1, _PANEL // there.itemsize // length)
+    dtype = _dtype(x.dtype, form, length)
+    multiply = _by_vectors if _form(form, length)[0].lb_lowbit_multiplies(DTYPE_NUMBERS[dtype]) else _by_panels
+    return multiply(x.to(dtype), packed, scales, bias, form).to(x.dtype)
+
+
+def _by_vectors(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """By a kernel of our own, for the dtypes that ``lb_lowbit_multiplies`` names."""
+    (rows, length), outputs = x.shape, packed.shape[0]
+    out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu")
+    if x.dtype == torch.bfloat16 and length % 2:
+        x = torch.nn.functional.pad(x, (0, 1))
+    if bias is not None:
+        bias = bias.float().contiguous()
+    compiled, argument, _ = _form(form, length)
+    compiled.lb_lowbit_gemm(
+        *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr(), x.shape[1], rows),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[x.dtype]),
+        _threads(outputs * length),
+    )
+    return out
+
+
+def _by_panels(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """By torch's product with decoded panels."""
+    (rows, length), outputs = x.shape, packed.shape[0]
+    step = max(1, _PANEL // x.itemsize // length)
     out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu") if outputs > step else None
     for first in range(0, outputs, step):
         part = slice(first, min(outputs, first + step))
-        panel = _scratch((part.stop - first, length), there.dtype)
-        y = torch.nn.functional.linear(there, _decode(panel, packed[part], scales[part], None, form))
+        panel = _scratch((part.stop - first, length), x.dtype)
+        y = torch.nn.functional.linear(x, _decode(panel, packed[part], scales[part], None, form))
         if bias is not None:
             y.add_(bias[part])
         if out is None:
-            return y.to(x.dtype)
+            return y
         out[:, part] = y
     assert out is not None
     return out

@@ -70,6 +70,10 @@ class Format:
     double_quant: bool = False
 
     def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def name(self) -> str:
         block = "" if self.block_size == _KINDS[self.kind][1] else f"-g{self.block_size}"
         return f"{self.kind}{'-dq' if self.double_quant else ''}{block}"
 
@@ -77,11 +81,11 @@ class Format:
     def is_affine(self) -> bool:
         return self.kind in ("int4", "int3", "int2")
 
-    @property
+    @cached_property
     def scale_kind(self) -> str:
         return "square" if self.is_affine or self.double_quant else "float32"
 
-    @property
+    @cached_property
     def scales_dtype(self) -> torch.dtype:
         return torch.float32 if self.scale_kind == "float32" else torch.uint8
 

@@ -1,5 +1,6 @@
 // Low-bit weights: dequantised, and multiplied with x.
 #include "lowbit_decode.h"
+#include "lowbit_gemm.h"
 #include "lowbit_product.h"
 
 template <bool NATURAL, class T>
@@ -46,6 +47,24 @@ void lb_lowbit_panel(const Form* form, const uint8_t* packed, const uint8_t* sca
     by_dtype(dtype, out, [&](auto* to) {
         decode<false>(*form, packed, scales, nullptr, rows, first_chunk, last_chunk, to, stride, threads);
     });
+}
+// Whether lb_lowbit_gemm multiplies this dtype.
+int64_t lb_lowbit_multiplies(int dtype) {
+    return dtype == 0 ? LB_MULTIPLIES_FLOATS : dtype == 2 ? LB_MULTIPLIES_PAIRS : 0;
+}
+// out[M][N] = x[M][K] @ weight.T (+ bias), all but bias of one dtype. x's rows are `stride` elements apart: an even
+// number for bfloat16, so if K is odd a zero follows them.
+void lb_lowbit_gemm(const Form* form, const uint8_t* packed, const uint8_t* scales, int64_t N, const void* x,
+                    int64_t stride, int64_t M, const float* bias, void* out, int dtype, int threads) {
+    (void)form, (void)packed, (void)scales, (void)N, (void)x, (void)stride, (void)M, (void)bias, (void)out;
+    (void)dtype, (void)threads;
+#if LB_MULTIPLIES_FLOATS
+    if (dtype == 0) many_rows(*form, packed, scales, N, (const float*)x, stride, M, bias, (float*)out, threads);
+#endif
+#if LB_MULTIPLIES_PAIRS
+    if (dtype == 2)
+        many_rows(*form, packed, scales, N, (const float*)x, stride / 2, M, bias, (BFloat16*)out, threads);
+#endif
 }
 // out[M][N] = x[M][K] @ weight.T (+ bias), all but bias of one dtype; M at most 8
 void lb_lowbit_gemv(const Form* form, const uint8_t* packed, const uint8_t* scales, int64_t N, const void* x,

@@ -35,6 +35,8 @@ constexpr int CHUNK_BYTES = BITS == 8 ? CHUNK : CHUNK / (BITS == 4 ? 2 : 4);  //
 
 #define LB_METHOD inline __attribute__((always_inline))
 
+struct Slot { V vector; };  // of a std::vector
+
 LB_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- codes
@@ -102,7 +104,11 @@ LB_FN I index_of(const Codes& codes, int p) {
 struct Values {
     explicit Values(const Form&) {}
     LB_METHOD V of(const Codes& codes, int p) const {
+#if LB_AVX512
+        return to_float((I)_mm512_cvtepi8_epi32((__m128i)codes.part[p]));
+#else
         return to_float(widen_signed(codes.part[p]));
+#endif
     }
 };
 #elif LB_NEON

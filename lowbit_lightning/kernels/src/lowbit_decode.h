@@ -90,6 +90,58 @@ LB_FN void decode_whole(const Form& form, const Values& values, const Spread& sp
 #endif
 }
 
+#if LB_AVX512_BW && BITS < 8
+// The codes of 32 neighbouring elements, as above in lanes of 16 bits.
+struct Lanes {
+    alignas(64) uint16_t word[32], shift[32], high_word[32], high_shift[32];
+    constexpr Lanes() : word(), shift(), high_word(), high_shift() {
+        constexpr int each = 16 / low_bits;  // codes in a word
+        for (int l = 0; l < 32; ++l) {
+            word[l] = l / each;
+            shift[l] = shift_of(l % each);
+            high_word[l] = l / 16;
+            high_shift[l] = high_shift_of(l % 16);
+        }
+    }
+};
+LB_FN __m512i neighbours(const Form& form, const uint8_t* row, int64_t k) {
+    static constexpr Lanes lanes;
+    const auto words = [](const uint16_t* from, __m512i of, const uint16_t* shift) LB_LAMBDA {
+        return _mm512_srlv_epi16(_mm512_permutexvar_epi16(_mm512_load_si512(from), of), _mm512_load_si512(shift));
+    };
+#if BITS == 4
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)(row + k / 2));
+#else
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)(row + k / 4));
+#endif
+    const __m512i low = words(lanes.word, _mm512_castsi128_si512(bytes), lanes.shift);
+#if BITS == 3
+    int32_t bits;
+    memcpy(&bits, row + ceil_div(form.length, 4) + k / 8, 4);
+    const __m512i high = words(lanes.high_word, _mm512_set1_epi32(bits), lanes.high_shift);
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi16(4), _mm512_slli_epi16(high, 2), low, 0xca);
+#else
+    (void)form;
+    return low;
+#endif
+}
+// In bfloat16 it is the table of a block that is decoded and rounded; elements are looked up in it.
+LB_FN void decode_whole(const Form& form, const Values& values, const Spread& spread, const uint8_t* packed,
+                        const float* scales, const float* offsets, int64_t c, BFloat16* out) {
+    const int64_t first = spread.fine ? c * spread.fine : c >> spread.shift;  // block
+    const int tables = spread.fine ? spread.fine : 1;
+    for (int t = 0; t < tables; ++t) {
+        V v;
+        memcpy(&v, values.table.at, sizeof v);
+        v = v * splat<V>(scales[first + t]);
+        if (form.affine) v = v + splat<V>(offsets[first + t]);
+        const __m512i table = _mm512_broadcast_i64x4((__m256i)narrow_bfloat16(v));
+        for (int k = t * (CHUNK / tables); k < (t + 1) * (CHUNK / tables); k += 32)
+            _mm512_storeu_si512(out + k, _mm512_permutexvar_epi16(neighbours(form, packed, c * CHUNK + k), table));
+    }
+}
+#endif
+
 // Chunks first_chunk to last_chunk - 1 of a row. NATURAL: elements in order, none after the row's end; otherwise
 // [phase][lane], the last chunk whole.
 template <bool NATURAL, class T>

@@ -121,7 +121,6 @@ template <int phases, int lanes, class Element> LB_FN void in_order(const Elemen
 template <class E> struct Prepared {
     typedef typename E::Vector Vector;
     int64_t rows, chunks;
-    struct Slot { V vector; };
     std::vector<Slot> x;      // [chunk][phase][row]: read in order; zeros after the end, and in rows that were added
     std::vector<float> sums;  // [row][block], of affine formats
     Prepared(const Form& form, int64_t rows) : rows(rows), chunks(ceil_div(form.length, CHUNK)) {
