@@ -104,11 +104,7 @@ LB_FN I index_of(const Codes& codes, int p) {
 struct Values {
     explicit Values(const Form&) {}
     LB_METHOD V of(const Codes& codes, int p) const {
-#if LB_AVX512
-        return to_float((I)_mm512_cvtepi8_epi32((__m128i)codes.part[p]));
-#else
         return to_float(widen_signed(codes.part[p]));
-#endif
     }
 };
 #elif LB_NEON

@@ -1,7 +1,7 @@
 // y = x @ weight.T for many rows of x, by vectors of 512 bits.
 //
-// A task is some rows of x with COLUMNS rows of the weight. DEPTH bytes of each of these are decoded at a time, into the
-// L2 cache, in an order in which a vector holds 16 neighbours along N. All rows of x of the task are multiplied with
+// A task is some rows of x with COLUMNS rows of the weight. DEPTH bytes of each of these are decoded at a time, into
+// the L2 cache, in an order in which a vector holds 16 neighbours along N. All rows of x of the task are multiplied with
 // them, ROWS at a time, whose sums are in registers; the other sums wait in the L2 cache. bfloat16 goes in pairs, as in
 // lowbit_product.h; the weight is then rounded as if it were dequantised to bfloat16. Sums are float32.
 //
