@@ -1,9 +1,9 @@
 // y = x @ weight.T for many rows of x, by vectors of 512 bits.
 //
 // A task is some rows of x with COLUMNS rows of the weight. DEPTH bytes of each of these are decoded at a time, into
-// the L2 cache, in an order in which a vector holds 16 neighbours along N. All rows of x of the task are multiplied with
-// them, ROWS at a time, whose sums are in registers; the other sums wait in the L2 cache. bfloat16 goes in pairs, as in
-// lowbit_product.h; the weight is then rounded as if it were dequantised to bfloat16. Sums are float32.
+// the L2 cache, in an order in which a vector holds 16 neighbours along N. All rows of x of the task are multiplied
+// with them, ROWS at a time, whose sums are in registers; the other sums wait in the L2 cache. bfloat16 goes in
+// pairs, as in lowbit_product.h; the weight is then rounded as if it were dequantised to bfloat16. Sums are float32.
 //
 //   panel[step along K][column], a step being one float, or a pair of bfloat16
 #pragma once
