@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
+KEPT = 2**27
+"""Most elements of all tables that are kept: 512 MiB. A model that sees images of many sizes needs many tables."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,19 @@ class Windows:
 
     def table(self, device: torch.device) -> Tensor:
         """int32 ``[results, taps]``: the pixel that a tap reads, or -1 outside the image. It is shared: don't write."""
-        return _table(self, device)
+        table = _tables.pop((self, device), None)
+        if table is None:
+            table = _made(self, device)
+            while _tables and table.numel() + sum(map(Tensor.numel, _tables.values())) > KEPT:
+                _tables.popitem(last=False)
+        _tables[self, device] = table  # at the end: it was used last
+        return table
 
 
-@cache
-def _table(windows: Windows, device: torch.device) -> Tensor:
+_tables: OrderedDict[tuple[Windows, torch.device], Tensor] = OrderedDict()
+
+
+def _made(windows: Windows, device: torch.device) -> Tensor:
     pixels, inside = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
     for d, (n, length) in enumerate(zip(windows.size, windows.results, strict=True)):
         starts = torch.arange(length) * windows.stride[d] - windows.padding[d]

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowbit_lightning import convert, memory
 from lowbit_lightning.callbacks.sample import Sample
-from lowbit_lightning.layers import Int8Conv2d
+from lowbit_lightning.layers import Int8Conv2d, windows
 from lowbit_lightning.precision.accounting import patch_accounting
 
 
@@ -55,3 +55,14 @@ def test_a_plan_counts_saved_images_as_bytes() -> None:
     assert 8 * 3 * image * 0.7 < saved < 8 * 3 * image * 1.3
     assert type(model[0]) is nn.Conv2d
     assert convert.restore(model) == ()
+
+
+def test_images_of_many_sizes_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size has a table of the pixels that windows see; those that were used last are kept."""
+    monkeypatch.setattr(windows, "KEPT", 4000)
+    monkeypatch.setattr(windows, "_tables", kept := windows.OrderedDict())
+    geometry = [windows.Windows((n, n), (3, 3), (1, 1), (1, 1), (1, 1)) for n in range(3, 30)]
+    for one in geometry:
+        assert one.table(torch.device("cpu")).shape == (one.size[0] ** 2, 9)
+        assert geometry[5].table(torch.device("cpu")) is geometry[5].table(torch.device("cpu"))
+        assert len(kept) == 1 or sum(map(torch.Tensor.numel, kept.values())) <= 4000

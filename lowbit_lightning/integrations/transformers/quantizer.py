@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from lowbit_lightning.convert.fused import settle_fused_path
 from lowbit_lightning.convert.lowbit import (
     adopt,
     candidate_weights,
@@ -174,6 +175,7 @@ class LowBitQuantizer(HfQuantizer):
             if self.missing is None or name not in self.missing:  # one that is new stays as it is: it has to be trained
                 adopt(layer_at(model, layer), own)
         ties.share(model)
+        settle_fused_path(model)
         for name, low in low_bit_layers(model):
             for part in ("weight", "weight_scales") if self.pre_quantized else ():
                 if not getattr(low, part).is_meta and not hasattr(getattr(low, part), LOADED):
