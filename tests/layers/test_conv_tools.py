@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -60,9 +63,10 @@ def test_a_plan_counts_saved_images_as_bytes() -> None:
 def test_images_of_many_sizes_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every size has a table of the pixels that windows see; those that were used last are kept."""
     monkeypatch.setattr(windows, "KEPT", 4000)
-    monkeypatch.setattr(windows, "_tables", kept := windows.OrderedDict())
+    kept: OrderedDict[Any, torch.Tensor] = OrderedDict()
+    monkeypatch.setattr(windows, "_tables", kept)
     geometry = [windows.Windows((n, n), (3, 3), (1, 1), (1, 1), (1, 1)) for n in range(3, 30)]
     for one in geometry:
         assert one.table(torch.device("cpu")).shape == (one.size[0] ** 2, 9)
         assert geometry[5].table(torch.device("cpu")) is geometry[5].table(torch.device("cpu"))
-        assert len(kept) == 1 or sum(map(torch.Tensor.numel, kept.values())) <= 4000
+        assert len(kept) == 1 or sum(table.numel() for table in kept.values()) <= 4000
