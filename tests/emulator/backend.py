@@ -22,6 +22,7 @@ from lowbit_lightning.kernels.cuda import launch, table
 
 _module = cache(Module)
 _int_mm = torch._int_mm
+_MOST_SHARED = {(9, 0): 227 << 10}
 
 
 @contextmanager
@@ -31,10 +32,12 @@ def emulated(
     order: str = "forward",
     seed: int = 0,
     capability: tuple[int, int] = (8, 0),
+    capturing: bool = False,
     records: list[np.ndarray] | None = None,
 ) -> Iterator[list[launch.Launch]]:
     """Run the ops on the CUDA backend in the emulator, as on a GPU of ``capability``; yields the launches so far.
-    ``records`` gets the accesses to memory of each launch (``module.RECORD``), in check mode."""
+    ``capturing``: as if a CUDA graph were captured. ``records`` gets the accesses to memory of each launch
+    (``module.RECORD``), in check mode."""
     launches: list[launch.Launch] = []
 
     def run(one: launch.Launch) -> None:
@@ -46,6 +49,7 @@ def emulated(
                 order=order,
                 seed=seed,
                 shared=one.shared,
+                most_shared=_MOST_SHARED.get(capability, 99 << 10),
                 memory=one.memory() if check else (),
             )
         if records is not None:
@@ -55,6 +59,7 @@ def emulated(
     with (
         patch.object(launch, "run", run),
         patch.object(launch, "capability", lambda device: capability),
+        patch.object(launch, "is_capturing", lambda: capturing),
         patch.object(cuda, "load", lambda: None),
         patch.object(torch, "_int_mm", _int_mm_of_cuda),
     ):

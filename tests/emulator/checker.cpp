@@ -19,12 +19,14 @@ enum Readers : unsigned char { ONE, LANES_OF_A_WARP, MANY };
 struct Access {
     unsigned thread;  // index + 1; 0: nobody
     unsigned block, block_epoch, warp_epoch;
+    unsigned proxy_fences;  // that the thread had had
 };
 
 struct Byte {
     Access write, read;
     Readers readers;
     bool under_way;  // an asynchronous copy to it has started and was not waited for
+    unsigned char products;  // under way, that read it
 };
 
 struct Region {
@@ -84,7 +86,8 @@ const char* verb(bool write) { return write ? "write" : "read"; }
 void check_byte(Region& region, size_t offset, bool write, size_t pc) {
     Byte& byte = region.bytes[offset];
     const unsigned me = static_cast<unsigned>(machine.current) + 1;
-    const Access now{me, machine.block, machine.epoch, machine.warps[(me - 1) / 32].epoch};
+    const unsigned warp_epoch = machine.warps[(me - 1) / 32].epoch;
+    const Access now{me, machine.block, machine.epoch, warp_epoch, machine.proxy_fences[me - 1]};
     if (byte.write.thread && !ordered(byte.write, ONE))
         fail("race: %s of %s+%zu after an unsynchronised write by thread %u of block %u [pc 0x%zx]", verb(write),
              region.name.c_str(), offset, byte.write.thread - 1, byte.write.block, pc);
@@ -93,7 +96,9 @@ void check_byte(Region& region, size_t offset, bool write, size_t pc) {
         if (!readers_are_past)
             fail("race: write of %s+%zu after an unsynchronised read by thread %u of block %u [pc 0x%zx]",
                  region.name.c_str(), offset, byte.read.thread - 1, byte.read.block, pc);
-        byte = {now, {}, ONE, false};
+        if (byte.products)
+            fail("write of %s+%zu, which a product under way reads [pc 0x%zx]", region.name.c_str(), offset, pc);
+        byte = {now, {}, ONE, false, 0};
         return;
     }
     if (byte.under_way)
@@ -110,8 +115,8 @@ void check_byte(Region& region, size_t offset, bool write, size_t pc) {
 void check(char* p, size_t bytes, bool write, const void* caller, bool atomic = false) {
     if (machine.current < 0 || !buffers) return;
     const char* stack = stack_of(machine.current);
-    if (p >= stack && p < stack + STACK_BYTES) return;  // the thread's own local memory
     const size_t pc = static_cast<size_t>(static_cast<const char*>(caller) - machine.library);
+    if (p >= stack && p < stack + STACK_BYTES) return check_sums(p, write, pc);  // the thread's own local memory
     Region* region = region_of(p);
     if (!region) {
         if (p >= machine.library && p < machine.library_end) return;  // __constant__ tables, literals
@@ -156,6 +161,25 @@ void check_copy_start(void* to, size_t bytes) {
     Region* region = region_of(static_cast<char*>(to));
     for (size_t i = 0; region && i < bytes; ++i)
         region->bytes[static_cast<size_t>(static_cast<char*>(to) - region->start) + i].under_way = true;
+}
+
+// A product starts to read an operand, or has done so.
+void check_product(const void* p, size_t bytes, bool start, Site site) {
+    if (!buffers) return;
+    const char* first = static_cast<const char*>(p);
+    Region* region = region_of(first);
+    for (size_t i = static_cast<size_t>(first - region->start), end = i + bytes; i < end; ++i) {
+        Byte& byte = region->bytes[i];
+        const char* wrong = nullptr;
+        if (!start) byte.products--;
+        else if (!byte.write.thread) wrong = "was never written";
+        else if (byte.under_way) wrong = "is being copied to";
+        else if (byte.write.block_epoch >= machine.epoch) wrong = "was written without a barrier after it";
+        else if (!is_shared_with_products(byte.write.thread - 1, byte.write.proxy_fences))
+            wrong = "was written without a fence.proxy.async and a barrier after it";
+        else byte.products++;
+        if (wrong) fail("wgmma at %s:%d reads %s+%zu, which %s", site.file, site.line, region->name.c_str(), i, wrong);
+    }
 }
 
 void check_atomic(const void* p, size_t bytes) {

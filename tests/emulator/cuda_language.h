@@ -57,7 +57,7 @@ enum Barrier { PLAIN, COUNT, AND, OR };
 
 struct Launch {  // module.py fills it
     unsigned grid[3], block[3];
-    size_t dynamic_shared;
+    size_t dynamic_shared, most_shared;
     void** arguments;
     int order;  // 0 forward, 1 backward, 2 random
     uint64_t seed;
@@ -74,6 +74,12 @@ void check_atomic(const void* address, size_t bytes);
 void copy_async(void* to, const void* from, size_t bytes, size_t zeros);
 void close_copies();
 void wait_for_copies(unsigned newest);
+uint32_t shared_address(const void* p);
+void fence_proxy();
+void wgmma(int32_t* sums, int n, uint64_t a, uint64_t b, Site site);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(unsigned newest);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 int run(const Launch* launch, void (*kernel)(void*), void* argument, void* inside_the_library);
 
@@ -189,6 +195,16 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, siz
 }
 inline void __pipeline_commit() { emulator::close_copies(); }
 inline void __pipeline_wait_prior(unsigned newest) { emulator::wait_for_copies(newest); }
+
+// Hopper's products of warpgroups, which CUDA has as PTX only.
+inline size_t __cvta_generic_to_shared(const void* p) { return emulator::shared_address(p); }
+inline void emulated_fence_proxy_async() { emulator::fence_proxy(); }
+inline void emulated_wgmma_fence() { emulator::wgmma_fence(); }
+inline void emulated_wgmma_commit_group() { emulator::wgmma_commit(); }
+inline void emulated_wgmma_wait_group(unsigned newest) { emulator::wgmma_wait(newest); }
+inline void emulated_wgmma_s8(int32_t* sums, int n, uint64_t a, uint64_t b, EMULATOR_SITE) {
+    emulator::wgmma(sums, n, a, b, EMULATOR_AT);
+}
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}

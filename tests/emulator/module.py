@@ -20,7 +20,7 @@ import torch
 from lowbit_lightning.kernels.compile import cache, host_compiler
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = ("scheduler.cpp", "checker.cpp")
+RUNTIME = ("scheduler.cpp", "checker.cpp", "wgmma.cpp")
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
 
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(')
@@ -59,6 +59,7 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("dynamic_shared", ctypes.c_size_t),
+        ("most_shared", ctypes.c_size_t),
         ("arguments", ctypes.POINTER(ctypes.c_void_p)),
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint64),
@@ -95,6 +96,7 @@ class Module:
         order: str = "forward",
         seed: int = 0,
         shared: int = 0,
+        most_shared: int = 99 << 10,
         memory: Iterable[Any] = (),
     ) -> None:
         """Run ``kernel``; returns when it is done.
@@ -102,7 +104,8 @@ class Module:
         ``arguments``: an array or CPU tensor for a pointer, None for a null pointer, a number or ctypes value for a
         scalar, a ctypes structure or array for a struct. A ctypes value must have exactly the type that the kernel
         declares, since a GPU would read its bytes. ``order``: "forward", "backward" or "random" (by ``seed``).
-        ``shared``: bytes of dynamic shared memory. ``memory``: arrays that the kernel reaches by pointers that lie in
+        ``shared``: bytes of dynamic shared memory; ``most_shared``: that a CUDA block may have, by default on any GPU
+        since sm_86. ``memory``: arrays that the kernel reaches by pointers that lie in
         its other arguments; only check mode needs them.
 
         Raises EmulatorError for whatever the emulator finds wrong; it names the thread and, in check mode, the line.
@@ -121,6 +124,7 @@ class Module:
             _three(grid),
             _three(block),
             shared,
+            most_shared,
             (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values)),
             ORDERS[order],
             seed,

@@ -223,6 +223,7 @@ void try_release_block() {
 
 void thread_main() {
     kernel_body(kernel_argument);
+    wgmma_finish();
 
     const int index = machine.current / 32;
     Warp& warp = machine.warps[index];
@@ -284,6 +285,7 @@ void run_block(unsigned index) {
     at_barrier = 0;
     machine.epoch++;
     check_block();
+    wgmma_block();
     for (int first = 0; first < threads; first += 32) {
         Warp& warp = machine.warps[first / 32];
         warp.alive = threads - first >= 32 ? ~0u : (1u << (threads - first)) - 1;
@@ -354,7 +356,7 @@ const char* geometry_error(const Launch& launch) {
     if (block[2] > 64) return "a block of more than 64 threads along z";
     if (size_t{block[0]} * block[1] * block[2] > MAX_THREADS) return "a block of more than 1024 threads";
     if (machine.shared_bytes > 48 * 1024) return "more than 48 KiB of static shared memory";
-    if (machine.shared_bytes + launch.dynamic_shared > 99 * 1024) return "more than 99 KiB of shared memory";
+    if (machine.shared_bytes + launch.dynamic_shared > launch.most_shared) return "more shared memory than the GPU has";
     return nullptr;
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit_lightning.kernels import compile, rules
-from lowbit_lightning.kernels.cuda import table
+from lowbit_lightning.kernels.cuda import int8_wgmma, table
 from lowbit_lightning.kernels.cuda.lowbit_form import text_of
 from lowbit_lightning.kernels.sources import MAP_NUMBERS, StepVariant, specialised
 
@@ -68,6 +68,13 @@ def texts() -> dict[str, str]:
     return found
 
 
+def hopper_texts(every: bool) -> Iterator[tuple[str, str]]:
+    """Those with instructions that only sm_90a has."""
+    for out, bias in ((F32, F32), (BF16, BF16), (F16, F32)) if every else ((BF16, F32),):
+        for tile in int8_wgmma.TILES if every else ((192, 256),):
+            yield f"int8 product by wgmma {out} bias {bias} tile {tile}", int8_wgmma.text_of(out, bias, tile)
+
+
 def lowbit_texts(every: bool) -> dict[str, str]:
     """Those of low-bit weights: of every format, or of some."""
     found = {}
@@ -97,8 +104,11 @@ def lowbit_texts(every: bool) -> dict[str, str]:
 def compile_all(architecture: str, every: bool = True) -> list[tuple[str, str, compile.Resources]]:
     """Text, kernel and resources of every kernel; a warning of the compiler fails."""
     rows = []
-    for name, text in (texts() | lowbit_texts(every)).items():
-        log = compile.cubin(text, architecture).log
+    found = [(name, text, architecture) for name, text in (texts() | lowbit_texts(every)).items()]
+    if architecture == "sm_90":
+        found += [(name, text, "sm_90a") for name, text in hopper_texts(every)]
+    for name, text, target in found:
+        log = compile.cubin(text, target).log
         assert "warning" not in log, f"{name} for {architecture}:\n{log}"
         rows += [(name, kernel, resources) for kernel, resources in compile.resources(log).items()]
     return rows
@@ -107,7 +117,7 @@ def compile_all(architecture: str, every: bool = True) -> list[tuple[str, str, c
 def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> None:
     bad = [row for row in rows if row[2].spill_stores or row[2].spill_loads or row[2].stack]
     assert not bad, "\n".join(map(str, bad))
-    assert {kernel for _, kernel, _ in rows} == {
+    assert {kernel for _, kernel, _ in rows} - {"int8_product_wgmma"} == {
         *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
         *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product", "int8_conv"),
         *("rotate_rows", "rotate_columns"),
@@ -116,7 +126,7 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
     }
     # A thread of a product holds up to 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
     # A step of three states has more of them than two blocks of 256 threads could have each.
-    wide = ("int8_product", "int8_conv", "lowbit_product", "lowbit_gemv", "lowbit_gemv_plain")
+    wide = ("int8_product", "int8_product_wgmma", "int8_conv", "lowbit_product", "lowbit_gemv", "lowbit_gemv_plain")
     most = {**dict.fromkeys(wide, 255), "step": 192}
     assert all(8 <= r.registers <= most.get(kernel, 128) for _, kernel, r in rows)
     assert all(r.registers <= 128 for name, _, r in rows if name in ("step adamw", "step lion", "step sgd"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import PART, Scaled
 from lowbit_lightning.kernels.cuda import launch
-from lowbit_lightning.kernels.cuda.int8_product import in_chunks, int8_matmul
+from lowbit_lightning.kernels.cuda.int8_product import int8_matmul
 from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
 from lowbit_lightning.kernels.sources import specialised
 
@@ -52,7 +52,7 @@ def _windows(
     macros = {"ELEMENT": out_dtype, "BIAS": torch.float32 if bias is None else bias.dtype}
     text = specialised("int8_conv.cu", **macros, STAGES=_STAGES)
     sizes = [ctypes.c_int64(size) for size in (results, taps, len(a) // images, images, n, k + -k % 16)]
-    arguments = in_chunks(a), in_chunks(b), table, *sizes, a_scales, b_scales, bias, out
+    arguments = launch.in_chunks(a), launch.in_chunks(b), table, *sizes, a_scales, b_scales, bias, out
     grid = ceil_div(len(out), _TILE) * ceil_div(n, _TILE), 1, 1
     shared = _STAGES * 2 * _TILE * _TILE_K
     launch.run(Launch(text, "int8_conv", grid, _THREADS, arguments, shared=shared))

@@ -1,11 +1,16 @@
-"""The scaled int8 product on the GPU, by one of two engines.
+"""The scaled int8 product on the GPU, by one of three engines.
 
 ``fused_product``: a kernel of our own on tensor cores (src/int8_product.cu). It scales the sums while they are in
 registers. Its matrix instruction, ``mma.sync``, is the fastest that sm_80 to sm_89 and sm_120 have; sm_90 and sm_100
 have faster ones of another kind, so there it reaches about 60 % of the peak at most.
 
+``wgmma_product`` (int8_wgmma.py): the same by the instruction of sm_90.
+
 ``cublaslt_product``: cuBLASLt's through ``torch._int_mm``, which is fast everywhere, but leaves the int32 sums in
 memory: they are written, read and scaled by another kernel, eight bytes for each element of the result.
+
+All give the same bits. On sm_90 the fastest is measured for each kind of product, on its first call; elsewhere
+``fusing_pays`` estimates it.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowbit_lightning.kernels.cuda import launch
+from lowbit_lightning.kernels.cuda import int8_wgmma, launch
+from lowbit_lightning.kernels.cuda.fastest import Fastest
+from lowbit_lightning.kernels.cuda.int8_wgmma import Engine
 from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div
 from lowbit_lightning.kernels.sources import specialised
 
@@ -28,8 +35,24 @@ _SHORT_SUM = 2048
 def int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    product = fused_product if fusing_pays(launch.capability(a.device), a.shape[1]) else cublaslt_product
-    return product(a, b, a_scales, b_scales, bias, out_dtype)
+    arguments = a, b, a_scales, b_scales, bias, out_dtype
+    (m, k), n = a.shape, b.shape[0]
+    rows = 1 << max(m - 1, 0).bit_length()  # batches of about the same size are one kind
+    kind = a.device, rows, n, k, out_dtype, None if bias is None else bias.dtype
+    # While a CUDA graph is captured, nothing can be measured.
+    if int8_wgmma.exists(a.device) and m * n * k and (kind in fastest.chosen or not launch.is_capturing()):
+        return fastest.run(kind, _engines(a.device), arguments, a.device)
+    return (fused_product if fusing_pays(launch.capability(a.device), k) else cublaslt_product)(*arguments)
+
+
+def _engines(device: torch.device) -> dict[str, Engine]:
+    """Those to measure on sm_90."""
+    wgmma = int8_wgmma.engines() if int8_wgmma.is_right(device, fused_product) else {}
+    return {"mma.sync": fused_product, "cuBLASLt": cublaslt_product, **wgmma}
+
+
+fastest = Fastest()
+"""What was measured for each kind of product."""
 
 
 def fusing_pays(capability: tuple[int, int], k: int) -> bool:
@@ -62,18 +85,11 @@ def fused_product(
     tile_n = 256 if ceil_div(m, _TILE_M) * ceil_div(n, 256) >= _WIDE_TILES else 128
     text = specialised("int8_product.cu", **_macros(out_dtype, bias), TILE_N=tile_n, STAGES=_STAGES)
     sizes = ctypes.c_int64(m), ctypes.c_int64(n), ctypes.c_int64(k + -k % 16)
-    arguments = in_chunks(a), in_chunks(b), *sizes, a_scales, b_scales, bias, out
+    arguments = launch.in_chunks(a), launch.in_chunks(b), *sizes, a_scales, b_scales, bias, out
     grid = ceil_div(m, _TILE_M) * ceil_div(n, tile_n), 1, 1
     shared = _STAGES * (_TILE_M + tile_n) * _TILE_K
     launch.run(Launch(text, "int8_product", grid, tile_n, arguments, shared=shared))
     return out
-
-
-def in_chunks(matrix: Tensor) -> Tensor:
-    """The same values in rows that start at multiples of 16 bytes, padded with zeros."""
-    if matrix.shape[-1] % 16:
-        return pad(matrix, (0, -matrix.shape[-1] % 16))
-    return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
 
 
 # -- cuBLASLt's ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowbit_lightning.kernels.compile import NVRTC_HINT, CompilerNotFound, cubin, nvrtc_version
 
@@ -26,7 +27,8 @@ class Launch:
 
     ``arguments``: a Tensor for a pointer, None for a null pointer, or a ctypes value of exactly the declared type for a
     scalar or a struct. ``memory()``: tensors that the kernel reaches through pointers in other tensors; only checks use
-    it. ``shared``: bytes of dynamic shared memory.
+    it. ``shared``: bytes of dynamic shared memory. ``own_features``: whether the text uses instructions that only
+    GPUs of exactly this architecture have (sm_90a).
     """
 
     text: str
@@ -36,11 +38,19 @@ class Launch:
     arguments: tuple[Any, ...]
     memory: Callable[[], Iterable[Tensor]] = tuple
     shared: int = 0
+    own_features: bool = False
 
 
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def in_chunks(matrix: Tensor) -> Tensor:
+    """The same int8 values in rows that start at multiples of 16 bytes, padded with zeros."""
+    if matrix.shape[-1] % 16:
+        return pad(matrix, (0, -matrix.shape[-1] % 16))
+    return matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
 
 
 def geometry(block_size: int) -> tuple[int, int]:
@@ -73,7 +83,8 @@ def run(launch: Launch) -> None:
     device = next(a.device for a in launch.arguments if isinstance(a, Tensor))
     with torch.cuda.device(device):
         _need_context(device)
-        kernel = _kernel(launch.text, launch.kernel, _architecture(device))
+        architecture = _architecture(device) + ("a" if launch.own_features else "")
+        kernel = _kernel(launch.text, launch.kernel, architecture)
         if launch.shared > _SHARED_FOR_ALL:
             _allow_shared(kernel, launch.shared, device.index or 0)
         _start(launch, kernel, torch.cuda.current_stream(device).cuda_stream)
@@ -88,6 +99,22 @@ def _start(launch: Launch, kernel: Any, stream: int) -> None:
     (status,) = driver.cuLaunchKernel(kernel, *geometry, driver.CUstream(stream), ctypes.addressof(addresses), 0)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA kernel {launch.kernel!r} did not start: {status.name}")
+
+
+def is_capturing() -> bool:
+    """Whether launches are captured into a CUDA graph now, so that nobody may wait for the GPU."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of a call, by the GPU's clock. Waits for it."""
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
 
 
 @functools.cache

@@ -4,9 +4,7 @@
 #pragma once
 #include "gpu.h"
 
-#ifdef __CUDA_ARCH__
 LB_FN uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Copies from global to shared memory that run on while the thread computes. A thread closes its copies so far into a
