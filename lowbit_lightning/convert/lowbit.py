@@ -120,16 +120,31 @@ def low_bit_layers(module: nn.Module) -> Iterator[tuple[str, LowBitWeight]]:
 
 def quantised_state(module: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
     """A ``state_dict`` in which the weights of the module's low-bit layers are in low bits. Those that are in high
-    precision, of the right shape, are quantised."""
+    precision, of the right shape, are quantised; experts are parameters there."""
     found = dict(saved)
     for name, layer in low_bit_layers(module):
         prefix = f"{name}." if name else ""
+        if isinstance(layer, LowBitTensor):
+            _as_weight(found, name)
         weight = found.get(f"{prefix}weight")
         if isinstance(weight, Tensor) and weight.is_floating_point() and f"{prefix}weight_format" not in found:
             weight = layer.oriented(weight)
             if weight.shape == layer.weight_shape:
                 found |= {f"{prefix}{part}": x for part, x in layer.saved(weight).items()}
     return found
+
+
+def _as_weight(state_dict: dict[str, Any], name: str) -> None:
+    """Experts in high precision, a parameter, by the name that they have in low bits."""
+    if name in state_dict:
+        state_dict[f"{name}.weight"] = state_dict.pop(name)
+
+
+def _load_experts(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before ``owner.load_state_dict``: a state in high precision has its experts as parameters."""
+    for part, layer in owner._modules.items():
+        if isinstance(layer, LowBitTensor):
+            _as_weight(state_dict, f"{prefix}{part}")
 
 
 @dataclass(frozen=True)
@@ -162,6 +177,7 @@ def layer_at(module: nn.Module, name: str) -> Any:
 def adopt(layer: Any, weights: Weights) -> LowBitWeight:
     """Put a layer of ``select_weights`` into low bits."""
     if isinstance(layer, Expert):
+        layer.owner.register_load_state_dict_pre_hook(_load_experts)
         return LowBitTensor.adopt(layer.owner, layer.part, weights)
     (LowBitEmbedding if isinstance(layer, nn.Embedding) else LowBitLinear).adopt(layer, weights)
     return layer

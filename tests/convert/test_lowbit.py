@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -161,3 +162,26 @@ def test_weights_that_are_not_finite_stay_visible(bad: float) -> None:
     y = convert.quantize(net)[0](torch.ones(1, 128))
     assert y[0, 3].isnan()
     assert y[0, [i for i in range(32) if i != 3]].isfinite().all()
+
+
+class Experts(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up, self.down = nn.Parameter(torch.randn(3, 64, 128)), nn.Parameter(torch.randn(3, 128, 64))
+
+
+def test_experts_in_high_precision_load_into_low_bits() -> None:
+    state = nn.Sequential(Experts(0)).state_dict()
+    expected = convert.quantize(nn.Sequential(Experts(0))).state_dict()
+    model = convert.quantize(nn.Sequential(Experts(1)))
+    found = convert.lowbit.quantised_state(model, state)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        one.load_state_dict(state)
+        for name, value in expected.items():
+            assert torch.equal(one.state_dict()[name], value), name
+            assert torch.equal(found[name], value), name
+        assert found.keys() == one.state_dict().keys()
+        plain = convert.dequantize(one)
+        plain.load_state_dict(state)
+        assert torch.equal(plain[0].up, state["0.up"])
