@@ -26,6 +26,7 @@ LAYERS = {
     "kernels.formats": 0,
     "kernels.rules": 0,
     "kernels.arguments": 0,
+    "kernels.groups": 0,
     "kernels.compile": 0,
     "kernels.reference": 0,
     "kernels.sources": 0,
@@ -58,10 +59,12 @@ LAYERS = {
 }
 # What every backend may use; they share nothing else, so that any of them can be read, or left out, alone.
 BACKEND_BASE = {
-    *("kernels.arguments", "kernels.compile", "kernels.formats", "kernels.rules", "kernels.sources", "kernels.structs"),
+    *("kernels.arguments", "kernels.compile", "kernels.formats", "kernels.groups", "kernels.rules", "kernels.sources"),
+    "kernels.structs",
 }
 SAME_LAYER = {
     "kernels.arguments": {"kernels.formats", "kernels.rules"},
+    "kernels.groups": {"kernels.arguments"},
     "kernels.reference": BACKEND_BASE - {"kernels.compile", "kernels.sources", "kernels.structs"},
     "kernels.sources": BACKEND_BASE - {"kernels.sources"},
     "kernels.structs": {"kernels.arguments", "kernels.formats"},
@@ -92,14 +95,15 @@ PUBLIC = {
     ),
     "kernels": (
         "StepArguments StepScalars calls dequantize_blockwise hadamard int8_conv int8_conv_input int8_conv_weight "
-        "int8_matmul int8_outlier_matmul lowbit_dequantize lowbit_embedding lowbit_matmul lowbit_quantize "
-        "optimizer_norms optimizer_step quantize_blockwise quantize_both quantize_channels quantize_colwise "
+        "int8_grouped_matmul int8_grouped_outer int8_matmul int8_outlier_matmul lowbit_dequantize lowbit_embedding "
+        "lowbit_grouped_matmul lowbit_matmul lowbit_quantize optimizer_norms optimizer_step quantize_blockwise "
+        "quantize_both quantize_channels quantize_colwise quantize_group_columns quantize_groups "
         "quantize_image quantize_rowwise reset_calls use_backend"
     ),
     "experiments": "BERT GPT Block Digits LoRA QLoRA Text ViT WarmupCosine Windows read_text",
     "layers": (
-        "Embedding4bit Embedding8bit Embedding32bit Int8Conv1d Int8Conv2d Int8Conv3d Int8Layer Int8Linear "
-        "Int8MultiheadAttention Linear2bit Linear3bit Linear4bit Linear8bit LowBitEmbedding LowBitLinear Products "
+        "Embedding4bit Embedding8bit Embedding32bit Experts Int8Conv1d Int8Conv2d Int8Conv3d Int8Experts "
+        "Int8Layer Int8Linear Int8MultiheadAttention Linear2bit Linear3bit Linear4bit Linear8bit LowBitEmbedding LowBitLinear Products "
         "StableEmbedding Weights"
     ),
     "memory": "Advice Plan Run plan",

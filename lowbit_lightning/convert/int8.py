@@ -1,8 +1,9 @@
-"""Linear layers, convolutions and attentions that compute in int8, in place, and back.
+"""Linear layers, convolutions, attentions and experts that compute in int8, in place, and back.
 
-``swap_linears`` turns ``nn.Linear``, Transformers' ``Conv1D``, ``nn.Conv1d`` to ``3d`` and ``nn.MultiheadAttention``
-into their int8 forms by changing the object's class: parameters, names, hooks, tying and ``state_dict`` stay, so
-optimizers, DDP and checkpoints notice nothing. ``restore`` turns them back.
+``swap_linears`` turns ``nn.Linear``, Transformers' ``Conv1D``, ``nn.Conv1d`` to ``3d``, ``nn.MultiheadAttention`` and
+the experts of mixtures of experts (``layers.moe``) into their int8 forms by changing the object's class: parameters,
+names, hooks, tying and ``state_dict`` stay, so optimizers, DDP and checkpoints notice nothing. ``restore`` turns them
+back.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lowbit_lightning.convert.others import INSTEAD, others
 from lowbit_lightning.layers.attention import weights_of
 from lowbit_lightning.layers.int8 import FLOATS, FORMS, Int8Layer, Products, adopt, can_be_released, is_conv1d, release
+from lowbit_lightning.layers.moe import int8_experts, is_experts, parameters_of
 from lowbit_lightning.layers.outputs import sizes
 from lowbit_lightning.layers.select import Overrides, Patterns, Report, Selection, grouped, select, stacked
 
@@ -47,10 +49,11 @@ def swap_linears(
     overrides: Overrides | None = None,
     **settings: Any,
 ) -> Report[Products]:
-    """Turn the module's linear layers, convolutions and attentions into their int8 forms, in place.
+    """Turn the module's linear layers, convolutions, attentions and experts into their int8 forms, in place.
 
     It swaps only objects whose type is exactly ``nn.Linear``, Transformers' ``Conv1D``, ``nn.Conv1d`` to ``3d`` or
-    ``nn.MultiheadAttention``: subclasses have their own forward, or their owner reads their weight. Convolutions need
+    ``nn.MultiheadAttention``: subclasses have their own forward, or their owner reads their weight; and experts
+    (``layers.Experts``, and those of Transformers' models), whose projections share one setting. Convolutions need
     ``groups=1``, zeros as padding, and at least 16 channels in and out. The name of an attention stands for its input
     projections, ``NAME.out_proj`` for the output projection, which stays plain if the attention does.
 
@@ -74,7 +77,7 @@ def swap_linears(
     Warns if the output layer is uncertain (``output_layer="auto"``).
     """
     products = Products(**settings)
-    layers = {name: m for name, m in module.named_modules() if isinstance(m, _CANDIDATES) or is_conv1d(m)}
+    layers = {name: m for name, m in module.named_modules() if _is_candidate(m)}
     last = _last_convolution(layers) if output_layer == "auto" else None
     selection = select(
         module,
@@ -102,6 +105,8 @@ def _carry_out(
     if not selection.chosen:
         raise NothingToSwap(_nothing(module, {**selection.skipped, **rest}))
     for name, products in selection.chosen.items():
+        if is_experts(layers[name]) and not isinstance(layers[name], Int8Layer):
+            int8_experts(type(layers[name]))  # their class may be one of a model
         adopt(layers[name], products)
     for layer in turned_back.values():
         release(layer)  # type: ignore[arg-type]
@@ -118,6 +123,10 @@ def restore(module: nn.Module) -> tuple[str, ...]:
     for layer in layers.values():
         release(layer)
     return tuple(layers)
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return isinstance(module, _CANDIDATES) or is_conv1d(module) or is_experts(module)
 
 
 def _is_adopted(layer: nn.Module) -> bool:
@@ -144,22 +153,31 @@ def _unfit(layer: nn.Module, min_features: int) -> str | None:
     if isinstance(layer, Int8Layer):  # also under the class that fully_shard derives
         if not layer.adopted:
             return f"was built as Int8{plain.__name__}; left as it is"
-    elif plain not in FORMS and not is_conv1d(layer):
+    elif plain not in FORMS and not is_conv1d(layer) and not is_experts(layer):
         kinds = {nn.Linear: "Linear", nn.MultiheadAttention: "MultiheadAttention"}
         kind = next((name for base, name in kinds.items() if isinstance(layer, base)), "Conv")
         return f"{plain.__name__} is a subclass of nn.{kind}"
     elif "forward" in vars(layer):
         return "its forward was replaced on the object"
     reason = _unfit_convolution(layer) if isinstance(layer, _Conv) else _unfit_matrix(layer, min_features)
-    weight: Any = weights_of(layer)[0] if isinstance(layer, nn.MultiheadAttention) else layer.weight
-    dtype = weight.dtype
+    dtype = _weights(layer)[0].dtype
     return reason or (None if dtype in FLOATS else f"weight is {dtype}; int8 takes float32, float16 and bfloat16")
+
+
+def _weights(layer: Any) -> tuple[Any, ...]:
+    if isinstance(layer, nn.MultiheadAttention):
+        return weights_of(layer)
+    return tuple(getattr(layer, name) for name in parameters_of(layer)) if is_experts(layer) else (layer.weight,)
 
 
 def _unfit_matrix(layer: nn.Module, min_features: int) -> str | None:
     features: Any = sizes(layer)  # not those of the weight, which DeepSpeed may have taken apart
     if isinstance(layer, nn.MultiheadAttention):
         features = layer.embed_dim, layer.kdim, layer.vdim
+    elif is_experts(layer):
+        if getattr(layer, "_is_expert_parallel", False):
+            return "expert parallelism, where a rank has some of the experts, runs in high precision"
+        features = [size for weight in _weights(layer) for size in getattr(weight, "ds_shape", weight.shape)[1:]]
     few = features is None or min(features) < min_features
     return f"fewer than min_features={min_features} features" if few else None
 

@@ -2,8 +2,8 @@
 
 ``backend.py`` is the contract: what each backend offers (``reference``: plain torch, anywhere; ``cpu``: C++ by the
 host's compiler; ``cuda``: CUDA C++ by NVRTC). ``dispatch.py`` declares ops to torch, in the namespace
-``lowbit_lightning``, and says how to add one. ``blockwise``, ``int8``, ``int8_conv``, ``int8_product``, ``lowbit`` and
-``step`` hold the ops; each backend has files of these names.
+``lowbit_lightning``, and says how to add one. ``blockwise``, ``int8``, ``int8_conv``, ``int8_grouped``,
+``int8_product``, ``lowbit`` and ``step`` hold the ops; each backend has files of these names.
 
 Nothing is compiled or loaded before the first call on a device. ``LOWBIT_LIGHTNING_BACKEND=reference`` forces the
 reference everywhere, ``use_backend`` does so for a block of code.
@@ -21,6 +21,12 @@ from lowbit_lightning.kernels.int8 import (
     quantize_rowwise,
 )
 from lowbit_lightning.kernels.int8_conv import int8_conv, int8_conv_input, int8_conv_weight
+from lowbit_lightning.kernels.int8_grouped import (
+    int8_grouped_matmul,
+    int8_grouped_outer,
+    quantize_group_columns,
+    quantize_groups,
+)
 from lowbit_lightning.kernels.int8_product import int8_matmul
 from lowbit_lightning.kernels.lowbit import (
     int8_outlier_matmul,
@@ -29,6 +35,7 @@ from lowbit_lightning.kernels.lowbit import (
     lowbit_matmul,
     lowbit_quantize,
 )
+from lowbit_lightning.kernels.lowbit_grouped import lowbit_grouped_matmul
 from lowbit_lightning.kernels.step import optimizer_norms, optimizer_step
 
 __all__ = [
@@ -40,10 +47,13 @@ __all__ = [
     "int8_conv",
     "int8_conv_input",
     "int8_conv_weight",
+    "int8_grouped_matmul",
+    "int8_grouped_outer",
     "int8_matmul",
     "int8_outlier_matmul",
     "lowbit_dequantize",
     "lowbit_embedding",
+    "lowbit_grouped_matmul",
     "lowbit_matmul",
     "lowbit_quantize",
     "optimizer_norms",
@@ -52,6 +62,8 @@ __all__ = [
     "quantize_both",
     "quantize_channels",
     "quantize_colwise",
+    "quantize_group_columns",
+    "quantize_groups",
     "quantize_image",
     "quantize_rowwise",
     "reset_calls",

@@ -104,6 +104,39 @@ class Int8Product(Protocol):
         """``(a @ b.T) * a_scales[:, None] * b_scales (+ bias)``, ``[M, N]`` in ``out_dtype``. Sums fit into int32."""
 
 
+class Int8Grouped(Protocol):
+    """``int8_grouped.py``: matrices whose rows are sorted into groups. ``ends``: the row behind the last one of each,
+    ascending. Rows behind the last end are of no group; their results are zeros.
+
+    *Group columns* ``[S, C]`` hold each group transposed, ``[C, rows]``, in its rows.
+    """
+
+    def quantize_groups(
+        self, x: Tensor, ends: Sequence[int], seed: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """int8 ``[S, C]`` and scales ``[S]`` of x ``[S, C]``; its group columns, int8, and scales ``[E, C]``."""
+
+    def quantize_group_columns(self, x: Tensor, ends: Sequence[int], seed: int | None) -> tuple[Tensor, Tensor]:
+        """The group columns and their scales."""
+
+    def int8_grouped_matmul(
+        self,
+        a: Tensor,
+        b: Tensor,
+        a_scales: Tensor,
+        b_scales: Tensor,
+        ends: Sequence[int],
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """``[S, N]`` of a ``[S, K]`` and b ``[E, N, K]``. Sums fit into int32."""
+
+    def int8_grouped_outer(
+        self, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, ends: Sequence[int], out_dtype: torch.dtype
+    ) -> Tensor:
+        """``[E, N, K]`` of group columns a ``[S, N]`` and b ``[S, K]``. Sums fit into int32."""
+
+
 class LowBit(Protocol):
     """``lowbit.py``: weights of 8 to 2 bits. ``form`` is the ``str`` of a ``formats.Format``, ``row_length`` is K."""
 
@@ -153,6 +186,7 @@ FILES: dict[str, type] = {
     "blockwise": Blockwise,
     "int8": Int8,
     "int8_conv": Int8Conv,
+    "int8_grouped": Int8Grouped,
     "int8_product": Int8Product,
     "lowbit": LowBit,
     "step": Step,

@@ -70,7 +70,7 @@ def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
         TypeError, ValueError: for an argument that is not allowed; the error names it.
     """
     if unwatched(x, packed, scales, bias):
-        return _run_product(x, packed, scales, bias, str(form))
+        return run_product(x, packed, scales, bias, str(form))
     if is_transformed():
         return _by_torch(x, packed, scales, bias, str(form))
     return _matmul(x, packed, scales, bias, str(form))
@@ -148,7 +148,7 @@ def _layout(form: str, row_length: int) -> tuple[int, int, torch.dtype]:
     return f.packed_width(row_length), f.scales_width(row_length), f.scales_dtype
 
 
-def _check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> None:
+def check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> None:
     width, scales_width, dtype = _layout(form, row_length)
     if packed.dtype != torch.uint8 or scales.dtype != dtype:
         raise TypeError(
@@ -165,7 +165,7 @@ def _check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> N
 def _check_rows(
     packed: Tensor, scales: Tensor, indices: Tensor, form: str, row_length: int, dtype: torch.dtype
 ) -> None:
-    _check_form(packed, scales, form, row_length)
+    check_form(packed, scales, form, row_length)
     check_dtype("dtype", dtype)
     if packed.ndim != 2:
         raise ValueError(f"packed must be [rows, bytes], got shape {tuple(packed.shape)}")
@@ -178,7 +178,7 @@ def _check_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | Non
     check_dtype("x's dtype", x.dtype)
     if x.ndim == 0 or packed.ndim != 2:
         raise ValueError(f"x must be [..., K] and packed [N, bytes], got {tuple(x.shape)} and {tuple(packed.shape)}")
-    _check_form(packed, scales, form, x.shape[-1])
+    check_form(packed, scales, form, x.shape[-1])
     check_bias(bias, packed.shape[0])
     if not x.device == packed.device == scales.device == (x if bias is None else bias).device:
         check_devices("x", x.device, packed=packed, scales=scales, bias=bias)
@@ -200,13 +200,13 @@ def _like_quantize(weight: Tensor, form: str, fit: str | None) -> tuple[Tensor, 
 
 
 def _run_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
-    _check_form(packed, scales, form, row_length)
+    check_form(packed, scales, form, row_length)
     check_dtype("dtype", dtype)
     return run("lowbit_dequantize", packed.device, packed.contiguous(), scales.contiguous(), form, row_length, dtype)
 
 
 def _like_dequantize(packed: Tensor, scales: Tensor, form: str, row_length: int, dtype: torch.dtype) -> Tensor:
-    _check_form(packed, scales, form, row_length)
+    check_form(packed, scales, form, row_length)
     check_dtype("dtype", dtype)
     return packed.new_empty(*packed.shape[:-1], row_length, dtype=dtype)
 
@@ -226,7 +226,7 @@ def _like_embedding(
     return packed.new_empty(*indices.shape, row_length, dtype=dtype)
 
 
-def _run_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+def run_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     _check_product(x, packed, scales, bias, form)
     shape, outputs = x.shape, packed.shape[0]
     if x.ndim != 2:
@@ -245,7 +245,7 @@ def _like_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-def _run_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
+def run_backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: int) -> Tensor:
     (*leading, outputs), rows = dy.shape, prod(dy.shape[:-1])
     if not (rows and outputs and row_length):
         return dy.new_zeros(*leading, row_length)
@@ -267,7 +267,7 @@ def _run_outliers(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None
     _check_outliers(x, packed, scales, bias, threshold)
     (*leading, length), outputs = x.shape, packed.shape[0]
     if prod(leading) <= FEW_ROWS or not (outputs and length):
-        return _run_product(x, packed, scales, bias, "int8")
+        return run_product(x, packed, scales, bias, "int8")
     rows, outliers = x.reshape(prod(leading), length).contiguous(), None
     packed, scales, bias = packed.contiguous(), scales.contiguous(), None if bias is None else bias.contiguous()
     if threshold:
@@ -332,7 +332,7 @@ _embedding = declare(
 _matmul_backward = declare(
     "lowbit_matmul_backward(Tensor dy, Tensor packed, Tensor scales, str form, SymInt row_length) -> Tensor",
     fake=_like_backward,
-    implementation=_run_backward,
+    implementation=run_backward,
 )
 _gemv = declare(  # the way that lowbit_matmul takes for few rows, by itself
     "lowbit_gemv(Tensor x, Tensor packed, Tensor scales, Tensor? bias, str form) -> Tensor", fake=_like_product
@@ -340,7 +340,7 @@ _gemv = declare(  # the way that lowbit_matmul takes for few rows, by itself
 _matmul = declare(
     "lowbit_matmul(Tensor x, Tensor packed, Tensor scales, Tensor? bias, str form) -> Tensor",
     fake=_like_product,
-    implementation=_run_product,
+    implementation=run_product,
     setup_context=_save,
     backward=_gradients,
 )

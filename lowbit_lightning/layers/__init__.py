@@ -48,14 +48,17 @@ from lowbit_lightning.layers.embedding import (
 )
 from lowbit_lightning.layers.int8 import Int8Layer, Int8Linear, Products
 from lowbit_lightning.layers.lowbit import Linear2bit, Linear3bit, Linear4bit, Linear8bit, LowBitLinear, Weights
+from lowbit_lightning.layers.moe import Experts, Int8Experts
 
 __all__ = [
     "Embedding4bit",
     "Embedding8bit",
     "Embedding32bit",
+    "Experts",
     "Int8Conv1d",
     "Int8Conv2d",
     "Int8Conv3d",
+    "Int8Experts",
     "Int8Layer",
     "Int8Linear",
     "Int8MultiheadAttention",

@@ -5,8 +5,9 @@ parameter works unchanged:
 
 - ``weight[i]`` is one expert. ``torch.nn.functional.linear(x, weight[i])`` multiplies it in its packed form, forward
   and backward; any other op decodes only that expert.
-- An op that takes the whole parameter (``torch.bmm``, ``torch._grouped_mm``) gets all of it decoded for the duration of
-  the call.
+- ``torch.nn.functional.grouped_mm`` (``torch._grouped_mm``) of rows that are sorted by expert, with ``weight`` or
+  ``weight.transpose(-2, -1)``, multiplies each expert's rows in its packed form, too.
+- Another op that takes the whole parameter (``torch.bmm``) gets all of it decoded for the duration of the call.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class ActsAsTensor:
         if func is nn.functional.linear and len(args) > 1 and isinstance(args[1], LowBitMatrix):
             bias = args[2] if len(args) > 2 else given.get("bias")
             return args[1].multiply(args[0], bias)
+        if func in GROUPED:
+            return _grouped(*args, **given)
         return func(*tree_map(_decoded, args), **tree_map(_decoded, given))
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -52,6 +55,27 @@ class ActsAsTensor:
 
 def _decoded(x: Any) -> Any:
     return x.dequantize() if isinstance(x, ActsAsTensor) else x
+
+
+GROUPED = tuple(
+    getattr(owner, name)
+    for owner, name in ((torch, "_grouped_mm"), (nn.functional, "grouped_mm"))
+    if hasattr(owner, name)
+)
+"""torch's product of groups of rows; older versions lack it, or its public name."""
+
+
+def _grouped(
+    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """torch's ``grouped_mm`` with a low-bit weight ``[E, K, N]``, or the transpose of one."""
+    if not isinstance(weight, (LowBitTensor, TransposedExperts)) or not isinstance(x, Tensor) or x.ndim != 2:
+        return GROUPED[-1](_decoded(x), _decoded(weight), offs=offs, bias=bias, out_dtype=out_dtype)
+    if offs is None or bias is not None:
+        raise ValueError("grouped_mm of experts in low bits takes offs, and no bias: add it to the result")
+    held, transposed = (weight, True) if isinstance(weight, LowBitTensor) else (weight.held, False)
+    y = held.multiply_groups(x, offs, transposed=transposed)
+    return y if out_dtype is None else y.to(out_dtype)
 
 
 class LowBitMatrix(ActsAsTensor):
@@ -92,6 +116,20 @@ class LowBitTensor(LowBitWeight, ActsAsTensor):
     def __init__(self, weight: Tensor, weights: Weights) -> None:
         super().__init__()
         self.keep(weight, weights)
+
+    def multiply_groups(self, x: Tensor, offs: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+        """``x[rows of e] @ weight[e].T (+ bias[e])`` for each expert e, in packed form; of ``weight[e]`` itself if
+        ``transposed``. ``offs``: the ends of the experts' rows in x (``kernels.lowbit_grouped_matmul``)."""
+        operands = x, self.weight, self.scales, offs, bias
+        return kernels.lowbit_grouped_matmul(*operands, self.format, self.row_length, transposed)
+
+    def transpose(self, dim0: int, dim1: int) -> Tensor | TransposedExperts:
+        """The experts transposed, undecoded; decoded for other dimensions."""
+        return TransposedExperts(self) if {dim0 % 3, dim1 % 3} == {1, 2} else self.dequantize().transpose(dim0, dim1)
+
+    @property
+    def mT(self) -> TransposedExperts:
+        return TransposedExperts(self)
 
     @classmethod
     def adopt(cls, module: nn.Module, name: str, weights: Weights) -> LowBitTensor:
@@ -139,3 +177,40 @@ class LowBitTensor(LowBitWeight, ActsAsTensor):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight_shape)}, {self.weights}"
+
+
+class TransposedExperts(ActsAsTensor):
+    """All experts of a ``LowBitTensor``, each transposed: ``[experts, row_length, rows]``."""
+
+    ndim = 3
+
+    def __init__(self, held: LowBitTensor) -> None:
+        self.held = held
+
+    @property
+    def shape(self) -> torch.Size:
+        experts, rows, length = self.held.shape
+        return torch.Size((experts, length, rows))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.held.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.held.device
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.held.dequantize(dtype).mT
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        found = self.held[index]
+        return found.dequantize().T if isinstance(found, LowBitMatrix) else self.dequantize()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in TENSOR_ATTRIBUTES:
+            return getattr(self.dequantize(), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -40,6 +40,8 @@ def patch_accounting() -> None:
     for op, formula in (
         (ops.int8_linear, _forward),
         (ops.int8_linear_backward, _backward),
+        (ops.int8_grouped_linear, _grouped),
+        (ops.int8_grouped_linear_backward, _grouped_backward),
         (ops.int8_convolution, _convolution),
         (ops.int8_convolution_backward, _convolution_backward),
     ):
@@ -83,6 +85,16 @@ def _backward(dy: Shape, weight: Shape | None, x: Shape | None, xq: Shape | None
     if x is not None or xq is not None:
         products += dy[0] * dy[1] * (x[1] if x is not None else xq[0])  # type: ignore[index]
     return 2 * products
+
+
+def _grouped(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+def _grouped_backward(dy: Shape, weight: Shape | None, x: Shape | None, xq: Shape | None, *_: Any, **__: Any) -> int:
+    inputs = x if x is not None else xq
+    products = (weight[1] * weight[2] if weight is not None else 0) + (dy[1] * inputs[1] if inputs is not None else 0)
+    return 2 * dy[0] * products
 
 
 def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:

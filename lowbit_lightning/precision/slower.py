@@ -1,7 +1,8 @@
-"""Convolutions that are slower in int8 than in high precision, found after the first step of a run (``swap="faster"``).
+"""Convolutions and experts that are slower in int8 than in high precision, found after the first step of a run:
+``swap="faster"``.
 
-The first step runs in int8 as a whole, so that all layers know the sizes of their images. Then ``layers.speed`` times
-each kind of convolution once, and the slower ones become plain. Linear layers are not timed.
+The first step runs in int8 as a whole, so that all layers know the sizes of their inputs. Then ``layers.speed`` times
+each kind of convolution and of experts once, and the slower ones become plain. Linear layers are not timed.
 
 The answer must not change between runs that are compared: times are kept beside the compiled kernels, rank 0 measures
 for all ranks, and a checkpoint holds the answer.
@@ -17,10 +18,13 @@ from torch import nn
 
 from lowbit_lightning.layers import speed
 from lowbit_lightning.layers.conv import Int8Conv
-from lowbit_lightning.layers.int8 import Products, can_be_released, release
+from lowbit_lightning.layers.int8 import Int8Layer, Products, can_be_released, release
+from lowbit_lightning.layers.moe import Int8ExpertsForm
 from lowbit_lightning.layers.select import Report, stacked
-from lowbit_lightning.layers.speed import Shape
+from lowbit_lightning.layers.speed import Shape, shape_of
 from lowbit_lightning.layers.timing import agreed
+
+_TIMED = (Int8Conv, Int8ExpertsForm)
 
 
 @dataclass
@@ -32,12 +36,12 @@ class Slower:
     gains: tuple[str, ...] = ()
 
     def find(self, module: nn.Module) -> None:
-        """Time the convolutions that have trained. All ranks call it together and get the same answer."""
-        named = {name: m for name, m in module.named_modules() if isinstance(m, Int8Conv) and m.products.int8}
+        """Time the convolutions and experts that have trained. All ranks call it together and get the same answer."""
+        named = {name: m for name, m in module.named_modules() if isinstance(m, _TIMED) and m.products.int8}
         self.known = True
         if not named:
             return
-        shapes = {name: shape for name, m in named.items() if (shape := Shape.of(m)) is not None}
+        shapes = {name: shape for name, m in named.items() if (shape := shape_of(m)) is not None}
         self.layers, self.gains = agreed(lambda: _timed(named, shapes))
 
     def apply(self, module: nn.Module, report: Report) -> Report:
@@ -45,7 +49,7 @@ class Slower:
         if not self.known:
             return report
         for name, layer in module.named_modules():
-            if name in self.layers and isinstance(layer, Int8Conv):
+            if name in self.layers and isinstance(layer, _TIMED):
                 if can_be_released(layer):
                     release(layer)
                 else:  # fully_shard has derived its class
@@ -67,7 +71,7 @@ class Slower:
         return cls(True, dict(state["layers"]), tuple(state["gains"]))
 
 
-def _timed(named: Mapping[str, Int8Conv], shapes: Mapping[str, Shape]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _timed(named: Mapping[str, Int8Layer], shapes: Mapping[str, Shape]) -> tuple[dict[str, str], tuple[str, ...]]:
     layers: dict[str, str] = {}
     gains = []
     for shape in dict.fromkeys(shapes.values()):

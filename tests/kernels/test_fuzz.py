@@ -17,7 +17,10 @@ from lowbit_lightning.kernels import backend
 
 TESTS = Path(__file__).resolve().parents[1]
 # Ops that run in the cases of others.
-BESIDE = {"optimizer_norms", "lowbit_dequantize", "lowbit_embedding", "int8_conv_input", "int8_conv_weight"}
+BESIDE = {
+    *("optimizer_norms", "lowbit_dequantize", "lowbit_embedding", "int8_conv_input", "int8_conv_weight"),
+    *("quantize_group_columns", "int8_grouped_matmul", "int8_grouped_outer"),
+}
 # Of summation: equal but for roundings.
 IN_ANY_ORDER = {"lowbit_matmul", "lowbit_matmul_backward", "lowbit_gemv", "split_outliers"}
 needs_mprotect = pytest.mark.skipif(sys.platform != "linux", reason="guard pages are set up as on Linux")

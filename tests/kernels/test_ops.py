@@ -50,6 +50,15 @@ def convolution(
     return (*matrices, torch.rand(a_scales), torch.rand(b_scales), table, 2, *rest, torch.float32)
 
 
+def grouped(a: tuple[int, ...], b: tuple[int, ...], *rest: tuple[int, ...] | None) -> tuple:
+    """Operands of two groups."""
+    matrices = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in (a, b))
+    a_scales, b_scales, *bias = rest
+    assert a_scales is not None
+    assert b_scales is not None
+    return (*matrices, torch.rand(a_scales), torch.rand(b_scales), torch.tensor([2, 5]), *bias, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
@@ -76,6 +85,10 @@ def convolution(
         ("int8_conv", lambda: convolution(12, (5, 2, 16), 12, 5, None)),
         ("int8_conv_input", lambda: convolution(8, (16, 2, 5), 8, 5, 6)),
         ("int8_conv_weight", lambda: convolution(3, (12, 16), 3, 16, columns=8)),
+        ("quantize_groups", lambda: (torch.randn(6, 70), torch.tensor([2, 5]), 2**40)),
+        ("quantize_group_columns", lambda: (torch.randn(6, 70), torch.tensor([2, 6], dtype=torch.int32), None)),
+        ("int8_grouped_matmul", lambda: grouped((5, 16), (2, 3, 16), (5,), (2, 3), None)),
+        ("int8_grouped_outer", lambda: grouped((5, 16), (5, 3), (2, 16), (2, 3))),
         ("lowbit_quantize", lambda: (torch.randn(3, 70), "int3", "lsq")),
         ("lowbit_dequantize", lambda: (*lowbit("nf4-dq"), "nf4-dq", 70, torch.bfloat16)),
         ("lowbit_embedding", lambda: (*lowbit("int2"), torch.tensor([[1, 0], [4, 4]]), "int2", 70, torch.float16)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import Int8MixedPrecision
 from lowbit_lightning.layers import Int8Conv2d, speed
-from lowbit_lightning.layers.speed import Shape, Times
+from lowbit_lightning.layers.speed import ConvShape, Times
 
 
 class Model(L.LightningModule):
@@ -31,11 +31,11 @@ class Model(L.LightningModule):
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[ConvShape]:
     """The shapes that were timed; kernels of 1 are said to be slower in int8."""
-    shapes: list[Shape] = []
+    shapes: list[ConvShape] = []
 
-    def times(shape: Shape, device: torch.device) -> Times:
+    def times(shape: ConvShape, device: torch.device) -> Times:
         shapes.append(shape)
         return Times(2.0, 1.0) if shape.kernel == (1, 1) else Times(1.0, 1.5)
 
@@ -56,7 +56,9 @@ def fit(plugin: Int8MixedPrecision, steps: int, path: Path, resume: Path | None 
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-def test_slower_layers_become_plain_and_a_resumed_run_keeps_the_choice(measured: list[Shape], tmp_path: Path) -> None:
+def test_slower_layers_become_plain_and_a_resumed_run_keeps_the_choice(
+    measured: list[ConvShape], tmp_path: Path
+) -> None:
     plugin = Int8MixedPrecision(autocast="off")
     model, trainer = fit(plugin, 3, tmp_path)
     int8, chosen = ["Int8Conv2d"] * 3, ["Int8Conv2d", "Conv2d", "Int8Conv2d"]
@@ -74,7 +76,7 @@ def test_slower_layers_become_plain_and_a_resumed_run_keeps_the_choice(measured:
     assert measured == []
 
 
-def test_all_are_kept_on_request(measured: list[Shape], tmp_path: Path) -> None:
+def test_all_are_kept_on_request(measured: list[ConvShape], tmp_path: Path) -> None:
     model, _ = fit(Int8MixedPrecision(autocast="off", swap="all"), 2, tmp_path)
     assert model.kinds == [["Int8Conv2d"] * 3] * 2
     assert measured == []
@@ -85,9 +87,9 @@ def test_all_are_kept_on_request(measured: list[Shape], tmp_path: Path) -> None:
 def test_a_measurement() -> None:
     """It runs both ways, changes no generator and no number of threads, and uses the sizes that the layer has seen."""
     layer = Int8Conv2d(16, 16, 3, padding="same", forward="high")
-    assert Shape.of(layer) is None
+    assert ConvShape.of(layer) is None
     layer(torch.randn(2, 16, 5, 5)).sum().backward()
-    shape = Shape.of(layer)
+    shape = ConvShape.of(layer)
     assert shape is not None
     assert shape.seen.size == (7, 7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()

@@ -193,6 +193,26 @@ def _int8_conv() -> Case:
     return f"{sizes} from {low} to {out}, bias {bias is not None}", go
 
 
+def _groups() -> Case:
+    """The quantisers and products of matrices whose rows are in groups, some of them empty."""
+    (rows, k), n, groups, dtype, out = matrix(), matrix()[0], random.choice((1, 2, 5)), *random.choices(DTYPES, k=2)
+    offs = torch.randint(0, rows + 1, (groups,)).sort().values
+    x, seed = values((rows, k), dtype), random.choice((None, -1, random.getrandbits(64)))
+    b, dy = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((groups, n, k), (rows, n)))
+    of_n, bias = values((groups, n)), random.choice((None, values((groups, n), out)))
+
+    def go() -> list[Tensor]:
+        shift, of_b = None if bias is None else protect(bias), protect(of_n)
+        q, scales, columns, of_k = kernels.quantize_groups(protect(x), offs, seed)
+        return [
+            *(q, scales, columns, of_k, *kernels.quantize_group_columns(protect(x), offs, seed)),
+            kernels.int8_grouped_matmul(q, protect(b), scales, of_b, offs, shift, out),
+            kernels.int8_grouped_outer(protect(dy), columns, of_b, of_k, offs, out),
+        ]
+
+    return f"{offs.tolist()} of {dtype} {rows} x {k}, {n} outputs to {out}, seed {seed}, bias {bias is not None}", go
+
+
 def _lowbit() -> Case:
     """A weight quantised by its largest magnitudes, dequantised, and looked up in."""
     form, dtype, out = random.choice(LOWBIT), random.choice(DTYPES), random.choice(DTYPES)
@@ -295,6 +315,7 @@ OPS: dict[str, Callable[..., Case]] = {
     "hadamard": _hadamard,
     "int8_matmul": _int8_matmul,
     "int8_conv": _int8_conv,
+    "quantize_groups": _groups,
     "lowbit_quantize": _lowbit,
     "optimizer_step": _step,
 }

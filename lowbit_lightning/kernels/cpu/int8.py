@@ -15,9 +15,11 @@ from torch import Tensor
 from lowbit_lightning.kernels.compile import host_library
 from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
-_MANY = 1 << 15  # elements below which a second thread costs more than it saves
+MANY = 1 << 15
+"""Elements below which a second thread costs more than it saves."""
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, *[_POINTER] * 5, _INT, _INT]
+_GROUPS: list[Any] = [_POINTER, _INT, _POINTER, _LONG, _LONG, *[_POINTER] * 5, _INT, _LONG]
 
 
 @cache
@@ -25,6 +27,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The compiled quantisers; ``flags`` choose another instruction set, for tests."""
     compiled = host_library(specialised("int8_quantize.cpp"), flags=flags)
     compiled.lb_int8_quantize.restype, compiled.lb_int8_quantize.argtypes = None, _QUANTIZE
+    compiled.lb_int8_quantize_groups.restype, compiled.lb_int8_quantize_groups.argtypes = None, _GROUPS
     return compiled
 
 
@@ -40,7 +43,7 @@ def rotation(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 def hadamard(x: Tensor, dim: int) -> Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
-    threads = torch.get_num_threads() if x.numel() >= _MANY else 1
+    threads = torch.get_num_threads() if x.numel() >= MANY else 1
     rotation().lb_hadamard(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, dim, out.data_ptr(), threads)
     return out
 
@@ -94,5 +97,5 @@ def quantize_into(x: Tensor, seed: int | None, *forms: Tensor | None, turned: bo
     Give None, None for a form that is not wanted."""
     word = None if seed is None else ctypes.byref(ctypes.c_int64(seed))
     pointers = [None if form is None else form.data_ptr() for form in forms]
-    threads = torch.get_num_threads() if x.numel() >= _MANY else 1
+    threads = torch.get_num_threads() if x.numel() >= MANY else 1
     library().lb_int8_quantize(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, word, *pointers, turned, threads)

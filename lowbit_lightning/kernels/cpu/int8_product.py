@@ -22,11 +22,14 @@ from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 
 SLOW = "no int8 instructions"
 REFUSED = "AMX refused, "  # followed by the instructions that are used instead
-_MANY = 1 << 21  # products below which a second thread costs more than it saves
+MANY = 1 << 21
+"""Products below which a second thread costs more than it saves."""
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIZES: list[Any] = [_LONG, _LONG, _LONG]
 _MATMUL: list[Any] = [_POINTER, _POINTER, *_SIZES, *[_POINTER] * 4, _INT, _POINTER, _INT]
+_GROUPS: list[Any] = [_POINTER, _LONG, _LONG, _LONG, _INT]
+_GROUPED: list[Any] = [_POINTER, _POINTER, *_GROUPS, *[_POINTER] * 4, _INT, _POINTER, _INT, _LONG]
 
 
 @cache
@@ -36,6 +39,8 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiled.lb_int8_instructions.restype = ctypes.c_char_p
     compiled.lb_int8_matmul_workspace.restype, compiled.lb_int8_matmul_workspace.argtypes = _LONG, _SIZES
     compiled.lb_int8_matmul.restype, compiled.lb_int8_matmul.argtypes = None, _MATMUL
+    compiled.lb_int8_grouped_workspace.restype, compiled.lb_int8_grouped_workspace.argtypes = _LONG, _GROUPS
+    compiled.lb_int8_grouped.restype, compiled.lb_int8_grouped.argtypes = None, _GROUPED
     if instructions(compiled) == SLOW and not flags:
         warnings.warn(
             "lowbit_lightning knows no instructions for int8 products on this processor: int8_matmul gives the same"
@@ -67,6 +72,6 @@ def int8_matmul(
     library().lb_int8_matmul(
         *(a.data_ptr(), b.data_ptr(), m, n, k, a_scales.data_ptr(), b_scales.data_ptr()),
         *(None if bias is None else bias.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[out_dtype], workspace.data_ptr()),
-        torch.get_num_threads() if m * n * k >= _MANY else 1,
+        torch.get_num_threads() if m * n * k >= MANY else 1,
     )
     return out

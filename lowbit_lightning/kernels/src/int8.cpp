@@ -46,22 +46,60 @@ static void product(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int6
     multiply(w, M, N, threads, epilogue);
 }
 
-extern "C" {
-const char* lb_int8_instructions() { return LB_NAME; }
-int64_t lb_int8_matmul_workspace(int64_t M, int64_t N, int64_t K) {
-    LB_BY_ENGINE(return Workspace<Engine>::bytes(M, N, K))
-}
-
 // dtype: 0 float32, 1 float16, 2 bfloat16
-void lb_int8_matmul(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int64_t K, const float* a_scales,
-                    const float* b_scales, const float* bias, void* out, int dtype, void* workspace, int threads) {
+static void matmul(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int64_t K, const float* a_scales,
+                   const float* b_scales, const float* bias, void* out, int dtype, void* workspace, int threads) {
     const auto run = [&](auto* to) {
-        ask_for_huge_pages(to, M * N * (int64_t)sizeof *to);
         const Epilogue<std::remove_pointer_t<decltype(to)>> epilogue{a_scales, b_scales, bias, to, N};
         LB_BY_ENGINE(product<Engine>(a, b, M, N, K, epilogue, workspace, threads))
     };
     if (dtype == 0) run((float*)out);
     else if (dtype == 1) run((Half*)out);
     else run((BFloat16*)out);
+}
+static int64_t size_of(int dtype) { return dtype == 0 ? 4 : 2; }
+
+extern "C" {
+const char* lb_int8_instructions() { return LB_NAME; }
+int64_t lb_int8_matmul_workspace(int64_t M, int64_t N, int64_t K) {
+    LB_BY_ENGINE(return Workspace<Engine>::bytes(M, N, K))
+}
+
+void lb_int8_matmul(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int64_t K, const float* a_scales,
+                    const float* b_scales, const float* bias, void* out, int dtype, void* workspace, int threads) {
+    ask_for_huge_pages(out, M * N * size_of(dtype));
+    matmul(a, b, M, N, K, a_scales, b_scales, bias, out, dtype, workspace, threads);
+}
+
+// Products of groups, whose `ends` are given, one after the other.
+//   outer == 0: the rows of A and of the result are grouped, and each group has a B [N][K] of its own
+//   outer == 1: the sums are: A and B hold each group's columns, [N][its rows] and [K][its rows], and it has a result
+//               [N][K] of its own
+int64_t lb_int8_grouped_workspace(const int64_t* ends, int64_t groups, int64_t N, int64_t K, int outer) {
+    int64_t most = 0;
+    for (int64_t e = 0, first = 0; e < groups; first = ends[e++]) {
+        const int64_t rows = ends[e] - first;
+        const int64_t bytes = outer ? lb_int8_matmul_workspace(N, K, rows) : lb_int8_matmul_workspace(rows, N, K);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+// many: products of a group from which several threads pay
+void lb_int8_grouped(const int8_t* a, const int8_t* b, const int64_t* ends, int64_t groups, int64_t N, int64_t K,
+                     int outer, const float* a_scales, const float* b_scales, const float* bias, void* out, int dtype,
+                     void* workspace, int threads, int64_t many) {
+    const int64_t size = size_of(dtype);
+    if (groups) ask_for_huge_pages(out, (outer ? groups * N * K : ends[groups - 1] * N) * size);
+    for (int64_t e = 0, first = 0; e < groups; first = ends[e++]) {
+        const int64_t rows = ends[e] - first;
+        const int own = rows * N * K < many ? 1 : threads;
+        if (outer)
+            matmul(a + first * N, b + first * K, N, K, rows, a_scales + e * N, b_scales + e * K, nullptr,
+                   (char*)out + e * N * K * size, dtype, workspace, own);
+        else
+            matmul(a + first * K, b + e * N * K, rows, N, K, a_scales + first, b_scales + e * N,
+                   bias ? bias + e * N : nullptr, (char*)out + first * N * size, dtype, workspace, own);
+    }
 }
 }

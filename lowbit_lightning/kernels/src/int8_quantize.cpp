@@ -320,18 +320,19 @@ template <class T, bool RANDOM> static void run(const Quantiser<T, RANDOM>& quan
     quantiser.both({row_q, row_scales}, {column_q, column_scales}, inverses.data());
 }
 
-// A form without scales is not wanted, or empty. turned: the columns' form is transposed.
-extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed,
-                                 int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales,
-                                 int turned, int threads) {
+static void ask_for_pages(int8_t* row_q, int8_t* column_q, int64_t elements) {
+    if (elements > STREAM)
+        for (int8_t* q : {row_q, column_q})
+            if (q) ask_for_huge_pages(q, elements);
+}
+
+static void quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed, int8_t* row_q,
+                     float* row_scales, int8_t* column_q, float* column_scales, int turned, int threads) {
     if (rows == 0 || columns == 0) {  // of empty rows and columns
         if (row_scales) std::fill(row_scales, row_scales + rows, 0.0f);
         if (column_scales) std::fill(column_scales, column_scales + columns, 0.0f);
         return;
     }
-    if (rows * columns > STREAM)
-        for (int8_t* q : {row_q, column_q})
-            if (q) ask_for_huge_pages(q, rows * columns);
     const auto by_dtype = [&](auto* from) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
         const auto go = [&](const auto& quantiser) {
@@ -343,4 +344,28 @@ extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t
     if (dtype == 0) by_dtype((const float*)x);
     else if (dtype == 1) by_dtype((const Half*)x);
     else by_dtype((const BFloat16*)x);
+}
+
+// A form without scales is not wanted, or empty. turned: the columns' form is transposed.
+extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed,
+                                 int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales,
+                                 int turned, int threads) {
+    ask_for_pages(row_q, column_q, rows * columns);
+    quantize(x, dtype, rows, columns, seed, row_q, row_scales, column_q, column_scales, turned, threads);
+}
+
+// The same of groups of rows, each by itself, with the seed *seed + its number. `ends`: the row behind its last. Its
+// rows of column_q are its columns, transposed. many: elements of a group from which several threads pay.
+extern "C" void lb_int8_quantize_groups(const void* x, int dtype, const int64_t* ends, int64_t groups, int64_t columns,
+                                        const uint64_t* seed, int8_t* row_q, float* row_scales, int8_t* column_q,
+                                        float* column_scales, int threads, int64_t many) {
+    const int64_t size = dtype == 0 ? 4 : 2;
+    if (groups) ask_for_pages(row_q, column_q, ends[groups - 1] * columns);
+    for (int64_t e = 0, first = 0; e < groups; first = ends[e++]) {
+        const int64_t rows = ends[e] - first, at = first * columns;
+        const uint64_t own = seed ? *seed + e : 0;
+        quantize((const char*)x + at * size, dtype, rows, columns, seed ? &own : nullptr, row_q ? row_q + at : nullptr,
+                 row_scales ? row_scales + first : nullptr, column_q + at, column_scales + e * columns, 1,
+                 rows * columns < many ? 1 : threads);
+    }
 }
