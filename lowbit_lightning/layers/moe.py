@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -213,8 +212,7 @@ def parameters_of(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-@cache
-def int8_experts(plain: Any) -> type[Int8Layer]:
+def int8_experts(plain: type[nn.Module]) -> type[Int8Layer]:
     """The int8 form of a class of experts: a subclass, so that ``isinstance`` stays true."""
     if plain in FORMS:
         return FORMS[plain]

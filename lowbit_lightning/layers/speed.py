@@ -22,7 +22,8 @@ from lowbit_lightning.layers.moe import ExpertsSeen, Int8ExpertsForm, linear_by_
 from lowbit_lightning.layers.timing import remembered, shortest
 
 MOST_PRODUCTS, ROUNDS, SECONDS = 3e8, 6, 0.4
-"""The most products of a timed forward, unless one image or expert has more; rounds, and seconds after which none begins."""
+"""The most products of a timed forward, unless one image or expert has more; rounds, and seconds after which none
+begins."""
 
 GAIN = 1.05
 """int8 must be faster by this factor, so that noise does not decide."""
@@ -46,6 +47,9 @@ class Times(NamedTuple):
 
 class Shape(Protocol):
     """What decides how long a layer takes; ``str(shape)`` is what a report shows."""
+
+    def __hash__(self) -> int:
+        """A shape is timed once."""
 
     def runner(self, device: torch.device, high: bool) -> Callable[[], object]:
         """A function that runs the forward and backward once, in the dtype that the model computes in."""
