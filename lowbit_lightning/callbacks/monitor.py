@@ -47,6 +47,7 @@ from lowbit_lightning.callbacks import picture as pictures
 from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
 from lowbit_lightning.callbacks.sample import Sample
 from lowbit_lightning.layers import Int8Layer
+from lowbit_lightning.layers.moe import Int8ExpertsForm
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import codes_name, is_coded
 
@@ -112,7 +113,8 @@ class LowBitMonitor(Callback):
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Layer)}
+        layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Layer)}
+        self._layers = {n: m for n, m in layers.items() if not isinstance(m, Int8ExpertsForm)}
         if not self._layers:
             rank_zero_warn("LowBitMonitor finds no Int8Linear in the model (is precision='int8-mixed' set?)")
         self._history, self._unseen_reported = [], False

@@ -25,6 +25,7 @@ from lowbit_lightning.callbacks.monitor import LowBitMonitor
 from lowbit_lightning.callbacks.quantization import measure
 from lowbit_lightning.kernels.formats import dynamic_map
 from lowbit_lightning.layers import Int8Layer, LowBitEmbedding, LowBitLinear
+from lowbit_lightning.layers.moe import Int8ExpertsForm
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import codes_name
 from lowbit_lightning.state.pages import Entries
@@ -132,7 +133,8 @@ def layers(trainer: L.Trainer, module: nn.Module) -> tuple[dict[str, dict[str, f
         left -= sum(weight.numel() for weight in weights)
         if left < 0 or not all(weight.numel() for weight in weights):
             break
-        matrices = [weight.flatten(1) for weight in weights]
+        rows = (0, -2) if isinstance(layer, Int8ExpertsForm) else (1, -1)
+        matrices = [weight.flatten(*rows) for weight in weights]
         snr = [float(measure(matrix, *kernels.quantize_rowwise(matrix), "rows")[0]) for matrix in matrices]
         if min(snr) == min(snr):
             found[name] = {"weight": min(snr)}

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_lightning import Int8MixedPrecision
-from lowbit_lightning.layers import Int8Conv2d, speed
+from lowbit_lightning.convert import swap_linears
+from lowbit_lightning.layers import Experts, Int8Conv2d, Int8Experts, speed
 from lowbit_lightning.layers.speed import ConvShape, Times
+from lowbit_lightning.precision.slower import Slower
 
 
 class Model(L.LightningModule):
@@ -97,3 +99,29 @@ def test_a_measurement() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert min(times) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_are_timed_at_the_rows_that_they_had(dtype: torch.dtype) -> None:
+    experts = Int8Experts(4, 64, 32, dtype=dtype)
+    assert speed.shape_of(experts) is None
+    index = torch.tensor([[0, 1], [2, 3], [0, 3]])
+    experts(torch.randn(3, 64, dtype=dtype), index, torch.rand(3, 2)).sum().backward()
+    shape = speed.shape_of(experts)
+    assert str(shape) == "4 experts of 64 x 64 and 64 x 32, 6 rows"
+    assert shape is not None
+    assert min(speed.measure(shape, torch.device("cpu"))) > 0
+
+
+def test_slower_experts_become_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential()
+    model.add_module("experts", Experts(4, 64, 32))
+    report = swap_linears(model, output_layer=None)
+    index = torch.tensor([[0, 1], [2, 3], [0, 3]])
+    model.experts(torch.randn(3, 64), index, torch.rand(3, 2)).sum().backward()  # type: ignore[operator]
+    monkeypatch.setattr(speed, "times", lambda *_: Times(2.0, 1.0))
+    slower = Slower()
+    slower.find(model)
+    report = slower.apply(model, report)
+    assert type(model.experts) is Experts
+    assert "not experts: slower in int8 on this device (4 experts of 64 x 64 and 64 x 32, 6 rows: 0.50" in str(report)
