@@ -133,7 +133,7 @@ def _check_matmul(
         raise ValueError(f"bias must be float of shape {[groups, n]}, got {bias.dtype} of {tuple(bias.shape)}")
     if k > LONGEST_INT8_SUM:
         raise ValueError(f"a must have at most {LONGEST_INT8_SUM} columns, whose products an int32 holds, got {k}")
-    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales, bias=bias)
+    check_devices("a", a.device, b=b, a_scales=a_scales, b_scales=b_scales, bias=bias)
     check_dtype("out_dtype", out_dtype)
 
 
@@ -146,7 +146,7 @@ def _check_outer(
     (rows, n), k, groups = a.shape, b.shape[1], len(offs)
     _check_int8("a", a, (rows, n), a_scales, (groups, n))
     _check_int8("b", b, (rows, k), b_scales, (groups, k))
-    check_devices(a=a, b=b, a_scales=a_scales, b_scales=b_scales)
+    check_devices("a", a.device, b=b, a_scales=a_scales, b_scales=b_scales)
     check_dtype("out_dtype", out_dtype)
 
 
@@ -155,12 +155,12 @@ def _check_outer(
 
 def _run_both(x: Tensor, offs: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_float(x, offs)
-    return run("quantize_groups", x.device, x, ends_of(offs, len(x)), seed)
+    return run("quantize_groups", x.device, x.contiguous(), ends_of(offs, len(x)), seed)
 
 
 def _run_columns(x: Tensor, offs: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     _check_float(x, offs)
-    return run("quantize_group_columns", x.device, x, ends_of(offs, len(x)), seed)
+    return run("quantize_group_columns", x.device, x.contiguous(), ends_of(offs, len(x)), seed)
 
 
 def _like_both(x: Tensor, offs: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,7 +184,9 @@ def _run_matmul(
     out_dtype: torch.dtype,
 ) -> Tensor:
     _check_matmul(a, b, a_scales, b_scales, offs, bias, out_dtype)
-    return run("int8_grouped_matmul", a.device, a, b, a_scales, b_scales, ends_of(offs, len(a)), bias, out_dtype)
+    operands = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return run("int8_grouped_matmul", a.device, *operands, ends_of(offs, len(a)), bias, out_dtype)
 
 
 def _like_matmul(
@@ -204,11 +206,12 @@ def _run_outer(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, offs: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     _check_outer(a, b, a_scales, b_scales, offs, out_dtype)
+    a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
     ends = ends_of(offs, len(a))
     if len(a) <= LONGEST_INT8_SUM:
         return run("int8_grouped_outer", a.device, a, b, a_scales, b_scales, ends, out_dtype)
     scales = zip(a_scales, b_scales, strict=True)
-    parts = [(columns_of(a.contiguous(), *rows), columns_of(b.contiguous(), *rows)) for rows in spans(ends)]
+    parts = [(columns_of(a, *rows), columns_of(b, *rows)) for rows in spans(ends)]
     return torch.stack([int8_matmul(*p, *s, None, out_dtype) for p, s in zip(parts, scales, strict=True)])
 
 

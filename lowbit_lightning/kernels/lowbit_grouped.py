@@ -98,7 +98,7 @@ def _check(
     groups = packed.shape[0], _outputs(packed, row_length, transposed)
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != groups):
         raise ValueError(f"bias must be float of shape {list(groups)}, got {bias.dtype} of {tuple(bias.shape)}")
-    check_devices(x=x, packed=packed, scales=scales, bias=bias)
+    check_devices("x", x.device, packed=packed, scales=scales, bias=bias)
 
 
 def _run(
