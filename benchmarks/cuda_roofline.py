@@ -4,34 +4,39 @@
     python benchmarks/cuda_roofline.py --update
 
 Slots are counted in the machine code of each architecture, on the path that a full, aligned block takes. Time is the
-largest of bytes over bandwidth, slots over issue rate and tensor operations over their rate, with published figures: a
-prediction that no kernel beats, and that a good one comes near. The emulator gives the addresses of a small input:
-sectors of global memory over those needed, and turns of shared memory over those without bank conflicts.
-**Nothing is measured on a GPU.**
+largest of bytes over bandwidth, slots over issue rate, turns of shared memory and tensor operations over their rates,
+with published figures: a prediction that no kernel beats, and that a good one comes near. The emulator gives the
+addresses of a small input: sectors of global memory over those needed, and turns of shared memory over those without
+bank conflicts. **Nothing is measured on a GPU.** Kernels are compiled by as many processes as there are processors.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
-
-from roofline import sass
-from roofline.describe import Phase, Work
-from roofline.devices import DEVICES, Device, limits, occupancy
-from roofline.memory import Traffic, traffic
-from roofline.work import works
 
 from lowbit_lightning.kernels import compile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from emulator.backend import emulated
+from roofline import sass
+from roofline.describe import Phase, Work
+from roofline.devices import DEVICES, Device, Limits, limits, occupancy
+from roofline.memory import Traffic, traffic
+from roofline.work import works
 
 FIGURES = Path(__file__).resolve().parent / "roofline" / "figures.json"
+HELD = "sm_90"  # whose figures a test holds
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
 REPORT = """# Predicted: what limits each CUDA kernel
@@ -42,6 +47,7 @@ kernel cannot be faster than its limit; how near it comes, only a GPU shows. Wha
 (62 % on sm_90, 30 % on sm_100) is an estimate.
 
 - slots: instructions that a warp issues for an element. Of the ALU: those that only the half-width integer units take.
+- in flight: kilobytes that a multiprocessor has asked for at a time, over those that its bandwidth needs.
 - sectors: of 32 bytes, moved over needed. banks: turns of shared memory over those without conflicts. Both are counted
   by the emulator, on a small input.
 - of the limit: of the bandwidth of a copy (nine tenths of the nominal one), for a product of the tensor units.
@@ -50,12 +56,23 @@ kernel cannot be faster than its limit; how near it comes, only a GPU shows. Wha
 """
 
 
+@cache
+def by_name() -> dict[str, Work]:
+    return {work.name: work for work in works()}
+
+
+def _processes(most: int) -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(min(most, os.cpu_count() or 1), mp_context=spawn)
+
+
 @dataclass(frozen=True)
 class Count:
     """Of one kernel on one architecture.
 
-    ``slots`` for an element, ``alu`` and ``kinds`` of them; ``registers`` of the largest kernel; ``in_flight``: bytes
-    that a warp has asked for in a turn; ``tensor``: slots for a tensor product.
+    ``slots`` for an element; of them ``alu`` and ``kinds``; ``turns`` of shared memory; ``registers`` of the largest
+    kernel; ``shared``: bytes of shared memory, of a CUDA block of ``threads``; ``in_flight``: bytes that a warp has
+    asked for at a time; ``tensor``: slots for a tensor product.
     """
 
     work: Work
@@ -63,8 +80,10 @@ class Count:
     slots: float
     alu: float
     kinds: dict[str, float]
+    turns: float
     registers: int
-    static_shared: int
+    threads: int
+    shared: int
     in_flight: int
     tensor: float
     spilled: int
@@ -76,10 +95,11 @@ def count(work: Work, architecture: str) -> Count:
     Raises:
         LookupError: if its machine code has no path that does the work: the description of the work is wrong.
     """
-    binary = compile.cubin(work.text, architecture)
+    launch = work.launch(architecture)
+    binary = compile.cubin(launch.text, architecture)
     code = sass.disassemble(binary.code)
     resources = compile.resources(binary.log)
-    slots, alu, in_flight, tensor, spilled = 0.0, 0.0, 0, 0.0, 0
+    slots, alu, turns, in_flight, products, spilled = 0.0, 0.0, 0.0, 0, 0.0, 0
     kinds: dict[str, float] = defaultdict(float)
     for phase in work.phases:
         turn, times = _cheapest(code[phase.kernel], phase, f"{work.name} for {architecture}")
@@ -88,8 +108,9 @@ def count(work: Work, architecture: str) -> Count:
         alu += turn.alu / elements
         for kind, number in turn.kinds().items():
             kinds[kind] += number / elements
-        in_flight = max(in_flight, sass.LANES * turn.loaded_bytes)
-        tensor += turn.slots / turn.tensor if turn.tensor else 0.0
+        turns += turn.shared_turns / elements
+        in_flight = max(in_flight, sass.LANES * turn.loaded_bytes * phase.ahead)
+        products += turn.tensor / elements
         spilled += turn.local
     used = [resources[name] for name in dict.fromkeys(phase.kernel for phase in work.phases)]
     return Count(
@@ -98,10 +119,12 @@ def count(work: Work, architecture: str) -> Count:
         slots=slots,
         alu=alu,
         kinds=dict(kinds),
+        turns=turns,
         registers=max(r.registers for r in used),
-        static_shared=max(r.shared for r in used),
+        threads=launch.block,
+        shared=launch.shared + max(r.shared for r in used),
         in_flight=in_flight,
-        tensor=tensor,
+        tensor=slots / products if products else 0.0,
         spilled=spilled,
     )
 
@@ -127,8 +150,15 @@ def figures(counted: Count) -> dict[str, float]:
 
 def update() -> None:
     """Write the figures that ``tests/test_roofline.py`` holds."""
-    found = {work.name: figures(count(work, "sm_90")) for work in works()}
+    names = [name for name, work in by_name().items() if work.runs_on(HELD)]
+    with _processes(len(names)) as pool:
+        found = dict(zip(names, pool.map(held_figures, names), strict=True))
     FIGURES.write_text(json.dumps({"nvrtc": compile.nvrtc_version(), "kernels": found}, indent=1) + "\n")
+
+
+def held_figures(name: str) -> dict[str, float]:
+    """Of a kernel, as they are now."""
+    return figures(count(by_name()[name], HELD))
 
 
 def watch(work: Work) -> Traffic:
@@ -143,8 +173,8 @@ def watch(work: Work) -> Traffic:
 def row(counted: Count, seen: Traffic, device: Device) -> dict[str, Any]:
     """What the table and JSON say of a kernel on a device."""
     work = counted.work
-    bound = limits(device, traffic=work.traffic, slots=counted.slots, alu=counted.alu, operations=work.operations)
-    warps = occupancy(device, work.threads, counted.registers, counted.static_shared + work.shared)
+    bound = bounds(counted, device, seen.conflicts)
+    warps = occupancy(device, counted.threads, counted.registers, counted.shared)
     wanted = device.copy * device.latency / device.multiprocessors
     result = {
         "kernel": work.name,
@@ -157,7 +187,7 @@ def row(counted: Count, seen: Traffic, device: Device) -> dict[str, Any]:
         "registers": counted.registers,
         "warps": warps,
         "bytes": round(work.traffic, 4),
-        "bytes_in_flight": min(warps, device.warps) * counted.in_flight,
+        "bytes_in_flight": warps * counted.in_flight,
         "bytes_in_flight_needed": round(wanted),
         "sectors_over_needed": round(seen.excess, 4),
         "bank_turns_over_free": round(seen.conflicts, 4),
@@ -173,20 +203,68 @@ def row(counted: Count, seen: Traffic, device: Device) -> dict[str, Any]:
     return result
 
 
+def bounds(counted: Count, device: Device, conflicts: float = 1.0) -> Limits:
+    """The limits of a kernel on a device."""
+    work = counted.work
+    return limits(
+        device,
+        traffic=work.traffic,
+        slots=counted.slots,
+        alu=counted.alu,
+        turns=counted.turns * conflicts,
+        operations=work.operations,
+    )
+
+
+def _share(r: dict[str, Any]) -> float:
+    """Of the limit that is meant to bind: a product's is the tensor units, any other's the bandwidth."""
+    return float(r.get("of_copy_bandwidth", r.get("of_tensor_units", 0.0)))
+
+
+def line(counted: Count, seen: Traffic, rows: list[dict[str, Any]]) -> str:
+    """What is printed of a kernel on an architecture."""
+    work = counted.work
+    kinds = ", ".join(f"{kind} {number:.3g}" for kind, number in sorted(counted.kinds.items()))
+    devices = "; ".join(
+        f"{r['device']} {r['warps']} warps, {r['units_per_second'] / 1e9:,.4g} G/s, {r['binds']} binds, {_share(r):.0%}"
+        for r in rows
+    )
+    return (
+        f"{work.name} {counted.architecture}: {counted.slots:.4g} slots per {work.unit} ({kinds}),"
+        f" {counted.registers} registers, {work.traffic:.4g} bytes, sectors {seen.excess:.2f},"
+        f" banks {seen.conflicts:.2f}; {devices}"
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    heads = "kernel, device, slots, of the ALU, registers, warps, bytes, sectors, banks, binds, of the limit, predicted"
-    lines = [f"| {heads.replace(', ', ' | ')} |", "| --- | --- |" + " ---: |" * 7 + " --- | ---: | ---: |"]
+    heads = (
+        "kernel, device, slots, of the ALU, registers, warps, bytes, in flight, sectors, banks, binds, of the limit,"
+        " predicted"
+    )
+    lines = [f"| {heads.replace(', ', ' | ')} |", "| --- | --- |" + " ---: |" * 8 + " --- | ---: | ---: |"]
     for r in rows:
-        share = r.get("of_tensor_units", r.get("of_copy_bandwidth", 0.0))
+        flight, needed = r["bytes_in_flight"] / 1024, r["bytes_in_flight_needed"] / 1024
         cells = (
             *(r["kernel"], f"{r['device']} ({r['architecture']})", f"{r['slots']:.3g}", f"{r['alu']:.3g}"),
-            *(r["registers"], r["warps"], f"{r['bytes']:.4g}"),
-            *(f"{r['sectors_over_needed']:.2f}", f"{r['bank_turns_over_free']:.2f}", r["binds"], f"{share:.0%}"),
+            *(r["registers"], r["warps"], f"{r['bytes']:.4g}", f"{flight:.0f} / {needed:.0f}"),
+            *(f"{r['sectors_over_needed']:.2f}", f"{r['bank_turns_over_free']:.2f}", r["binds"], f"{_share(r):.0%}"),
             f"{r['units_per_second'] / 1e9:,.4g} G {r['unit']}s/s",
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def examine(name: str, architectures: tuple[str, ...]) -> tuple[list[str], list[dict[str, Any]]]:
+    """What is printed of a kernel, and its rows of the table."""
+    work = by_name()[name]
+    seen, lines, rows = watch(work), [], []
+    for architecture in filter(work.runs_on, architectures):
+        counted = count(work, architecture)
+        new = [row(counted, seen, device) for device in DEVICES if device.architecture == architecture]
+        lines.append(line(counted, seen, new))
+        rows += new
+    return lines, rows
 
 
 def main(arguments: list[str]) -> int:
@@ -200,17 +278,12 @@ def main(arguments: list[str]) -> int:
     if args.update:
         update()
         return 0
-    wanted, parts = args.architectures.split(","), args.only.split(",")
+    names = [name for name in by_name() if any(part in name for part in args.only.split(","))]
     rows = []
-    for work in works():
-        if not any(part in work.name for part in parts):
-            continue
-        seen = watch(work)
-        for architecture in wanted:
-            counted = count(work, architecture)
-            kinds = ", ".join(f"{kind} {number:.3g}" for kind, number in sorted(counted.kinds.items()))
-            print(f"{work.name} {architecture}: {counted.slots:.4g} slots per {work.unit} ({kinds})", flush=True)
-            rows += [row(counted, seen, device) for device in DEVICES if device.architecture == architecture]
+    with _processes(len(names)) as pool:
+        for lines, new in pool.map(examine, names, repeat(tuple(args.architectures.split(",")))):
+            print("\n".join(lines), flush=True)
+            rows += new
     print("\n" + table(rows))
     if args.output:
         args.output.write_text(REPORT.format(nvrtc=compile.nvrtc_version(), table=table(rows)))

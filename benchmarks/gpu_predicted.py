@@ -20,7 +20,7 @@ from itertools import product
 import cuda_roofline
 import torch
 from roofline.describe import BF16, F32, NAMES, Work
-from roofline.devices import DEVICES, Device, limits
+from roofline.devices import DEVICES, Device
 from roofline.work import OPTIMIZERS, works
 
 from lowbit_lightning import kernels
@@ -83,8 +83,7 @@ def device_of(name: str, architecture: str) -> Device:
 
 def predicted(work: Work, device: Device) -> tuple[float, str]:
     """Milliseconds of a unit, and which limit binds."""
-    counted = cuda_roofline.count(work, device.architecture)
-    bound = limits(device, traffic=work.traffic, slots=counted.slots, alu=counted.alu, operations=work.operations)
+    bound = cuda_roofline.bounds(cuda_roofline.count(work, device.architecture), device)
     return 1e3 * bound.seconds, bound.binds
 
 

@@ -60,24 +60,28 @@ class Limits:
     memory: float
     issue: float
     alu: float
+    shared: float
     tensor: float
 
     @property
     def seconds(self) -> float:
-        return max(self.memory, self.issue, self.alu, self.tensor)
+        return max(self.memory, self.issue, self.alu, self.shared, self.tensor)
 
     @property
     def binds(self) -> str:
-        return max(("memory", "issue", "alu", "tensor"), key=lambda name: getattr(self, name))
+        return max(("memory", "issue", "alu", "shared", "tensor"), key=lambda name: getattr(self, name))
 
 
-def limits(device: Device, *, traffic: float, slots: float, alu: float, operations: float = 0.0) -> Limits:
-    """Of one unit of work: bytes to and from memory, slots of a lane, those of the arithmetic-logic unit, operations of
-    tensor units."""
+def limits(
+    device: Device, *, traffic: float, slots: float, alu: float, turns: float = 0.0, operations: float = 0.0
+) -> Limits:
+    """Of one unit of work: bytes to and from memory, slots of a lane, those of the arithmetic-logic unit, turns of
+    shared memory (a lane's share of them), operations of tensor units."""
     return Limits(
         memory=traffic / device.copy,
         issue=slots / device.issue_rate,
         alu=alu / (device.multiprocessors * device.alu * device.clock),
+        shared=turns / (device.multiprocessors * LANES * device.clock),
         tensor=operations / (device.int8 * device.mma_share),
     )
 

@@ -24,7 +24,7 @@ _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)([^;
 _LABEL = re.compile(r"^\s*(\.L_x_\d+|\.L_\d+):")
 _TARGET = re.compile(r"`\((\.L[\w]+)\)")
 LANES = 32  # of a warp
-_CALL = 40  # slots of a call: a routine for special values, which no hot path should take
+_CALL = 40  # slots of a call: a routine for special values, which no hot path should take; under a guard it is passed
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 KINDS = {  # by the first part of the opcode; what is not here is integer
@@ -76,6 +76,18 @@ class Instruction:
         return self.opcode.split(".")[0] in ("LDG", "LDGSTS", "LD")
 
     @property
+    def shared_turns(self) -> float:
+        """Turns of shared memory, 128 bytes for a warp, if no banks conflict."""
+        name, *modifiers = self.opcode.split(".")
+        if name == "LDSM":
+            return int(self.opcode[-1])  # matrices of 8 rows of 16 bytes
+        if name == "LDGSTS":
+            return self.global_bytes / 4
+        if name not in ("LDS", "STS", "ATOMS"):
+            return 0
+        return max(4, next((width for word, width in _WIDTHS.items() if word in modifiers), 4)) / 4
+
+    @property
     def tensor(self) -> int:
         return int(self.kind == "tensor")
 
@@ -102,7 +114,8 @@ class Turn:
 
     @property
     def slots(self) -> int:
-        return len(self.instructions) + _CALL * sum(i.opcode.startswith("CALL") for i in self.instructions)
+        calls = sum(i.opcode.startswith("CALL") and not i.guard for i in self.instructions)
+        return len(self.instructions) + _CALL * calls
 
     def kinds(self) -> Counter[str]:
         return Counter(i.kind for i in self.instructions)
@@ -118,6 +131,10 @@ class Turn:
     @property
     def alu(self) -> int:
         return sum(i.alu for i in self.instructions)
+
+    @property
+    def shared_turns(self) -> float:
+        return sum(i.shared_turns for i in self.instructions)
 
     @property
     def tensor(self) -> int:

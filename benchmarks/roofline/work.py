@@ -12,14 +12,16 @@ import torch
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.cuda.int8_product import fused_product
-from lowbit_lightning.kernels.sources import MAP_NUMBERS, StepVariant, specialised
 from roofline.describe import BF16, F32, NAMES, Phase, Work, random
+from roofline.lowbit import lowbit_works
 
 
 def works() -> Iterator[Work]:
     yield from _steps()
     yield from _blockwise()
     yield from _int8()
+    yield from _products()
+    yield from lowbit_works()
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -35,16 +37,17 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def _steps() -> Iterator[Work]:
     for (rule, make), dtype in product(OPTIMIZERS.items(), (F32, BF16)):
-        states = len(rules.get(rule).states)
-        # A quantisation block of 256 is a warp's: eight elements a lane, and the scale of each state.
-        loads = 8 * (2 * dtype.itemsize + states) + 4 * states
-        stores = 8 * (dtype.itemsize + states) + 4 * states
-        text = StepVariant(rule, dtype, dtype, (1 << states) - 1, 256).text("optimizer_step.cu")
-        traffic = 3 * dtype.itemsize + 2 * states * (1 + 4 / 256)
+        states = rules.get(rule).states
+        coded = sum(not state.slow for state in states)  # a slow one has 32 bits
+        wide = 4 * (len(states) - coded)
+        # A quantisation block of 256 is a warp's: eight elements a lane, and the scale of each coded state.
+        loads = 8 * (2 * dtype.itemsize + coded + wide) + 4 * coded
+        stores = 8 * (dtype.itemsize + coded + wide) + 4 * coded
+        traffic = 3 * dtype.itemsize + 2 * (coded * (1 + 4 / 256) + wide)
         run = partial(_take_steps, make, dtype)
-        # The gradient's factor, the rule; of a state two to decode, two to encode.
-        phase = Phase("step", 8, loads, stores, arithmetic=8 * (1 + operations(rules.get(rule)) + 4 * states))
-        yield Work(f"{rule} {NAMES[dtype]}", text, (phase,), run, traffic, "parameter")
+        # The gradient's factor, the rule; of a coded state two to decode, two to encode.
+        phase = Phase("step", 8, loads, stores, arithmetic=8 * (1 + operations(rules.get(rule)) + 4 * coded))
+        yield Work(f"{rule} {NAMES[dtype]}", (phase,), run, traffic, "parameter")
 
 
 def operations(rule: rules.Rule) -> int:
@@ -71,46 +74,56 @@ def _take_steps(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) 
 
 def _blockwise() -> Iterator[Work]:
     for dtype in (F32, BF16):
-        text = specialised("quantize.cu", ELEMENT=dtype, MAP=MAP_NUMBERS["dynamic_signed"], BLOCK=256)
         size, traffic = dtype.itemsize, dtype.itemsize + 1 + 4 / 256
         x = random(16, 512, dtype)
         coded = kernels.quantize_blockwise(x)
-        phase = Phase("quantize", 8, 8 * size, 8 + 4, whole=True)
+        phase = Phase("quantize", 8, 8 * size, 8 + 4, arithmetic=2 * 8)
         run: Callable[[], object] = partial(kernels.quantize_blockwise, x)
-        yield Work(f"quantize {NAMES[dtype]}", text, (phase,), run, traffic, "element")
-        phase = Phase("dequantize", 8, 8 + 4, 8 * size, whole=True)
+        yield Work(f"quantize {NAMES[dtype]}", (phase,), run, traffic, "element")
+        phase = Phase("dequantize", 8, 8 + 4, 8 * size, arithmetic=3 * 8, unrolled=(1, 2, 4))
         run = partial(kernels.dequantize_blockwise, *coded, dtype=dtype)
-        yield Work(f"dequantize {NAMES[dtype]}", text, (phase,), run, traffic, "element")
+        yield Work(f"dequantize {NAMES[dtype]}", (phase,), run, traffic, "element")
 
 
 def _int8() -> Iterator[Work]:
     for dtype in (F32, BF16):
         width = 16 // dtype.itemsize  # elements of an access
-        text = specialised("int8.cu", ELEMENT=dtype, ROW_THREADS=256, STOCHASTIC=False)
         several = (1, 2, 4, 8)
         rows = (
             Phase("quantize_rows", width, 16, unrolled=several),
             Phase("quantize_rows", width, 16, width, unrolled=several),
         )
         run: Callable[[], object] = partial(kernels.quantize_rowwise, random(4, 2048, dtype))
-        yield Work(f"int8 rows {NAMES[dtype]}", text, rows, run, dtype.itemsize + 1, "element")
+        yield Work(f"int8 rows {NAMES[dtype]}", rows, run, dtype.itemsize + 1, "element")
         both = (
             Phase("find_tops", 4 * width, 64),
             Phase("quantize_tiles", 4 * width, 64 + 16, 2 * 4 * width),
         )
         run = partial(kernels.quantize_both, random(128, 256, dtype))
-        yield Work(f"int8 rows and columns {NAMES[dtype]}", text, both, run, 2 * dtype.itemsize + 2, "element")
+        yield Work(f"int8 rows and columns {NAMES[dtype]}", both, run, 2 * dtype.itemsize + 2, "element")
+
+
+def _products() -> Iterator[Work]:
     a = torch.randint(-127, 128, (256, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    multiply = partial(fused_product, a, a, torch.ones(256), torch.ones(256), None, BF16)
+    ones = torch.ones(8192)
+    multiply = partial(fused_product, a, a, ones[:256], ones[:256], None, BF16)
     for tile_n in (128, 256):
-        text = specialised("int8_product.cu", ELEMENT=BF16, BIAS=F32, TILE_N=tile_n, STAGES=3)
         # A step of 64 along K: each warp multiplies 64 x 64 x 64, by instructions of 16 x 8 x 32.
-        phase = Phase("int8_product", 64 * 64 * 64 / 32, (128 + tile_n) * 64 // tile_n, tensor=64)
-        yield Work(
-            *(f"int8 product, tiles of 128 x {tile_n}", text, (phase,), multiply),
-            traffic=0.0,
-            unit="multiplication",
-            threads=tile_n,
-            operations=2.0,
-            shared=3 * (128 + tile_n) * 64,
-        )
+        phase = Phase("int8_product", 64 * 64 * 64 / 32, (128 + tile_n) * 64 // tile_n, tensor=64, ahead=2)
+        tall, wide = torch.empty(8192, 64, dtype=torch.int8), torch.empty(4 * tile_n, 64, dtype=torch.int8)
+        large = partial(fused_product, tall, wide, ones, ones[: 4 * tile_n], None, BF16)
+        name = f"int8 product, tiles of 128 x {tile_n}"
+        yield Work(name, (phase,), multiply, 0.0, "multiplication", operations=2.0, large=large)
+
+    channels, features, pixels = 256, 128, 64
+    x, w = (
+        torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+        for shape in ((pixels, channels), (features, 9, channels))
+    )
+    table = (torch.arange(pixels).unsqueeze(1) + torch.arange(9) - 4).clamp(-1, pixels - 1).int()
+    convolve = partial(kernels.int8_conv, x, w, ones[:pixels], ones[:features], table, 1, None, BF16)
+    # A step of 64 along the channels: each warp multiplies 64 x 32 x 64. After the channels of a tap, here 256, its 64
+    # sums are scaled and added.
+    step = Phase("int8_conv", 4 / 3 * 64 * 32 * 64 / 32, 4 * (16 + 16), tensor=32, ahead=2)
+    last = Phase("int8_conv", 4 * 64 * 32 * 64 / 32, 4 * (16 + 16), tensor=32, arithmetic=128, ahead=2)
+    yield Work("int8 convolution", (step, last), convolve, 0.0, "multiplication", operations=2.0)

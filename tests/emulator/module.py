@@ -235,8 +235,8 @@ def _three(size: int | Sequence[int]) -> Any:
 _FLAGS = ("-std=c++17", "-fPIC", "-O1", "-g1", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 _KERNEL_FLAGS = (*("-w", "-fno-strict-aliasing", "-fno-gnu-unique", "-fno-threadsafe-statics"), "-fsanitize=alignment")
 # These flags make the compiler insert calls. They are not given to the linker, which would bring the sanitizers' own
-# libraries to answer them; checker.cpp does.
-_CHECK_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+# libraries to answer them; checker.cpp does. Without "sra" an access of a whole vector stays one.
+_CHECK_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra")
 _LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
 
 

@@ -96,8 +96,9 @@ def lowbit_texts(every: bool) -> dict[str, str]:
             )
     for dtype in (F32, BF16, F16) if every else (BF16,):
         found[f"outliers {dtype}"] = specialised("lowbit_outliers.cu", ELEMENT=dtype)
-    for dtype, block in ((F32, 32), (BF16, 64), (F16, 128), (F32, 512), (BF16, 4096)) if every else ((F16, 64),):
-        found[f"quantise {dtype} block {block}"] = specialised("lowbit_quantize.cu", BLOCK=block, ELEMENT=dtype)
+    made = ((F32, "int2"), (BF16, "nf4"), (F16, "nf4-dq-g128"), (F32, "int3-g512"), (BF16, "int4-g4096"))
+    for dtype, form in made if every else ((F16, "nf4"),):
+        found[f"quantise {form} {dtype}"] = text_of("lowbit_quantize.cu", form, ELEMENT=dtype)
     return found
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import formats, rules
 from lowbit_lightning.kernels.cuda import launch, table
-from lowbit_lightning.kernels.cuda import step as cuda
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.kernels.reference import blockwise
 from lowbit_lightning.kernels.reference import step as reference
@@ -97,6 +96,27 @@ def test_blockwise(codebook: str | Tensor, dtype: torch.dtype, block_size: int, 
                 ours = [*kernels.quantize_blockwise(x, codebook, block_size)]
                 ours += [kernels.dequantize_blockwise(codes, scales, codebook, block_size, dtype)]
             assert_same_bits(ours, [codes, scales, decoded], (mode, x.shape))
+
+
+@pytest.mark.parametrize(("dtype", "block_size"), [(F32, 256), (F32, 32), (BF16, 4096)])
+def test_blocks_of_which_some_are_special(dtype: torch.dtype, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick way and the careful one, in several turns, the last of them not full."""
+    monkeypatch.setattr(launch, "_FILL", 1)
+    x = torch.randn(37, 2, block_size, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 5], x[2, 0, 5], x[3, 1, 9] = float("nan"), float("inf"), 3e38
+    x[4], x[5, 0], x[6] = 0.0, 0.25, x[6] * 1e-38
+    x[7, 0, :2], x[8, 0, :2] = torch.tensor([9.0, -9.0]), torch.tensor([-9.0, 8.99])
+    x = x.to(dtype).view(37, 2 * block_size)
+    with kernels.use_backend("reference"):
+        codes, scales = kernels.quantize_blockwise(x, block_size=block_size)
+        decoded = kernels.dequantize_blockwise(codes, scales, block_size=block_size, dtype=dtype)
+    for mode in MODES[:2]:
+        with emulated(**mode) as launches:
+            ours = [*kernels.quantize_blockwise(x, block_size=block_size)]
+            ours += [kernels.dequantize_blockwise(codes, scales, block_size=block_size, dtype=dtype)]
+        turns = [next(a.value for a in reversed(one.arguments) if isinstance(a, ctypes.c_int)) for one in launches]
+        assert turns == [min(8, 74 // max(1, 2048 // block_size))] * 2
+        assert_same_bits(ours, [codes, scales, decoded], mode)
 
 
 @pytest.mark.parametrize("codebook", formats.MAPS)
@@ -266,7 +286,7 @@ def test_skip_changes_nothing() -> None:
 
 
 def test_several_turns_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_FILL", 1)
+    monkeypatch.setattr(launch, "_FILL", 1)
     a = arguments_of("lamb", F32, F32, 0b11, 32)
     assert_step_equals_reference(a, MODES[:2])
     assert_step_equals_reference(arguments_of("lamb", BF16, BF16, 0b11, 4096), MODES[3:])

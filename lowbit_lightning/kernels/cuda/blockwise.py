@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.cuda import launch
-from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry
+from lowbit_lightning.kernels.cuda.launch import Launch, geometry, shared_out
 from lowbit_lightning.kernels.formats import BlockGrid
 from lowbit_lightning.kernels.sources import MAP_NUMBERS, specialised
 
@@ -18,8 +18,8 @@ def quantize_blockwise(x: Tensor, codebook: str, values: Tensor | None, block_si
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty(grid.scales_shape, dtype=torch.float32, device=x.device)
     if x.numel():
-        arguments = (x, *_rows(grid), *_codebook(values), codes, scales)
-        _run_blocks("quantize", x.dtype, codebook, grid, arguments)
+        given = x, *_rows(grid), *_codebook(values)
+        _run_blocks("quantize", x.dtype, codebook, grid, given, (codes, scales))
     return codes, scales
 
 
@@ -29,8 +29,8 @@ def dequantize_blockwise(
     grid = BlockGrid.of(codes.shape, block_size)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if codes.numel():
-        arguments = (codes, scales, *_rows(grid), *_codebook(values), out)
-        _run_blocks("dequantize", dtype, codebook, grid, arguments)
+        given = codes, scales, *_rows(grid), *_codebook(values)
+        _run_blocks("dequantize", dtype, codebook, grid, given, (out,))
     return out
 
 
@@ -42,8 +42,8 @@ def _codebook(values: Tensor | None) -> tuple[Tensor | None, ctypes.c_int]:
     return values, ctypes.c_int(0 if values is None else values.numel())
 
 
-def _run_blocks(kernel: str, dtype: torch.dtype, codebook: str, grid: BlockGrid, arguments: tuple) -> None:
+def _run_blocks(kernel: str, dtype: torch.dtype, codebook: str, grid: BlockGrid, given: tuple, made: tuple) -> None:
     text = specialised("quantize.cu", ELEMENT=dtype, MAP=MAP_NUMBERS[codebook], BLOCK=grid.block_size)
     threads, at_a_time = geometry(grid.block_size)
-    count = ceil_div(grid.rows * grid.blocks_per_row, at_a_time)
-    launch.run(Launch(text, kernel, (count, 1, 1), threads, arguments))
+    count, turns = shared_out(grid.rows * grid.blocks_per_row, at_a_time)
+    launch.run(Launch(text, kernel, (count, 1, 1), threads, (*given, ctypes.c_int(turns), *made)))

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from lowbit_lightning.kernels.compile import NVRTC_HINT, CompilerNotFound, cubin, nvrtc_version
 
+_FILL, _TURNS = 2048, 8
 _SHARED_FOR_ALL = 48 << 10  # bytes a CUDA block that a kernel may have without asking
 
 
@@ -58,6 +59,13 @@ def geometry(block_size: int) -> tuple[int, int]:
     group = block_size // 8
     threads = max(256, group)
     return threads, threads // group
+
+
+def shared_out(blocks: int, at_a_time: int) -> tuple[int, int]:
+    """How many CUDA blocks share quantisation blocks, and in how many turns of ``at_a_time``: several, if there are
+    still enough CUDA blocks to keep a large GPU busy."""
+    turns = min(_TURNS, max(1, blocks // (at_a_time * _FILL)))
+    return ceil_div(blocks, at_a_time * turns), turns
 
 
 def as_ctypes(argument: Any) -> Any:

@@ -30,7 +30,7 @@ def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor
     if not weight.numel():
         return packed, scales.zero_()
     work = torch.empty(rows, 2, f.blocks_per_row(length), dtype=torch.float32, device=weight.device)
-    text = specialised("lowbit_quantize.cu", BLOCK=f.block_size, ELEMENT=weight.dtype)
+    text = text_of("lowbit_quantize.cu", form, ELEMENT=weight.dtype)
     arguments = weight, ctypes.c_int64(rows), fit_rule(form, length, fit), work, packed, scales
     grid, block = (min(rows, _MOST_BLOCKS), 1, 1), geometry(f.block_size)[0]
     launch.run(Launch(text, "quantize_weight", grid, block, arguments))

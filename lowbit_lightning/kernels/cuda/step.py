@@ -11,13 +11,10 @@ from torch import Tensor
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.arguments import StepArguments, StepScalars
 from lowbit_lightning.kernels.cuda import launch
-from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry
+from lowbit_lightning.kernels.cuda.launch import Launch, ceil_div, geometry, shared_out
 from lowbit_lightning.kernels.cuda.table import parameter_table
 from lowbit_lightning.kernels.sources import StepVariant, specialised
 from lowbit_lightning.kernels.structs import StepSettings, hyper_values, settings_tensors, settings_values
-
-_FILL = 2048  # CUDA blocks that keep a large GPU busy; with more work than that, each takes several turns
-_TURNS = 8
 
 
 def optimizer_step(
@@ -71,9 +68,8 @@ class _Step:
         threads, at_a_time = geometry(self.arguments.block_size)
         if not self.blocks:
             return
-        turns = min(_TURNS, max(1, self.blocks // (at_a_time * _FILL)))
+        grid, turns = shared_out(self.blocks, at_a_time)
         counts = ctypes.c_int64(self.count), ctypes.c_int64(self.blocks), ctypes.c_int(turns)
-        grid = ceil_div(self.blocks, at_a_time * turns)
         self._run(text, kernel, grid, threads, (self.table, *counts, *arguments))
 
     def _run(self, text: str, kernel: str, grid: int, block: int, arguments: tuple) -> None:

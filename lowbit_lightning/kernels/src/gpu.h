@@ -116,6 +116,27 @@ template <> __device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {  // 
 #endif
 }
 
+// Two 16-bit floats in a word.
+template <class T> LB_FN uint32_t pair_of(T low, T high) { return (uint32_t)high.bits << 16 | low.bits; }
+LB_FN uint32_t narrow_pair(float low, float high, Half) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+#else
+    return pair_of(narrow<Half>(low), narrow<Half>(high));
+#endif
+}
+LB_FN uint32_t narrow_pair(float low, float high, BFloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+#else
+    return pair_of(narrow<BFloat16>(low), narrow<BFloat16>(high));
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // N adjacent elements in one access (two where they are 32 bytes), from and to addresses aligned to its width
 
@@ -164,6 +185,16 @@ template <int N, class T> LB_FN void store_packet(T* to, const T* v) {
     Packet<N * sizeof(T)> packet;
 #pragma unroll
     for (int i = 0; i < N; ++i) pack(packet.word, i, v[i]);
+    copy(&packet, (Packet<N * sizeof(T)>*)to);
+}
+// Floats, rounded to T on the way.
+template <int N, class T> LB_FN void store_rounded(T* to, const float* v) {
+    Packet<N * sizeof(T)> packet;
+#pragma unroll
+    for (int i = 0; i < N; i += 4 / sizeof(T)) {
+        if constexpr (sizeof(T) == 4) pack(packet.word, i, v[i]);
+        else packet.word[i / 2] = narrow_pair(v[i], v[i + 1], T());
+    }
     copy(&packet, (Packet<N * sizeof(T)>*)to);
 }
 // Codes come counted, as dynamic_map.h decodes them: each after the upper bytes of 2^25, by one permutation.

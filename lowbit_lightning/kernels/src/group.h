@@ -60,6 +60,18 @@ template <int RUN> struct Share {
                 if (index(i) < n) block[index(i)] = (T)v[i];
         }
     }
+    // The same of floats, rounded to T.
+    template <bool PACKETS, class T> LB_FN void store_rounded(T* block, int n, const float (&v)[PER_THREAD]) {
+        assume_global(block);
+        if constexpr (PACKETS) {
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; i += RUN) ::store_rounded<RUN>(block + i / RUN * STRIDE, v + i);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; ++i)
+                if (index(i) < n) block[index(i)] = narrow<T>(v[i]);
+        }
+    }
     // The same of bytes, in packets.
     LB_FN void store_bytes(uint8_t* block, const uint32_t (&word)[PER_THREAD / 4]) {
         assume_global(block);

@@ -112,7 +112,8 @@ constexpr int FLIGHT = 4;       // rows whose packets a thread waits for togethe
 // does not depend on the order.
 extern "C" __global__ void __launch_bounds__(256) find_tops(
     const ELEMENT* x, int64_t rows, int64_t columns, uint32_t* column_tops, uint32_t* row_tops) {
-    __shared__ uint32_t of_warp[8][WIDTH * 32];  // [warp][i * 32 + lane]
+    constexpr int STRIDE = 32 + 32 / WIDTH;  // neighbouring columns of several lanes lie in different banks
+    __shared__ uint32_t of_warp[8][WIDTH * STRIDE];  // [warp][i * STRIDE + lane]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t first = (int64_t)blockIdx.x * 32 * WIDTH, column = first + lane * WIDTH;
     const bool packets = columns % WIDTH == 0 && (uint64_t)x % 16 == 0;
@@ -143,14 +144,13 @@ extern "C" __global__ void __launch_bounds__(256) find_tops(
         }
     }
 #pragma unroll
-    for (int j = 0; j < WIDTH; ++j) of_warp[warp][j * 32 + lane] = top[j];
+    for (int j = 0; j < WIDTH; ++j) of_warp[warp][j * STRIDE + lane] = top[j];
     __syncthreads();
     for (int slot = threadIdx.x; slot < 32 * WIDTH; slot += 256) {
         uint32_t highest = 0;
 #pragma unroll
-        for (int w = 0; w < 8; ++w) highest = max(highest, of_warp[w][slot]);
-        const int64_t c = first + slot % 32 * WIDTH + slot / 32;
-        if (c < columns) atomicMax(column_tops + c, highest);
+        for (int w = 0; w < 8; ++w) highest = max(highest, of_warp[w][slot % WIDTH * STRIDE + slot / WIDTH]);
+        if (first + slot < columns) atomicMax(column_tops + first + slot, highest);
     }
 }
 
@@ -172,18 +172,22 @@ LB_FN int out_column(int group) {
 extern "C" __global__ void __launch_bounds__(256, 2) quantize_tiles(
     const ELEMENT* x, int64_t rows, int64_t columns, uint64_t seed, const uint32_t* column_tops, int8_t* column_q,
     float* column_scales, const uint32_t* row_tops, int8_t* row_q, float* row_scales) {
+    constexpr int STRIDE = 16 + 32 / WIDTH;  // as in find_tops
     __shared__ __align__(8) uint32_t turned[16 * TILE_COLUMNS + 2 * 16];
+    __shared__ float inverses[WIDTH * STRIDE];  // [j * STRIDE + patch]
     const int across = threadIdx.x % 16, down = threadIdx.x / 16;  // this thread's patch
     const int64_t column = (int64_t)blockIdx.x * TILE_COLUMNS + across * WIDTH;
     const bool packets = columns % WIDTH == 0 && (uint64_t)x % 16 == 0 && (uint64_t)row_q % WIDTH == 0;
-    float inverse[WIDTH] = {};
-#pragma unroll
-    for (int j = 0; j < WIDTH; ++j) {
-        if (column + j >= columns) continue;
-        const RowScale s = row_scale(column_tops[column + j]);
-        inverse[j] = s.inverse;
-        if (blockIdx.y == 0 && down == 0) column_scales[column + j] = s.scale;
+    if (threadIdx.x < TILE_COLUMNS) {
+        const int64_t mine = (int64_t)blockIdx.x * TILE_COLUMNS + threadIdx.x;
+        const RowScale s = mine < columns ? row_scale(column_tops[mine]) : RowScale{0.0f, 0.0f};
+        inverses[threadIdx.x % WIDTH * STRIDE + threadIdx.x / WIDTH] = s.inverse;
+        if (blockIdx.y == 0 && mine < columns) column_scales[mine] = s.scale;
     }
+    __syncthreads();
+    float inverse[WIDTH];
+#pragma unroll
+    for (int j = 0; j < WIDTH; ++j) inverse[j] = inverses[j * STRIDE + across];
 
     for (int64_t tile = blockIdx.y; tile * TILE_ROWS < rows; tile += gridDim.y) {
         const int64_t first = tile * TILE_ROWS + down * PATCH;

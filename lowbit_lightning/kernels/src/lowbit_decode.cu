@@ -19,16 +19,16 @@ extern "C" __global__ void __launch_bounds__(256) decode(
     }
     const Unit unit = load_unit(form, packed + row * form.packed_stride, u, has_packets(form, packed));
     const Scale scale = load_scale(form, scales + row * form.scales_stride, block_of(u * UNIT));
-    ELEMENT result[UNIT];
+    float result[UNIT];
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) result[i] = narrow<ELEMENT>(decoded(values, unit, i, scale));
+    for (int i = 0; i < UNIT; ++i) result[i] = decoded(values, unit, i, scale);
 
     ELEMENT* there = out + to * form.length + u * UNIT;
     if ((u + 1) * UNIT <= form.length && (uint64_t)there % 16 == 0) {
-        store_packet<UNIT>(there, result);
+        store_rounded<UNIT>(there, result);
         return;
     }
 #pragma unroll
     for (int i = 0; i < UNIT; ++i)
-        if (u * UNIT + i < form.length) there[i] = result[i];
+        if (u * UNIT + i < form.length) there[i] = narrow<ELEMENT>(result[i]);
 }

@@ -3,7 +3,8 @@
 // three times, from the caches but for the first. A quantisation block belongs to a group of threads, 8 neighbouring
 // elements each (group.h).
 //
-// Specialised by macros: BLOCK (elements that share a scale), ELEMENT (float, Half, BFloat16: of the weight).
+// Specialised by macros: ELEMENT (float, Half, BFloat16: of the weight), BITS, BLOCK (elements that share a scale),
+// SQUARE (scales become codes of 8 bits) and AFFINE, as lowbit_units.h has them.
 #include "gpu.h"
 #include "scale.h"
 #include "group.h"
@@ -113,7 +114,7 @@ LB_FN bool fit_blocks(const Rule& rule, const Book& book, const ELEMENT* row, fl
         const int existing = (int)max((int64_t)0, min((int64_t)PER_THREAD, left - lane * PER_THREAD));
         const Block block{book, v, (int)max((int64_t)1, min((int64_t)BLOCK, left)), existing};
         Line line{1.0f, 0.0f};
-        if (rule.affine) {
+        if (AFFINE) {
             float low = from_bits(INFINITE), high = -low;
             block.each([&](float y, int exists) {
                 low = exists > 0 ? minimum(low, y) : low;
@@ -127,8 +128,8 @@ LB_FN bool fit_blocks(const Rule& rule, const Book& book, const ELEMENT* row, fl
             line.scale = fit_codebook(rule, block);
         }
         if (lane != 0 || left <= 0) continue;
-        const bool bad = !rule.square && top[1];
-        scale[b] = bad ? from_bits(0x7fc00000) : rule.affine || rule.least_squares ? absmax * line.scale : absmax;
+        const bool bad = !SQUARE && top[1];
+        scale[b] = bad ? from_bits(0x7fc00000) : AFFINE || rule.least_squares ? absmax * line.scale : absmax;
         offset[b] = line.offset * absmax;
     }
     return __syncthreads_or(!row_finite);
@@ -157,9 +158,17 @@ LB_FN void write_codes(const int32_t (&code)[PER_THREAD], int shift, int64_t u, 
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i)
         word |= (uint32_t)(code[i] >> shift & ((1 << EACH) - 1)) << (i * EACH / 8 * 8 + 8 - EACH - i * EACH % 8);
+    to += u * EACH;
+    const int64_t left = width - u * EACH;
+    if (left >= EACH && (uint64_t)to % EACH == 0) {
+        if (EACH == 4) *(uint32_t*)to = word;
+        else if (EACH == 2) *(uint16_t*)to = (uint16_t)word;
+        else *to = (uint8_t)word;
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
-        if (u * EACH + i < width) to[u * EACH + i] = (uint8_t)(word >> (8 * i));
+        if (i < left) to[i] = (uint8_t)(word >> (8 * i));
 }
 
 LB_FN void write_row(const Rule& rule, const Book& book, const ELEMENT* row, const float* scale, const float* offset,
@@ -172,17 +181,17 @@ LB_FN void write_row(const Rule& rule, const Book& book, const ELEMENT* row, con
         int32_t code[PER_THREAD];
 #pragma unroll
         for (int i = 0; i < PER_THREAD; ++i) {
-            if (rule.affine) code[i] = (int32_t)levels(rule, v[i], {of_block, offset[b]});
+            if (AFFINE) code[i] = (int32_t)levels(rule, v[i], {of_block, offset[b]});
             else code[i] = of_block == of_block ? book.order[rank_of(book, v[i] * inverse)] : 0;
             if (u * PER_THREAD + i >= rule.length) code[i] = 0;
         }
-        if (rule.bits == 4) {
+        if (BITS == 4) {
             write_codes<4>(code, 0, u, rule.packed_stride, to);
             continue;
         }
         const int64_t low = (rule.length + 3) / 4;
         write_codes<2>(code, 0, u, low, to);
-        if (rule.bits == 3) write_codes<1>(code, 2, u, rule.packed_stride - low, to + low);
+        if (BITS == 3) write_codes<1>(code, 2, u, rule.packed_stride - low, to + low);
     }
 }
 
@@ -202,20 +211,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize_weight(
         float *scale = work + 2 * r * rule.blocks, *offset = scale + rule.blocks;
         uint8_t *kept = scales + r * rule.scales_stride, *to = packed + r * rule.packed_stride;
         const bool bad = fit_blocks(rule, book, row, scale, offset);
-        if (rule.square) {
-            const bool replace = rule.affine || rule.least_squares;
-            encode_squares(scale, rule.blocks, SCALE_SQUARE, replace, kept, kept + 1 + rule.affine);
+        if (SQUARE) {
+            const bool replace = AFFINE || rule.least_squares;
+            encode_squares(scale, rule.blocks, SCALE_SQUARE, replace, kept, kept + 1 + AFFINE);
         } else {
             for (int64_t b = threadIdx.x; b < rule.blocks; b += THREADS) ((float*)kept)[b] = scale[b];
         }
-        if (rule.affine) {
+        if (AFFINE) {
             if (rule.least_squares) refit_offsets(rule, book, row, scale, offset);  // for the scales that are kept
             encode_squares(offset, rule.blocks, OFFSET_SQUARE, true, kept + 1, kept + 2 + rule.blocks);
         }
         write_row(rule, book, row, scale, offset, to);
-        if (!rule.square || !bad) continue;
+        if (!SQUARE || !bad) continue;
         __syncthreads();
         for (int64_t i = threadIdx.x; i < rule.scales_stride; i += THREADS)
-            kept[i] = i <= rule.affine ? NAN_EXPONENT : 0;
+            kept[i] = i <= AFFINE ? NAN_EXPONENT : 0;
     }
 }

@@ -4,7 +4,7 @@
 //
 // Specialised by the macros of optimizer_block.h and STOCHASTIC (1: parameters are rounded at random).
 #include "optimizer_block.h"
-#include "over_root_quick.h"
+#include "quick_codes.h"
 #include "master.h"
 #include "philox.h"
 #include "step_settings.h"
@@ -16,6 +16,9 @@ LB_FN uint32_t random_bits(const Philox& words, int i) {  // by selections: an a
 
 template <bool PACKETS>
 LB_FN void store_parameter(const Block& b, const float (&v)[PER_THREAD], uint64_t seed, const Parameter& q) {
+#if !STOCHASTIC && !REMAINDER
+    Mine::store_rounded<PACKETS>(b.p, b.at.n, v);
+#else
     PARAM rounded[PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) rounded[i] = narrow<PARAM>(v[i]);
@@ -44,6 +47,7 @@ LB_FN void store_parameter(const Block& b, const float (&v)[PER_THREAD], uint64_
     Mine::store<PACKETS>(b.remainder, b.at.n, remainder);
 #endif
     Mine::store<PACKETS>(b.p, b.at.n, rounded);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -146,40 +150,10 @@ template <int S = 0> LB_FN bool not_special(const uint32_t (&key)[STATES]) {
     else return true;
 }
 
-// Whether it holds for all threads of the warp; where a group has several, of the CUDA block.
-LB_FN bool holds_for_all(bool condition) {
-    if constexpr (GROUP > 32) return __syncthreads_and(condition);
-    else return __all_sync(ALL_LANES, condition);
-}
-// Which conditions hold for a thread of the group.
-LB_FN void hold_for_any(bool& a, bool& b) {
-    if constexpr (GROUP == 32) {
-        a = __any_sync(ALL_LANES, a);
-        b = __any_sync(ALL_LANES, b);
-    } else {
-        uint32_t key[2] = {a, b};
-        group_max<GROUP>(key);
-        a = key[0];
-        b = key[1];
-    }
-}
-
-// The element of largest magnitude is among those whose f is 128: their sign is the scale's, if they have one.
 template <int S> LB_FN void store_signed(const Block& b, const Elements& e, float most, uint32_t place) {
-    const float inverse = quick_reciprocal(most);
-    uint32_t word[PER_THREAD / 4], sign[PER_THREAD / 4], below = 0, above = 0;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD / 4; ++i) {
-        word[i] = encode_bytes<Map<S>>(e.s[S] + 4 * i, inverse, place);
-        sign[i] = sign_bytes(e.s[S] + 4 * i);
-        below |= word[i] & sign[i];
-        above |= word[i] & ~sign[i];
-    }
-    bool has_below = below & 0x80808080u, has_above = above & 0x80808080u;
-    hold_for_any(has_below, has_above);
-    const float scale = has_above ? most : -most;
-    const bool easy = !(has_below && has_above) && most >= SMALLEST_SCALE && most <= 0x1p125f;
-    if (!(GROUP == 32 ? easy : holds_for_all(easy))) {
+    uint32_t word[PER_THREAD / 4];
+    float scale;
+    if (!encode_signed<Map<S>>(e.s[S], most, place, word, scale)) {
         uint32_t key[1] = {0};
 #pragma unroll
         for (int i = 0; i < PER_THREAD; ++i) key[0] = unsigned_maximum(key[0], scale_key(e.s[S][i], true));
@@ -187,8 +161,6 @@ template <int S> LB_FN void store_signed(const Block& b, const Elements& e, floa
         store_codes<true, S>(b, e, scale_of(key[0], true), place);
         return;
     }
-#pragma unroll
-    for (int i = 0; i < PER_THREAD / 4; ++i) word[i] = signed_codes(word[i], has_above ? sign[i] : ~sign[i]);
     Mine::store_bytes((uint8_t*)b.state[S], word);
     assume_global(b.scale[S]);
     if (threadIdx.x % GROUP == 0) *b.scale[S] = scale;

@@ -8,6 +8,7 @@
 #include "dynamic_tables.h"  // generated from formats/maps.py
 #include "dynamic_lines.h"
 #include "dynamic_map.h"
+#include "quick_codes.h"
 
 typedef Share<16 / sizeof(ELEMENT)> Mine;  // 16 bytes per access
 
@@ -52,16 +53,28 @@ LB_FN int32_t encoded(float x, float inverse, uint32_t place) { return encode<Ma
 
 #endif
 
-LB_FN Position mine(int64_t rows, int64_t row_length) {
-    const int64_t per_row = (row_length + BLOCK - 1) / BLOCK;
-    const int64_t block = (int64_t)blockIdx.x * GROUPS + threadIdx.x / GROUP;
-    return block < rows * per_row ? position_of(block, per_row, row_length) : Position{0, 0, 0};
-}
+// A group of threads takes `turns` blocks, GROUPS apart. Where every block is full and aligned, it goes from one to the
+// next without a division.
+struct Walk {
+    int64_t blocks, per_row, row_length, first;
+    int whole;  // turns with a block of such a matrix
+    LB_METHOD Walk(const ELEMENT* x, const uint8_t* codes, int64_t rows, int64_t row_length, int turns)
+        : per_row((row_length + BLOCK - 1) / BLOCK), row_length(row_length) {
+        blocks = rows * per_row;
+        first = (int64_t)blockIdx.x * turns * GROUPS + threadIdx.x / GROUP;
+        const int64_t left = first < blocks ? (blocks - first + GROUPS - 1) / GROUPS : 0;
+        const bool full = row_length % BLOCK == 0 && Mine::aligned(x) && Mine::aligned(codes);
+        whole = !full ? 0 : left < turns ? (int)left : turns;
+    }
+    LB_METHOD Position position(int turn) const {
+        const int64_t block = first + (int64_t)turn * GROUPS;
+        return block < blocks ? position_of(block, per_row, row_length) : Position{0, 0, 0};
+    }
+    // This thread's first element of a whole matrix.
+    LB_METHOD int64_t element() const { return first * BLOCK + Mine::index(0); }
+};
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantize(
-    const ELEMENT* x, int64_t rows, int64_t row_length, const float* values, int count, uint8_t* codes, float* scales) {
-    const uint32_t place = prepare(values, count);
-    const Position at = mine(rows, row_length);
+LB_FN void quantize_carefully(const ELEMENT* x, const Position& at, uint8_t* codes, float* scales, uint32_t place) {
     const ELEMENT* from = x + at.start;
     uint8_t* to = codes + at.start;
     const bool packets = at.n == BLOCK && Mine::aligned(from) && Mine::aligned(to);
@@ -89,23 +102,71 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize(
     if (threadIdx.x % GROUP == 0) scales[at.block] = scale;
 }
 
+// A block of numbers of both signs, none of which is special; otherwise false, and nothing is done.
+LB_FN bool quantize_quickly(const ELEMENT* from, uint8_t* to, float* scale_to, uint32_t place) {
+#if MAP == 0
+    float v[PER_THREAD], scale;
+    Mine::load<true>(from, BLOCK, v);
+    float most = fabsf(v[0]);
+#pragma unroll
+    for (int i = 1; i < PER_THREAD; ++i) most = raised(most, v[i]);
+    uint32_t key[1] = {(uint32_t)to_bits(most)}, word[PER_THREAD / 4];
+    group_max<GROUP>(key);
+    if (!encode_signed<Map>(v, from_bits((int32_t)key[0]), place, word, scale)) return false;
+    Mine::store_bytes(to, word);
+    if (threadIdx.x % GROUP == 0) *scale_to = scale;
+    return true;
+#else
+    return false;
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) quantize(
+    const ELEMENT* x, int64_t rows, int64_t row_length, const float* values, int count, int turns, uint8_t* codes,
+    float* scales) {
+    const uint32_t place = prepare(values, count);
+    const Walk walk(x, codes, rows, row_length, turns);
+    const ELEMENT* from = x + walk.element();
+    uint8_t* to = codes + walk.element();
+    float* scale_to = scales + walk.first;
+    for (int turn = 0; turn < turns; ++turn) {
+        const bool quick = MAP == 0 && holds_for_all(turn < walk.whole);
+        if (!(quick && quantize_quickly(from, to, scale_to, place)))
+            quantize_carefully(x, walk.position(turn), codes, scales, place);
+        from += GROUPS * BLOCK, to += GROUPS * BLOCK, scale_to += GROUPS;
+    }
+}
+
+template <bool PACKETS>
+LB_FN void dequantize_block(const uint8_t* from, int n, float scale, ELEMENT* to, uint32_t place) {
+    int32_t code[PER_THREAD];
+    Mine::load<PACKETS>(from, n, code);
+    float v[PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) v[i] = decoded(code[i], place) * scale;
+    Mine::store_rounded<PACKETS>(to, n, v);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) dequantize(
     const uint8_t* codes, const float* scales, int64_t rows, int64_t row_length, const float* values, int count,
-    ELEMENT* out) {
+    int turns, ELEMENT* out) {
     const uint32_t place = prepare(values, count);
-    const Position at = mine(rows, row_length);
-    if (at.n == 0) return;
-    const uint8_t* from = codes + at.start;
-    ELEMENT* to = out + at.start;
-    const bool packets = at.n == BLOCK && Mine::aligned(from) && Mine::aligned(to);
-    const float scale = scales[at.block];
-
-    int32_t code[PER_THREAD];
-    if (packets) Mine::load<true>(from + Mine::index(0), at.n, code);
-    else Mine::load<false>(from, at.n, code);
-    ELEMENT v[PER_THREAD];
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) v[i] = narrow<ELEMENT>(decoded(code[i], place) * scale);
-    if (packets) Mine::store<true>(to + Mine::index(0), at.n, v);
-    else Mine::store<false>(to, at.n, v);
+    const Walk walk(out, codes, rows, row_length, turns);
+    const uint8_t* from = codes + walk.element();
+    ELEMENT* to = out + walk.element();
+    const float* scale = scales + walk.first;
+    for (int turn = 0; turn < walk.whole; ++turn) {
+        dequantize_block<true>(from, BLOCK, *scale, to, place);
+        from += GROUPS * BLOCK, to += GROUPS * BLOCK, scale += GROUPS;
+    }
+    for (int turn = walk.whole; turn < turns; ++turn) {
+        const Position at = walk.position(turn);
+        if (at.n == 0) return;
+        const uint8_t* its = codes + at.start;
+        ELEMENT* there = out + at.start;
+        const int first = Mine::index(0);
+        if (at.n == BLOCK && Mine::aligned(its) && Mine::aligned(there))
+            dequantize_block<true>(its + first, BLOCK, scales[at.block], there + first, place);
+        else dequantize_block<false>(its, at.n, scales[at.block], there, place);
+    }
 }

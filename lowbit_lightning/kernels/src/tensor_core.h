@@ -162,26 +162,6 @@ LB_FN void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t
 #endif
 }
 
-// Two 16-bit floats in a word.
-template <class T> LB_FN uint32_t pair_of(T low, T high) { return (uint32_t)high.bits << 16 | low.bits; }
-LB_FN uint32_t narrow_pair(float low, float high, Half) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    uint32_t result;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    return result;
-#else
-    return pair_of(narrow<Half>(low), narrow<Half>(high));
-#endif
-}
-LB_FN uint32_t narrow_pair(float low, float high, BFloat16) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    uint32_t result;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    return result;
-#else
-    return pair_of(narrow<BFloat16>(low), narrow<BFloat16>(high));
-#endif
-}
 // a - b, where the results are exact.
 template <class T> LB_FN uint32_t subtract_pairs_plainly(uint32_t a, uint32_t b) {
     const auto one = [&](int shift) {
