@@ -44,7 +44,7 @@ PARTS = (
     Part("correctness-layers", (_LAYERS,)),
     Part("correctness-low-bit", (_tests("test_lowbit_gpu.py"),)),
     Part("predictions-step", (("benchmarks/gpu_predicted.py", "--only", "adamw,lion,sgd"),)),
-    Part("predictions-others", (("benchmarks/gpu_predicted.py", "--only", "quantize,int8,low-bit"),)),
+    Part("predictions-others", (("benchmarks/gpu_predicted.py", "--only", "quantize,int8,gemv"),)),
     Part("int8-product", (("benchmarks/int8_linear.py", "--budget", "4"),)),
     Part("paging", (_tests("test_pages_gpu.py", "test_paged_steps_gpu.py"), ("benchmarks/paging.py", "--budget", "8"))),
     Part("graphs", (_tests("test_optimizer_graph_gpu.py"),)),

@@ -19,7 +19,7 @@ from itertools import product
 
 import cuda_roofline
 import torch
-from roofline.describe import BF16, F32, NAMES, Work
+from roofline.describe import BF16, F16, F32, NAMES, Work
 from roofline.devices import DEVICES, Device
 from roofline.work import OPTIMIZERS, works
 
@@ -46,6 +46,12 @@ def cases() -> Iterator[Case]:
         yield f"dequantize {name}", count, partial(kernels.dequantize_blockwise, codes, scales, dtype=dtype)
         yield f"int8 rows {name}", count, partial(kernels.quantize_rowwise, x)
         yield f"int8 rows and columns {name}", count, partial(kernels.quantize_both, x)
+    weight, row = torch.randn(8192, 8192, device="cuda", dtype=F16), torch.randn(1, 8192, device="cuda", dtype=F16)
+    for form in ("nf4", "int4"):
+        made, count = kernels.lowbit_quantize(weight, form, "absmax"), weight.numel()
+        yield f"{form} quantize fp16", count, partial(kernels.lowbit_quantize, weight, form, "absmax")
+        yield f"{form} dequantize fp16", count, partial(kernels.lowbit_dequantize, *made, form, 8192, F16)
+        yield f"{form} gemv fp16, up to 8 rows", count, partial(kernels.lowbit_matmul, row, *made, None, form)
     a = torch.randint(-127, 128, (8192, 4096), dtype=torch.int8, device="cuda")
     b = torch.randint(-127, 128, (4096, 4096), dtype=torch.int8, device="cuda")
     ones = torch.ones(8192, device="cuda")

@@ -87,11 +87,11 @@ def test_a_branch_shows() -> None:
 
 def test_a_path_that_skips_arithmetic_is_not_taken() -> None:
     """It moves the bytes and has fewer slots, but does not do the work."""
-    skips = "if (v == 0.0f) { out[i] = v; continue; } v = v * v + factor; v = v * v + factor; v = v * v + factor;"
-    plain, skipping = turn_of(scale(), arithmetic=1), turn_of(scale(work=skips), arithmetic=7)
-    assert skipping.arithmetic >= 7 * skipping.stored_bytes / 4
-    assert per_element(skipping) >= per_element(plain) + 6 + 2  # the test and its branch
-    assert per_element(turn_of(scale(work=skips))) < per_element(skipping)
+    skips = "if (v == 0.0f) { out[i] = v; continue; }" + 12 * "v = v * v + factor;"
+    plain, skipping = turn_of(scale(), arithmetic=1), turn_of(scale(work=skips), arithmetic=25)
+    assert skipping.arithmetic >= 25 * skipping.stored_bytes / 4
+    assert per_element(skipping) >= per_element(plain) + 24 + 1  # and the branch
+    assert per_element(turn_of(scale(work=skips))) < per_element(skipping) - 24
 
 
 def test_a_spill_shows() -> None:

@@ -62,23 +62,22 @@ def _elementwise(f: Format) -> Iterator[Work]:
 
 def _gemv(f: Format, rows: int) -> Work:
     """A step of 128 along K: a warp multiplies 16 rows of the weight, or 32, as fragments of 16 x 16."""
-    fragments = 1 if rows == 8 or f.is_affine else 2
+    fragments = 2 if rows == 8 or not f.is_affine else 1
     threads = 32 * 128 // (16 * fragments)
     weights = 128 * 128 // threads  # of a lane
     blocks = 128 // f.block_size if f.block_size else 0  # of a row and a step
     scales = 2 * fragments * blocks * (4 if f.scale_kind == "float32" else 2 if f.is_affine else 1)
-    if f.scale_kind != "float32" and 2 * fragments * blocks >= 4:
-        scales //= 4  # four lanes share them
-    columns = rows // 8 * (2 if f.is_affine else 1)  # of tensor products: x, and x times ones
+    scales = scales // 4 if 2 * fragments * blocks >= 4 else scales  # four lanes share them
+    products = rows // 8 * (fragments + f.is_affine)  # of x's columns with the weight, and with ones
     phase = Phase(
         *("lowbit_gemv", weights, weights * f.bits // 8 + 16 * rows * 16 // threads + scales),
-        tensor=8 * fragments * columns,
+        tensor=8 * products,
         arithmetic=2 * fragments * blocks * rows // 8 * 2,
         ahead=3,
     )
     run = partial(kernels.lowbit_matmul, random(rows, 512, F16), *_made(f, 128, 512), None, f)
     name = f"{f} gemv fp16, up to {rows} rows"
-    return Work(name, (phase,), run, _bytes(f), "weight", operations=4.0 * 8 * columns)
+    return Work(name, (phase,), run, _bytes(f), "weight", operations=32.0 * products / fragments)
 
 
 def _product(f: Format) -> Work:

@@ -54,7 +54,7 @@ def _windows(
     sizes = [ctypes.c_int64(size) for size in (results, taps, len(a) // images, images, n, k + -k % 16)]
     arguments = launch.in_chunks(a), launch.in_chunks(b), table, *sizes, a_scales, b_scales, bias, out
     grid = ceil_div(len(out), _TILE) * ceil_div(n, _TILE), 1, 1
-    shared = _STAGES * 2 * _TILE * _TILE_K
+    shared = _STAGES * 2 * _TILE * _TILE_K + 16 * _TILE
     launch.run(Launch(text, "int8_conv", grid, _THREADS, arguments, shared=shared))
     return out
 

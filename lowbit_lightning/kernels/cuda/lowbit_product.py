@@ -90,7 +90,7 @@ def tensor_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
         *(x, ctypes.c_int64(x.shape[1]), packed, scales, form_argument(form, k, factor)),
         *(*sizes, ctypes.c_int64(steps_of_part), bias, work, out),
     )
-    threads = 256 if columns == 8 or f.is_affine else 128  # a warp has one or two fragments of the weight
+    threads = 128 if columns == 8 or not f.is_affine else 256  # a warp has two fragments of the weight, or one
     grid = ceil_div(n, _TILE_N), parts, 1
     shared = _table_bytes(f) + stages * _stage_bytes(f, columns)
     launch.run(Launch(text, "lowbit_gemv", grid, threads, arguments, shared=shared))
@@ -105,7 +105,7 @@ def _sum_parts(text: str, work: Tensor | None, bias: Tensor | None, out: Tensor)
 
 
 def _table_bytes(f: Format) -> int:
-    return {8: 0, 4: 256, 3: 64, 2: 16}[f.bits] * 32 * 4
+    return 0 if f.bits == 8 or f.is_affine else 256 * 32 * 4  # the values of two codes, for each lane
 
 
 def _stage_bytes(f: Format, columns: int) -> int:

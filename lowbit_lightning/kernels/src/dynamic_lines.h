@@ -8,14 +8,25 @@
 struct alignas(8) Line { float slope, offset; };
 struct alignas(8) Range { float threshold; uint32_t line; };  // the line's place
 struct alignas(8) Code { float slope; int32_t shift; };
+struct alignas(8) Units { float slope, units; };  // f is u * units, rounded down
 
 // Aligned so that a place in it is an OR of its own place and an offset.
 struct alignas(1024) Lines {
     Line decode[16];  // by the number of bits of f; a quarter of its slope, for 4 f
     Code encode[16];  // by line
+    Units units[16];  // by line
     alignas(512) Range range[64];  // by the upper seven bits of a magnitude's exponent field: the line that these two
                                    // binades begin with, and the threshold inside them
 };
+
+// Where u = 32 / 9, or from 4 to 8, becomes the f that the shift finds (maps.py), but for multiples of 256.
+__device__ constexpr Units units_of(const Code& code) {
+    const float of_one_f = code.shift == 22 ? 0.3f : code.shift == 29 ? 0.6f : code.shift == 23 ? 36.1f : 0.0f;
+    if (code.slope == 0.0f) return {0.0f, of_one_f};
+    float units = 0.5f;  // of two f, by a shift of 22
+    for (int shift = 22; shift > code.shift; --shift) units *= 2;
+    return {code.slope, units};
+}
 
 template <class C> __device__ constexpr Lines lines_of() {
     Lines lines{};
@@ -24,6 +35,7 @@ template <class C> __device__ constexpr Lines lines_of() {
     const int before = C::is_signed ? 0 : 1;
     if (before) lines.encode[0] = {0.0f, 29};
     for (int k = 0; k < C::lines; ++k) lines.encode[before + k] = {C::encode_slope[k], C::encode_shift[k]};
+    for (int k = 0; k < 16; ++k) lines.units[k] = units_of(lines.encode[k]);
     float low = 0.5f;
     for (int two = 63; two >= 0; --two, low /= 4) {
         Range& range = lines.range[two];
@@ -68,6 +80,7 @@ LB_FN void fill(Lines& lines, const Lines& from, uint32_t place) {
     for (int i = threadIdx.x; i < 16; i += blockDim.x) {
         lines.decode[i] = from.decode[i];
         lines.encode[i] = from.encode[i];
+        lines.units[i] = from.units[i];
     }
     for (int i = threadIdx.x; i < 64; i += blockDim.x)
         lines.range[i] = {from.range[i].threshold, from.range[i].line + place};
@@ -90,10 +103,14 @@ template <class C> LB_FN void decode_line(V n, V& slope, V& offset, uint32_t pla
     offset = from_bits((int32_t)line.y);
 }
 
-template <class C> LB_FN void encode_line(V magnitude, V& slope, I& shift, uint32_t place) {
+// Where the line of a magnitude lies.
+template <class C> LB_FN uint32_t line_place(V magnitude, uint32_t place) {
     const uint2 range = look_up<OFFSET<C> + 512>(place | ((uint32_t)to_bits(magnitude) >> 21 & 0x1f8));
     const bool above = magnitude > from_bits((int32_t)range.x);
-    const uint2 line = look_up<0>(above ? range.y + sizeof(Code) : range.y);
+    return above ? range.y + sizeof(Code) : range.y;
+}
+template <class C> LB_FN void encode_line(V magnitude, V& slope, I& shift, uint32_t place) {
+    const uint2 line = look_up<0>(line_place<C>(magnitude, place));
     slope = from_bits((int32_t)line.x);
     shift = (int32_t)line.y;
 }
@@ -105,16 +122,25 @@ LB_FN uint32_t packed(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t s
     return __byte_perm(__byte_perm(a, b, selector), __byte_perm(c, d, selector), 0x5410);
 }
 
+// 2^23 + a * b, rounded down to a whole number, so that its bits count; not by the ALU, as a shift would be.
+LB_FN float counted_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("fma.rz.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(0x1p23f));
+    return result;
+#else
+    return 0x1p23f + (float)(int)((double)a * b);
+#endif
+}
 // The low bytes of the f of four values.
 template <class C> LB_FN uint32_t encode_bytes(const float* x, float inverse, uint32_t place) {
     uint32_t f[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         const float magnitude = fabsf(x[k]) * inverse;
-        float slope;
-        int32_t shift;
-        encode_line<C>(magnitude, slope, shift, place);
-        f[k] = (uint32_t)(to_bits(minimum(fused(magnitude, slope, C::encode_offset), C::encode_top)) >> shift);
+        const uint2 line = look_up<sizeof(Lines::encode)>(line_place<C>(magnitude, place));
+        const float u = minimum(fused(magnitude, from_bits((int32_t)line.x), C::encode_offset), C::encode_top);
+        f[k] = (uint32_t)to_bits(counted_product(u, from_bits((int32_t)line.y)));
     }
     return packed(f[0], f[1], f[2], f[3], 0x0040);
 }

@@ -14,37 +14,46 @@
 constexpr int TILE = 128, THREADS = 256;
 constexpr int STAGE_BYTES = 2 * TILE * TILE_K, STEP = THREADS / CHUNKS, COPIES = TILE / STEP;
 
+// What a row of the tile reads: in shared memory, since divisions by the size of an image take long.
+struct alignas(16) Row { int64_t entry, image; };  // of the table, its first; of A, its image's first row
+
 struct Table {
     const int32_t* at;
-    int64_t M, taps, rows_of_image, all;  // results of an image, and of all
-    // The row of A that tap t of result m reads, or -1.
-    LB_METHOD int64_t row(int64_t m, int64_t t) const {
-        if (m >= all) return -1;
-        const int32_t from = at[m % M * taps + t];
-        return from < 0 ? -1 : m / M * rows_of_image + from;
+    const Row* rows;  // of the tile; a row that does not exist has no entry: -1
+    // The row of A that tap t of the tile's r-th result reads, or -1.
+    LB_METHOD int64_t row(int r, int64_t t) const {
+        const Row mine = rows[r];
+        if (mine.entry < 0) return -1;
+        const int32_t from = at[mine.entry + t];
+        return from < 0 ? -1 : mine.image + from;
     }
 };
+LB_FN Row row_of(int64_t m, int64_t M, int64_t all, int64_t taps, int64_t rows_of_image) {
+    if (m >= all) return {-1, 0};
+    const int64_t image = (m | M) >> 32 ? m / M : (uint32_t)m / (uint32_t)M;
+    return {(m - image * M) * taps, image * rows_of_image};
+}
 
-LB_FN void start_step(const int8_t* a, const int8_t* b, const Table& table, int64_t first_row, int64_t first_column,
-                      int64_t N, int64_t K, int64_t t, int64_t k, int8_t* stage) {
+LB_FN void start_step(const int8_t* a, const int8_t* b, const Table& table, int64_t first_column, int64_t N, int64_t K,
+                      int64_t taps, int64_t t, int64_t k, int8_t* stage) {
     const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
     const int64_t column = k + chunk * CHUNK;
 #pragma unroll
     for (int i = 0; i < COPIES; ++i) {
         const int r = row + i * STEP;
-        const int64_t from = table.row(first_row + r, t), n = first_column + r;
+        const int64_t from = table.row(r, t), n = first_column + r;
         start_copy(stage + OfA::place(r, chunk), a + (from < 0 ? 0 : from) * K + column, from >= 0 && column < K);
-        start_copy(stage + TILE * TILE_K + OfB::place(r, chunk), b + ((n < N ? n : 0) * table.taps + t) * K + column,
+        start_copy(stage + TILE * TILE_K + OfB::place(r, chunk), b + ((n < N ? n : 0) * taps + t) * K + column,
                    n < N && column < K);
     }
 }
 
 // totals += the sums of tap t, times the scales of its rows; the sums are zero afterwards
-LB_FN void add_tap(int32_t (&sums)[4][4][4], const Table& table, int64_t first, int64_t t, const float* a_scales,
+LB_FN void add_tap(int32_t (&sums)[4][4][4], const Table& table, int first, int64_t t, const float* a_scales,
                    float (&totals)[4][4][4]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const int64_t from = table.row(first + i * 8 + threadIdx.x % 32 / 4, t);
+        const int64_t from = table.row(first + i * 8 + (int)threadIdx.x % 32 / 4, t);
         const float scale = from < 0 ? 0.0f : a_scales[from];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -86,21 +95,26 @@ LB_FN void store_totals(const float (&totals)[4][4][4], int64_t row, int64_t col
     }
 }
 
-// Grid: one CUDA block for each tile, all of a band of columns first. Dynamic shared memory: STAGES * STAGE_BYTES.
+// Grid: one CUDA block for each tile, all of a band of columns first. Dynamic shared memory: STAGES stages, TILE Rows.
 extern "C" __global__ void __launch_bounds__(THREADS) int8_conv(
     const int8_t* a, const int8_t* b, const int32_t* at, int64_t M, int64_t taps, int64_t rows_of_image, int64_t images,
     int64_t N, int64_t K, const float* a_scales, const float* b_scales, const BIAS* bias, ELEMENT* out) {
     extern __shared__ __align__(128) int8_t ring[];
-    const Table table{at, M, taps, rows_of_image, M * images};
+    const int64_t all = M * images;
+    Row* rows = (Row*)(ring + STAGES * STAGE_BYTES);
+    const Table table{at, rows};
     const uint32_t tiles_n = (uint32_t)((N + TILE - 1) / TILE);  // those that run together share A's rows
     const int64_t tile_row = (int64_t)TILE * (blockIdx.x / tiles_n);
     const int64_t tile_column = (int64_t)TILE * (blockIdx.x % tiles_n);
     const int warp = threadIdx.x / 32, row = warp % 2 * 64, column = warp / 2 * 32;
 
+    if (threadIdx.x < TILE) rows[threadIdx.x] = row_of(tile_row + threadIdx.x, M, all, taps, rows_of_image);
+    __syncthreads();
+
     const int64_t steps_of_tap = (K + TILE_K - 1) / TILE_K, steps = steps_of_tap * taps;
     int64_t next_tap = 0, next_k = 0;  // of the step that is copied next
     const auto start_next = [&](int stage) {
-        start_step(a, b, table, tile_row, tile_column, N, K, next_tap, next_k, ring + stage * STAGE_BYTES);
+        start_step(a, b, table, tile_column, N, K, taps, next_tap, next_k, ring + stage * STAGE_BYTES);
         next_k += TILE_K;
         if (next_k >= K) next_k = 0, ++next_tap;
     };
@@ -123,9 +137,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_conv(
         full = full + 1 == STAGES ? 0 : full + 1;
         empty = empty + 1 == STAGES ? 0 : empty + 1;
         if (--left == 0) {
-            add_tap(sums, table, tile_row + row, tap, a_scales, totals);
+            add_tap(sums, table, row, tap, a_scales, totals);
             ++tap, left = steps_of_tap;
         }
     }
-    store_totals(totals, tile_row + row, tile_column + column, table.all, N, b_scales, bias, out);
+    store_totals(totals, tile_row + row, tile_column + column, all, N, b_scales, bias, out);
 }

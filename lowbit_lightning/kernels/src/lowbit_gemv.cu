@@ -23,7 +23,7 @@
 #include "lowbit_parts.h"
 
 constexpr int TILE_N = 128, TILE_K = 128, SPAN = 32, SPANS = TILE_K / SPAN;
-constexpr int J = COLUMNS / 8, FRAGMENTS = J > 1 && !AFFINE ? 2 : 1;  // of x, of the weight: to a warp
+constexpr int J = COLUMNS / 8, FRAGMENTS = J == 1 || !AFFINE ? 2 : 1;  // of x, of the weight: to a warp
 constexpr int THREADS = 32 * TILE_N / (16 * FRAGMENTS);
 constexpr int LOW_CHUNKS = TILE_K / UNIT * UNIT_BYTES / CHUNK, HIGH_CHUNKS = BITS == 3 ? 1 : 0, X_CHUNKS = TILE_K / 8;
 constexpr int STAGE_CHUNKS = TILE_N * (LOW_CHUNKS + HIGH_CHUNKS) + COLUMNS * X_CHUNKS;
@@ -38,21 +38,49 @@ LB_FN int x_place(int r, int c) { return r * X_CHUNKS + (c ^ r % 2 * 4); }
 
 // ---- codes to pairs of ELEMENT
 
+#if AFFINE  // values are codes, less a half of the largest: by arithmetic
+
+constexpr int ENTRIES = 0;
+LB_FN void fill_table(const Form&, uint32_t*) {}
+
+LB_FN constexpr bool is_half(Half) { return true; }
+LB_FN constexpr bool is_half(BFloat16) { return false; }
+LB_FN uint32_t moved(uint32_t word, int from, int to) { return from > to ? word >> (from - to) : word << (to - from); }
+
+// A pair is elements i and i + 4, whose codes are moved 16 bits apart into the mantissas of powers of two: 64, where
+// bit 4 stands for 1, or 16, where bit 3 does.
+LB_FN void decode_unit(const uint8_t* low, const uint8_t* high, const uint8_t*, uint32_t, uint32_t (&pair)[4]) {
+    constexpr int ONE = is_half(ELEMENT{}) ? 4 : 3;
+    constexpr uint32_t POWER = ONE == 4 ? 0x54005400 : 0x41804180, PLANE = (BITS == 4 ? 15 : 3) * 65537;
+    constexpr uint32_t MIDDLE = POWER + ((1u << BITS) - 1) * (65537u << (ONE - 1));
+    const uint32_t codes = BITS == 4 ? *(const uint32_t*)low : __byte_perm(*(const uint16_t*)low, 0, 0x4140);
+    const uint32_t above = BITS == 3 ? *high * 0x100001u : 0;  // of elements 0 to 3 from bit 7 down, 4 to 7 from bit 23
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int place = BITS == 4 ? i / 2 * 8 + 4 - i % 2 * 4 : 6 - 2 * i;
+        uint32_t bits = (moved(codes, place, ONE) & PLANE << ONE) | POWER;
+        if (BITS == 3) bits |= moved(above, 7 - i, ONE + 2) & 65537u << (ONE + 2);
+        pair[i] = subtract_pairs(bits, MIDDLE, ELEMENT());
+    }
+}
+// The same pairs of x.
+LB_FN void pairs_of_x(const uint4& eight, uint32_t (&pair)[4]) {
+    pair[0] = __byte_perm(eight.x, eight.z, 0x5410), pair[1] = __byte_perm(eight.x, eight.z, 0x7632);
+    pair[2] = __byte_perm(eight.y, eight.w, 0x5410), pair[3] = __byte_perm(eight.y, eight.w, 0x7632);
+}
+
+#else
+
 // The values of every pair of codes, 32 times, for each lane in a bank of its own.
-constexpr int ENTRIES = BITS == 8 ? 0 : BITS == 4 ? 256 : BITS == 3 ? 64 : 16;
+constexpr int ENTRIES = BITS == 8 ? 0 : 256;
 
 LB_FN void fill_table(const Form& form, uint32_t* table) {
     for (int i = threadIdx.x; i < ENTRIES * 8; i += THREADS) {
         const int entry = i / 8;
-        int first = BITS == 4 ? entry >> 4 : entry >> 2 & 3, second = BITS == 4 ? entry & 15 : entry & 3;
-        if (BITS == 3) first |= entry >> 5 << 2, second |= (entry >> 4 & 1) << 2;
-        const uint32_t pair = pair_of(narrow<ELEMENT>(form.values[first]), narrow<ELEMENT>(form.values[second]));
+        const float first = form.values[entry >> 4], second = form.values[entry & 15];
+        const uint32_t pair = narrow_pair(first, second, ELEMENT());
         ((uint4*)table)[i] = make_uint4(pair, pair, pair, pair);
     }
-}
-// Bits of `word` from `shift` on, where they are when the place of an entry is counted in bytes: 128 for 32 lanes.
-LB_FN uint32_t placed(uint32_t word, int shift, int bits) {
-    return (shift >= 7 ? word >> (shift - 7) : word << (7 - shift)) & ((1u << bits) - 1) * 128;
 }
 LB_FN uint32_t bytes_to_pair(uint32_t word, uint32_t bytes, Half) {  // 1024 + 128 + x, less what is too much
     return subtract_pairs(__byte_perm(word ^ 0x80808080, 0x64646464, bytes), 0x64806480, Half());
@@ -61,28 +89,28 @@ LB_FN uint32_t bytes_to_pair(uint32_t word, uint32_t bytes, BFloat16) {  // 128 
     const uint32_t apart = __byte_perm(word, 0, bytes);
     return subtract_pairs((apart & 0x007f007f) | 0x43004300, (apart & 0x00800080) | 0x43004300, BFloat16());
 }
-// The four pairs of a unit, from where its bytes lie in shared memory. at: 4 * lane, this lane's word of an entry.
-LB_FN void decode_unit(const uint8_t* low, const uint8_t* high, const uint8_t* table, uint32_t at,
-                       uint32_t (&pair)[4]) {
+// The four pairs of a unit, from where its bytes lie in shared memory. at: 4 * lane, this lane's word of an entry, of
+// which there are 32: an entry lies at its number times 128.
+LB_FN void decode_unit(const uint8_t* low, const uint8_t*, const uint8_t* table, uint32_t at, uint32_t (&pair)[4]) {
 #if BITS == 8
     const uint2 words = *(const uint2*)low;
-#elif BITS == 4
-    const uint32_t word = *(const uint32_t*)low;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        pair[i] = bytes_to_pair(i < 2 ? words.x : words.y, i % 2 ? 0x4342 : 0x4140, ELEMENT());
 #else
-    const uint32_t word = *(const uint16_t*)low, bits = BITS == 3 ? *high : 0;
-#endif
+    const uint32_t word = *(const uint32_t*)low;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-#if BITS == 8
-        pair[i] = bytes_to_pair(i < 2 ? words.x : words.y, i % 2 ? 0x4342 : 0x4140, ELEMENT());
-#elif BITS == 4
-        pair[i] = *(const uint32_t*)(table + (placed(word, 8 * i, 8) | at));
-#else  // a byte has two pairs, the first in the high half; a pair's high bits are the entry's highest
-        const uint32_t place = placed(word, 4 * (i ^ 1), 4) | at;
-        pair[i] = *(const uint32_t*)(table + (BITS == 3 ? place | (bits << (5 + 2 * i) & 0x1800) : place));
-#endif
+        const uint32_t place = (i == 0 ? word << 7 : word >> (8 * i - 7)) & 255 * 128;
+        pair[i] = *(const uint32_t*)(table + (place | at));
     }
+#endif
 }
+LB_FN void pairs_of_x(const uint4& eight, uint32_t (&pair)[4]) {
+    pair[0] = eight.x, pair[1] = eight.y, pair[2] = eight.z, pair[3] = eight.w;
+}
+
+#endif
 
 // ---- scales
 
@@ -90,9 +118,9 @@ constexpr int FLUSH = BLOCK == 0 ? 0 : (BLOCK < TILE_K ? BLOCK : TILE_K) / SPAN;
 constexpr int FLUSHES = BLOCK == 0 ? 1 : SPANS / (FLUSH ? FLUSH : 1);            // of a step; of 8 bits the end has one
 
 // Scales of the rows that a lane has: rows 8h + lane / 4 of each of its fragments, h up to ROWS. What is not there has
-// those of the last row or block: it is multiplied by zeros, or not kept. The four lanes that have the same rows decode
-// a quarter of a step's 8-bit scales each, and give them to the others.
-constexpr int ROWS = 2 * FRAGMENTS, SHARERS = SQUARE && ROWS * FLUSHES >= 4 ? 4 : 1, OWN = ROWS * FLUSHES / SHARERS;
+// those of the last row or block: it is multiplied by zeros, or not kept. The four lanes that have the same rows load
+// a quarter of a step's scales each, and give them to the others.
+constexpr int ROWS = 2 * FRAGMENTS, SHARERS = ROWS * FLUSHES >= 4 ? 4 : 1, OWN = ROWS * FLUSHES / SHARERS;
 
 struct RowScales {
     const uint8_t* row[OWN];  // of the scales that this lane decodes
@@ -218,7 +246,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv(
 #pragma unroll
             for (int j = 0; j < J; ++j) {
                 const uint4 eight = *(const uint4*)(stage + x_at[s] + j * 8 * X_CHUNKS * CHUNK);
-                b[j][0][0] = eight.x, b[j][0][1] = eight.y, b[j][1][0] = eight.z, b[j][1][1] = eight.w;
+                uint32_t pair[4];
+                pairs_of_x(eight, pair);
+                b[j][0][0] = pair[0], b[j][0][1] = pair[1], b[j][1][0] = pair[2], b[j][1][1] = pair[3];
             }
 #pragma unroll
             for (int i = 0; i < FRAGMENTS; ++i) {
