@@ -96,7 +96,7 @@ def count(work: Work, architecture: str) -> Count:
         LookupError: if its machine code has no path that does the work: the description of the work is wrong.
     """
     launch = work.launch(architecture)
-    binary = compile.cubin(launch.text, architecture)
+    binary = compile.cubin(launch.text, architecture + ("a" if launch.own_features else ""))
     code = sass.disassemble(binary.code)
     resources = compile.resources(binary.log)
     slots, alu, turns, in_flight, products, spilled = 0.0, 0.0, 0.0, 0, 0.0, 0
