@@ -154,12 +154,14 @@ def parts(report: Report, shape: str, bandwidth: float) -> None:
 
 
 def products(device: str) -> dict[str, Callable[..., Tensor]]:
-    """The int8 product as it is chosen, and on a GPU both engines that it is chosen from."""
+    """The int8 product as it is chosen, and on a GPU the engines that it is chosen from."""
     if device == "cpu":
         return {"int8_matmul": kernels.int8_matmul}
-    from lowbit_lightning.kernels.cuda.int8_product import cublaslt_product, fused_product
+    from lowbit_lightning.kernels.cuda import int8_product, int8_wgmma
 
-    return {"int8_matmul": kernels.int8_matmul, "- fused": fused_product, "- cuBLASLt": cublaslt_product}
+    wgmma = int8_wgmma.engines() if int8_wgmma.exists(torch.device(device, 0)) else {}
+    ours = {"mma.sync": int8_product.fused_product, "cuBLASLt": int8_product.cublaslt_product, **wgmma}
+    return {"int8_matmul": kernels.int8_matmul, **{f"- {name}": engine for name, engine in ours.items()}}
 
 
 def _median(run: Callable[[], object], arguments: argparse.Namespace) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import formats, rules
-from lowbit_lightning.kernels.cuda import int8_product, table
+from lowbit_lightning.kernels.cuda import int8_product, int8_wgmma, table
 from lowbit_lightning.kernels.reference.blockwise import quantize_blockwise
 from lowbit_lightning.kernels.reference.int8_product import int8_matmul
 
@@ -100,10 +100,24 @@ def test_int8(dtype: torch.dtype) -> None:
         assert_same_bits(ours, expected)
 
 
-@pytest.mark.parametrize("engine", [int8_product.fused_product, int8_product.cublaslt_product])
+ENGINES: dict[str, Callable[..., Tensor]] = {
+    "mma.sync": int8_product.fused_product,
+    "cuBLASLt": int8_product.cublaslt_product,
+    **int8_wgmma.engines(),
+}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """Each engine of the int8 product that this GPU has."""
+    if request.param.startswith("wgmma") and not int8_wgmma.exists(GPU):
+        pytest.skip("wgmma is an instruction of Hopper (compute capability 9.0)")
+    return ENGINES[request.param]
+
+
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_int8_products(engine: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    """Ragged shapes, both widths of tiles, and more blocks than run at a time."""
+    """Ragged shapes, every tile, and more blocks than run at a time."""
     for m, n, k in ((1, 1, 1), (5, 3, 7), (129, 257, 65), (130, 72, 4000), (20, 24, 0), (2050, 4100, 208)):
         a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
         arguments = a, b, torch.rand(m), torch.rand(n), torch.randn(n).to(dtype)
@@ -111,7 +125,22 @@ def test_int8_products(engine: Callable[..., Tensor], dtype: torch.dtype) -> Non
         assert_same_bits([ours], [int8_matmul(*arguments, dtype)])
 
 
-@pytest.mark.parametrize("engine", [int8_product.fused_product, int8_product.cublaslt_product])
+def test_an_engine_is_chosen_by_measurement_and_used_in_a_graph() -> None:
+    """On Hopper. wgmma must have passed its check, or a warning, which is an error here, says so."""
+    if not int8_wgmma.exists(GPU):
+        pytest.skip("elsewhere than on Hopper the engine is estimated")
+    a, b = (torch.randint(-128, 128, (rows, 1024), dtype=torch.int8, device=GPU) for rows in (2048, 1024))
+    arguments = a, b, torch.rand(2048, device=GPU), torch.rand(1024, device=GPU)
+    ours = kernels.int8_matmul(*arguments)
+    assert int8_wgmma.is_right(GPU, int8_product.fused_product)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = kernels.int8_matmul(*arguments)
+    graph.replay()
+    assert_same_bits([ours, again], [int8_product.cublaslt_product(*arguments, None, F32)] * 2)
+    print(f"chosen: {int8_product.fastest.chosen}")
+
+
 def test_the_longest_int8_sum(engine: Callable[..., Tensor]) -> None:
     for value, k in ((127, kernels.int8_product.LONGEST_INT8_SUM), (-128, 131071)):
         q, ones = torch.full((20, k), value, dtype=torch.int8, device=GPU), torch.ones(20, device=GPU)
