@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.run_program import run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "int8_quality.py"
 SMALL = """
@@ -31,14 +31,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_small_run_writes_a_table(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
-    command = [sys.executable, str(SCRIPT), *SMALL.split(), "--text", str(text), "--steps", "20", "--seeds", "2"]
-    done = subprocess.run(
-        [*command, "--threads", "1", "--only", "switchback", "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    told = ["--text", text, "--steps", 20, "--seeds", 2, "--threads", 1, "--only", "switchback", "--output", tmp_path]
+    run(SCRIPT, *SMALL.split(), *told)
     (report,) = tmp_path.glob("*-int8-quality-*.md")
     rows = {line.split("|")[1].strip(): line.split("|") for line in report.read_text().splitlines() if "±" in line}
     assert set(rows) == {"bf16-mixed", "int8-mixed", "int8-mixed, SwitchBack"}

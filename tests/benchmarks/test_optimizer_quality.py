@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.run_program import run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "optimizer_quality.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--quick", "--threads", "1", "--device", "cpu", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
 def test_quick_writes_a_table_and_pictures(tmp_path: Path) -> None:
-    done = run("--tasks", "gpt", "--only", "adamw,nesterov", "--seeds", "2", "--output", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    told = ["--quick", "--threads", 1, "--device", "cpu", "--tasks", "gpt", "--only", "adamw,nesterov", "--seeds", 2]
+    run(SCRIPT, *told, "--output", tmp_path)
     (report,) = tmp_path.glob("*-optimizer-quality-gpt-quick-cpu.md")
     rows = {line.split("|")[1].strip(): line.split("|") for line in report.read_text().splitlines() if "±" in line}
     assert set(rows) == {"SGD, Nesterov", "AdamW"}

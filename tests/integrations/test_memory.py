@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import hub_models
-from support.run_program import run
+from support.run_program import run_afresh
 
 from lowbit_lightning.integrations.transformers.pages import AFTER, ReadPages
 
@@ -54,7 +54,7 @@ def test_peak_of_eight_layers_in_four_shards(kind: str, folder: Callable[[str], 
     model.save_pretrained(tmp_path, max_shard_size="230MB")
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
     del model
-    printed = run("transformers_memory.py", tmp_path, folder(kind), MALLOC_MMAP_THRESHOLD_="1048576")
+    printed = run_afresh("transformers_memory.py", tmp_path, folder(kind), MALLOC_MMAP_THRESHOLD_="1048576")
     found = json.loads(printed.splitlines()[-1])
     assert found["whole"] > found["model"] + found["layer"] + 400e6, "else the bound would say nothing"
     assert found["peak"] <= found["model"] + found["layer"] + 200e6, found

@@ -41,7 +41,8 @@ def optimizer_texts() -> Iterator[tuple[str, str]]:
             yield name, StepVariant(rule, param, param, 0b11, block_size).text("optimizer_norms.cu")
 
 
-def texts() -> dict[str, str]:
+def texts(every: bool) -> dict[str, str]:
+    """Those of optimizers and of int8: in every type, or in those that take the most registers."""
     found = dict(optimizer_texts())
     for dtype, codebook, block_size in (
         (F32, "dynamic_signed", 256),
@@ -52,17 +53,17 @@ def texts() -> dict[str, str]:
     ):
         text = specialised("quantize.cu", ELEMENT=dtype, MAP=MAP_NUMBERS[codebook], BLOCK=block_size)
         found[f"quantize {dtype} {codebook} block {block_size}"] = text
-    for dtype, threads in ((F32, 256), (F32, 32), (BF16, 256), (F16, 32)):
+    for dtype, threads in ((F32, 256), (F32, 32), (BF16, 256), (F16, 32)) if every else ((F16, 32), (BF16, 256)):
         for stochastic in (False, True):
             text = specialised("int8.cu", ELEMENT=dtype, ROW_THREADS=threads, STOCHASTIC=stochastic)
             found[f"int8 {dtype} threads {threads} at random {stochastic}"] = text
-    for out, bias in ((F32, F32), (BF16, BF16), (F16, F32)):
+    for out, bias in ((F32, F32), (BF16, BF16), (F16, F32)) if every else ((BF16, BF16),):
         found[f"int8 product's epilogue {out} bias {bias}"] = specialised("int8_scale_sums.cu", ELEMENT=out, BIAS=bias)
         found[f"int8 convolution {out} bias {bias}"] = specialised("int8_conv.cu", ELEMENT=out, BIAS=bias, STAGES=3)
         for tile_n in (128, 256):
             text = specialised("int8_product.cu", ELEMENT=out, BIAS=bias, TILE_N=tile_n, STAGES=3)
             found[f"int8 product {out} bias {bias} tile {tile_n}"] = text
-    for dtype, rotated in ((F32, F32), (F16, F32), (BF16, BF16)):
+    for dtype, rotated in ((F32, F32), (F16, F32), (BF16, BF16)) if every else ((F32, F32),):
         found[f"hadamard {dtype}"] = specialised("int8_hadamard.cu", ELEMENT=dtype, ROTATED=rotated)
     found["table"] = specialised("table.cu", WORDS=table._WORDS)
     return found
@@ -105,7 +106,7 @@ def lowbit_texts(every: bool) -> dict[str, str]:
 def compile_all(architecture: str, every: bool = True) -> list[tuple[str, str, compile.Resources]]:
     """Text, kernel and resources of every kernel; a warning of the compiler fails."""
     rows = []
-    found = [(name, text, architecture) for name, text in (texts() | lowbit_texts(every)).items()]
+    found = [(name, text, architecture) for name, text in (texts(every) | lowbit_texts(every)).items()]
     if architecture == "sm_90":
         found += [(name, text, "sm_90a") for name, text in hopper_texts(every)]
     for name, text, target in found:

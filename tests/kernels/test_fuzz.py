@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from emulator.backend import emulated
 from support import fuzz
+from support.run_program import run, run_afresh, status_of
 
 from lowbit_lightning.kernels import backend
 
-TESTS = Path(__file__).resolve().parents[1]
 # Ops that run in the cases of others.
 BESIDE = {
     *("optimizer_norms", "lowbit_dequantize", "lowbit_embedding", "int8_conv_input", "int8_conv_weight"),
@@ -27,18 +26,6 @@ needs_mprotect = pytest.mark.skipif(sys.platform != "linux", reason="guard pages
 SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
 
-def run(*arguments: str, program: Sequence[str] = ("-m", "support.fuzz"), **environment: str) -> str:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, *program, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 def test_every_op_has_its_hostile_cases() -> None:
     assert backend.OPS.keys() - IN_ANY_ORDER == {*fuzz.OPS, *BESIDE}
 
@@ -48,23 +35,23 @@ def test_every_op_has_its_hostile_cases() -> None:
     "arguments", [("--kinds", "8", "mixed"), ("--ops", *(op for op in fuzz.OPS if op != "optimizer_step"))], ids=str
 )
 def test_the_cpu_equals_the_reference_on_hostile_values(arguments: tuple[str, ...]) -> None:
-    assert " 0 mismatches" in run("--seconds", "4", "--count", "400", *arguments)
+    assert " 0 mismatches" in run(fuzz.__file__, "--seconds", "4", "--count", "400", *arguments)
 
 
 @needs_mprotect
 @pytest.mark.parametrize("offset", [-1, 300])
-def test_an_access_outside_a_tensor_ends_the_process(offset: int) -> None:
-    script = f"""
-import ctypes, random, torch
+def test_an_access_outside_a_tensor_ends_the_process(offset: int, tmp_path: Path) -> None:
+    program = tmp_path / "access.py"
+    program.write_text(f"""
+import ctypes, random, sys, torch
 from support import fuzz
 random.choice = lambda ends: ends[{int(offset > 0)}]
 x = fuzz.guarded((300,), torch.uint8)
 ctypes.c_uint8.from_address(x.data_ptr() + 150)
-print(ctypes.c_uint8.from_address(x.data_ptr() + {offset}).value)
-"""
-    with pytest.raises(AssertionError):
-        run(program=("-c", script))
-    run(program=("-c", script.replace(f"+ {offset})", "+ 299)")))
+print(ctypes.c_uint8.from_address(x.data_ptr() + int(sys.argv[1])).value)
+""")
+    assert status_of(program, offset) == (-signal.SIGSEGV, "")
+    run(program, 299)
 
 
 @pytest.mark.parametrize(
@@ -93,4 +80,5 @@ def test_compilers_sanitizers_and_instruction_sets(compiler: str, flags: str) ->
         # Python and torch leak on purpose, and were not compiled with the sanitizers.
         options = "detect_leaks=0:verify_asan_link_order=0:handle_segv=0"
         environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
-    assert " 0 mismatches" in run("--seconds", "1200", "--count", "1000", f"--flags={flags}", **environment)
+    told = ("--seconds", "1200", "--count", "1000", f"--flags={flags}")
+    assert " 0 mismatches" in run_afresh(fuzz.__file__, *told, timeout=1300, **environment)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.run_program import run
+from support.run_program import run_afresh
 
 from lowbit_lightning.state.pages.layout import CHUNK
 
@@ -22,7 +22,7 @@ EXPECTED = {  # docs/memory.md: weights, gradients, states
 
 @pytest.mark.skipif(sys.platform != "linux", reason="page files and resident memory as Linux counts it")
 def test_recipes_take_what_is_planned(page_dir: Path) -> None:
-    found = json.loads(run("recipes.py", page_dir, MALLOC_MMAP_THRESHOLD_="1048576").splitlines()[-1])
+    found = json.loads(run_afresh("recipes.py", page_dir, MALLOC_MMAP_THRESHOLD_="1048576").splitlines()[-1])
     assert set(found) == set(EXPECTED)
     for name, taken in found.items():
         ring = taken["planned"] - EXPECTED[name] if "disk" in name else 0.0  # which is no tensor of torch's allocator

@@ -1,12 +1,19 @@
-"""Starting the programs in ``tests/programs``, and reading what their ranks found wrong."""
+"""Starting the programs in ``tests/programs``, and reading what their ranks found wrong.
+
+A process that imports torch and Lightning computes for seconds before it begins. So one process
+(``programs/forks.py``) imports them once, and becomes each program in a fork.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,24 +28,61 @@ def surroundings() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(found), "OMP_NUM_THREADS": "1"}
 
 
+@functools.cache
+def _forks() -> Any:
+    """It ends when this process does."""
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAMS / "forks.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+        env=surroundings(),
+    )
+
+
+def status_of(program: str | Path, *arguments: Any, timeout: float = 280, **environment: str) -> tuple[int, str]:
+    """Exit status (minus the signal that ended it) and what it prints, of a process with a group of its own, which
+    ends with it. The variables are set before the program begins, but torch is imported by then."""
+    command = [str(PROGRAMS / program), *map(str, arguments)]
+    server = _forks()
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        asked = {"command": command, "environment": {**surroundings(), **environment}}
+        asked |= {"folder": os.getcwd(), "output": output.name}
+        server.stdin.write(json.dumps(asked).encode() + b"\n")
+        process = int(server.stdout.readline())
+        ended = False
+        try:
+            ended = bool(select.select([server.stdout], [], [], timeout)[0])
+            if not ended:
+                raise subprocess.TimeoutExpired(command, timeout)
+        finally:
+            if not ended:
+                os.killpg(process, signal.SIGKILL)
+            status = int(server.stdout.readline())
+        return status, output.read()
+
+
 def run(program: str | Path, *arguments: Any, timeout: float = 280, **environment: str) -> str:
-    """What it prints. It has a process group of its own, which ends with it, and needs no installed package."""
-    process = subprocess.Popen(
-        [sys.executable, str(PROGRAMS / program), *map(str, arguments)],
+    """What a program prints that succeeds."""
+    status, output = status_of(program, *arguments, timeout=timeout, **environment)
+    assert status == 0, output[-4000:]
+    return output
+
+
+def run_afresh(program: str | Path, *arguments: Any, timeout: float = 280, **environment: str) -> str:
+    """The same in a new interpreter, for a program whose memory is counted, or that tells malloc how to work."""
+    command = [sys.executable, str(PROGRAMS / program), *map(str, arguments)]
+    done = subprocess.run(
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
+        timeout=timeout,
         env={**surroundings(), **environment},
     )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, output[-4000:]
-    return output
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
