@@ -144,7 +144,9 @@ def test_parameters_and_buffers_of_two_dtypes_mix(folder: Path) -> str | None:
         ours, _ = fit(ShardedStrategy(optimizer_bits=None), plugins=[precision])
         theirs, _ = fit("ddp", plugins=[precision])
         kept = {p.dtype for p in ours.parameters()}, {b.dtype for b in ours.buffers() if b.is_floating_point()}
-        off = float((torch.stack(ours.losses) / torch.stack(theirs.losses) - 1).abs().max())
+        losses = torch.stack([torch.stack(model.losses) for model in (ours, theirs)])
+        dist.all_reduce(losses)  # that of one rank, of six samples, is off by 4 % for the rounding of weights alone
+        off = float((losses[0] / losses[1] - 1).abs().max())
         if kept != ({torch.float32}, {torch.float32}) or off > 0.05:
             return f"{type(precision).__name__}: losses are off by {off:.1e}, parameters and buffers {kept}"
     return None
