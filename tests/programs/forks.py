@@ -13,7 +13,7 @@ import runpy
 import sys
 from typing import Any
 
-import lightning.pytorch
+import lightning.pytorch  # noqa: F401
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
