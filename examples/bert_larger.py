@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from typing import Any
 
 import running
 import torch
-from bert_limit import limit_memory, refusal
+from bert_limit import free_at_once, limit_memory, refusal
 from bert_ways import Batch, planned, quiet, train, ways
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig
@@ -122,6 +121,7 @@ def attempt(name: str, sizes: tuple[int, int], batch: Batch) -> nn.Module:
 
 def try_here(name: str, shape: str, budget: int, batch: Batch) -> dict[str, Any]:
     """``peak``, ``seconds`` and ``failed`` of a ``Try``."""
+    free_at_once()
     attempt(name, (1, 64), batch)  # loads kernels, starts threads
     peak, start = running.Peak(), time.perf_counter()
     before = peak.bytes() or 0
@@ -142,10 +142,8 @@ def try_here(name: str, shape: str, budget: int, batch: Batch) -> dict[str, Any]
 def carry_out(one: Try, budget: int, size: int, length: int) -> None:
     """In a process of its own; completes ``one``."""
     command = [sys.executable, __file__, "--budget", str(budget), "--batch", str(size), "--length", str(length)]
-    # large tensors go back to the system when they are freed, in every way: int8-mixed sees to that by itself
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(
-        [*command, "--way", one.way, "--shape", one.shape], capture_output=True, text=True, env=environment, check=False
+        [*command, "--way", one.way, "--shape", one.shape], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{one.way}, BERT {one.shape}, ended with status {done.returncode}:\n{done.stderr}")

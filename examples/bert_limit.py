@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import re
 import resource
 from pathlib import Path
+
+MMAP_THRESHOLD = -3
+"""``M_MMAP_THRESHOLD`` of glibc."""
+
+
+def free_at_once() -> None:
+    """From now on, tensors of a MiB or more go back to the system when they are freed, where malloc is glibc's."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 2**20)
 
 
 def limit_memory(budget: int) -> None:

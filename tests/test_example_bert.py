@@ -131,10 +131,14 @@ def test_a_try_that_ends_otherwise_than_planned_is_said() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
 def test_the_limit_limits() -> None:
-    """In a process of its own: what fits can be allocated and freed again and again; what doesn't is refused."""
+    """In a process of its own: what fits can be allocated and freed again and again, though something that was
+    allocated later stays; what doesn't is refused."""
     script = """
         import bert_limit, torch
+        bert_limit.free_at_once()
         bert_limit.limit_memory(100_000_000)
+        torch.zeros(30_000_000, dtype=torch.uint8)
+        last = [torch.zeros(4_000_000, dtype=torch.uint8) for _ in range(20)][-1:]
         for _ in range(3):
             torch.zeros(80_000_000, dtype=torch.uint8)
         held = torch.zeros(50_000_000, dtype=torch.uint8)
