@@ -148,11 +148,12 @@ def figures(counted: Count) -> dict[str, float]:
     return {"slots": round(counted.slots, 4), "alu": round(counted.alu, 4), "registers": counted.registers}
 
 
-def update() -> None:
-    """Write the figures that ``tests/test_roofline.py`` holds."""
-    names = [name for name, work in by_name().items() if work.runs_on(HELD)]
+def update(names: list[str]) -> None:
+    """Write the figures of these kernels that ``tests/test_roofline.py`` holds."""
+    names = [name for name in names if by_name()[name].runs_on(HELD)]
+    found = json.loads(FIGURES.read_text())["kernels"]
     with _processes(len(names)) as pool:
-        found = dict(zip(names, pool.map(held_figures, names), strict=True))
+        found |= dict(zip(names, pool.map(held_figures, names), strict=True))
     FIGURES.write_text(json.dumps({"nvrtc": compile.nvrtc_version(), "kernels": found}, indent=1) + "\n")
 
 
@@ -275,10 +276,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--update", action="store_true", help="renew the figures that a test holds; print nothing")
     args = parser.parse_args(arguments)
-    if args.update:
-        update()
-        return 0
     names = [name for name in by_name() if any(part in name for part in args.only.split(","))]
+    if args.update:
+        update(names)
+        return 0
     rows = []
     with _processes(len(names)) as pool:
         for lines, new in pool.map(examine, names, repeat(tuple(args.architectures.split(",")))):
