@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Fastest:
             best = dict.fromkeys(functions, float("inf"))
             for turn in range(ROUNDS):
                 for name, function in functions.items():
-                    took = launch.milliseconds(lambda run=function: run(*arguments), device)
+                    took = launch.milliseconds(partial(function, *arguments), device)
                     best[name] = min(best[name], took) if turn else best[name]
             self.chosen[kind] = min(best, key=best.__getitem__)
         return functions[self.chosen[kind]](*arguments)
