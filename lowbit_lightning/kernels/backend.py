@@ -149,7 +149,7 @@ class LowBit(Protocol):
         """The weight ``[..., K]`` in ``dtype``."""
 
     def lowbit_gemv(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-        """``lowbit_matmul`` for 1 to ``lowbit.FEW_ROWS`` rows of x. It reads the weight once."""
+        """``lowbit_matmul`` for x ``[..., K]`` of 1 to ``lowbit.FEW_ROWS`` rows. It reads the weight once."""
 
     def lowbit_matmul(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
         """``x @ weight.T (+ bias)``, ``[M, N]`` in x's dtype, for x ``[M, K]`` and a weight ``[N, K]``; neither is

@@ -228,16 +228,16 @@ def _like_embedding(
 
 def run_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     _check_product(x, packed, scales, bias, form)
-    shape, outputs = x.shape, packed.shape[0]
-    if x.ndim != 2:
-        x = x.reshape(prod(shape[:-1]), shape[-1])
-    if not (x.numel() and outputs):
-        y = x.new_zeros(len(x), outputs) if bias is None else bias.to(x.dtype).expand(len(x), outputs).clone()
-    else:
-        bias = None if bias is None else bias.contiguous()
-        op = "lowbit_gemv" if x.shape[0] <= FEW_ROWS else "lowbit_matmul"
-        y = run(op, x.device, x.contiguous(), packed.contiguous(), scales.contiguous(), bias, form)
-    return y if len(shape) == 2 else y.view(*shape[:-1], outputs)
+    (*leading, length), outputs = x.shape, packed.shape[0]
+    rows = prod(leading)
+    if not (rows and outputs and length):
+        y = x.new_zeros(*leading, outputs)
+        return y if bias is None else y + bias.to(x.dtype)
+    packed, scales, bias = packed.contiguous(), scales.contiguous(), None if bias is None else bias.contiguous()
+    if rows <= FEW_ROWS:
+        return run("lowbit_gemv", x.device, x.contiguous(), packed, scales, bias, form)
+    y = run("lowbit_matmul", x.device, x.reshape(rows, length).contiguous(), packed, scales, bias, form)
+    return y.view(*leading, outputs)
 
 
 def _like_product(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:

@@ -180,7 +180,8 @@ class LowBitWeight(nn.Module):
     @property
     def scales(self) -> Tensor:
         """``weight_scales`` as the kernels take them: ``[..., format.scales_width(row_length)]``."""
-        return self.weight_scales.view(self.format.scales_dtype)
+        dtype = self.weights.format.scales_dtype
+        return self.weight_scales if dtype == torch.uint8 else self.weight_scales.view(dtype)
 
     @property
     def weight_shape(self) -> torch.Size:

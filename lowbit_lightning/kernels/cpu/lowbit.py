@@ -142,16 +142,18 @@ def _decode(out: Tensor, packed: Tensor, scales: Tensor, indices: Tensor | None,
 
 def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """Rows of x are multiplied eight at a time."""
-    (rows, length), outputs = x.shape, packed.shape[0]
+    (*leading, length), outputs = x.shape, packed.shape[0]
     compiled, argument, _ = _form(form, length)
-    out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu")
-    if bias is not None:
-        bias = bias.float()
+    out = x.new_empty((*leading, outputs))
+    bias = None if bias is None else bias.float()
+    weight = argument, packed.data_ptr(), scales.data_ptr(), outputs
+    start, to, size = x.data_ptr(), out.data_ptr(), x.itemsize
+    addend, dtype = None if bias is None else bias.data_ptr(), DTYPE_NUMBERS[x.dtype]
+    rows, threads = prod(leading), _threads(outputs * length)
     for first in range(0, rows, 8):
         compiled.lb_lowbit_gemv(
-            *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr() + first * length * x.itemsize),
-            *(min(8, rows - first), None if bias is None else bias.data_ptr()),
-            *(out.data_ptr() + first * outputs * x.itemsize, DTYPE_NUMBERS[x.dtype], _threads(outputs * length)),
+            *(*weight, start + first * length * size, min(8, rows - first), addend),
+            *(to + first * outputs * size, dtype, threads),
         )
     return out
 
@@ -172,7 +174,7 @@ def _by_vectors(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
     if x.dtype == torch.bfloat16 and length % 2:
         x = torch.nn.functional.pad(x, (0, 1))
     if bias is not None:
-        bias = bias.float().contiguous()
+        bias = bias.float()
     compiled, argument, _ = _form(form, length)
     compiled.lb_lowbit_gemm(
         *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr(), x.shape[1], rows),
