@@ -3,7 +3,25 @@
 #include "int8_engine.h"
 #include "int8_gemm.h"
 #include "pages.h"
+#include <algorithm>
 #include <type_traits>
+
+// Two vectors, and two without subnormal numbers
+struct StoreAny {
+    template <class T> __attribute__((always_inline)) void operator()(T* to, V a, V b) const {
+        store(to, a, W);
+        store(to + W, b, W);
+    }
+};
+struct StoreNormal : StoreAny {
+    using StoreAny::operator();
+#if LB_AVX512_BF16
+    __attribute__((always_inline)) void operator()(BFloat16* to, V a, V b) const {
+        const auto both = _mm512_cvtne2ps_pbh(b, a);
+        memcpy(to, &both, sizeof both);
+    }
+#endif
+};
 
 // out[m][n] = sum * a_scales[m] * b_scales[n] (+ bias[n]), the smaller scale first: a large one alone could overflow
 template <class T> struct Epilogue {
@@ -18,6 +36,33 @@ template <class T> struct Epilogue {
             for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += 64) __builtin_prefetch(to + byte, 1);
         }
     }
+    // The range of the columns' scales; NaN, which nothing is below or above, if one of them is
+    struct Range { float lowest, highest; };
+    Range of_columns(int64_t n, int64_t count) const {
+        Range found = {b_scales[n], b_scales[n]};
+        for (int64_t j = n; j < n + count; ++j) {
+            if (b_scales[j] != b_scales[j]) return {b_scales[j], b_scales[j]};
+            found = {std::min(found.lowest, b_scales[j]), std::max(found.highest, b_scales[j])};
+        }
+        return found;
+    }
+    // Of a whole tile. Where all rows' scales are below, or above, all columns', none has to be compared; and where a
+    // sum of 1 gives a normal number, so do all others but 0.
+    template <int ROWS, int VECTORS>
+    __attribute__((always_inline)) void whole(int64_t m, int64_t n, const I (&sums)[ROWS][VECTORS],
+                                              Range columns) const {
+        bool below = true, above = true, normal = !bias;
+        for (int i = 0; i < ROWS; ++i) {
+            below &= a_scales[m + i] <= columns.lowest;
+            above &= a_scales[m + i] >= columns.highest;
+            normal &= a_scales[m + i] * columns.lowest > 1e-37f;
+        }
+        const auto smaller_first = [](V x, V a, V b) { return x * minimum(a, b) * maximum(b, a); };
+        if (!normal) write(m, n, sums, smaller_first, StoreAny());
+        else if (below) write(m, n, sums, [](V x, V a, V b) { return x * a * b; }, StoreNormal());
+        else if (above) write(m, n, sums, [](V x, V a, V b) { return x * b * a; }, StoreNormal());
+        else write(m, n, sums, smaller_first, StoreNormal());
+    }
     // Rows m to m + height - 1, columns n to n + count - 1; `pitch` sums lie between rows
     void operator()(int64_t m, int64_t height, int64_t n, int64_t count, const int32_t* sums, int64_t pitch) const {
         int64_t j = 0;
@@ -26,6 +71,23 @@ template <class T> struct Epilogue {
     }
 
 private:
+    template <int ROWS, int VECTORS, class Scaled, class Store>
+    __attribute__((always_inline)) void write(int64_t m, int64_t n, const I (&sums)[ROWS][VECTORS],
+                                              const Scaled& scaled, const Store& store_two) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < VECTORS; j += 2) {
+                const V scale = splat<V>(a_scales[m + i]);
+                V y[2];
+                for (int h = 0; h < 2; ++h) {
+                    const int64_t column = n + (j + h) * W;
+                    y[h] = scaled(to_float(sums[i][j + h]), scale, load(b_scales + column, W));
+                    if (bias) y[h] = y[h] + load(bias + column, W);
+                }
+                store_two(out + (m + i) * N + n + j * W, y[0], y[1]);
+            }
+    }
     inline __attribute__((always_inline)) void strip(
         int64_t m, int64_t height, int64_t n, int width, const int32_t* sums, int64_t pitch) const {
         const V b_scale = load(b_scales + n, width), shift = bias ? load(bias + n, width) : V{};
@@ -41,7 +103,7 @@ private:
 template <class Engine, class T>
 static void product(const int8_t* a, const int8_t* b, int64_t M, int64_t N, int64_t K, const Epilogue<T>& epilogue,
                     void* memory, int threads) {
-    const Workspace<Engine> w(memory, a, M, N, K);
+    const Workspace<Engine> w(memory, a, N, K);
     prepare(w, a, b, M, N, K, threads);
     multiply(w, M, N, threads, epilogue);
 }

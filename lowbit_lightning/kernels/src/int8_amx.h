@@ -80,6 +80,7 @@ public:
     typedef int8_t Element;
     static constexpr int64_t group = 4, offset = 0, k_step = 64;
     static constexpr int64_t rows = 32, columns = 32, column_step = 16;
+    static constexpr bool in_registers = false;
     static constexpr int64_t k_block = 1024;  // of a panel 32 KiB, in the L1 cache, through which A's rows pass
 
     // A thread's tiles are its own, but other libraries may rely on the shapes that they have set.

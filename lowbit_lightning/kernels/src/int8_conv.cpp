@@ -28,12 +28,13 @@ static void windows(const int8_t* a, const float* a_scales, const int8_t* b, boo
     const Windows<Engine> w{operand, a_scales};
     multiply_windows(w, operand.panels, table, N, threads,
                      [=](int64_t m, int64_t n, int64_t count, const float* total) __attribute__((always_inline)) {
-        for (int64_t j = 0; j < count; j += W) {
-            const int width = (int)least(W, count - j);
+        const auto strip = [&](int64_t j, int width) __attribute__((always_inline)) {
             V y = load(total + j, W) * load(b_scales + n + j, width);
             if (bias) y = y + load(bias + n + j, width);
             store(out + m * N + n + j, y, width);
-        }
+        };
+        if (count == TAP_COLUMNS) return strip(0, W), strip(W, W);
+        for (int64_t j = 0; j < count; j += W) strip(j, (int)least(W, count - j));
     });
 }
 

@@ -46,12 +46,8 @@ public:
         parallel_for((rows + 63) / 64, threads, [&](int64_t block) {
             for (int64_t m = block * 64; m < least(rows, block * 64 + 64); ++m) {
                 if (copies) widen(A + m * K, K, stride, 0, a + m * stride);
-                for (int64_t p = 0; p < parts; ++p) {
-                    int32_t sum = 0;
-                    if (Engine::offset)
-                        for (int64_t k = p * part; k < least(K, p * part + part); ++k) sum += A[m * K + k];
-                    start[p * rows + m] = (int32_t)(0u - (uint32_t)Engine::offset * (uint32_t)sum);
-                }
+                for (int64_t p = 0; p < parts; ++p)
+                    start[p * rows + m] = start_of<Engine>(A + m * K + p * part, least(part, K - p * part));
             }
         });
     }
@@ -184,14 +180,14 @@ static void multiply_windows(const Windows<Engine>& w, const typename Engine::El
         static thread_local std::vector<int32_t> index, to;
         index.assign(WINDOW_ROWS * taps, -1);
         to.resize(WINDOW_ROWS);
+        int32_t image = (int32_t)(first / table.results), place = (int32_t)(first % table.results);
         for (int64_t i = 0; i < rows; ++i) {
-            const int64_t image = (first + i) / table.results, pixel = order[(first + i) % table.results];
-            to[i] = (int32_t)(image * table.results + pixel);
+            const int32_t pixel = order[place], base = image * (int32_t)table.pixels;
+            const int32_t* from = table.at + pixel * taps;
+            to[i] = image * (int32_t)table.results + pixel;
             int32_t* column = &index[i / MR_ * MR_ * taps + i % MR_];
-            for (int64_t t = 0; t < taps; ++t) {
-                const int32_t from = table.at[pixel * taps + t];
-                column[t * MR_] = from < 0 ? -1 : (int32_t)(image * table.pixels) + from;
-            }
+            for (int64_t t = 0; t < taps; ++t) column[t * MR_] = from[t] + (base & ~(from[t] >> 31));  // -1 stays
+            if (++place == table.results) place = 0, ++image;
         }
         const int64_t strip = task % parts * strips_of_part, last = least(strips, strip + strips_of_part);
         for (int64_t n = strip * TAP_COLUMNS; n < least(N, last * TAP_COLUMNS); n += TAP_COLUMNS) {
@@ -256,8 +252,10 @@ static void pack_pixels(const int8_t* x, int64_t channels, const Taps& table, in
 
 constexpr int64_t PART = 1 << 16;         // pixels: their sum fits an int32, -128 included
 constexpr int64_t MOST_ROWS = 384;        // of a task: their sums stay in the L2 cache, beside a panel
+constexpr int64_t FEWEST_PIXELS = 1024;   // of a task, which keeps sums of its own
 
-// finish(first row, rows, tap, first column, columns, sums, pitch), once for each part of the pixels, in their order
+// finish(first row, rows, tap, first column, columns, sums, pitch), once for each part of the pixels, in their order.
+// A task is a tap, a panel of channels and a block of rows; where these are few, also a share of the pixels.
 template <class Engine, class F>
 static void multiply_weights(const Operand<Engine>& a, const int8_t* x, int64_t channels, const Taps& table,
                              int threads, const F& finish) {
@@ -265,30 +263,50 @@ static void multiply_weights(const Operand<Engine>& a, const int8_t* x, int64_t 
     constexpr int64_t MR_ = Engine::rows, NR = Engine::columns, K_BLOCK = Engine::k_block;
     const int64_t M = a.rows;
     const int64_t panels = (channels + NR - 1) / NR, others = table.taps * panels;
-    const int64_t share = std::max<int64_t>(64, M * others / (4 * threads));  // a panel is packed for at least 64 rows
-    const int64_t step = up_to_multiple(least(MOST_ROWS, least(M, share)), MR_), blocks = (M + step - 1) / step;
-    parallel_for(others * blocks, threads, [&](int64_t task) {
-        const int64_t t = task / blocks / panels, c = task / blocks % panels * NR, first = task % blocks * step;
-        const int64_t count = least(NR, channels - c), width = up_to_multiple(count, Engine::column_step);
-        const int64_t rows = least(step, M - first);
-        Engine engine;
-        static thread_local std::vector<Element> memory;
-        static thread_local std::vector<int32_t> sums;
-        memory.resize(K_BLOCK * NR + 64 / sizeof(Element));
-        sums.resize(step * NR);
-        Element* panel = (Element*)(((uintptr_t)memory.data() + 63) / 64 * 64);
-        for (int64_t part = 0; part < a.stride; part += PART) {
-            const int64_t end = least(a.stride, part + PART);
-            for (int64_t i = 0; i < rows; ++i)
-                std::fill(&sums[i * NR], &sums[(i + 1) * NR], a.start[part / PART * M + first + i]);
-            for (int64_t k = part; k < end; k += K_BLOCK) {
-                const int64_t depth = least(K_BLOCK, end - k);
-                pack_pixels<Engine>(x, channels, table, t, k, depth, c, count, width, panel);
-                for (int64_t top = 0; top < rows; top += MR_)
-                    engine.add(a.row(first + top) + k, a.stride, panel, depth, least(MR_, rows - top), width,
-                               &sums[top * NR]);
-            }
-            finish(first, rows, t, c, count, sums.data(), NR);
-        }
-    });
+    const int64_t part_of_rows = std::max<int64_t>(64, M * others / (4 * threads));  // of rows for each packed panel
+    const int64_t step = up_to_multiple(least(MOST_ROWS, least(M, part_of_rows)), MR_), blocks = (M + step - 1) / step;
+    const int64_t tasks = others * blocks;
+    for (int64_t part = 0; part < a.stride; part += PART) {
+        const int64_t length = least(PART, a.stride - part), wanted = (8 * threads + tasks - 1) / tasks;
+        const int64_t shares = tasks < 8 * threads ? least(wanted, 1 + (length - 1) / FEWEST_PIXELS) : 1;
+        const int64_t share = up_to_multiple((length + shares - 1) / shares, Engine::k_step);
+        std::vector<int32_t> kept(shares > 1 ? tasks * shares * step * NR : 0);
+        const auto each = [&](int64_t task, const auto& take) {
+            const int64_t t = task / blocks / panels, c = task / blocks % panels * NR, first = task % blocks * step;
+            take(t, c, least(NR, channels - c), first, least(step, M - first));
+        };
+        parallel_for(tasks * shares, threads, [&](int64_t number) {
+            each(number / shares, [&](int64_t t, int64_t c, int64_t count, int64_t first, int64_t rows) {
+                const int64_t width = up_to_multiple(count, Engine::column_step);
+                const int64_t begin = part + number % shares * share, end = least(part + length, begin + share);
+                Engine engine;
+                static thread_local std::vector<Element> memory;
+                static thread_local std::vector<int32_t> own;
+                memory.resize(K_BLOCK * NR + 64 / sizeof(Element));
+                own.resize(step * NR);
+                int32_t* sums = shares > 1 ? &kept[number * step * NR] : own.data();
+                Element* panel = (Element*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+                if (begin == part)
+                    for (int64_t i = 0; i < rows; ++i)
+                        std::fill(sums + i * NR, sums + (i + 1) * NR, a.start[part / PART * M + first + i]);
+                else std::fill(sums, sums + rows * NR, 0);
+                for (int64_t k = begin; k < end; k += K_BLOCK) {
+                    const int64_t depth = least(K_BLOCK, end - k);
+                    pack_pixels<Engine>(x, channels, table, t, k, depth, c, count, width, panel);
+                    for (int64_t top = 0; top < rows; top += MR_)
+                        engine.add(a.row(first + top) + k, a.stride, panel, depth, least(MR_, rows - top), width,
+                                   sums + top * NR);
+                }
+                if (shares == 1) finish(first, rows, t, c, count, sums, NR);
+            });
+        });
+        if (shares > 1) parallel_for(tasks, threads, [&](int64_t task) {
+            each(task, [&](int64_t t, int64_t c, int64_t count, int64_t first, int64_t rows) {
+                uint32_t* sums = (uint32_t*)&kept[task * shares * step * NR];  // they may wrap around on the way
+                for (int64_t other = 1; other < shares; ++other)
+                    for (int64_t i = 0; i < rows * NR; ++i) sums[i] += sums[other * step * NR + i];
+                finish(first, rows, t, c, count, (const int32_t*)sums, NR);
+            });
+        });
+    }
 }

@@ -44,12 +44,20 @@ constexpr int GROUP = 1, OFFSET = 0, MR = 4, NV = 2;
 LB_FN I dot(I sums, I a, I b) { return sums + a * b; }
 #endif
 
-// sums[ROWS][NV * W] += a[ROWS][groups * GROUP] @ panel[groups][VECTORS * W][GROUP]
+LB_FN int32_t sum_of(I x) {
+#if LB_AVX512
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < W; ++i) sum += x[i];
+    return sum;
+#endif
+}
+
+// s[ROWS][VECTORS * W] += a[ROWS][groups * GROUP] @ panel[groups][VECTORS * W][GROUP]
 template <int ROWS, int VECTORS>
-static void dot_tile(const DotElement* a, int64_t stride, const DotElement* panel, int64_t groups, int32_t* sums) {
-    I s[ROWS][VECTORS];
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < VECTORS; ++j) memcpy(&s[i][j], sums + (i * NV + j) * W, sizeof(I));
+LB_FN void add_dots(const DotElement* a, int64_t stride, const DotElement* panel, int64_t groups,
+                    I (&s)[ROWS][VECTORS]) {
     for (int64_t g = 0; g < groups; ++g) {
         I columns[VECTORS];
         for (int j = 0; j < VECTORS; ++j) memcpy(&columns[j], panel + (g * VECTORS + j) * W * GROUP, sizeof(I));
@@ -62,6 +70,15 @@ static void dot_tile(const DotElement* a, int64_t stride, const DotElement* pane
             for (int j = 0; j < VECTORS; ++j) s[i][j] = dot(s[i][j], row, columns[j]);
         }
     }
+}
+
+// The same with sums[ROWS][NV * W] in memory
+template <int ROWS, int VECTORS>
+static void dot_tile(const DotElement* a, int64_t stride, const DotElement* panel, int64_t groups, int32_t* sums) {
+    I s[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < VECTORS; ++j) memcpy(&s[i][j], sums + (i * NV + j) * W, sizeof(I));
+    add_dots(a, stride, panel, groups, s);
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < VECTORS; ++j) memcpy(sums + (i * NV + j) * W, &s[i][j], sizeof(I));
 }
@@ -90,11 +107,22 @@ struct Dots {
     typedef DotElement Element;
     static constexpr int64_t group = GROUP, offset = OFFSET, k_step = GROUP;
     static constexpr int64_t rows = MR, columns = NV * W, column_step = W;
+    static constexpr bool in_registers = true;  // it has `whole`
     static constexpr int64_t k_block = (128 << 10) / (columns * sizeof(Element));  // of a panel, in the L2 cache
     static_assert(GROUP * sizeof(Element) == 4 && k_block % GROUP == 0, "a group fills one 32-bit lane");
 
     void add(const Element* a, int64_t stride, const Element* panel, int64_t k, int64_t height, int64_t width,
              int32_t* sums) {
         dot_tile_of(height, width / W)(a, stride, panel, k / GROUP, sums);
+    }
+    // take(sums) gets those of a tile of all `rows` and `columns` in registers; they start at `start`, row by row.
+    template <class F>
+    __attribute__((always_inline)) static void whole(const Element* a, int64_t stride, const Element* panel, int64_t k,
+                                                     const int32_t* start, const F& take) {
+        I s[MR][NV];
+        for (int i = 0; i < MR; ++i)
+            for (int j = 0; j < NV; ++j) s[i][j] = splat<I>(start[i]);
+        add_dots(a, stride, panel, k / GROUP, s);
+        take(s);
     }
 };

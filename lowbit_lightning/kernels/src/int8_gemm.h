@@ -52,23 +52,38 @@ static void pack_panel(const int8_t* b, int64_t pitch, int64_t rows, int64_t K, 
     }
 }
 
-// One allocation: the panels of B, where it is needed a copy of A, and where the sums of each of A's rows start.
+// The sum of a row
+LB_FN int32_t sum_of_row(const int8_t* row, int64_t count) {
+    int64_t k = 0;
+    int32_t sum = 0;  // below 2^31 in magnitude for count < 2^24
+#if LB_AVX512_VNNI || LB_AVX2_VNNI
+    I sums{};
+    for (; k + 4 * W <= count; k += 4 * W) sums = dot(sums, load_raw<I>(row + k, W), splat<I>(0x01010101));
+    sum = sum_of(sums);
+#endif
+    for (; k < count; ++k) sum += row[k];
+    return sum;
+}
+// Where the sums of a row of A start, since B is stored plus an offset
+template <class Engine> LB_FN int32_t start_of(const int8_t* row, int64_t count) {
+    return Engine::offset ? (int32_t)(0u - (uint32_t)Engine::offset * (uint32_t)sum_of_row(row, count)) : 0;
+}
+
+// One allocation: the panels of B, and where it is needed a copy of A.
 template <class Engine> struct Workspace {
     typedef typename Engine::Element Element;
     Element *panels, *a;
-    int32_t* start;
-    int64_t stride;  // of A's rows
+    const int8_t* rows;  // of A, as they were given
+    int64_t K, stride;   // of rows, and of a
     static bool copies_a(int64_t K) { return sizeof(Element) > 1 || K % Engine::k_step != 0; }
     static int64_t bytes(int64_t M, int64_t N, int64_t K) {
         const int64_t padded = up_to_multiple(K, Engine::k_step), rows = copies_a(K) ? M : 0;
-        return 64 + (up_to_multiple(N, Engine::column_step) + rows) * padded * (int64_t)sizeof(Element) + 4 * M;
+        return 64 + (up_to_multiple(N, Engine::column_step) + rows) * padded * (int64_t)sizeof(Element);
     }
-    Workspace(void* memory, const int8_t* A, int64_t M, int64_t N, int64_t K)
-        : stride(up_to_multiple(K, Engine::k_step)) {
+    Workspace(void* memory, const int8_t* A, int64_t N, int64_t K)
+        : rows(A), K(K), stride(up_to_multiple(K, Engine::k_step)) {
         panels = (Element*)(((uintptr_t)memory + 63) / 64 * 64);
-        a = panels + up_to_multiple(N, Engine::column_step) * stride;
-        start = (int32_t*)(a + (copies_a(K) ? M * stride : 0));
-        if (!copies_a(K)) a = (Element*)A;
+        a = copies_a(K) ? panels + up_to_multiple(N, Engine::column_step) * stride : (Element*)A;
     }
 };
 
@@ -76,21 +91,16 @@ template <class Engine>
 static void prepare(const Workspace<Engine>& w, const int8_t* A, const int8_t* B, int64_t M, int64_t N, int64_t K,
                     int threads) {
     constexpr int64_t NR = Engine::columns;
-    const int64_t panels = (N + NR - 1) / NR, blocks = (M + 63) / 64;
+    const bool copies = Workspace<Engine>::copies_a(K);
+    const int64_t panels = (N + NR - 1) / NR, blocks = copies ? (M + 63) / 64 : 0;
     parallel_for(panels + blocks, threads, [&](int64_t task) {
         if (task < panels) {
             const int64_t rows = least(NR, N - task * NR), columns = up_to_multiple(rows, Engine::column_step);
             pack_panel<Engine>(B + task * NR * K, K, rows, K, columns, w.panels + task * NR * w.stride);
             return;
         }
-        for (int64_t m = (task - panels) * 64; m < least(M, (task - panels + 1) * 64); ++m) {
-            const int8_t* row = A + m * K;
-            if (Workspace<Engine>::copies_a(K)) widen(row, K, w.stride, 0, w.a + m * w.stride);
-            int32_t sum = 0;  // below 2^31 in magnitude for K < 2^24
-            if (Engine::offset)
-                for (int64_t k = 0; k < K; ++k) sum += row[k];
-            w.start[m] = (int32_t)(0u - (uint32_t)Engine::offset * (uint32_t)sum);
-        }
+        for (int64_t m = (task - panels) * 64; m < least(M, (task - panels + 1) * 64); ++m)
+            widen(A + m * K, K, w.stride, 0, w.a + m * w.stride);
     });
 }
 
@@ -106,7 +116,10 @@ static void multiply_part(
     static_assert(TASK_ROWS % MR == 0, "");
     Engine engine;
     alignas(64) int32_t sums[TASK_ROWS * NR];
+    int32_t start[TASK_ROWS];
+    for (int64_t i = 0; i < rows; ++i) start[i] = start_of<Engine>(w.rows + (first + i) * w.K, w.K);
     const int64_t width = up_to_multiple(count, Engine::column_step);
+    const auto of_columns = finish.of_columns(n, count);
     for (int64_t k = 0; k == 0 || k < w.stride; k += Engine::k_block) {
         const int64_t depth = least(Engine::k_block, w.stride - k);
         const bool last = k + depth == w.stride;
@@ -114,9 +127,18 @@ static void multiply_part(
         for (int64_t top = 0; top < rows; top += MR) {
             const int64_t m = first + top, height = least(MR, rows - top);
             int32_t* tile = sums + top * NR;
+            if constexpr (Engine::in_registers)
+                if (k == 0 && last && height == MR && width == NR && count == NR) {
+                    finish.expect(m, height, n, count);
+                    engine.whole(w.a + m * w.stride, w.stride, panel, depth, start + top,
+                                 [&](const auto& found) __attribute__((always_inline)) {
+                                     finish.whole(m, n, found, of_columns);
+                                 });
+                    continue;
+                }
             if (k == 0)
                 for (int64_t i = 0; i < height; ++i)
-                    for (int64_t j = 0; j < NR; ++j) tile[i * NR + j] = w.start[m + i];
+                    for (int64_t j = 0; j < NR; ++j) tile[i * NR + j] = start[top + i];
             if (last) finish.expect(m, height, n, count);
             engine.add(w.a + m * w.stride + k, w.stride, panel, depth, height, width, tile);
             if (last) finish(m, height, n, count, tile, NR);
@@ -124,7 +146,8 @@ static void multiply_part(
     }
 }
 
-// finish gets the sums of some rows and columns when they are exact; finish.expect is told of them before that
+// finish gets the sums of some rows and columns when they are exact; finish.expect is told of them before that. Tiles
+// that take the whole contraction at once go to finish.whole in registers, with what finish.of_columns says of a panel.
 template <class Engine, class F>
 static void multiply(const Workspace<Engine>& w, int64_t M, int64_t N, int threads, const F& finish) {
     const int64_t panels = (N + Engine::columns - 1) / Engine::columns;
