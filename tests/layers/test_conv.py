@@ -295,6 +295,27 @@ def test_compiled_is_the_same() -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, when it is first imported
+def test_compiled_by_inductor_is_eager_up_to_rounding() -> None:
+    x, layers = image(2, 16, 12, 12), nn.Sequential(conv(), nn.ReLU(), Int8Conv2d(24, 16, 1))
+    expected = gradients(layers, x)
+    kernels.reset_calls()
+    actual = gradients(torch.compile(layers, fullgraph=True), x)
+    assert [called().get(op, 0) for op in (*OPS, "int8_matmul")] == [1, 1, 1, 3]
+    for a, b in zip(actual, expected, strict=True):
+        assert relative(a, b.double()) < 0.02
+
+
+def test_exported_is_the_same() -> None:
+    x, model = image(2, 3, 12, 12), net().eval()
+    exported = torch.export.export(model, (x,))
+    with torch.no_grad():
+        kernels.reset_calls()
+        assert_equal([exported.module()(x)], [model(x)])
+    assert called()["int8_conv"] == 2
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_is_the_same(reentrant: bool) -> None:
     x = image(2, 3, 12, 12)

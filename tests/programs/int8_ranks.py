@@ -43,11 +43,11 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(mixed))
 
 
-def model(checkpointed: bool = False) -> nn.Sequential:
+def model(checkpointed: bool = False, **settings: Any) -> nn.Sequential:
     """Every int8 layer lies behind a norm, so that its input needs a gradient."""
     torch.manual_seed(0)
     built = nn.Sequential(*(Block(checkpointed) for _ in range(BLOCKS)), nn.Linear(WIDTH, 8))
-    convert.swap_linears(built)
+    convert.swap_linears(built, **settings)
     return built
 
 
@@ -72,9 +72,9 @@ def ranks(trained: Any, sync: Callable[[bool], Any]) -> dict[str, int]:
     return {op: count for (op, _), count in kernels.calls().items()}
 
 
-def alone() -> nn.Module:
+def alone(**settings: Any) -> nn.Module:
     """The same in one process: each rank's gradients are summed on their own, then averaged."""
-    trained = model()
+    trained = model(**settings)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     for step in range(STEPS):
         sums = []
@@ -89,14 +89,14 @@ def alone() -> nn.Module:
     return trained
 
 
-def replicated() -> tuple[nn.Module, dict[str, int]]:
-    trained = model()
+def replicated(**settings: Any) -> tuple[nn.Module, dict[str, int]]:
+    trained = model(**settings)
     wrapped = DistributedDataParallel(trained)
     return trained, ranks(wrapped, lambda last: setattr(wrapped, "require_backward_grad_sync", last))
 
 
-def sharded(reshard: bool, checkpointed: bool = False) -> tuple[nn.Module, dict[str, int]]:
-    trained: Any = model(checkpointed)
+def sharded(reshard: bool, checkpointed: bool = False, **settings: Any) -> tuple[nn.Module, dict[str, int]]:
+    trained: Any = model(checkpointed, **settings)
     mesh = init_device_mesh("cpu", (RANKS,))
     for block in (*trained, trained):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
@@ -132,6 +132,11 @@ def rank(number: int, folder: Path) -> None:
     again["quantize_rowwise"] = linears + convs
     twice = {op: count + again.get(op, 0) for op, count in each_time.items()}
     check("FSDP2, checkpointed", sharded(True, checkpointed=True), expected, twice)
+    rotated = each_time | {"hadamard": 6 * linears, "quantize_both": convs}  # both forms of x, w and dy
+    rotated |= {"quantize_rowwise": 3 * linears + convs, "quantize_colwise": 3 * linears}
+    expected = alone(rotation="hadamard")
+    check("DDP, rotated", replicated(rotation="hadamard"), expected, rotated)
+    check("FSDP2, rotated", sharded(reshard=True, rotation="hadamard"), expected, rotated)
     dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from support.deepspeed_runs import (
     Broken,
     ByHand,
     Compare,
+    Convolved,
     Small,
     Watch,
     convert,
@@ -45,7 +47,7 @@ from support.on_ranks import on_ranks
 from support.sharded_model import raised
 from torch.utils.data import DataLoader
 
-from lowbit_lightning import kernels, optim
+from lowbit_lightning import Int8MixedPrecision, kernels, optim
 from lowbit_lightning.callbacks import LowBitMonitor
 from lowbit_lightning.layers.int8 import FEWEST_ROWS
 from lowbit_lightning.strategies import DeepSpeedStrategy
@@ -256,6 +258,29 @@ def test_gradients_are_those_of_ddp(folder: Path) -> str | None:
     expected = fit("ddp", ByHand())[0].mean_losses()
     problem = off(fit(DeepSpeedStrategy(3, optimizer_bits=32), ByHand())[0].mean_losses(), expected, 1e-6)
     return problem or raised(partial(fit, DeepSpeedStrategy(2), ByHand()), RuntimeError, "do not add such gradients up")
+
+
+@on_ranks(2)
+def test_convolutions_train_as_under_ddp(folder: Path) -> str | None:
+    """In int8, where stage 3 keeps no weight whole; all three products of each are counted."""
+
+    def trained(strategy: Any) -> tuple[list[float], Counter[str]]:
+        kernels.reset_calls()
+        model, _ = fit(strategy, Convolved(), plugins=[Int8MixedPrecision(swap="all")])
+        calls: Counter[str] = Counter()
+        for (op, _), count in kernels.calls().items():
+            calls[op] += count if op != "optimizer_step" else 0
+        return model.mean_losses(), +calls
+
+    expected, calls = trained("ddp")
+    if {calls[op] for op in ("int8_conv", "int8_conv_input", "int8_conv_weight")} != {STEPS}:
+        return f"under DDP the products are {calls}"
+    for stage in (2, 3):
+        found, own = trained(DeepSpeedStrategy(stage, optimizer_bits=32))
+        problem = off(found, expected, 1e-3) or (None if own == calls else f"the products are {own}, not {calls}")
+        if problem:
+            return f"stage {stage}: {problem}"
+    return None
 
 
 @on_ranks(2)

@@ -109,6 +109,17 @@ class Small(Counted):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
 
 
+class Convolved(Small):
+    """Two convolutions, of three pixels and of one, in place of the second matrix."""
+
+    def __init__(self, optimizer: Any = AdamW) -> None:
+        super().__init__(optimizer)
+        self.down = nn.Sequential(
+            nn.Unflatten(2, (32, 8)), nn.Flatten(0, 1), nn.Conv1d(32, 32, 3, padding=1), nn.Conv1d(32, 16, 1),
+            nn.Flatten(), nn.Unflatten(0, (-1, 8)),
+        )  # fmt: skip
+
+
 class ByHand(Small):
     """Manual optimization: a step for each two batches."""
 
