@@ -203,7 +203,7 @@ class Way:
     bits: int | None = None
 
 
-def train(task: Task, way: Way, model: nn.Module, data: Data, batch: int) -> Vision:
+def train(task: Task, way: Way, model: nn.Module, data: Data, batch: int, *callbacks: L.Callback) -> Vision:
     """Trains the model in place, and tests it in the same precision."""
     batches = data.training.batches(batch)
     module = Vision(model, optimizer_of(task, way.bits), len(batches), len(data.classes))
@@ -211,6 +211,7 @@ def train(task: Task, way: Way, model: nn.Module, data: Data, batch: int) -> Vis
     trainer = L.Trainer(
         **plugins if isinstance(way.precision, str) else {"plugins": [way.precision]},
         max_steps=len(batches),
+        callbacks=[*callbacks],
         accelerator="auto",
         devices=1,
         logger=False,
