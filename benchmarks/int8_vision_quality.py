@@ -13,8 +13,8 @@ states in 32 bits), so that only the arithmetic differs:
 - **int8-mixed** with ``swap="all"``: every convolution in int8, also those that are slower, and tested in int8.
 
 What is tested is the mean of the weights over the last third of training, in every way alike. It has less noise than
-the last weights, which a batch more or less would change. The ResNet has a quarter of the example's learning rate: at
-the example's own, two runs in fp32 come apart further than the bounds that int8 is held to.
+the last weights, which a batch more or less would change. For the ResNet that is not enough: docs/vision.md says how
+far two of its runs in fp32 come apart.
 
 No image is trained on twice, so nothing is learnt by heart, and the losses of training and of held-out images can be
 compared. ``--data digits`` trains on 1,437 plain digits again and again: there the held-out loss comes from a few wrong
@@ -33,7 +33,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,6 @@ WAYS: dict[str, Callable[[], Any]] = {
     "bf16-mixed": lambda: "bf16-mixed",
     "int8-mixed": lambda: Int8MixedPrecision(swap="all"),
 }
-RATES = {"resnet": 0.25}
-"""What the example's learning rates are multiplied by."""
 HOW = (
     "Differences are means of pairs of the same seed, with their standard errors. The training loss is that of the last"
     " third of training; tested is the mean of the weights over it."
@@ -155,15 +153,12 @@ def runs_of(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Ru
     Raises:
         SystemExit: if the results there are of other settings.
     """
-    rate = RATES.get(name, 1.0)
-    asked = {key: getattr(arguments, key) for key in ("data", "steps", "batch", "held_out")} | {"rate": rate}
+    asked = {key: getattr(arguments, key) for key in ("data", "steps", "batch", "held_out")}
     path = arguments.results / f"{name}-{seed}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"settings": asked, "runs": {}}
     if kept["settings"] != asked:
         raise SystemExit(f"{path} is of {kept['settings']}, not {asked}: choose another --results")
-    task = TASKS[name]
-    task = replace(task, options={**task.options, "lr": rate * task.options["lr"]})
-    data = None
+    task, data = TASKS[name], None
     for way in WAYS:
         if way in kept["runs"]:
             continue
