@@ -216,7 +216,8 @@ def share_of_python(report: Report, form: str = "nf4", width: int = 2048, count:
     layer = LowBitLinear(width, width, bias=False, dtype=torch.bfloat16, weights=form)
     layers, x = [copy.deepcopy(layer) for _ in range(count)], torch.randn(1, 1, width, dtype=torch.bfloat16)
     compiled = library(weight_format(form).bits)
-    product, inside, beside = compiled.lb_lowbit_gemv, 0.0, []
+    product, inside = compiled.lb_lowbit_gemv, 0.0
+    beside: list[float] = []
 
     def timed(*arguments: Any) -> None:
         nonlocal inside
