@@ -114,7 +114,7 @@ class Convolved(Small):
 
     def __init__(self, optimizer: Any = AdamW) -> None:
         super().__init__(optimizer)
-        self.down = nn.Sequential(
+        self.down = nn.Sequential(  # type: ignore[assignment]
             nn.Unflatten(2, (32, 8)), nn.Flatten(0, 1), nn.Conv1d(32, 32, 3, padding=1), nn.Conv1d(32, 16, 1),
             nn.Flatten(), nn.Unflatten(0, (-1, 8)),
         )  # fmt: skip
