@@ -76,7 +76,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_product_wgmma(
     const int64_t m = tile.row + group * WARPGROUP_ROWS + warp * 16 + lane / 4;
 #pragma unroll
     for (int q = 0; q < TILE_N / 32; ++q) {
-        const auto sum = [&](int i, int j) { return sums[q * 16 + j / 2 * 4 + i * 2 + j % 2]; };
-        store_columns<2>(sum, m, tile.column + q * 32 + lane % 4 * 8, M, N, a_scales, b_scales, bias, out);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // a row at a time: more of them need too many registers at once
+            const auto sum = [&](int, int j) { return sums[q * 16 + j / 2 * 4 + i * 2 + j % 2]; };
+            const int64_t n = tile.column + q * 32 + lane % 4 * 8;
+            store_columns<1>(sum, m + i * 8, n, M, N, a_scales, b_scales, bias, out);
+        }
     }
 }
