@@ -6,6 +6,7 @@ A process that imports torch and Lightning computes for seconds before it begins
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -31,7 +32,7 @@ def surroundings() -> dict[str, str]:
 @functools.cache
 def _forks() -> Any:
     """It ends when this process does."""
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, str(PROGRAMS / "forks.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -39,6 +40,8 @@ def _forks() -> Any:
         start_new_session=True,
         env=surroundings(),
     )
+    atexit.register(server.communicate)
+    return server
 
 
 def status_of(program: str | Path, *arguments: Any, timeout: float = 280, **environment: str) -> tuple[int, str]:
