@@ -72,6 +72,8 @@ def test_a_turn_of_known_code() -> None:
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90", "sm_120"])
 def test_more_arithmetic_shows(architecture: str) -> None:
+    if architecture == "sm_120" and tuple(map(int, compile.nvrtc_version().split("."))) < (12, 8):
+        pytest.skip("NVRTC before 12.8 does not know sm_120")
     plain = turn_of(scale(), architecture)
     more = turn_of(scale(work="v = v * v + factor; v = v * v + factor; v = v * v + factor;"), architecture)
     assert per_element(more) >= per_element(plain) + 3

@@ -29,7 +29,7 @@ from lowbit_lightning.optim.options import (
     warn_of_inert,
 )
 from lowbit_lightning.optim.plan import Plans
-from lowbit_lightning.optim.settings import Settings
+from lowbit_lightning.optim.settings import Settings, nothing_derived
 from lowbit_lightning.state import bitsandbytes, pagers, saved
 from lowbit_lightning.state.form import Form, StateFormat
 from lowbit_lightning.state.pages import Entries, PageStatistics, raw
@@ -76,10 +76,8 @@ class LowBitOptimizer(Optimizer):
     def _rule(self, group: dict[str, Any]) -> str:
         return self.rule
 
-    @staticmethod
-    def _derived(group: dict[str, Any], bits: int) -> dict[str, float]:
-        """Hyperparameters of the rule that are not keys of the group; ``bits`` are those of the parameters' states."""
-        return {}
+    _derived = staticmethod(nothing_derived)
+    """Gives hyperparameters of the rule that are not keys of the group, by the bits of the parameters' states."""
 
     # -- groups ------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,11 @@ def state_bits(p: Tensor) -> int | None:
     return bits
 
 
+def nothing_derived(group: dict[str, Any], bits: int) -> dict[str, float]:
+    """All hyperparameters of the rule are keys of the group."""
+    return {}
+
+
 class Settings(NamedTuple):
     """A group, and what its optimizer derives from it.
 

@@ -76,7 +76,7 @@ def protect(x: Tensor) -> Tensor:
 def guards() -> Iterator[None]:
     """What ops allocate lies between guards, too."""
 
-    def empty(*shape: Any, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    def empty(*shape: Any, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
         return guarded(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape, dtype)
 
     with patch.object(torch, "empty", empty):
