@@ -37,7 +37,7 @@ def apply(kind: str, path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("heading", examples())
-def test_worked_example(heading: str, tmp_path: Path) -> None:
+def test_worked_example(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("lowbit_lightning", "lowbit_command"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc"))
     touched, checks = set(), ""
@@ -56,4 +56,5 @@ def test_worked_example(heading: str, tmp_path: Path) -> None:
     program = tmp_path / "checks.py"  # it imports the package that lies beside it
     here = [str(tmp_path / "lowbit_lightning")]
     program.write_text(f"{checks}\nimport lowbit_lightning\nassert lowbit_lightning.__path__ == {here}\n")
+    monkeypatch.chdir(tmp_path)  # where the checks may write
     run(program)
