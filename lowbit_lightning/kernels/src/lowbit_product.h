@@ -9,7 +9,6 @@
 // a unit in which that changes nf4 by 0.06 % (rms) and every other format not at all; folded it is the product of value
 // and scale that is rounded, as in a weight that is dequantised to bfloat16.
 #pragma once
-#include "int8_vectors.h"
 #include "lowbit.h"
 #include "parallel.h"
 #include <vector>
@@ -157,36 +156,28 @@ template <class E> struct Prepared {
 
 // ---- the product
 
-// Where the part of the weight lies that a product fetches into the L2 cache while it reads its own: `rows` rows below,
-// `chunks` chunks on.
-struct Ahead { int64_t rows, chunks; };
+constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are needed, into the L2 cache
 
-// Adds the products of R rows of the weight with M rows of x over chunks `first` to `last` - 1 to total[r * M + m],
-// vectors of sums. scales: of the R rows, `stride` floats apart.
+// R rows of the weight with M rows of x: out[r * M + m]. scales, offsets: of the R rows, `stride` floats apart.
 template <int R, int M, class E>
-static void product(const Form& form, const E& engine, const uint8_t* packed, const float* scales, int64_t stride,
-                    const Prepared<E>& x, int64_t first, int64_t last, Ahead ahead, V* totals) {
+static void product(const Form& form, const E& engine, const uint8_t* packed, const float* scales,
+                    const float* offsets, int64_t stride, const Prepared<E>& x, float* out) {
     constexpr bool BY_BLOCK = BITS < 8 && !E::folded;  // sums are scaled; of 8 bits the row is a block
-    V total[R][M];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) total[r][m] = totals[r * M + m];
-    const int64_t whole = form.length / CHUNK, high_plane = ceil_div(form.length, 4);
-    Codes ending[R];  // before the loop: a call in it would drive the sums out of registers
-    if (whole < last)
-        for (int r = 0; r < R; ++r) ending[r] = load_last_codes(form, packed + r * form.packed_stride, whole);
-    for (int64_t c = first; c < last; ++c) {
+    V total[R][M] = {};
+    const int64_t whole = form.length / CHUNK, ahead = R == 1 ? AHEAD : R * form.packed_stride;
+    Codes last[R];  // before the loop: a call in it would drive the sums out of registers
+    if (whole < x.chunks)
+        for (int r = 0; r < R; ++r) last[r] = load_last_codes(form, packed + r * form.packed_stride, whole);
+    for (int64_t c = 0; c < x.chunks; ++c) {
         Codes codes[R];
         typename E::Chunk chunks[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const uint8_t* row = packed + r * form.packed_stride;
-            codes[r] = c < whole ? load_codes(form, row, c) : ending[r];
+            codes[r] = c < whole ? load_codes(form, row, c) : last[r];
             chunks[r] = engine.chunk(scales + r * stride, c);
-            const uint8_t* next = row + ahead.rows * form.packed_stride;
-            fetch(next + (c + ahead.chunks) * CHUNK_BYTES);
-            if (BITS == 3) fetch(next + high_plane + (c + ahead.chunks) * 2 * W);
+            fetch(row + ahead + c * CHUNK_BYTES);
+            if (BITS == 3) fetch(row + ahead + ceil_div(form.length, 4) + c * 2 * W);
         }
         V sums[R][M];
 #pragma GCC unroll 4
@@ -212,79 +203,52 @@ static void product(const Form& form, const E& engine, const uint8_t* packed, co
                 total[r][m] = BY_BLOCK ? multiply_add(sums[r][m], scale, total[r][m]) : sums[r][m];
         }
     }
+    float added[R][M];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) totals[r * M + m] = total[r][m];
-}
-
-// Rows of the weight that a thread multiplies with a part of x before it comes to the next part: PART bytes of x, which
-// stay in its L1 cache, while sums wait in the L2 cache. One row of x is read as it lies.
-constexpr int64_t ROWS_AT_ONCE = 64, PART = 16 << 10, AHEAD = 4096;  // bytes that one row of x fetches ahead
-
-struct Workspace {  // for ROWS_AT_ONCE rows of the weight with M rows of x
-    std::vector<Slot> totals;
-    std::vector<float> scales, offsets;
-    Workspace(const Form& form, int M)
-        : totals(ROWS_AT_ONCE * M), scales(ROWS_AT_ONCE * (form.blocks + PADDING)), offsets(form.blocks + PADDING) {}
-};
-
-// y[row * M + m] of `count` rows of the weight, at most ROWS_AT_ONCE
-template <int R, int M, class E>
-static void some_rows(const Form& form, const E& engine, const uint8_t* packed, const uint8_t* scales, int64_t count,
-                      const Prepared<E>& x, Workspace& work, float* y) {
-    const int64_t stride = form.blocks + PADDING;
-    V* totals = &work.totals[0].vector;
-    for (int64_t i = 0; i < count; ++i) {
-        const uint8_t* row = scales + i * form.scales_stride;
-        for (int64_t at = 0; at < form.scales_stride; at += 64) fetch(row + ROWS_AT_ONCE * form.scales_stride + at);
-        decode_scales(form, row, &work.scales[i * stride], work.offsets.data());
+        for (int m = 0; m < M; ++m) added[r][m] = sum_of(total[r][m]);  // unrolled: all sums stay in registers
+    for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) {
-            V& total = totals[i * M + m] = V{};
-            if (!form.affine) continue;
-            for (int64_t b = 0; b < form.blocks; b += W)
-                total = multiply_add(load(&work.offsets[b], W), load(&x.sums[m * stride + b], W), total);
+            float y = added[r][m] * E::factor(form);
+            if (BITS == 8) y *= scales[r * stride];
+            if (form.affine) {
+                V shift{};
+                for (int64_t b = 0; b < form.blocks; b += W)
+                    shift = multiply_add(load(offsets + r * stride + b, W),
+                                         load(&x.sums[m * (form.blocks + PADDING) + b], W), shift);
+                y += sum_of(shift);
+            }
+            out[r * M + m] = y;
         }
-    }
-    const int64_t step = M == 1 ? x.chunks : PART / (int64_t)(sizeof(Slot) * E::phases * M);
-    for (int64_t first = 0; first < x.chunks; first += step) {
-        const int64_t last = least(x.chunks, first + step);
-        const Ahead ahead = M == 1            ? Ahead{0, AHEAD / CHUNK_BYTES}
-                            : last < x.chunks ? Ahead{0, step}
-                                              : Ahead{ROWS_AT_ONCE, -first};
-        const auto multiply = [&](auto rows, int64_t i) {
-            product<decltype(rows)::value, M>(form, engine, packed + i * form.packed_stride, &work.scales[i * stride],
-                                              stride, x, first, last, ahead, totals + i * M);
-        };
-        int64_t i = 0;
-        for (; i + R <= count; i += R) multiply(std::integral_constant<int, R>{}, i);
-        for (; i < count; ++i) multiply(std::integral_constant<int, 1>{}, i);
-    }
-    const auto scaled = [&](int64_t j) LB_LAMBDA {
-        return totals[j] * (E::factor(form) * (BITS == 8 ? work.scales[j / M * stride] : 1));
-    };
-    int64_t j = 0;
-    for (; j + W <= count * M; j += W) {  // W sums at once
-        I square[W];
-        for (int l = 0; l < W; ++l) square[l] = to_bits(scaled(j + l));
-        transpose(square);
-        for (int half = W / 2; half; half /= 2)
-            for (int l = 0; l < half; ++l) square[l] = to_bits(from_bits(square[l]) + from_bits(square[l + half]));
-        store(y + j, from_bits(square[0]), W);
-    }
-    for (; j < count * M; ++j) y[j] = sum_of(scaled(j));
 }
 
-// Rows n to n + count - 1 of the weight with M rows of x, of which `rows` are real
+// Rows n to n + count - 1 of the weight, R at a time, with M rows of x
 template <int R, int M, class E, class T>
 static void task(const Form& form, const uint8_t* packed, const uint8_t* scales, int64_t n, int64_t count,
                  const Prepared<E>& x, int64_t rows, const float* bias, T* out, int64_t N) {
     const E engine(form);
-    Workspace work(form, M);
-    std::vector<float> y(count * M);
-    for (int64_t i = 0; i < count; i += ROWS_AT_ONCE)
-        some_rows<R, M>(form, engine, packed + (n + i) * form.packed_stride, scales + (n + i) * form.scales_stride,
-                        least(ROWS_AT_ONCE, count - i), x, work, &y[i * M]);
+    const int64_t stride = form.blocks + PADDING;
+    std::vector<float> decoded(2 * R * stride), y(count * M);
+    for (int64_t i = 0; i < count; i += R) {
+        float* offsets = decoded.data() + R * stride;
+        const auto decode = [&](int r) {
+            const uint8_t* row = scales + (n + i + r) * form.scales_stride;
+            for (int64_t at = 0; at < form.scales_stride; at += 64) fetch(row + R * form.scales_stride + at);
+            decode_scales(form, row, decoded.data() + r * stride, offsets + r * stride);
+        };
+        const uint8_t* from = packed + (n + i) * form.packed_stride;
+        if (i + R <= count) {
+            for (int r = 0; r < R; ++r) decode(r);
+            product<R, M>(form, engine, from, decoded.data(), offsets, stride, x, &y[i * M]);
+            continue;
+        }
+        for (int r = 0; i + r < count; ++r) {
+            decode(r);
+            product<1, M>(form, engine, from + r * form.packed_stride, decoded.data() + r * stride,
+                          offsets + r * stride, stride, x, &y[(i + r) * M]);
+        }
+    }
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t i = 0; i < count; i += W) {
             const int width = (int)least(W, count - i);
