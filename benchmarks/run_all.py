@@ -36,10 +36,11 @@ class Part:
 
 PARTS = (
     Part("optimizer_step.py", ("--cases", "big,model", "--repeats", "7", "--budget", "4"), 140),
-    Part("default_precision.py", ("--repeats", "5", "--budget", "8"), 120),
+    Part("default_precision.py", ("--repeats", "5", "--budget", "8"), 110),
     Part("int8_linear.py", ("--shapes", "2048x1024x4096", "--repeats", "7", "--budget", "4"), 80),
     Part("int8_conv.py", ("--parts", "layers,bytes", "--kernels", "3", "--repeats", "5", "--budget", "2"), 60),
-    Part("int8_quantize.py", ("--shapes", "2048x4096", "--dtypes", "bfloat16", "--repeats", "7", "--budget", "2"), 80),
+    Part("experts.py", ("--widths", "512", "--repeats", "5", "--budget", "1"), 40),
+    Part("int8_quantize.py", ("--shapes", "2048x4096", "--dtypes", "bfloat16", "--repeats", "7", "--budget", "2"), 60),
     Part("lowbit_linear.py", ("--shapes", "4096x4096", "--repeats", "15", "--budget", "2"), 80),
     Part("paging.py", ("--millions", "32", "--repeats", "5", "--budget", "8"), 60),
     Part("int8_quality.py", ("--seeds", "1", "--steps", "200", "--only", "none"), 110),

@@ -48,7 +48,7 @@ from lowbit_lightning.layers.embedding import (
 )
 from lowbit_lightning.layers.int8 import Int8Layer, Int8Linear, Products
 from lowbit_lightning.layers.lowbit import Linear2bit, Linear3bit, Linear4bit, Linear8bit, LowBitLinear, Weights
-from lowbit_lightning.layers.moe import Experts, Int8Experts
+from lowbit_lightning.layers.moe import Experts, Int8Experts, Int8ExpertsForm
 
 __all__ = [
     "Embedding4bit",
@@ -59,6 +59,7 @@ __all__ = [
     "Int8Conv2d",
     "Int8Conv3d",
     "Int8Experts",
+    "Int8ExpertsForm",
     "Int8Layer",
     "Int8Linear",
     "Int8MultiheadAttention",
