@@ -103,7 +103,8 @@ PUBLIC = {
     "experiments": "BERT GPT Block Digits LoRA QLoRA Text ViT WarmupCosine Windows read_text",
     "layers": (
         "Embedding4bit Embedding8bit Embedding32bit Experts Int8Conv1d Int8Conv2d Int8Conv3d Int8Experts "
-        "Int8ExpertsForm Int8Layer Int8Linear Int8MultiheadAttention Linear2bit Linear3bit Linear4bit Linear8bit LowBitEmbedding "
+        "Int8ExpertsForm Int8Layer Int8Linear Int8MultiheadAttention "
+        "Linear2bit Linear3bit Linear4bit Linear8bit LowBitEmbedding "
         "LowBitLinear Products StableEmbedding Weights"
     ),
     "memory": "Advice Plan Run plan",
