@@ -215,7 +215,7 @@ def share_of_python(report: Report, form: str = "nf4", width: int = 2048, count:
     of which drives Python's code and data out of the caches."""
     layer = LowBitLinear(width, width, bias=False, dtype=torch.bfloat16, weights=form)
     layers, x = [copy.deepcopy(layer) for _ in range(count)], torch.randn(1, 1, width, dtype=torch.bfloat16)
-    compiled = library(weight_format(form).bits)
+    compiled: Any = library(weight_format(form).bits)
     product, inside = compiled.lb_lowbit_gemv, 0.0
     beside: list[float] = []
 
