@@ -261,7 +261,11 @@ def examine(name: str, architectures: tuple[str, ...]) -> tuple[list[str], list[
     work = by_name()[name]
     seen, lines, rows = watch(work), [], []
     for architecture in filter(work.runs_on, architectures):
-        counted = count(work, architecture)
+        try:
+            counted = count(work, architecture)
+        except LookupError as error:  # of a compiler that arranges this loop otherwise
+            lines.append(f"{name} {architecture}: not counted; {error}")
+            continue
         new = [row(counted, seen, device) for device in DEVICES if device.architecture == architecture]
         lines.append(line(counted, seen, new))
         rows += new
