@@ -22,7 +22,7 @@ Self = TypeVar("Self", bound="QuantizedParameter")
 
 
 class QuantizedParameter(nn.Parameter):
-    """What both share: copies, pickles and pieces keep the class and the attributes."""
+    """What both share: copies and pickles keep the class and the attributes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuilt, (type(self), self.data, self.requires_grad, dict(vars(self)))
@@ -63,14 +63,6 @@ class QuantizedParameter(nn.Parameter):
 
     def _moved(self: Self, device: torch.device | None, data: Tensor) -> Self:
         return _rebuilt(type(self), data.detach(), self.requires_grad, dict(vars(self)))
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if func in (torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split) and isinstance(result, tuple):
-            whole = args[0]
-            return tuple(_rebuilt(cls, part, whole.requires_grad, dict(vars(whole))) for part in result)
-        return result
 
 
 def _rebuilt(cls: Any, data: Tensor, requires_grad: bool, attributes: Mapping[str, Any]) -> Any:
@@ -117,6 +109,14 @@ class Params4bit(QuantizedParameter):
             "bnb_quantized": bnb_quantized,
         }
         return _rebuilt(cls, torch.empty(0) if data is None else data.detach(), requires_grad, attributes)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func in (torch.chunk, torch.split, torch.Tensor.chunk, torch.Tensor.split) and isinstance(result, tuple):
+            whole = args[0]
+            return tuple(_rebuilt(cls, part, whole.requires_grad, dict(vars(whole))) for part in result)
+        return result
 
     @classmethod
     def from_prequantized(

@@ -178,3 +178,15 @@ def test_compiles_without_a_break(make: Make) -> None:
     layer, x = make(32, 64).to("cpu"), torch.randn(4, 64)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("layer", [bnb.nn.Linear8bitLt, bnb.nn.Linear4bit])
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_layers_in_use(layer: Any, fullgraph: bool) -> None:
+    """Without fullgraph Dynamo once followed the parameter's ``__torch_function__`` for ever."""
+    options = {"has_fp16_weights": False} if layer is bnb.nn.Linear8bitLt else {}
+    net = nn.Sequential(layer(64, 64, **options), layer(64, 64, **options))
+    net.to("cpu")
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(net, backend="aot_eager", fullgraph=fullgraph)(x), net(x))
