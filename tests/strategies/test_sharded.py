@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lowbit_lightning import optim
+from lowbit_lightning import Int8MixedPrecision, optim
+from lowbit_lightning.layers import Experts
 from lowbit_lightning.strategies import ShardedStrategy
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
@@ -48,7 +49,7 @@ def fit(mode: str = "32", model: Any = None, **options: Any) -> tuple[Any, L.Tra
         )
     elif "strategy" not in options:
         options["strategy"] = ShardedStrategy(optimizer_bits=32 if mode == "32" else 8)
-    made = trainer(precision="int8-mixed" if mode == "int8" else "32-true", **options)
+    made = trainer(**{"precision": "int8-mixed" if mode == "int8" else "32-true", **options})
     made.fit(model)
     return model, made
 
@@ -93,6 +94,33 @@ def test_trains_like_a_single_device(folder: Path) -> str | None:
             if not any("exp_avg_codes" in entries for entries in made.optimizers[0].state.values()):
                 return f"{mode}: no codes"
     return None
+
+
+class WithExperts(Block):
+    """Five experts, which no number of ranks divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.router, self.experts = nn.Linear(64, 5), Experts(5, 64, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(self.norm(x)).flatten(0, -2)
+        weights, index = self.router(hidden).softmax(-1).topk(2)
+        return x + self.down(self.experts(hidden, index, weights)).view_as(x)
+
+
+@on_ranks(ALONE, 2, slow=(ALONE, *EACH))
+def test_experts_in_int8_train_like_on_a_single_device(folder: Path) -> str | None:
+    model = Net(steps=STEPS, lr=3e-4, length=17)
+    torch.manual_seed(0)
+    model.layers = nn.ModuleList([WithExperts(), WithExperts()])
+    plugin = Int8MixedPrecision(swap="all", autocast="off")
+    fit("int8", model, precision=None, plugins=[plugin])
+    if "layers.*.experts (2)" not in str(plugin.report).splitlines()[0]:
+        return str(plugin.report)
+    losses = {f"loss {i}": loss for i, loss in enumerate(model.mean_losses())}
+    return against_single(folder, "losses_experts", losses, LIMITS["int8"])
 
 
 @on_ranks(ALONE, 2, slow=(ALONE, *EACH))

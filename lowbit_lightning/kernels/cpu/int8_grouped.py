@@ -15,14 +15,14 @@ from lowbit_lightning.kernels.sources import DTYPE_NUMBERS
 def quantize_groups(x: Tensor, ends: Sequence[int], seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the reference."""
     rows = _memory(x.shape, torch.int8, x, ends), _memory(x.shape[:1], torch.float32, x, ends)
-    columns = _memory(x.shape, torch.int8, x, ends), torch.empty(len(ends), x.shape[1], device="cpu")
+    columns = _empty_columns(x, ends)
     _quantize(x, ends, seed, *rows, *columns)
     return *rows, *columns
 
 
 def quantize_group_columns(x: Tensor, ends: Sequence[int], seed: int | None) -> tuple[Tensor, Tensor]:
     """See the reference."""
-    columns = _memory(x.shape, torch.int8, x, ends), torch.empty(len(ends), x.shape[1], device="cpu")
+    columns = _empty_columns(x, ends)
     _quantize(x, ends, seed, None, None, *columns)
     return columns
 
@@ -55,6 +55,11 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, x: Tensor, ends: Sequence[
     """For rows of x; those of no group are zeros."""
     new = torch.empty if ends and ends[-1] == len(x) else torch.zeros
     return new(shape, dtype=dtype, device="cpu")
+
+
+def _empty_columns(x: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor]:
+    scales = torch.empty(len(ends), x.shape[1], dtype=torch.float32, device="cpu")
+    return _memory(x.shape, torch.int8, x, ends), scales
 
 
 def _quantize(x: Tensor, ends: Sequence[int], seed: int | None, *forms: Tensor | None) -> None:
