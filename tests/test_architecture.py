@@ -316,6 +316,20 @@ def test_no_line_is_longer_than_120_columns() -> None:
     assert not long, f"longer than 120 columns: {long}"
 
 
+def test_kernels_and_states_name_the_dtype_of_what_they_allocate() -> None:
+    """The default dtype is the user's: Lightning sets it to bfloat16 in a step of bf16-true."""
+    makers = {"empty", "zeros", "ones", "full", "linspace", "rand", "randn"}
+    unnamed = [
+        f"{module}:{node.lineno}"
+        for module, path in modules()
+        if module.startswith(("kernels", "state", "optim"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in makers}
+        if "dtype" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not unnamed, f"no dtype: {unnamed}"
+
+
 def test_version_is_said_once() -> None:
     from importlib.metadata import PackageNotFoundError, version
 

@@ -32,7 +32,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     count = 2**total_bits
     if signed and (add_zero or total_bits < 8):
         count -= 1
-    return _filled(torch.linspace(-1.0 if signed else 0.0, 1.0, count).tolist())
+    return _filled(torch.linspace(-1.0 if signed else 0.0, 1.0, count, dtype=torch.float32).tolist())
 
 
 def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
@@ -57,7 +57,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     """NormalFloat: quantiles of the normal distribution (QLoRA: Dettmers et al., 2023, appendix E)."""
 
     def quantiles(count: int) -> list[float]:
-        levels = torch.linspace(offset, 0.5, count)[:-1].tolist()
+        levels = torch.linspace(offset, 0.5, count, dtype=torch.float32)[:-1].tolist()
         return [NormalDist().inv_cdf(level) for level in levels]
 
     positive, negative = quantiles(9 if use_extra_value else 8), quantiles(8)
@@ -78,7 +78,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
 
 def _middles(steps: int, unit: float) -> list[float]:
     """The middles of equal steps from 0.1 to 1, times the unit."""
-    bounds = torch.linspace(0.1, 1, steps + 1)
+    bounds = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
     return (unit * (bounds[:-1] + bounds[1:]) / 2).tolist()
 
 

@@ -103,9 +103,9 @@ class QuantizationError(Metric):
     def __init__(self, layers: int) -> None:
         super().__init__()
         shape = (layers, len(PRODUCTS), 2)
-        self.add_state("total", torch.zeros(*shape, 1 + len(SHARES)), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(*shape, 1 + len(SHARES)), dist_reduce_fx="sum")
-        self.add_state("overflow", torch.zeros(shape), dist_reduce_fx="max")
+        self.add_state("total", torch.zeros(*shape, 1 + len(SHARES), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(*shape, 1 + len(SHARES), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("overflow", torch.zeros(shape, dtype=torch.float32), dist_reduce_fx="max")
 
     def update(self, slots: list[Slot], values: Tensor) -> None:
         """``values [n, 5]``: what ``measure`` gave for these operands; an operand may come several times."""

@@ -45,7 +45,7 @@ class Sample:
     def result(self) -> tuple[list[Slot], Tensor]:
         """The operands, and what ``measure`` gave for each: ``[n, 5]``."""
         if not self._measured:
-            return [], torch.zeros(0, 2 + len(SHARES))
+            return [], torch.zeros(0, 2 + len(SHARES), dtype=torch.float32)
         return [slot for slot, _ in self._measured], torch.stack([values for _, values in self._measured])
 
     def _off(self) -> bool:

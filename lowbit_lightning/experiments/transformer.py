@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def rotate(x: Tensor, first: int = 0) -> Tensor:
     """Rotary positions (Su et al., 2021): turns the pairs of ``x [..., context, channels]`` by angles that grow with
     the position, so that a product of two of them depends on their distance. ``first``: the position of the first."""
-    frequency = 10_000 ** -torch.linspace(0, 1, x.shape[-1] // 2, device=x.device)
+    frequency = 10_000 ** -torch.linspace(0, 1, x.shape[-1] // 2, dtype=torch.float32, device=x.device)
     angle = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * frequency
     a, b = x.float().chunk(2, dim=-1)
     turned = torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), dim=-1)

@@ -171,7 +171,7 @@ class Adagrad(LowBitOptimizer):
                 for key, p in zip(theirs["params"], ours["params"], strict=True):
                     if key not in saved["state"]:
                         full = torch.full_like(p, value, dtype=torch.float32, requires_grad=False)
-                        saved["state"][key] = {"step": torch.tensor(0.0), "sum": full}
+                        saved["state"][key] = {"step": torch.tensor(0.0, dtype=torch.float32), "sum": full}
         return saved
 
 

@@ -54,11 +54,11 @@ def to_host(value: Tensor) -> Tensor:
 
 
 def _step(entries: Mapping[str, Any]) -> Tensor:
-    step, count = entries.get(STEP), torch.tensor(math.nan)
+    step, count = entries.get(STEP), torch.tensor(math.nan, dtype=torch.float32)
     if isinstance(step, Tensor) and step.numel() == 1:
         count = shards.full(step).detach().reshape(()).float()
     elif isinstance(step, (int, float)):
-        count = torch.tensor(float(step))
+        count = torch.tensor(float(step), dtype=torch.float32)
     if not count.is_meta and not 0 <= float(count) < math.inf:
         raise ValueError(
             f"the checkpoint's step must be one finite number, 0 or more, got {step!r}; it holds {sorted(entries)}"

@@ -48,8 +48,8 @@ def average_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
     ranks = mesh.size(mesh.ndim - 1)
     if mesh.device_type != "cpu" or ranks == 1 or torch.__version__ >= "2.13":
         return
-    found, group = torch.empty(1), mesh.get_group(mesh.ndim - 1)
-    dist.reduce_scatter_tensor(found, torch.ones(ranks), op=dist.ReduceOp.AVG, group=group)
+    found, group = torch.empty(1, dtype=torch.float32), mesh.get_group(mesh.ndim - 1)
+    dist.reduce_scatter_tensor(found, torch.ones(ranks, dtype=torch.float32), op=dist.ReduceOp.AVG, group=group)
     if found.item() != 1:
         for part in (child for child in module.modules() if isinstance(child, FSDPModule)):
             part.set_all_reduce_hook(lambda total: total.div_(ranks))  # type: ignore[arg-type, return-value]

@@ -76,7 +76,7 @@ def protect(x: Tensor) -> Tensor:
 def guards() -> Iterator[None]:
     """What ops allocate lies between guards, too."""
 
-    def empty(*shape: Any, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    def empty(*shape: Any, dtype: torch.dtype, device: str = "cpu") -> Tensor:
         return guarded(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape, dtype)
 
     with patch.object(torch, "empty", empty):
@@ -361,8 +361,12 @@ def check(
     threads = random.choice((1, 1, 3))
     announce(f"seed {seed}: {op} {name}, {threads} threads")
     torch.set_num_threads(threads)
-    with backend():
-        ours = go()
+    torch.set_default_dtype(random.choice((torch.float32, torch.bfloat16)))  # as Lightning does in bf16-true
+    try:
+        with backend():
+            ours = go()
+    finally:
+        torch.set_default_dtype(torch.float32)
     with kernels.use_backend("reference"):
         theirs = go()
     return difference(ours, theirs)

@@ -48,7 +48,7 @@ def _form(name: str, length: int) -> tuple[Any, Any, Format]:
     """The compiled library of a format, the argument that describes it, and the format."""
     f = weight_format(name)
     factor = f.bfloat16_unit
-    table = f.table() if f.bits < 8 else torch.zeros(16)
+    table = f.table() if f.bits < 8 else torch.zeros(16, dtype=torch.float32, device="cpu")
     values = table.repeat(16 // len(table))
     narrow = (values * factor).to(torch.bfloat16).view(torch.int16).repeat(2)
     form = _Form(

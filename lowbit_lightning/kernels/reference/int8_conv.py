@@ -16,7 +16,7 @@ def int8_conv(a: Scaled, b: Scaled, table: Tensor, images: int, bias: Tensor | N
     bias added.
     """
     (x, x_scales), (w, w_scales) = a, b
-    total = torch.zeros(images * len(table), w.shape[0], device=x.device)
+    total = torch.zeros(images * len(table), w.shape[0], dtype=torch.float32, device=x.device)
     for t, (results, pixels) in _taps(table, images, len(x) // images):
         total[results] += _sums(x[pixels], w[:, t]) * x_scales[pixels, None]
     return finished(total, w_scales, bias, out_dtype)
@@ -28,7 +28,7 @@ def int8_conv_input(a: Scaled, b: Scaled, table: Tensor, images: int, pixels: in
     The same arithmetic: tap by tap, a pixel adds the result that reads it, if there is one.
     """
     (dy, dy_scales), (w, w_scales) = a, b
-    total = torch.zeros(images * pixels, w.shape[2], device=dy.device)
+    total = torch.zeros(images * pixels, w.shape[2], dtype=torch.float32, device=dy.device)
     for t, (results, read) in _taps(table, images, pixels):
         total[read] += _sums(dy[results], w[:, t].T) * dy_scales[results, None]
     return finished(total, w_scales, None, out_dtype)
@@ -42,7 +42,7 @@ def int8_conv_weight(a: Scaled, b: Scaled, table: Tensor, images: int, out_dtype
     float32.
     """
     (dy, dy_scales), (x, x_scales) = a, b
-    total = torch.zeros(dy.shape[0], table.shape[1], x.shape[1], device=dy.device)
+    total = torch.zeros(dy.shape[0], table.shape[1], x.shape[1], dtype=torch.float32, device=dy.device)
     of_dy, of_x = torch.broadcast_tensors(dy_scales.unsqueeze(1), x_scales)
     low, high = torch.where(of_dy < of_x, of_dy, of_x), torch.where(of_x > of_dy, of_x, of_dy)
     for t, (results, pixels) in _taps(table, images, len(x) // images):

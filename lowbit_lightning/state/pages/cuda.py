@@ -100,7 +100,7 @@ class CudaTransport:
     def _forget_error(self) -> None:
         """Clear the runtime's last error: otherwise torch would raise it at the next kernel launch of any code."""
         with contextlib.suppress(RuntimeError):
-            torch.ones(1, device=self.device)
+            torch.ones(1, dtype=torch.float32, device=self.device)
 
     def _copied(
         self, kind: str, stream: torch.cuda.Stream, moves: Moves, after: torch.cuda.Event | None
