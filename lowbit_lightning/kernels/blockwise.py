@@ -78,7 +78,7 @@ def _named_values(name: str, device: torch.device) -> Tensor:
 def _resolved(name: str, values: Tensor | None, device: torch.device) -> tuple[str, Tensor | None]:
     """The codebook in a backend's form: the name of a dynamic map, or "custom" with values."""
     if values is not None or name in formats.MAPS:
-        return name, values
+        return name, None if values is None else values.contiguous()
     return "custom", _named_values(name, device)
 
 

@@ -75,7 +75,7 @@ def declare(
 
 def _on_backend(op: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
-        near = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
+        near = contiguous(*arguments)
         return run(op, near[0].device, *near)
 
     return implementation
@@ -112,6 +112,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _watchers() -> bool:
     """Whether a dispatch mode, a function mode or a transform is active."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed())
+
+
+def contiguous(*arguments: Any) -> list[Any]:
+    """The arguments of an op; its tensors are contiguous."""
+    return [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
 
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:

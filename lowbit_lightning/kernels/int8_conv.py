@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.checks import check_bias, check_devices, check_dtype, check_scales
-from lowbit_lightning.kernels.dispatch import declare, run
+from lowbit_lightning.kernels.dispatch import contiguous, declare, run
 
 MOST_CHANNELS = 2**16
 """An int32 holds the sum of this many products, even if all are products of -128."""
@@ -155,8 +155,8 @@ def _check_rest(out_dtype: torch.dtype, channels: int) -> None:
 
 def _on_backend(op: str) -> Callable[..., Tensor]:
     def implementation(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, *rest: Any) -> Tensor:
-        operands = (a.contiguous(), a_scales.contiguous()), (b.contiguous(), b_scales.contiguous())
-        return run(op, a.device, *operands, *rest)
+        a, b, a_scales, b_scales, *rest = contiguous(a, b, a_scales, b_scales, *rest)
+        return run(op, a.device, (a, a_scales), (b, b_scales), *rest)
 
     return implementation
 

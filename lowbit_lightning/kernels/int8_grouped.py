@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import FLOATS, as_int64
 from lowbit_lightning.kernels.checks import check_devices, check_dtype
-from lowbit_lightning.kernels.dispatch import declare, run
+from lowbit_lightning.kernels.dispatch import contiguous, declare, run
 from lowbit_lightning.kernels.groups import check_offs, ends_of, spans
 from lowbit_lightning.kernels.int8_product import LONGEST_INT8_SUM, int8_matmul
 
@@ -184,8 +184,7 @@ def _run_matmul(
     out_dtype: torch.dtype,
 ) -> Tensor:
     _check_matmul(a, b, a_scales, b_scales, offs, bias, out_dtype)
-    operands = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    *operands, bias = contiguous(a, b, a_scales, b_scales, bias)
     return run("int8_grouped_matmul", a.device, *operands, ends_of(offs, len(a)), bias, out_dtype)
 
 
@@ -206,7 +205,7 @@ def _run_outer(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, offs: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     _check_outer(a, b, a_scales, b_scales, offs, out_dtype)
-    a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
+    a, b, a_scales, b_scales = contiguous(a, b, a_scales, b_scales)
     ends = ends_of(offs, len(a))
     if len(a) <= LONGEST_INT8_SUM:
         return run("int8_grouped_outer", a.device, a, b, a_scales, b_scales, ends, out_dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.checks import check_bias, check_devices, check_dtype, check_scales
-from lowbit_lightning.kernels.dispatch import declare, run
+from lowbit_lightning.kernels.dispatch import contiguous, declare, run
 
 LONGEST_INT8_SUM = (2**31 - 1) // 128**2
 """Products of two int8, -128 included, that an int32 holds in the worst case: 131,071."""
@@ -49,8 +49,7 @@ def int8_matmul(
 def _int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.contiguous(), b_scales.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    a, b, a_scales, b_scales, bias = contiguous(a, b, a_scales, b_scales, bias)
     if a.shape[1] <= LONGEST_INT8_SUM:
         return run("int8_matmul", a.device, a, b, a_scales, b_scales, bias, out_dtype)
     total = a.new_zeros(a.shape[0], b.shape[0], dtype=torch.float32)

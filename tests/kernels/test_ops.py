@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def lowbit(form: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def convolution(
-    rows: int, b: tuple[int, ...], a_scales: int, b_scales: int, *rest: int | None, columns: int = 16
+    rows: int, b: tuple[int, ...], a_scales: int, b_scales: int, *rest: int | torch.Tensor, columns: int = 16
 ) -> tuple:
     """Operands of 2 images of 6 pixels, results of 4, and 2 taps."""
     matrices = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((rows, columns), b))
@@ -50,60 +51,78 @@ def convolution(
     return (*matrices, torch.rand(a_scales), torch.rand(b_scales), table, 2, *rest, torch.float32)
 
 
-def grouped(a: tuple[int, ...], b: tuple[int, ...], *rest: tuple[int, ...] | None) -> tuple:
+def grouped(a: tuple[int, ...], b: tuple[int, ...], *rest: tuple[int, ...]) -> tuple:
     """Operands of two groups."""
     matrices = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in (a, b))
     a_scales, b_scales, *bias = rest
-    assert a_scales is not None
-    assert b_scales is not None
-    return (*matrices, torch.rand(a_scales), torch.rand(b_scales), torch.tensor([2, 5]), *bias, torch.float32)
+    return (
+        *(*matrices, torch.rand(a_scales), torch.rand(b_scales), torch.tensor([2, 5])),
+        *(torch.rand(shape) for shape in bias),
+        torch.float32,
+    )
 
 
-@pytest.mark.parametrize(
-    ("op", "arguments"),
-    [
-        ("quantize_blockwise", lambda: (torch.randn(3, 70), "dynamic_signed", None, 64)),
-        (
-            "dequantize_blockwise",
-            lambda: (
-                *kernels.quantize_blockwise(torch.randn(3, 70), block_size=64),
-                *("dynamic_signed", None, 64, torch.bfloat16),
-            ),
+CASES: list[tuple[str, Callable[[], tuple]]] = [
+    ("quantize_blockwise", lambda: (torch.randn(3, 70), "dynamic_signed", None, 64)),
+    (
+        "dequantize_blockwise",
+        lambda: (
+            *kernels.quantize_blockwise(torch.randn(3, 70), block_size=64),
+            *("dynamic_signed", None, 64, torch.bfloat16),
         ),
-        ("quantize_rowwise", lambda: (torch.randn(3, 70), None)),
-        ("quantize_colwise", lambda: (torch.randn(3, 70), 2**40)),
-        ("quantize_both", lambda: (torch.randn(3, 70), -1)),
-        (
-            "int8_matmul",
-            lambda: (
-                *(torch.randint(-127, 128, (n, 16), dtype=torch.int8) for n in (3, 5)),
-                *(torch.rand(3), torch.rand(5), None, torch.float32),
-            ),
+    ),
+    ("quantize_blockwise", lambda: (torch.randn(3, 70), "custom", torch.linspace(-1, 1, 256), 64)),
+    ("quantize_rowwise", lambda: (torch.randn(3, 70), None)),
+    ("quantize_colwise", lambda: (torch.randn(3, 70), 2**40)),
+    ("quantize_both", lambda: (torch.randn(3, 70), -1)),
+    (
+        "int8_matmul",
+        lambda: (
+            *(torch.randint(-127, 128, (n, 16), dtype=torch.int8) for n in (3, 5)),
+            *(torch.rand(3), torch.rand(5), torch.rand(5), torch.float32),
         ),
-        ("quantize_channels", lambda: (torch.randn(3, 70), 2**40)),
-        ("quantize_image", lambda: (torch.randn(3, 70), None)),
-        ("int8_conv", lambda: convolution(12, (5, 2, 16), 12, 5, None)),
-        ("int8_conv_input", lambda: convolution(8, (16, 2, 5), 8, 5, 6)),
-        ("int8_conv_weight", lambda: convolution(3, (12, 16), 3, 16, columns=8)),
-        ("quantize_groups", lambda: (torch.randn(6, 70), torch.tensor([2, 5]), 2**40)),
-        ("quantize_group_columns", lambda: (torch.randn(6, 70), torch.tensor([2, 6], dtype=torch.int32), None)),
-        ("int8_grouped_matmul", lambda: grouped((5, 16), (2, 3, 16), (5,), (2, 3), None)),
-        ("int8_grouped_outer", lambda: grouped((5, 16), (5, 3), (2, 16), (2, 3))),
-        ("lowbit_quantize", lambda: (torch.randn(3, 70), "int3", "lsq")),
-        ("lowbit_dequantize", lambda: (*lowbit("nf4-dq"), "nf4-dq", 70, torch.bfloat16)),
-        ("lowbit_embedding", lambda: (*lowbit("int2"), torch.tensor([[1, 0], [4, 4]]), "int2", 70, torch.float16)),
-        ("lowbit_matmul", lambda: (torch.randn(2, 3, 70), *lowbit("nf4"), torch.rand(5), "nf4")),
-        ("lowbit_matmul_backward", lambda: (torch.randn(2, 3, 5), *lowbit("int4"), "int4", 70)),
-        ("int8_outlier_matmul", lambda: (torch.randn(16, 70), *lowbit("int8"), None, 2.0)),
-        ("split_outliers", lambda: (torch.randn(16, 70), *lowbit("int8"), 2.0)),
-        ("optimizer_step", lambda: (*step_arguments(), None)),
-        ("optimizer_norms", lambda: lamb_arguments()),
-    ],
-)
-def test_registered_as_torch_wants_it(op: str, arguments: object) -> None:
-    assert callable(arguments)
+    ),
+    ("quantize_channels", lambda: (torch.randn(3, 70), 2**40)),
+    ("quantize_image", lambda: (torch.randn(3, 70), None)),
+    ("int8_conv", lambda: convolution(12, (5, 2, 16), 12, 5, torch.rand(5))),
+    ("int8_conv_input", lambda: convolution(8, (16, 2, 5), 8, 5, 6)),
+    ("int8_conv_weight", lambda: convolution(3, (12, 16), 3, 16, columns=8)),
+    ("quantize_groups", lambda: (torch.randn(6, 70), torch.tensor([2, 5]), 2**40)),
+    ("quantize_group_columns", lambda: (torch.randn(6, 70), torch.tensor([2, 6], dtype=torch.int32), None)),
+    ("int8_grouped_matmul", lambda: grouped((5, 16), (2, 3, 16), (5,), (2, 3), (2, 3))),
+    ("int8_grouped_outer", lambda: grouped((5, 16), (5, 3), (2, 16), (2, 3))),
+    ("lowbit_quantize", lambda: (torch.randn(3, 70), "int3", "lsq")),
+    ("lowbit_dequantize", lambda: (*lowbit("nf4-dq"), "nf4-dq", 70, torch.bfloat16)),
+    ("lowbit_embedding", lambda: (*lowbit("int2"), torch.tensor([[1, 0], [4, 4]]), "int2", 70, torch.float16)),
+    ("lowbit_matmul", lambda: (torch.randn(2, 3, 70), *lowbit("nf4"), torch.rand(5), "nf4")),
+    ("lowbit_matmul_backward", lambda: (torch.randn(2, 3, 5), *lowbit("int4"), "int4", 70)),
+    ("int8_outlier_matmul", lambda: (torch.randn(16, 70), *lowbit("int8"), torch.rand(5), 2.0)),
+    ("split_outliers", lambda: (torch.randn(16, 70), *lowbit("int8"), 2.0)),
+    ("optimizer_step", lambda: (*step_arguments(), None)),
+    ("optimizer_norms", lambda: lamb_arguments()),
+]
+"""Ops, and arguments of each."""
+
+
+@pytest.mark.parametrize(("op", "arguments"), CASES)
+def test_registered_as_torch_wants_it(op: str, arguments: Callable[[], tuple]) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(OPS, op).default, arguments(), test_utils=tests)
+
+
+def strided(x: object) -> object:
+    """The same values with a gap behind each, and in the gaps others."""
+    return torch.stack([x, x + 1], -1)[..., 0] if isinstance(x, torch.Tensor) and x.ndim else x
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("op", "arguments"), [case for case in CASES if not case[0].startswith("optimizer")])
+def test_tensors_need_not_be_contiguous(op: str, arguments: Callable[[], tuple], backend: str) -> None:
+    given = arguments()
+    with kernels.use_backend(backend):
+        found, expected = (getattr(OPS, op)(*map(change, given)) for change in (strided, lambda x: x))
+    for x, y in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (found, expected)), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_calls_are_counted_by_backend() -> None:
