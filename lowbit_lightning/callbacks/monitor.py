@@ -46,8 +46,7 @@ from lowbit_lightning.callbacks import paging
 from lowbit_lightning.callbacks import picture as pictures
 from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
 from lowbit_lightning.callbacks.sample import Sample
-from lowbit_lightning.layers import Int8Layer
-from lowbit_lightning.layers.moe import Int8ExpertsForm
+from lowbit_lightning.layers import Int8ExpertsForm, Int8Layer
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import codes_name, is_coded
 

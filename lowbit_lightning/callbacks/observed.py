@@ -24,8 +24,7 @@ from lowbit_lightning.callbacks import paging
 from lowbit_lightning.callbacks.monitor import LowBitMonitor
 from lowbit_lightning.callbacks.quantization import measure
 from lowbit_lightning.kernels.formats import dynamic_map
-from lowbit_lightning.layers import Int8Layer, LowBitEmbedding, LowBitLinear
-from lowbit_lightning.layers.moe import Int8ExpertsForm
+from lowbit_lightning.layers import Int8ExpertsForm, Int8Layer, LowBitEmbedding, LowBitLinear
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import codes_name
 from lowbit_lightning.state.pages import Entries

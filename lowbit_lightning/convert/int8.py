@@ -192,7 +192,7 @@ def _unfit_convolution(layer: Any) -> str | None:
 
 
 def _last_convolution(layers: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The convolution that computes the output of a model without linear layers behind it (a UNet)."""
+    """The convolution that computes the output of a model without linear layers after it (a UNet)."""
     last = list(layers.values())[-1] if layers else None
     return last if isinstance(last, _Conv) else None
 

@@ -177,7 +177,8 @@ def layer_at(module: nn.Module, name: str) -> Any:
 def adopt(layer: Any, weights: Weights) -> LowBitWeight:
     """Put a layer of ``select_weights`` into low bits."""
     if isinstance(layer, Expert):
-        layer.owner.register_load_state_dict_pre_hook(_load_experts)
+        if not any(isinstance(m, LowBitTensor) for m in layer.owner.children()):  # once for all of its parameters
+            layer.owner.register_load_state_dict_pre_hook(_load_experts)
         return LowBitTensor.adopt(layer.owner, layer.part, weights)
     (LowBitEmbedding if isinstance(layer, nn.Embedding) else LowBitLinear).adopt(layer, weights)
     return layer

@@ -46,7 +46,7 @@ class Past:
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each behind a norm. ``causal``: a position sees only those before it. With a ``past``
+    """Attention and a perceptron, each after a norm. ``causal``: a position sees only those before it. With a ``past``
     it sees those that were kept there too."""
 
     def __init__(self, width: int, heads: int, causal: bool = True) -> None:

@@ -105,8 +105,8 @@ class Int8Product(Protocol):
 
 
 class Int8Grouped(Protocol):
-    """``int8_grouped.py``: matrices whose rows are sorted into groups. ``ends``: the row behind the last one of each,
-    ascending. Rows behind the last end are of no group; their results are zeros.
+    """``int8_grouped.py``: matrices whose rows are sorted into groups. ``ends``: the row after the last one of each,
+    ascending. Rows after the last end are of no group; their results are zeros.
 
     *Group columns* ``[S, C]`` hold each group transposed, ``[C, rows]``, in its rows.
     """

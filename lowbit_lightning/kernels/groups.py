@@ -1,7 +1,7 @@
 """Rows that are sorted into groups, such as the tokens of each expert of a mixture of experts.
 
 ``offs [E]`` says where groups end, as for ``torch.nn.functional.grouped_mm``: group e has rows ``offs[e - 1]`` to
-``offs[e] - 1`` (``offs[-1] = 0``), and may be empty. Rows behind the last end belong to no group.
+``offs[e] - 1`` (``offs[-1] = 0``), and may be empty. Rows after the last end belong to no group.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ends_of(offs: Tensor, rows: int) -> list[int]:
 
 
 def spans(ends: Sequence[int]) -> list[tuple[int, int]]:
-    """The first row of each group, and the one behind its last."""
+    """The first row of each group, and the one after its last."""
     return [*zip([0, *ends], ends, strict=False)]
 
 

@@ -1,5 +1,5 @@
 """The products of a linear layer whose rows are sorted into groups, each with a weight of its own: as ``ops`` has them
-for one weight, an op for the forward and one for the int8 gradients. ``layers.experts_int8`` uses them.
+for one weight, an op for the forward and one for the int8 gradients. ``layers.moe`` uses them.
 
 The three products of group e, with rows x and dy, are those of a linear layer. The first two are matmuls of rows, with
 one weight for each group (``kernels.int8_grouped_matmul``); the third contracts a group's rows

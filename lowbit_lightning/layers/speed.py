@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lowbit_lightning.kernels.compile import processor
+from lowbit_lightning.kernels.compile import processor, sources_digest
 from lowbit_lightning.layers.conv import Int8Conv, Seen
 from lowbit_lightning.layers.grouped_ops import grouped_linear
 from lowbit_lightning.layers.int8 import FORMS, Int8Layer, Products
@@ -164,7 +164,7 @@ def times(shape: Any, device: torch.device) -> Times:
     """The times of a shape, kept from an earlier run or measured now."""
     kind = "convolution" if isinstance(shape, ConvShape) else "experts"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return Times(*remembered(kind, machine, repr(shape), measure=lambda: measure(shape, device)))
+    return Times(*remembered(kind, machine, sources_digest(), repr(shape), measure=lambda: measure(shape, device)))
 
 
 def measure(shape: Shape, device: torch.device) -> Times:

@@ -53,6 +53,13 @@ _lock = threading.Lock()
 # Source text
 
 
+@functools.cache
+def sources_digest() -> str:
+    """Changes with any file of ``kernels/src``: what was measured of older kernels says nothing of these."""
+    files = sorted(path for path in SOURCES.iterdir() if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def source_text(*names: str, prelude: str = "", generated: Mapping[str, str] | None = None) -> str:
     """``prelude``, then the named files of ``kernels/src``, as one text that needs no include path.
 

@@ -85,7 +85,8 @@ def is_right(device: torch.device, other: Engine) -> bool:
     """
     m, n, k = 200, 270, 665  # more than a tile each, and more steps than the ring has stages
     a, b = (_spread(rows, k, device) for rows in (m, n))
-    arguments = a, b, 1 / torch.arange(1, m + 1, device=device), torch.arange(1, n + 1, device=device) / 3
+    a_scales, b_scales = (torch.arange(1, rows + 1, dtype=torch.float32, device=device) for rows in (m, n))
+    arguments = a, b, 1 / a_scales, b_scales / 3
     try:
         expected = other(*arguments, None, torch.float32)
         wrong = [name for name, run in engines().items() if not run(*arguments, None, torch.float32).equal(expected)]

@@ -1,6 +1,6 @@
 """Int8 matrices whose rows are sorted into groups, in plain torch: group by group, by the functions for one matrix.
 
-``ends``: of the groups, ascending; rows behind the last one belong to none.
+``ends``: of the groups, ascending; rows after the last one belong to none.
 """
 
 from __future__ import annotations

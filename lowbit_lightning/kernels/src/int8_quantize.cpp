@@ -354,7 +354,7 @@ extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t
     quantize(x, dtype, rows, columns, seed, row_q, row_scales, column_q, column_scales, turned, threads);
 }
 
-// The same of groups of rows, each by itself, with the seed *seed + its number. `ends`: the row behind its last. Its
+// The same of groups of rows, each by itself, with the seed *seed + its number. `ends`: the row after its last. Its
 // rows of column_q are its columns, transposed. many: elements of a group from which several threads pay.
 extern "C" void lb_int8_quantize_groups(const void* x, int dtype, const int64_t* ends, int64_t groups, int64_t columns,
                                         const uint64_t* seed, int8_t* row_q, float* row_scales, int8_t* column_q,

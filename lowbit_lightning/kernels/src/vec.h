@@ -82,7 +82,7 @@ LB_FN V sqrt(V x) {
 // the rules' maximum: NaN if either is, as torch.maximum
 LB_FN V maximum_or_nan(V a, V b) { return where(a == a, maximum(a, b), a); }
 
-// x in the first `count` lanes, zero behind
+// x in the first `count` lanes, zero in the others
 LB_FN V first_lanes(V x, int count) {
     if (count == W) return x;
     for (int i = count; i < W; ++i) x[i] = 0.0f;
