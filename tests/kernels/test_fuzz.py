@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from emulator.backend import emulated
 from support import fuzz
 from support.run_program import run, run_afresh, status_of
 
-from lowbit_lightning.kernels import backend
+from lowbit_lightning.kernels import backend, cpu
 
 # Ops that run in the cases of others.
 BESIDE = {
@@ -30,6 +31,13 @@ def test_every_op_has_its_hostile_cases() -> None:
     assert backend.OPS.keys() - IN_ANY_ORDER == {*fuzz.OPS, *BESIDE}
 
 
+def test_the_cpu_backend_allocates_where_guards_see_it() -> None:
+    """By ``torch.empty``, which ``guards`` replaces."""
+    unseen = re.compile(r"\.new_(empty|zeros|ones|full)\(|torch\.empty_like\(")
+    for path in Path(cpu.__file__).parent.glob("*.py"):
+        assert not unseen.search(path.read_text()), path.name
+
+
 @needs_mprotect
 @pytest.mark.parametrize(
     "arguments", [("--kinds", "8", "mixed"), ("--ops", *(op for op in fuzz.OPS if op != "optimizer_step"))], ids=str
@@ -44,9 +52,9 @@ def test_an_access_outside_a_tensor_ends_the_process(offset: int, tmp_path: Path
     program = tmp_path / "access.py"
     program.write_text(f"""
 import ctypes, random, sys, torch
-from support import fuzz
+from support import guards
 random.choice = lambda ends: ends[{int(offset > 0)}]
-x = fuzz.guarded((300,), torch.uint8)
+x = guards.guarded((300,), torch.uint8)
 ctypes.c_uint8.from_address(x.data_ptr() + 150)
 print(ctypes.c_uint8.from_address(x.data_ptr() + int(sys.argv[1])).value)
 """)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import faulthandler
-import mmap
 import random
 import sys
 import time
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,6 +26,7 @@ from lowbit_lightning import kernels
 from lowbit_lightning.kernels import compile, rules
 from lowbit_lightning.kernels.cpu import blockwise, int8, int8_conv, int8_product, lowbit, step
 from lowbit_lightning.kernels.formats import BlockGrid
+from support.guards import guards, protect
 from support.step_case import StepCase
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,51 +35,11 @@ KINDS = ("8", "32", "mixed", "any")
 """States of a step: their bits (mixed: as optimizers keep them), or anything, other dtypes and block sizes too."""
 QUANTIZERS = ("quantize_rowwise", "quantize_colwise", "quantize_both", "quantize_channels", "quantize_image")
 LOWBIT = ("int8", "nf4", "fp4", "int4", "int3", "int2")
-PAGE = mmap.PAGESIZE
 SPECIAL = (
     *(0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 127.0, 1e-45, -1e-45, 1e-40, 2.0**-126, -(2.0**-126), 2.0**-120, 1.2e-38),
     *(65504.0, 65520.0, 7e20, -7e20, 1e22, -1e22, 3e38, -3.4028234e38, float("inf"), -float("inf"), float("nan")),
 )
 STEPS = (0.0, 1.0, 5.0, 1000.0, 2.0**24, 0.5, -1.0, -3.0, 1e30, float("inf"), -float("inf"), float("nan"))
-
-
-# -- tensors between pages that nobody may touch ----------------------------------------------------------------------
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor filled with NaN or the largest integer; it lies at one end of its pages, chosen at random."""
-    count, size = 1, dtype.itemsize
-    for length in shape:
-        count *= length
-    inner = max(PAGE, -(-count * size // PAGE) * PAGE)
-    memory = mmap.mmap(-1, inner + 2 * PAGE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for guard in (start, start + PAGE + inner):
-        if _libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0):
-            raise OSError(ctypes.get_errno(), "mprotect")
-    offset = PAGE + random.choice((0, inner - count * size))
-    if not count:
-        return torch.zeros(shape, dtype=dtype)
-    fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(tuple(shape)).fill_(fill)
-
-
-def protect(x: Tensor) -> Tensor:
-    """A copy between guards."""
-    return guarded(x.shape, x.dtype).copy_(x)
-
-
-@contextmanager
-def guards() -> Iterator[None]:
-    """What ops allocate lies between guards, too."""
-
-    def empty(*shape: Any, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        return guarded(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape, dtype)
-
-    with patch.object(torch, "empty", empty):
-        yield
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
     """Rows of x are multiplied eight at a time."""
     (*leading, length), outputs = x.shape, packed.shape[0]
     compiled, argument, _ = _form(form, length)
-    out = x.new_empty((*leading, outputs))
+    out = torch.empty((*leading, outputs), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.float()
     weight = argument, packed.data_ptr(), scales.data_ptr(), outputs
     start, to, size = x.data_ptr(), out.data_ptr(), x.itemsize
