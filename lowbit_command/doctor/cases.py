@@ -5,7 +5,7 @@ A case builds its inputs on the CPU from a fixed seed, so that every backend get
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them, in the order of their ops."""
-    return [*_blockwise(), *_int8(), *_product(), *_lowbit(), *_steps()]
+    return [*_blockwise(), *_int8(), *_product(), *_convolution(), *_grouped(), *_lowbit(), *_steps()]
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,7 +64,7 @@ def _blockwise() -> Iterator[Case]:
 
 
 def _int8() -> Iterator[Case]:
-    for op in ("quantize_rowwise", "quantize_colwise", "quantize_both"):
+    for op in ("quantize_rowwise", "quantize_colwise", "quantize_both", "quantize_channels", "quantize_image"):
         for name, dtype in _DTYPES.items():
 
             def quantize(device: torch.device, op: str = op, dtype: torch.dtype = dtype) -> list[Tensor]:
@@ -93,7 +93,72 @@ def _product() -> Iterator[Case]:
         yield Case("int8_matmul", name, product)
 
 
+def _convolution() -> Iterator[Case]:
+    """Of 4 images of 6 x 4 pixels by 3 x 1 taps, and its gradients."""
+    images, height, width, taps, channels, features = 4, 6, 4, 3, 64, 48
+    pixels = height * width
+    taken = torch.arange(pixels)[:, None] + width * (torch.arange(taps) - 1)
+    table = torch.where((taken < 0) | (taken >= pixels), -1, taken).int()
+    x, weight, dy = (
+        _int8_of(images * pixels, channels),
+        _int8_of(features, taps, channels),
+        _int8_of(images * pixels, features),
+    )
+    of_pixels, of_features, of_channels = (_random(n).abs() for n in (images * pixels, features, channels))
+    operands = {
+        "int8_conv": (x, weight, of_pixels, of_features, table, images, None),
+        "int8_conv_input": (dy, weight, of_pixels, of_channels, table, images, pixels),
+        "int8_conv_weight": (dy.T.contiguous(), x, of_features, of_channels, table, images),
+    }
+    yield from _by_dtype(operands)
+
+
+def _grouped() -> Iterator[Case]:
+    """Three groups of rows, of which one is empty."""
+    offs = torch.tensor([40, 40, ROWS])
+    for op in ("quantize_groups", "quantize_group_columns"):
+        for name, dtype in _DTYPES.items():
+
+            def quantize(device: torch.device, op: str = op, dtype: torch.dtype = dtype) -> list[Tensor]:
+                x = _random(ROWS, COLUMNS, dtype=dtype).to(device)
+                return [t for seed in (None, 7) for t in getattr(kernels, op)(x, offs, seed)]
+
+            yield Case(op, name, quantize)
+    a, b, weights = _int8_of(ROWS, 64), _int8_of(ROWS, COLUMNS), _int8_of(3, 48, 64)
+    scales = [_random(*shape).abs() for shape in ((ROWS,), (3, 48), (3, 64), (3, COLUMNS))]
+    operands = {
+        "int8_grouped_matmul": (a, weights, scales[0], scales[1], offs, _random(3, 48)),
+        "int8_grouped_outer": (a, b, scales[2], scales[3], offs),
+    }
+    yield from _by_dtype(operands)
+
+
+def _int8_of(*shape: int) -> Tensor:
+    return (_random(*shape) * 40).clamp(-127, 127).to(torch.int8)
+
+
+def _by_dtype(operands: Mapping[str, tuple]) -> Iterator[Case]:
+    """Ops whose last argument is the dtype of the result."""
+    for op, arguments in operands.items():
+        for name, dtype in _DTYPES.items():
+
+            def product(
+                device: torch.device, op: str = op, arguments: tuple = arguments, dtype: torch.dtype = dtype
+            ) -> list[Tensor]:
+                there = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
+                return [getattr(kernels, op)(*there, dtype)]
+
+            yield Case(op, name, product)
+
+
 def _lowbit() -> Iterator[Case]:
+    x = _random(32, COLUMNS)
+    x[:, 5] *= 60
+
+    def split(device: torch.device) -> list[Tensor]:
+        return [*torch.ops.lowbit_lightning.split_outliers(x.to(device), *_weight("int8", device), 6.0)]
+
+    yield Case("split_outliers", "float32", split, 1e-5)
     for form in _FORMATS:
 
         def quantize(device: torch.device, form: str = form) -> list[Tensor]:

@@ -59,6 +59,15 @@ class _Quantized(nn.Module):
         """
         raise NotImplementedError
 
+    def _follow(self) -> None:
+        """Take over what the weight's quantisation has made. Nothing is assigned that is there already: a forward that
+        assigns can't be compiled under activation checkpointing."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # which quantises a weight that is moved to a device
+        self._follow()
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({f"{prefix}{name}": value.detach() for name, value in self._own().items()})
@@ -109,14 +118,18 @@ class _Quantized4bit(_Quantized):
         weight = self.weight
         if isinstance(weight, Params4bit) and not weight.bnb_quantized:
             weight.quantize()
-        state = getattr(weight, "quant_state", None) or self.quant_state
-        if state is None:
+        self._follow()
+        if self.quant_state is None:
             raise RuntimeError(
                 f"{type(self).__name__} has codes without their quant_state: build its weight by "
                 "Params4bit.from_prequantized, or load a whole state_dict"
             )
-        self.quant_state = state
-        return state
+        return self.quant_state
+
+    def _follow(self) -> None:
+        state = getattr(self.weight, "quant_state", None)
+        if state is not None and self.quant_state is not state:
+            self.quant_state = state
 
     def _own(self) -> dict[str, Tensor]:
         state = getattr(self.weight, "quant_state", None) or self.quant_state
@@ -340,15 +353,25 @@ class Linear8bitLt(_Quantized8bit, nn.Linear):  # type: ignore[misc]
     def init_8bit_state(self) -> None:
         """Hand the weight's codes and scales to ``state``."""
         if isinstance(self.weight, Int8Params) and not self.state.has_fp16_weights:
-            if self.weight.CB is None:
-                self.weight.quantize()
-            self.state.CB, self.state.SCB = self.weight.CB, self.weight.SCB
+            self.weight.quantize()
+            self._follow()
+
+    def _follow(self) -> None:
+        weight, state = self.weight, self.state
+        if isinstance(weight, Int8Params) and not state.has_fp16_weights and state.SCB is not weight.SCB:
+            state.CB, state.SCB = weight.CB, weight.SCB
 
     def forward(self, x: Tensor) -> Tensor:
-        self.state.is_training = self.training
-        self.init_8bit_state()
         dtype = autocast_dtype(x)
-        return matmul(x if dtype is None else x.to(dtype), self.weight, state=self.state, bias=self.bias)
+        x = x if dtype is None else x.to(dtype)
+        if self.state.is_training != self.training:
+            self.state.is_training = self.training
+        if not isinstance(self.weight, Int8Params) or self.state.has_fp16_weights:
+            return matmul(x, self.weight, state=self.state, bias=self.bias)
+        if self.weight.CB is None or self.state.SCB is not self.weight.SCB:
+            self.init_8bit_state()
+        own = MatmulLtState(self.weight.CB, self.weight.SCB, self.state.threshold, has_fp16_weights=False)
+        return matmul(x, self.weight, state=own, bias=self.bias)
 
 
 class Embedding8bit(_Quantized8bit, nn.Embedding):  # type: ignore[misc]

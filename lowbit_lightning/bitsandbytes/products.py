@@ -64,7 +64,8 @@ def matmul(
         TypeError, ValueError: naming the argument and what is allowed.
     """
     state = state or MatmulLtState()
-    state.threshold = threshold or state.threshold
+    if threshold:
+        state.threshold = threshold
     if B.is_floating_point() and state.has_fp16_weights and B.requires_grad and torch.is_grad_enabled():
         found = _trained(A, B, bias)
     else:

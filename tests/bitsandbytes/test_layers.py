@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lowbit_lightning.bitsandbytes as bnb
 
@@ -190,3 +191,19 @@ def test_compiled_layers_in_use(layer: Any, fullgraph: bool) -> None:
     x = torch.randn(8, 64)
     with torch.no_grad():
         assert torch.equal(torch.compile(net, backend="aot_eager", fullgraph=fullgraph)(x), net(x))
+
+
+@pytest.mark.parametrize("layer", [bnb.nn.Linear8bitLt, bnb.nn.Linear4bit])
+def test_compiled_layers_under_activation_checkpointing(layer: Any) -> None:
+    options = {"has_fp16_weights": False} if layer is bnb.nn.Linear8bitLt else {}
+    one = layer(64, 64, **options).to("cpu")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(one, x, use_reentrant=False)
+
+    torch.compiler.reset()
+    x = torch.randn(8, 64, requires_grad=True)
+    found, expected = torch.compile(run, backend="aot_eager", fullgraph=True)(x), one(x)
+    assert torch.equal(found, expected)
+    dy = torch.randn(8, 64)
+    assert torch.equal(*(torch.autograd.grad(y, x, dy)[0] for y in (found, expected)))

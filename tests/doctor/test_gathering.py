@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from lowbit_command.doctor import children, coverage, examine, selftest, show
+from lowbit_command.doctor.cases import cases
 from lowbit_command.doctor.children import Died
 from lowbit_command.doctor.finding import FAIL, OK, WARN, Finding
 from lowbit_command.doctor.probes import cache, compiler, environment, limits, packages, system
 from lowbit_lightning import cli
+from lowbit_lightning.kernels import backend
 from lowbit_lightning.kernels.compile import cache as kernels_cache
 
 KERNEL = "0123456789abcdef0123456789abcdef.so"
@@ -265,3 +267,7 @@ def test_exit_status_and_forms(
     assert sys.prefix not in said
     assert f"| {level} | cache | about" in said
     assert cli.main(["doctor", "--json", "--markdown"]) == 2
+
+
+def test_every_op_of_a_backend_is_tried() -> None:
+    assert {case.op for case in cases()} == backend.OPS.keys()
