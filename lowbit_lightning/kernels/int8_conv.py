@@ -155,8 +155,8 @@ def _check_rest(out_dtype: torch.dtype, channels: int) -> None:
 
 def _on_backend(op: str) -> Callable[..., Tensor]:
     def implementation(a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, *rest: Any) -> Tensor:
-        a, b, a_scales, b_scales, *rest = contiguous(a, b, a_scales, b_scales, *rest)
-        return run(op, a.device, (a, a_scales), (b, b_scales), *rest)
+        a, b, a_scales, b_scales, *others = contiguous(a, b, a_scales, b_scales, *rest)
+        return run(op, a.device, (a, a_scales), (b, b_scales), *others)
 
     return implementation
 
