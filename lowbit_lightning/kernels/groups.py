@@ -47,6 +47,11 @@ def sums_of_groups(x: Tensor, offs: Tensor) -> Tensor:
     return x.new_zeros(offs.shape[0] + 1, x.shape[1], dtype=torch.float32).index_add(0, groups, x.float())[:-1]
 
 
+def columns_of(q: Tensor, first: int, last: int) -> Tensor:
+    """Those of one group, ``[C, last - first]``, of the group columns ``[S, C]``."""
+    return q[first:last].view(q.shape[1], last - first)
+
+
 # -- ops of groups, group by group, by the functions of some backend for one matrix ----------------------------------
 
 
@@ -108,6 +113,6 @@ def outer_by(
     """``int8_grouped_outer`` by this ``int8_matmul``."""
     out = torch.zeros(len(ends), a.shape[1], b.shape[1], dtype=out_dtype, device=a.device)
     for e, (first, last) in enumerate(spans(ends)):
-        of_a, of_b = (x[first:last].view(x.shape[1], last - first) for x in (a, b))
+        of_a, of_b = columns_of(a, first, last), columns_of(b, first, last)
         out[e] = product(of_a, of_b, a_scales[e], b_scales[e], None, out_dtype)
     return out

@@ -12,13 +12,15 @@ C++; on a GPU it launches kernels group by group, so CUDA graphs can't capture i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import FLOATS, as_int64
 from lowbit_lightning.kernels.checks import check_devices, check_dtype
 from lowbit_lightning.kernels.dispatch import contiguous, declare, run
-from lowbit_lightning.kernels.groups import check_offs, ends_of, spans
+from lowbit_lightning.kernels.groups import check_offs, columns_of, ends_of, spans
 from lowbit_lightning.kernels.int8_product import LONGEST_INT8_SUM, int8_matmul
 
 
@@ -188,17 +190,9 @@ def _run_matmul(
     return run("int8_grouped_matmul", a.device, *operands, ends_of(offs, len(a)), bias, out_dtype)
 
 
-def _like_matmul(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor,
-    b_scales: Tensor,
-    offs: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_matmul(a, b, a_scales, b_scales, offs, bias, out_dtype)
-    return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+def _like_matmul(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    _check_matmul(a, b, *rest)
+    return a.new_empty(a.shape[0], b.shape[1], dtype=rest[-1])
 
 
 def _run_outer(
@@ -210,20 +204,14 @@ def _run_outer(
     if len(a) <= LONGEST_INT8_SUM:
         return run("int8_grouped_outer", a.device, a, b, a_scales, b_scales, ends, out_dtype)
     scales = zip(a_scales, b_scales, strict=True)
-    parts = [(columns_of(a, *rows), columns_of(b, *rows)) for rows in spans(ends)]
+    parts = [(columns_of(a, *rows), columns_of(b, *rows)) for rows in spans(ends)]  # sums that are cut
     return torch.stack([int8_matmul(*p, *s, None, out_dtype) for p, s in zip(parts, scales, strict=True)])
 
 
-def _like_outer(
-    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, offs: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    _check_outer(a, b, a_scales, b_scales, offs, out_dtype)
+def _like_outer(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    _check_outer(a, b, *rest)
+    *_, offs, out_dtype = rest
     return a.new_empty(offs.shape[0], a.shape[1], b.shape[1], dtype=out_dtype)
-
-
-def columns_of(q: Tensor, first: int, last: int) -> Tensor:
-    """Those of one group, ``[C, last - first]``, of the group columns ``[S, C]``."""
-    return q[first:last].view(q.shape[1], last - first)
 
 
 _both = declare(

@@ -46,11 +46,8 @@ def lowbit_grouped_matmul(
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
     """
-    if unwatched(x, packed, scales, offs, bias):
-        return _run(x, packed, scales, offs, bias, str(form), row_length, transposed)
-    if is_transformed():
-        return _by_torch(x, packed, scales, offs, bias, str(form), row_length, transposed)
-    return _matmul(x, packed, scales, offs, bias, str(form), row_length, transposed)
+    way = _run if unwatched(x, packed, scales, offs, bias) else _by_torch if is_transformed() else _matmul
+    return way(x, packed, scales, offs, bias, str(form), row_length, transposed)
 
 
 def _by_torch(
@@ -126,17 +123,9 @@ def _run(
     return y
 
 
-def _like(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    offs: Tensor,
-    bias: Tensor | None,
-    form: str,
-    row_length: int,
-    transposed: bool,
-) -> Tensor:
-    _check(x, packed, scales, offs, bias, form, row_length, transposed)
+def _like(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+    _check(x, packed, *rest)
+    *_, row_length, transposed = rest
     return x.new_empty(x.shape[0], _outputs(packed, row_length, transposed))
 
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare, is_transformed
-from lowbit_lightning.kernels.groups import ends_of, spans, sums_of_groups
-from lowbit_lightning.kernels.int8_grouped import columns_of
+from lowbit_lightning.kernels.groups import columns_of, ends_of, spans, sums_of_groups
 from lowbit_lightning.layers.int8 import Products
 from lowbit_lightning.layers.ops import unsaved
 from lowbit_lightning.layers.product import HIGH, INT8, ROTATED, Kinds, form, product
