@@ -235,7 +235,7 @@ def test_pinning_is_on_the_device_and_an_error_of_it_is_nobody_elses(
         yield
         fakes.log.append(("off",))
 
-    def ones(*_: Any, device: torch.device) -> Tensor:
+    def ones(*_: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         fakes.log.append(("kernel", str(device)))
         raise RuntimeError("CUDA error: invalid argument")  # the one that the runtime has kept
 
