@@ -7,6 +7,9 @@ lines, with the make target that runs them.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +72,25 @@ def _reproducible() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    """What a program may set for its whole process, and a test that calls its ``main`` must not hand on to the next
+    test of this worker: environment variables, the levels of loggers, the default dtype, Lightning's rank."""
+    environment, dtype = dict(os.environ), torch.get_default_dtype()
+    loggers = [logging.root, *(each for each in logging.root.manager.loggerDict.values() if hasattr(each, "level"))]
+    levels = [each.level for each in loggers]
+    yield
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    torch.set_default_dtype(dtype)
+    for logger, level in zip(loggers, levels, strict=True):
+        if logger.level != level:
+            logger.setLevel(level)
+    if (rank_zero := sys.modules.get("lightning.fabric.utilities.rank_zero")) is not None:
+        rank_zero.rank_zero_only.rank = 0
 
 
 @pytest.fixture
