@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import clock
 
 from lowbit_lightning.state import pages
 from lowbit_lightning.state.pages.file import FileTransport
@@ -74,12 +75,19 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _layers_are_faster_in_int8() -> None:
+    """``swap="faster"`` keeps every layer in int8; tests of the choice have clocks of their own."""
+    clock.stop()
+
+
 @pytest.fixture(autouse=True)
 def _leaves_the_process_as_it_was() -> Iterator[None]:
     """What a program may set for its whole process, and a test that calls its ``main`` must not hand on to the next
     test of this worker: environment variables, the levels of loggers, the default dtype, Lightning's rank."""
     environment, dtype = dict(os.environ), torch.get_default_dtype()
-    loggers = [logging.root, *(each for each in logging.root.manager.loggerDict.values() if hasattr(each, "level"))]
+    known = logging.root.manager.loggerDict.values()
+    loggers = [logging.root, *(each for each in known if isinstance(each, logging.Logger))]
     levels = [each.level for each in loggers]
     yield
     if os.environ != environment:

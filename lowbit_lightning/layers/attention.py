@@ -137,8 +137,8 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
         sizes = [n * self.embed_dim for n in sizes]
         matrices = self.weights if self.in_proj_weight is None else self.in_proj_weight.split(sizes)
         biases = [None] * len(sizes) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
-        for x, matrix, bias in zip((query, key, value), matrices, biases, strict=False):
-            y = linear(self, x, matrix, bias)
+        for number, (x, matrix, bias) in enumerate(zip((query, key, value), matrices, biases, strict=False)):
+            y = linear(self, x, matrix, bias, number)
             for hook in self._projection_hooks.values():
                 hook(self, x, matrix, y)
             yield y

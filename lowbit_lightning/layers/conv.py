@@ -30,7 +30,7 @@ The backward gets the image as int8 channels, a byte per element. Patches are ne
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +41,8 @@ from lowbit_lightning.layers.conv_product import Geometry, convolve
 from lowbit_lightning.layers.int8 import Int8Layer, Products, fewest_rows, in_compute_dtype, multiply
 from lowbit_lightning.layers.pixels import every_nth
 from lowbit_lightning.layers.product import HIGH, INT8
+from lowbit_lightning.layers.seen import ImagesSeen, Terms, is_noted
 from lowbit_lightning.layers.windows import Windows
-
-
-class Seen(NamedTuple):
-    """The images that a convolution has last been trained on: how many, their size, the dtype that it computed in
-    ("torch.bfloat16"), and their memory format."""
-
-    images: int
-    size: tuple[int, ...]
-    dtype: str
-    channels_last: bool
 
 
 class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
@@ -68,7 +59,7 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
     dilation: Any
     stride: Any
     padding: Any
-    seen: Seen | None = None
+    seen: ImagesSeen | None = None
 
     @property
     def kinds(self) -> tuple[int, int, int]:
@@ -119,8 +110,8 @@ class Int8Conv(Int8Layer, nn.modules.conv._ConvNd):
 
     def _convolve(self, x: Tensor, windows: Windows) -> Tensor:
         p = self.products
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.seen = Seen(x.shape[0], windows.size, str(x.dtype), is_channels_last(x))
+        if is_noted():
+            self.seen = ImagesSeen(x.shape[0], windows.size, is_channels_last(x), Terms.of(x, self.weight))
         last = is_channels_last(x) or is_channels_last(self.weight)
         if windows.see_one_pixel:
             y = multiply(every_nth(x, windows.stride), self.weight.flatten(1), self.bias, p)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.ops import int8_linear
 from lowbit_lightning.layers.product import HIGH, INT8, ROTATED, product
+from lowbit_lightning.layers.seen import MatmulSeen, Terms, is_noted
 
 Product = Literal["int8", "hadamard", "high"]
 Saved = Literal["int8", "high"]
@@ -106,6 +107,9 @@ class Int8Layer(nn.Module):
     adopted: bool = False
     """True where a plain layer was turned into this one, and may be turned back."""
 
+    seen: Any = None
+    """What it has last been trained on (``layers.seen``): of a layer of matrices a ``MatmulSeen`` for each of them."""
+
     weight: Tensor
     bias: Any  # a Tensor or None
 
@@ -161,8 +165,10 @@ def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, products: Produc
     return y
 
 
-def linear(layer: Int8Layer, input: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def linear(layer: Int8Layer, input: Tensor, matrix: Tensor, bias: Tensor | None, number: int = 0) -> Tensor:
     """``input @ matrix.T + bias`` of ``[..., K]`` and ``[N, K]``, as the layer's products and its mode say.
+
+    ``number``: which of the layer's matrices it is.
 
     Raises:
         TypeError, ValueError: if the input's dtype, device or shape does not fit the matrix.
@@ -172,7 +178,11 @@ def linear(layer: Int8Layer, input: Tensor, matrix: Tensor, bias: Tensor | None)
     if input.ndim == 0 or input.shape[-1] != matrix.shape[1]:
         raise ValueError(f"input must be of shape [..., {matrix.shape[1]}], got {tuple(input.shape)}")
     x = in_compute_dtype(input, matrix)
-    return multiply(Int8Matrix.rows(x), matrix, bias, layer.products).reshape(*x.shape[:-1], matrix.shape[0])
+    rows = Int8Matrix.rows(x)
+    if is_noted():
+        seen = MatmulSeen(rows.shape[0], matrix.shape[1], matrix.shape[0], Terms.of(x, matrix))
+        layer.seen = (*(layer.seen or ())[:number], seen)
+    return multiply(rows, matrix, bias, layer.products).reshape(*x.shape[:-1], matrix.shape[0])
 
 
 def of_nested(forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,9 @@ from torch import Tensor, nn
 from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.grouped_ops import grouped_linear
 from lowbit_lightning.layers.int8 import FORMS, Int8Layer, Products, fewest_rows, in_compute_dtype
+from lowbit_lightning.layers.seen import ExpertsSeen, Terms, is_noted
 
 _TOLD = ("has_gate", "has_bias", "is_transposed")
-
-
-class ExpertsSeen(NamedTuple):
-    """The rows, (token, expert) pairs, that experts have last been trained on, and the dtype that they computed in."""
-
-    rows: int
-    dtype: str
 
 
 class Experts(nn.Module):
@@ -171,8 +165,8 @@ class Int8ExpertsForm(Int8Layer):
         if not (self.training or torch.is_grad_enabled()) and rows < fewest_rows(self.weight) * experts.num_experts:
             return self.plain.forward(self, hidden_states, top_k_index, top_k_weights)
         x = in_compute_dtype(hidden_states, self.weight)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.seen = ExpertsSeen(rows, str(x.dtype))
+        if is_noted():
+            self.seen = ExpertsSeen(rows, Terms.of(x, self.weight))
 
         def project(name: str, x: Tensor, offs: Tensor) -> Tensor:
             weight, bias = getattr(self, name), getattr(self, f"{name}_bias") if experts.has_bias else None

@@ -120,11 +120,18 @@ class Int8Mixed:
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """After the first step, layers that are slower in int8 go on in high precision."""
         result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        self.leave_slower_layers()
+        return result
+
+    def leave_slower_layers(self) -> None:
+        """Time the layers of a model that has trained a step, and make those plain that are slower in int8.
+
+        Nothing happens a second time, or with ``swap="all"``. All ranks call it together.
+        """
         module = self._converted
         if self.swap == "faster" and not self._slower.known and module is not None and self._swapped is not None:
-            self._slower.find(module)
+            self._slower.find(module, self._swapped)
             self._say(self._slower.apply(module, self._swapped))
-        return result
 
     @property
     def _converted(self) -> nn.Module | None:
@@ -175,9 +182,9 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
         rotation: "hadamard" makes every "int8" of the three products "hadamard".
         overrides: pattern -> settings for the layers that it matches, or None to leave them in high precision.
-        swap: "faster" leaves convolutions in high precision that are slower in int8 on this device: they are timed
-            after the first step, at the sizes that they have seen (``precision.slower``). "all" keeps them. A resumed
-            run keeps the choice.
+        swap: "faster" leaves layers in high precision that are slower in int8 on this device: they are timed after the
+            first step, at the sizes that they have seen (``precision.slower``). "all" keeps them in int8, which may
+            be slower, but saves memory for activations. A resumed run keeps the choice.
         autocast: the dtype of other ops: "auto" (bf16 autocast if bf16 is faster: known on a GPU, measured on a CPU,
             see ``precision.autocast``), "bf16" or "off" (float32). A resumed run keeps what "auto" chose at first.
 

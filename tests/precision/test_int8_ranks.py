@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit_lightning import Int8MixedPrecision, convert, kernels
 from lowbit_lightning.callbacks import DeterministicResume
+from lowbit_lightning.layers import speed
+from lowbit_lightning.layers.speed import Times
 from lowbit_lightning.precision import autocast
 from lowbit_lightning.strategies import ShardedStrategy
 from lowbit_lightning.strategies.blocks import average_gradients
@@ -136,3 +138,24 @@ def test_all_ranks_take_the_first_ones_dtype(folder: Path) -> None:
     ):
         fit(model, max_epochs=1)
     assert model.dtypes == {torch.bfloat16}
+
+
+@on_ranks(2)
+def test_all_ranks_leave_the_layers_that_the_first_one_leaves(folder: Path) -> None:
+    """Each of two ranks measures that another layer is slower."""
+    first, model = dist.get_rank() == 0, Model(seed=1)
+    model.net[2] = nn.Linear(32, 64)
+    model.net[4] = nn.Linear(64, 2)
+    kinds: list[str] = []
+
+    def times(shape: Any, device: Any) -> Times:
+        square = shape.matmuls[0][1].outputs == 32
+        return Times(2.0, 1.0) if square == first else Times(1.0, 2.0)
+
+    class Kinds(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            kinds[:] = [type(model.net[i]).__name__ for i in (0, 2)]
+
+    with mock.patch.object(speed, "times", times):
+        fit(model, Kinds(), max_epochs=1)
+    assert kinds == ["Linear", "Int8Linear"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support import on_ranks
+from support import clock, on_ranks
 from support.ranks import fork, join, write_outcomes
 
 
@@ -37,6 +37,7 @@ def rank_main(rank: int, ranks: int, names: list[str], module: Any, folder: Path
 
 def main(file: Path, folder: Path, thorough: bool, rounds: list[str]) -> None:
     on_ranks.THOROUGH = thorough
+    clock.stop()
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
