@@ -25,7 +25,8 @@ def devices() -> list[str]:
 
 
 def gather() -> list[dict[str, Any]]:
-    """In a child, for each device: ``{"device", "name", "backend", "why", "ops": {op: {state: number of cases}}}``."""
+    """In a child, for each device: ``{"device", "name", "backend", "why", "ops": {op: {state: number of cases}},
+    "engines": {op: how it runs, where there are several ways}}``."""
     import torch
 
     from lowbit_command.doctor.cases import cases
@@ -40,8 +41,23 @@ def gather() -> list[dict[str, Any]]:
             states = ops.setdefault(case.op, {})
             state = REFERENCE if runs_reference(backend, case.op) else _state(case, device)
             states[state] = states.get(state, 0) + 1
-        found.append({"device": device, "name": _name(device), "backend": backend, "why": why, "ops": ops})
+        about = {"device": device, "name": _name(device), "backend": backend, "why": why, "ops": ops}
+        found.append({**about, "engines": {op: said for op in ops if (said := engine(op, device))}})
     return found
+
+
+def engine(op: str, device: str) -> str:
+    """By which instructions or kernel a device runs an op, if it is in the cache and there are several ways; or ""."""
+    import torch
+
+    from lowbit_lightning.kernels import dispatch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return dispatch.engine(op, torch.device(device))
+    except _NotCachedError:
+        return ""
 
 
 def backend_of(device: str) -> tuple[str, str]:

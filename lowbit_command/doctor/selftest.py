@@ -13,7 +13,15 @@ from typing import Any
 
 from lowbit_command.doctor import children
 from lowbit_command.doctor.children import Died
-from lowbit_command.doctor.coverage import CACHED, COMPILED, REFERENCE, backend_of, devices, runs_reference
+from lowbit_command.doctor.coverage import (
+    CACHED,
+    COMPILED,
+    REFERENCE,
+    backend_of,
+    devices,
+    engine,
+    runs_reference,
+)
 
 LIMIT = 180.0
 """Seconds for one case, the compilation of its kernel included."""
@@ -21,7 +29,8 @@ LIMIT = 180.0
 
 def results(start: str = "0") -> Iterator[dict[str, Any]]:
     """In the child: ``{"case", "of", "device", "op", "name"}`` before each case, and the same with its result after
-    it: ``state``, ``error`` ("" where it is right), ``seconds`` of the first call, ``ours`` and ``reference`` in ms."""
+    it: ``state``, ``error`` ("" where it is right), ``engine`` (``coverage.engine``), ``seconds`` of the first call,
+    ``ours`` and ``reference`` in ms."""
     from lowbit_command.doctor.cases import cases
 
     todo = [(device, case) for device in devices() for case in cases()]
@@ -41,7 +50,7 @@ def _run(case: Any, device: str, compiled: list[str]) -> dict[str, Any]:
     from lowbit_lightning import kernels
 
     backend, place = backend_of(device)[0], torch.device(device)
-    found: dict[str, Any] = {"seconds": 0.0, "ours": 0.0, "reference": 0.0, "error": ""}
+    found: dict[str, Any] = {"seconds": 0.0, "ours": 0.0, "reference": 0.0, "error": "", "engine": ""}
     try:
         with kernels.use_backend("reference"):
             expected, found["reference"] = _timed(lambda: case.run(torch.device("cpu")), "cpu")
@@ -51,6 +60,8 @@ def _run(case: Any, device: str, compiled: list[str]) -> dict[str, Any]:
     except Exception as error:  # whatever a kernel or a driver may raise is this case's result
         found["error"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     left = runs_reference(backend, case.op) or backend_of(device)[0] == REFERENCE
+    if not left and not found["error"]:
+        found["engine"] = engine(case.op, device)
     return found | {"state": REFERENCE if left else COMPILED if compiled else CACHED}
 
 

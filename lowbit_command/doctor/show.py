@@ -51,7 +51,13 @@ def grid(devices: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Rows of op x device, the first with the heads."""
     ops = list(dict.fromkeys(op for device in devices for op in device["ops"]))
     head = ["op", *(f"{d['device']} ({d['backend']})" for d in devices)]
-    return [head, *([op, *(cell(d["ops"].get(op, {"-": 1})) for d in devices)] for op in ops)]
+    return [head, *([op, *(_cell_of(d, op) for d in devices)] for op in ops)]
+
+
+def _cell_of(device: dict[str, Any], op: str) -> str:
+    """``"cached 4: AVX-512 VNNI"``."""
+    said = device["engines"].get(op)
+    return cell(device["ops"].get(op, {"-": 1})) + (f": {said}" if said else "")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -73,7 +79,8 @@ def tests(results: Sequence[dict[str, Any]]) -> list[list[str]]:
             states[case.get("state") or "-"] = states.get(case.get("state") or "-", 0) + 1
         right = sum(not case["error"] for case in cases)
         sums = [sum(case.get(name, 0) for case in cases) for name in ("ours", "reference", "seconds")]
-        rows.append([op, device, f"{right} of {len(cases)}", cell(states)])
+        engine = next((case["engine"] for case in reversed(cases) if case.get("engine")), "")
+        rows.append([op, device, f"{right} of {len(cases)}", cell(states) + (f": {engine}" if engine else "")])
         rows[-1] += [f"{sums[0]:.1f}", f"{sums[1]:.1f}", f"{sums[2]:.1f}"]
     return [head, *rows]
 

@@ -139,6 +139,15 @@ def function(backend: str, op: str) -> Callable[..., Any]:
     return getattr(import_module(f"lowbit_lightning.kernels.{backend}.{OPS[op]}"), op)
 
 
+def engine(op: str, device: torch.device) -> str:
+    """The instructions or the kernel by which a device runs an op, in words; "" where its backend knows only one way.
+
+    It compiles what decides.
+    """
+    engines = getattr(import_module(function(backend_of(device.type), op).__module__), "engines", None)
+    return "" if engines is None else engines(device).get(op, "")
+
+
 # -- the choice of a backend -----------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from lowbit_command.doctor.probes import cache, compiler, environment, limits, p
 from lowbit_lightning import cli
 from lowbit_lightning.kernels import backend
 from lowbit_lightning.kernels.compile import cache as kernels_cache
+from lowbit_lightning.kernels.cpu import int8_product
 
 KERNEL = "0123456789abcdef0123456789abcdef.so"
 
@@ -188,11 +189,12 @@ def test_a_kernel_that_crashes_is_named_and_the_others_are_tested(program: Any) 
         "    about = {'case': i, 'of': 3, 'device': 'cpu', 'op': 'op', 'name': str(i)}\n"
         "    tell(about)\n"
         "    if i == 1: os.kill(os.getpid(), signal.SIGSEGV)\n"
-        "    tell({**about, 'error': '', 'state': 'cached', 'seconds': 1, 'ours': 1, 'reference': 1})\n"
+        "    about |= {'error': '', 'state': 'cached', 'engine': 'AVX2'}\n"
+        "    tell({**about, 'seconds': 1, 'ours': 1, 'reference': 1})\n"
     )
     found = selftest.run(lambda value: None)
     assert [result["error"] for result in found] == ["", "the kernel crashed (SIGSEGV)", ""]
-    assert show.tests(found)[1] == ["op", "cpu", "2 of 3", "cached 2, - 1", "2.0", "2.0", "2.0"]
+    assert show.tests(found)[1] == ["op", "cpu", "2 of 3", "cached 2, - 1: AVX2", "2.0", "2.0", "2.0"]
 
 
 def test_wrong_results_are_seen() -> None:
@@ -255,18 +257,30 @@ def test_exit_status_and_forms(
         "backend": "cpu",
         "why": "",
         "ops": {"op": {"cached": 2, "on first use": 1}},
+        "engines": {"op": "AVX2"},
     }
     monkeypatch.setattr(examine, "examine", lambda: examine.Examination([found], {}, [device]))
     assert cli.main(["doctor"]) == status
     said = capsys.readouterr().out
     assert said.startswith(f"{level:4}  cache  about")
-    assert "op  cached 2, on first use 1" in said
+    assert "op  cached 2, on first use 1: AVX2" in said
     assert cli.main(["doctor", "--markdown"]) == status
     said = capsys.readouterr().out
     assert "secret" not in said
     assert sys.prefix not in said
     assert f"| {level} | cache | about" in said
     assert cli.main(["doctor", "--json", "--markdown"]) == 2
+
+
+def test_engines_are_those_of_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert coverage.engine("int8_matmul", "cpu") == int8_product.instructions(int8_product.library())
+    assert coverage.engine("quantize_rowwise", "cpu") == ""
+
+    def not_cached() -> Any:
+        raise coverage._NotCachedError
+
+    monkeypatch.setattr(int8_product, "library", not_cached)
+    assert coverage.engine("int8_matmul", "cpu") == ""
 
 
 def test_every_op_of_a_backend_is_tried() -> None:

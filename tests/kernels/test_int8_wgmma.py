@@ -162,6 +162,19 @@ def test_the_fastest_is_measured_once_for_each_kind(hopper: dict[str, Any], best
             assert_same(kernels.int8_matmul(*of), expected_product(of, F32))
         assert launches[-1].kernel == best
         assert hopper["measured"] == measured
+    names = {"int8_product": "mma.sync", "scale_sums": "cuBLASLt", "int8_product_wgmma": "wgmma 128 x 128"}
+    assert engine(HOPPER) == f"{names[best]} (for 64 x 16 x 40)"
+
+
+def engine(capability: tuple[int, int]) -> str:
+    """What ``lowbit doctor`` shows."""
+    with emulated(capability=capability):
+        return int8_product.engines(torch.device("cpu"))["int8_matmul"]
+
+
+def test_the_engine_is_named(hopper: dict[str, Any]) -> None:
+    assert engine(HOPPER).startswith("the fastest of mma.sync, cuBLASLt and wgmma")
+    assert [engine(capability) for capability in ((7, 5), (8, 0), (12, 0))] == ["cuBLASLt", "mma.sync", "mma.sync"]
 
 
 def test_a_wrong_result_is_warned_of_once(check: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

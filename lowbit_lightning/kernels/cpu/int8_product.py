@@ -62,6 +62,11 @@ def instructions(compiled: ctypes.CDLL) -> str:
     return compiled.lb_int8_instructions().decode()
 
 
+def engines(device: torch.device) -> dict[str, str]:
+    """See ``dispatch.engine``."""
+    return {"int8_matmul": instructions(library())}
+
+
 def int8_matmul(
     a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:

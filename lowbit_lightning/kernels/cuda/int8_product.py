@@ -16,6 +16,7 @@ All give the same bits. On sm_90 the fastest is measured for each kind of produc
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,19 @@ def _engines(device: torch.device) -> dict[str, Engine]:
 
 fastest = Fastest()
 """What was measured for each kind of product."""
+
+
+def engines(device: torch.device) -> dict[str, str]:
+    """See ``dispatch.engine``."""
+    if not int8_wgmma.exists(device):
+        capability = launch.capability(device)
+        short, long = (fusing_pays(capability, k) for k in (1, 1 << 20))
+        fused = f"mma.sync, cuBLASLt for sums over more than {_SHORT_SUM}" if short != long else "mma.sync"
+        return {"int8_matmul": fused if short else "cuBLASLt"}
+    chosen: dict[Any, str] = fastest.chosen
+    sizes = {name: f"{m} x {n} x {k}" for (at, m, n, k, *_), name in chosen.items() if at == device}
+    measured = ", ".join(f"{name} (for {size})" for name, size in sizes.items())
+    return {"int8_matmul": measured or "the fastest of mma.sync, cuBLASLt and wgmma, to be measured for each size"}
 
 
 def fusing_pays(capability: tuple[int, int], k: int) -> bool:
