@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels.arguments import as_int64
-from lowbit_lightning.kernels.dispatch import is_transformed
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", torch.dtype], Tensor]
 """A backend's ``int8_matmul``."""
@@ -31,7 +30,8 @@ def ends_of(offs: Tensor, rows: int) -> list[int]:
         ValueError: if they don't ascend, or leave the matrix.
     """
     # torch 2.7 can't list a tensor within a transform of torch.func, but reads single numbers.
-    ends: list[int] = [int(end) for end in offs.cpu()] if is_transformed() else offs.tolist()
+    transformed = torch._C._are_functorch_transforms_active()
+    ends: list[int] = [int(end) for end in offs.cpu()] if transformed else offs.tolist()
     if any(a > b for a, b in zip([0, *ends], [*ends, rows], strict=True)):
         raise ValueError(f"offs must ascend from 0 to at most {rows}, the number of rows, got {ends}")
     return ends
