@@ -149,7 +149,7 @@ def _layout(form: str, row_length: int) -> tuple[int, int, torch.dtype]:
 
 
 def check_form(packed: Tensor, scales: Tensor, form: str, row_length: int) -> None:
-    width, scales_width, dtype = _layout(form, row_length)
+    width, scales_width, dtype = _layout(form, int(row_length))  # a symbol of torch.compile gets its value here
     if packed.dtype != torch.uint8 or scales.dtype != dtype:
         raise TypeError(
             f"packed and scales of {form} must be torch.uint8 and {dtype}, got {packed.dtype} and {scales.dtype}"

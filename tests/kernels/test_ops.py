@@ -6,10 +6,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import dispatch
@@ -95,6 +99,13 @@ CASES: list[tuple[str, Callable[[], tuple]]] = [
     ("lowbit_dequantize", lambda: (*lowbit("nf4-dq"), "nf4-dq", 70, torch.bfloat16)),
     ("lowbit_embedding", lambda: (*lowbit("int2"), torch.tensor([[1, 0], [4, 4]]), "int2", 70, torch.float16)),
     ("lowbit_matmul", lambda: (torch.randn(2, 3, 70), *lowbit("nf4"), torch.rand(5), "nf4")),
+    (
+        "lowbit_grouped_matmul",
+        lambda: (
+            *(torch.randn(6, 70), *kernels.lowbit_quantize(torch.randn(2, 5, 70), "nf4"), torch.tensor([2, 5])),
+            *(torch.rand(2, 5), "nf4", 70, False),
+        ),
+    ),
     ("lowbit_matmul_backward", lambda: (torch.randn(2, 3, 5), *lowbit("int4"), "int4", 70)),
     ("int8_outlier_matmul", lambda: (torch.randn(16, 70), *lowbit("int8"), torch.rand(5), 2.0)),
     ("split_outliers", lambda: (torch.randn(16, 70), *lowbit("int8"), 2.0)),
@@ -108,6 +119,23 @@ CASES: list[tuple[str, Callable[[], tuple]]] = [
 def test_registered_as_torch_wants_it(op: str, arguments: Callable[[], tuple]) -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(OPS, op).default, arguments(), test_utils=tests)
+
+
+@pytest.mark.parametrize(("op", "arguments"), CASES)
+def test_sizes_may_be_symbols(op: str, arguments: Callable[[], tuple]) -> None:
+    """Every op under ``torch.compile(dynamic=True)``, with no size known: results have the shapes of a real call."""
+    flat, spec = tree_flatten(arguments())
+    known = tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), getattr(OPS, op)(*tree_unflatten(flat, spec)))
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        symbols = tree_map_only(torch.Tensor, partial(symbolic, mode), flat)
+        found = getattr(OPS, op)(*tree_unflatten(symbols, spec))
+        shapes = tree_map_only(torch.Tensor, lambda x: (torch.Size(map(int, x.shape)), x.dtype), found)
+    assert shapes == known
+
+
+def symbolic(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.ndim)
+    return mode.from_tensor(x, symbolic_context=context)
 
 
 def strided(x: object) -> object:
