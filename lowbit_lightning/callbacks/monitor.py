@@ -2,7 +2,7 @@
 outliers.
 
 How it works
-    Every ``every_n_steps`` optimizer steps, for that one step (all its accumulated batches), each ``Int8Linear`` gets
+    Every ``every_n_steps`` optimizer steps, for that one step (all its accumulated batches), each int8 layer gets
     hooks that quantise the operands of its products once more and compare. On all other steps nothing is installed
     and nothing runs. The hooks draw no random numbers and change nothing: the losses of a run are bit-identical with
     and without the callback. ``quantization`` defines the measures and gives the reasons.
@@ -21,6 +21,7 @@ How it works
 Interactions
     - Gradient accumulation and ranks: means over both (the largest, for overflow); all ranks see equal values.
     - ``kernels.calls()`` counts the quantisers that a sample runs; int8 products are not touched.
+    - Layers that ``swap="faster"`` returns to high precision after the first step are not measured again.
     - Activation checkpointing: a layer's input is measured twice, with the same result.
     - Checkpoints hold which products have fallen back. The picture does not show measurements from before a resume.
 
@@ -46,7 +47,7 @@ from lowbit_lightning.callbacks import paging
 from lowbit_lightning.callbacks import picture as pictures
 from lowbit_lightning.callbacks.quantization import PRODUCTS, SHARES, QuantizationError, StateCodes
 from lowbit_lightning.callbacks.sample import Sample
-from lowbit_lightning.layers import Int8ExpertsForm, Int8Layer
+from lowbit_lightning.layers import Int8Layer
 from lowbit_lightning.state import shards
 from lowbit_lightning.state.form import codes_name, is_coded
 
@@ -112,10 +113,9 @@ class LowBitMonitor(Callback):
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Layer)}
-        self._layers = {n: m for n, m in layers.items() if not isinstance(m, Int8ExpertsForm)}
+        self._layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Layer)}
         if not self._layers:
-            rank_zero_warn("LowBitMonitor finds no Int8Linear in the model (is precision='int8-mixed' set?)")
+            rank_zero_warn("LowBitMonitor finds no int8 layer in the model (is precision='int8-mixed' set?)")
         self._history, self._unseen_reported = [], False
         self._next = -(-trainer.global_step // self.every_n_steps) * self.every_n_steps
         if self.picture:  # now, for it asks the other ranks, and at the end one may have failed
@@ -197,7 +197,7 @@ class LowBitMonitor(Callback):
     def _report_unseen(self, operands: Tensor) -> None:
         """Name, once, the layers that no hook has seen."""
         hidden = operands.isnan().flatten(1).all(1).tolist()
-        expected = [bool(layer.products.int8) for layer in self._layers.values()]
+        expected = [isinstance(layer, Int8Layer) and bool(layer.products.int8) for layer in self._layers.values()]
         unseen = [n for n, h, e in zip(self._layers, hidden, expected, strict=True) if h and e]
         if unseen and not self._unseen_reported:
             self._unseen_reported = True
@@ -248,7 +248,7 @@ class LowBitMonitor(Callback):
             counts = self._below.setdefault(name, {})
             for product, value in zip(PRODUCTS, values, strict=True):
                 counts[product] = counts.get(product, 0) + 1 if value < self.minimum_snr else 0
-                if counts[product] == self.patience:
+                if counts[product] == self.patience and isinstance(self._layers[name], Int8Layer):
                     suffering.setdefault(name, {})[product] = _next(self._layers[name], product)
                     shown.append(f"{name} ({product}, {value:.1f} dB)")
         if not suffering:

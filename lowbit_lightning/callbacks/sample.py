@@ -7,20 +7,23 @@ Which operand is quantised how (``layers`` says why), and along what its feature
     grad_weight   dy [M, N] by columns    rows of dy.T     x [M, K] by columns     rows of x.T
 
 Of a convolution, the rows of x and dy are pixels, and those of w are [N, taps * K], or for grad_input [N * taps, K]. Of
-an attention each input projection is measured, and means are taken.
+an attention each input projection is measured, of experts each projection of each expert with its own rows, and means
+are taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit_lightning.callbacks.quantization import SHARES, Slot, measure
-from lowbit_lightning.layers import Int8Layer, Int8MultiheadAttention
+from lowbit_lightning.kernels.groups import ends_of, spans
+from lowbit_lightning.layers import Int8ExpertsForm, Int8Layer, Int8MultiheadAttention
 from lowbit_lightning.layers.product import HIGH, ROTATED, form
 
 
@@ -31,8 +34,11 @@ class Sample:
         self._measured: list[tuple[Slot, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         for i, layer in enumerate(layers.values()):
-            if isinstance(layer, Int8MultiheadAttention):
-                self._handles.append(layer.register_projection_hook(partial(self._projected, i)))
+            if isinstance(layer, (Int8MultiheadAttention, Int8ExpertsForm)):
+                of_each = self._grouped if isinstance(layer, Int8ExpertsForm) else self._projected
+                self._handles.append(layer.register_projection_hook(partial(of_each, i)))
+                continue
+            if not isinstance(layer, Int8Layer):  # in high precision since an earlier step
                 continue
             # The weight is read before the layer runs: after it a sharded one may be in pieces again.
             self._handles.append(layer.register_forward_pre_hook(partial(self._before, i), with_kwargs=True))
@@ -48,24 +54,35 @@ class Sample:
             return [], torch.zeros(0, 2 + len(SHARES), dtype=torch.float32)
         return [slot for slot, _ in self._measured], torch.stack([values for _, values in self._measured])
 
-    def _off(self) -> bool:
-        """Inside torch.compile, in a validation that interrupts the step, or in a first pass that will be repeated."""
-        return torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    def _off(self, layer: nn.Module) -> bool:
+        """Inside torch.compile, in a validation that interrupts the step, in a first pass that will be repeated, or in
+        a layer that went back to high precision in the middle of the step (another optimizer's turn)."""
+        return torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(layer, Int8Layer)
 
     def _before(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._off():
-            return
-        assert isinstance(layer, Int8Layer)
-        self._operands(index, layer, _input(args, kwargs), layer.matrix, layer.turned_matrix)
+        if not self._off(layer):
+            assert isinstance(layer, Int8Layer)
+            self._operands(index, layer, _input(args, kwargs), layer.matrix, layer.turned_matrix)
 
     def _after(self, index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        assert isinstance(layer, Int8Layer)
-        self._gradients(index, layer, _input(args, kwargs), layer.weight, output)
+        if not self._off(layer):
+            assert isinstance(layer, Int8Layer)
+            self._gradients(index, layer, _input(args, kwargs), layer.weight, output, layer.rows)
 
     def _projected(self, index: int, layer: Int8MultiheadAttention, x: Tensor, matrix: Tensor, output: Tensor) -> None:
-        if not self._off():
+        if not self._off(layer):
             self._operands(index, layer, x, matrix, matrix)
-            self._gradients(index, layer, x, matrix, output)
+            self._gradients(index, layer, x, matrix, output, layer.rows)
+
+    def _grouped(
+        self, index: int, layer: Int8ExpertsForm, x: Tensor, weight: Tensor, output: Tensor, offs: Tensor
+    ) -> None:
+        if self._off(layer):
+            return
+        for own, (first, last) in zip(weight, spans(ends_of(offs, len(x))), strict=True):
+            part, matrix = x[first:last], own.T if layer.is_transposed else own
+            self._operands(index, layer, part, matrix, matrix)
+            self._gradients(index, layer, part, matrix, output, itemgetter(slice(first, last)))
 
     def _operands(self, index: int, layer: Int8Layer, x: Tensor, weight: Tensor, turned: Tensor) -> None:
         forward, grad_input, grad_weight = layer.kinds
@@ -78,13 +95,22 @@ class Sample:
             if weight.requires_grad:
                 self._colwise(Slot(index, 2, 1), rows, "rows", grad_weight)
 
-    def _gradients(self, index: int, layer: Int8Layer, x: Tensor, weight: Tensor, output: Tensor) -> None:
-        if self._off() or not output.requires_grad:
+    def _gradients(
+        self,
+        index: int,
+        layer: Int8Layer,
+        x: Tensor,
+        weight: Tensor,
+        output: Tensor,
+        as_rows: Callable[[Tensor], Tensor],
+    ) -> None:
+        """``as_rows``: the rows of a gradient that are measured."""
+        if not output.requires_grad:
             return
         _, grad_input, grad_weight = layer.kinds
         grad_input, grad_weight = grad_input * x.requires_grad, grad_weight * weight.requires_grad
         seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
-        output.register_hook(partial(self._backward, index, layer.rows, grad_input, grad_weight, seed))
+        output.register_hook(partial(self._backward, index, as_rows, grad_input, grad_weight, seed))
 
     def _backward(
         self,

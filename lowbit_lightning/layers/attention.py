@@ -17,19 +17,14 @@ its layers nested tensors instead of a padding mask; these are padded for the at
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils.hooks import RemovableHandle
 
-from lowbit_lightning.layers.int8 import Int8Layer, Int8Matrix, Products, adopt, linear
-
-ProjectionHook = Callable[["Int8MultiheadAttention", Tensor, Tensor, Tensor], None]
-"""``hook(layer, input, matrix, output)`` of an input projection."""
+from lowbit_lightning.layers.int8 import Int8Matrix, Products, Projections, adopt, linear
 
 
 class Int8OutProjection(Int8Matrix, NonDynamicallyQuantizableLinear):
@@ -38,7 +33,7 @@ class Int8OutProjection(Int8Matrix, NonDynamicallyQuantizableLinear):
     plain = NonDynamicallyQuantizableLinear
 
 
-class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
+class Int8MultiheadAttention(Projections, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with its projections in int8: same parameters, same ``state_dict``, same results up to
     rounding.
 
@@ -54,7 +49,6 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
     """
 
     plain: ClassVar[type[nn.Module]] = nn.MultiheadAttention
-    _projection_hooks: Mapping[int, ProjectionHook] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = {name: kwargs.pop(name) for name in tuple(kwargs) if name in Products.__dataclass_fields__}
@@ -81,13 +75,6 @@ class Int8MultiheadAttention(Int8Layer, nn.MultiheadAttention):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The first of ``weights``."""
         return self.weights[0]
-
-    def register_projection_hook(self, hook: ProjectionHook) -> RemovableHandle:
-        """Call ``hook`` after each input projection, as forward hooks are called after a layer."""
-        hooks = vars(self).setdefault("_projection_hooks", OrderedDict())
-        handle = RemovableHandle(hooks)
-        hooks[handle.id] = hook
-        return handle
 
     def forward(
         self,

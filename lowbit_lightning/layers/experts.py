@@ -13,6 +13,7 @@ parameter works unchanged:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch.utils._pytree import tree_map
 
 from lowbit_lightning import kernels
 from lowbit_lightning.layers.lowbit import LowBitWeight, Weights
+
+LINEAR = torch._C._nn.linear
+"""``torch.nn.functional.linear``, in whose place DeepSpeed's stage 3 puts a function that takes nothing but tensors."""
 
 TENSOR_ATTRIBUTES = frozenset(
     {"T", "mT", "bmm", "contiguous", "detach", "matmul", "permute", "size", "transpose", "unbind"}
@@ -39,7 +43,7 @@ class ActsAsTensor:
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func is nn.functional.linear and len(args) > 1 and isinstance(args[1], LowBitMatrix):
+        if func is LINEAR and len(args) > 1 and isinstance(args[1], LowBitMatrix):
             bias = args[2] if len(args) > 2 else given.get("bias")
             return args[1].multiply(args[0], bias)
         if func in GROUPED:
@@ -76,6 +80,20 @@ def _grouped(
     held, transposed = (weight, True) if isinstance(weight, LowBitTensor) else (weight.held, False)
     y = held.multiply_groups(x, offs, transposed=transposed)
     return y if out_dtype is None else y.to(out_dtype)
+
+
+def _pass_matrices_on() -> None:
+    """Put a function in front of the one that DeepSpeed has put in place of ``torch.nn.functional.linear``."""
+    replaced = nn.functional.linear
+    if replaced is LINEAR or hasattr(replaced, "passes_on"):
+        return
+
+    @wraps(replaced)
+    def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        return weight.multiply(input, bias) if isinstance(weight, LowBitMatrix) else replaced(input, weight, bias)
+
+    linear.passes_on = replaced  # type: ignore[attr-defined]
+    nn.functional.linear = linear
 
 
 class LowBitMatrix(ActsAsTensor):
@@ -165,6 +183,7 @@ class LowBitTensor(LowBitWeight, ActsAsTensor):
         packed = self.weight[index]
         if packed.ndim != self.weight.ndim - 1 or packed.shape[-1] != self.weight.shape[-1]:
             return self.dequantize()[index]
+        _pass_matrices_on()
         return LowBitMatrix(packed, self.scales[index], self.weights, self.row_length, self.dtype)
 
     def __iter__(self) -> Iterator[LowBitMatrix | Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.ops import int8_linear
@@ -147,6 +149,20 @@ class Int8Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), str(self.products))))
+
+
+class Projections(Int8Layer):
+    """An int8 layer that multiplies by several weights."""
+
+    _projection_hooks: Mapping[int, Callable[..., None]] = {}
+
+    def register_projection_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call ``hook(layer, x, weight, y)`` after each projection, as forward hooks are called after a layer; of
+        experts ``hook(layer, x, weights, y, offs)``, with the rows of all experts."""
+        hooks = vars(self).setdefault("_projection_hooks", OrderedDict())
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
+        return handle
 
 
 FORMS: dict[type[nn.Module], type[Int8Layer]] = {}

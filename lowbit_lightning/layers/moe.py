@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.grouped_ops import grouped_linear
-from lowbit_lightning.layers.int8 import FORMS, Int8Layer, Products, fewest_rows, in_compute_dtype
+from lowbit_lightning.layers.int8 import FORMS, Int8Layer, Products, Projections, fewest_rows, in_compute_dtype
 from lowbit_lightning.layers.seen import ExpertsSeen, Terms, is_noted
 
 _TOLD = ("has_gate", "has_bias", "is_transposed")
@@ -139,7 +139,7 @@ class _Sorted(torch.autograd.Function):
         return (dx.unflatten(0, (-1, ctx.times)).sum(1) if ctx.times > 1 else dx), None, None, None
 
 
-class Int8ExpertsForm(Int8Layer):
+class Int8ExpertsForm(Projections):
     """What the int8 forms of all classes of experts have in common; the plain class is another base of each."""
 
     seen: ExpertsSeen | None = None
@@ -170,7 +170,11 @@ class Int8ExpertsForm(Int8Layer):
 
         def project(name: str, x: Tensor, offs: Tensor) -> Tensor:
             weight, bias = getattr(self, name), getattr(self, f"{name}_bias") if experts.has_bias else None
-            return grouped_linear(in_compute_dtype(x, weight), weight, offs, bias, self.products, experts.is_transposed)
+            x = in_compute_dtype(x, weight)
+            y = grouped_linear(x, weight, offs, bias, self.products, experts.is_transposed)
+            for hook in self._projection_hooks.values():
+                hook(self, x, weight, y, offs)
+            return y
 
         return run_experts(self, project, x, top_k_index, top_k_weights).to(hidden_states.dtype)
 

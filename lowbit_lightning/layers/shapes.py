@@ -177,7 +177,8 @@ class ExpertsShape(NamedTuple):
         if layer.seen is None:
             return None
         transposed: Any = layer.is_transposed
-        return cls(tuple(tuple(w.shape) for w in layer.weights), transposed, layer.products, layer.seen)
+        shapes = (getattr(w, "ds_shape", w.shape) for w in layer.weights)  # DeepSpeed takes them apart at stage 3
+        return cls(tuple(map(tuple, shapes)), transposed, layer.products, layer.seen)
 
     def __str__(self) -> str:
         (experts, *_), _ = self.matrices

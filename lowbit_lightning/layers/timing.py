@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -58,11 +58,20 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def agreed(find: Callable[[], T]) -> T:
-    """The result of ``find`` on rank 0, for all ranks. They call this together."""
+    """The result of ``find`` on rank 0, for all ranks. They call this together. If it raises, all of them raise."""
     ranks = torch.distributed
     if not (ranks.is_available() and ranks.is_initialized()):
         return find()
-    answer = [find() if ranks.get_rank() == 0 else None]
-    ranks.broadcast_object_list(answer, src=0)
-    assert answer[0] is not None
+    answer: list[Any] = [None, None]  # the result, and what it failed with
+    failure: Exception | None = None
+    if ranks.get_rank() == 0:
+        try:
+            answer[0] = find()
+        except Exception as error:
+            failure, answer[1] = error, f"{type(error).__name__}: {error}"
+    ranks.broadcast_object_list(answer, src=0)  # in any case: the others wait for it
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {answer[1]}")
     return answer[0]

@@ -18,10 +18,12 @@ import functools
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from lowbit_lightning.kernels.compile import processor
@@ -69,11 +71,14 @@ def _choose_on_cpu(module: nn.Module) -> Choice:
 
 
 def _matrices(module: nn.Module) -> Iterator[Shape]:
-    """Matrices of linear layers, and of convolutions as matrices; not of embeddings, which are not multiplied."""
+    """Matrices of linear layers, of each expert, and of convolutions as matrices; not of embeddings, which are not
+    multiplied."""
     for owner in module.modules():
         for p in owner.parameters(recurse=False):
-            if not isinstance(owner, nn.Embedding) and not is_lazy(p) and p.dim() > 1:
-                yield p.shape[0], p.shape[1:].numel()
+            if isinstance(owner, nn.Embedding) or is_lazy(p) or p.dim() < 2:
+                continue
+            outputs, *inputs = p.shape if isinstance(owner, _ConvNd) else p.shape[-2:]
+            yield outputs, prod(inputs)
 
 
 def _largest(shapes: Iterable[Shape]) -> tuple[Shape, ...]:

@@ -18,21 +18,23 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit_lightning import kernels
 from lowbit_lightning.callbacks import LowBitMonitor
-from lowbit_lightning.layers import Int8Linear, Products
+from lowbit_lightning.callbacks.quantization import PRODUCTS
+from lowbit_lightning.layers import Int8Experts, Int8Linear, Products, speed
 
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
+def noise_to_signal(x: np.ndarray, features: int) -> float:
+    """Of an operand in float64; ``features``: the axis that counts features."""
+    scale = np.abs(x).max(1, keepdims=True) / 127
+    error = x - np.rint(x / scale) * scale
+    ratio = np.sort((error**2).sum(1 - features) / (x**2).sum(1 - features))
+    return ratio[len(ratio) // 2]  # of an even number the worse: torch's median of the dB is the lower
+
+
 def oracle(left: np.ndarray, right: np.ndarray, features: int) -> float:
-    """dB of ``left @ right.T`` in float64; ``features``: the axis of both operands that counts features."""
-
-    def noise_to_signal(x: np.ndarray) -> float:
-        scale = np.abs(x).max(1, keepdims=True) / 127
-        error = x - np.rint(x / scale) * scale
-        ratio = np.sort((error**2).sum(1 - features) / (x**2).sum(1 - features))
-        return ratio[len(ratio) // 2]  # of an even number the worse: torch's median of the dB is the lower
-
-    return -10 * np.log10(noise_to_signal(left) + noise_to_signal(right))
+    """dB of ``left @ right.T``."""
+    return -10 * np.log10(noise_to_signal(left, features) + noise_to_signal(right, features))
 
 
 @pytest.mark.filterwarnings("ignore:autocast='bf16' on cpu, whose hardware emulates")
@@ -70,6 +72,72 @@ def test_measures_what_float64_measures(tmp_path: Path, autocast: str) -> None:
     assert "int8/forward/snr/head" not in monitor.metrics
     low, high = sorted(monitor.metrics[f"int8/forward/snr/{name}"].item() for name in ("up", "down"))
     assert monitor.metrics["int8/forward/snr_min"].item() == low < 25 < 35 < high
+
+
+class Routed(Model):
+    """Experts in place of the first layer, of which one gets no rows; they lie in int8 from the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Int8Experts(4, FEATURES, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.tensor([[0, 3], [3, 1]]).repeat(len(x) // 2, 1)
+        return self.head(self.experts(x.requires_grad_(), index, torch.full((len(x), 2), 0.5)))
+
+
+def test_experts_are_measured_with_their_own_rows(tmp_path: Path) -> None:
+    """The mean of the decibels of each operand, over both projections of the experts that have rows."""
+    model, monitor = Routed(), quiet(per_layer=True)
+    operands: list[list[tuple[np.ndarray, np.ndarray]]] = [[], [], []]  # of a product, with the axis of features
+
+    def keep(layer: Any, x: Tensor, weights: Tensor, y: Tensor, offs: Tensor) -> None:
+        x, weights = x.detach().clone(), weights.detach().clone()
+
+        def with_gradient(grad: Tensor) -> None:
+            for w, first, last in zip(weights, [0, *offs.tolist()], offs.tolist(), strict=False):
+                if last > first:
+                    part, dy, matrix = (t.double().numpy() for t in (x[first:last], grad[first:last], w))
+                    for found, pair in zip(operands, ((part, matrix), (dy, matrix.T), (dy.T, part.T)), strict=True):
+                        found.append(pair)
+
+        y.register_hook(with_gradient)
+
+    model.experts.register_projection_hook(keep)
+    fit(model, tmp_path, monitor, max_steps=1)
+    for product, pairs, features in zip(PRODUCTS, operands, (1, 1, 0), strict=True):
+        assert len(pairs) == 6
+        sides = ([-10 * np.log10(noise_to_signal(x, features)) for x in side] for side in zip(*pairs, strict=True))
+        expected = -10 * np.log10(sum(10 ** (-np.mean(side) / 10) for side in sides))
+        assert monitor.metrics[f"int8/{product}/snr/experts"].item() == pytest.approx(expected, abs=1e-3), product
+
+
+class Convolved(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Sequential(  # type: ignore[assignment]
+            nn.Unflatten(1, (16, 4)), nn.Conv1d(16, 32, 3, padding=1), nn.Flatten()
+        )
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_layer_that_becomes_plain_in_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback: bool
+) -> None:
+    """By ``swap="faster"``: its one sample counts, and the run goes on."""
+    monkeypatch.setattr(speed, "times", lambda *_: speed.Times(2.0, 1.0))
+    model, monitor = Convolved(), quiet(per_layer=True, minimum_snr=90.0, patience=1, fallback=fallback)
+    seen: list[set[str]] = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append({name.rpartition("/")[2] for name in monitor.metrics if name.startswith("int8/forward/snr/")})
+
+    with pytest.warns(UserWarning, match=r"minimum_snr=90 dB in 1 samples in a row: down"):
+        fit(model, tmp_path, monitor, Note())
+    assert seen[0] == {"up.1", "down"}
+    assert all(layers <= {"down"} for layers in seen[1:])
+    assert "up.1" not in {**monitor.rotated, **monitor.fallen_back}
 
 
 def test_a_mean_over_accumulated_batches(tmp_path: Path) -> None:
@@ -297,7 +365,7 @@ def test_a_model_without_int8(tmp_path: Path) -> None:
         accelerator="cpu", max_steps=2, callbacks=[quiet()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="no Int8Linear"):
+    with pytest.warns(UserWarning, match="no int8 layer"):
         trainer.fit(model, data())
     assert "int8/optimizer/exp_avg/zero" in trainer.callback_metrics
 

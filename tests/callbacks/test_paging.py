@@ -56,7 +56,7 @@ def fit(model: Model, folder: Path, **settings: Any) -> L.Trainer:
     return trainer
 
 
-@pytest.mark.filterwarnings("ignore:LowBitMonitor finds no Int8Linear")
+@pytest.mark.filterwarnings("ignore:LowBitMonitor finds no int8 layer")
 def test_the_monitor_logs_what_paging_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, paged = Model(), Model(paged="disk", resident=STATES // 2, page_dir=str(tmp_path))
     fit(plain, tmp_path)

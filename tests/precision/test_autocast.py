@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lowbit_lightning import Int8MixedPrecision
 from lowbit_lightning.kernels.compile import cache
+from lowbit_lightning.layers import Experts, timing
 from lowbit_lightning.precision import FabricInt8MixedPrecision, autocast, int8
 
 FP32_FASTER, BF16_FASTER, EVEN = (1e-3, 2e-3), (2e-3, 1e-3), (1.05e-3, 1e-3)
@@ -216,6 +217,26 @@ def test_convolutions_count_as_matmuls_and_embeddings_do_not() -> None:
         [nn.Conv2d(3, 64, 5), nn.Embedding(900, 64), nn.Linear(64, 32), nn.LazyLinear(5), nn.MultiheadAttention(16, 2)]
     )
     assert set(autocast._matrices(model)) == {(64, 75), (32, 64), (48, 16), (16, 16)}
+
+
+def test_experts_count_each_as_a_matmul() -> None:
+    """Not all of them together as one matrix of few rows."""
+    assert set(autocast._matrices(Experts(8, 64, 32))) == {(64, 64), (64, 32)}
+
+
+def test_if_rank_0_fails_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for its answer, so it gives one."""
+    sent: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda answer, src: sent.append(list(answer)))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ZeroDivisionError):
+        timing.agreed(lambda: 1 // 0)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    receive = lambda answer, src: answer.__setitem__(1, sent[0][1])  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
+    with pytest.raises(RuntimeError, match=r"rank 0 failed: ZeroDivisionError: integer"):
+        timing.agreed(lambda: 2)
 
 
 def test_hardware_with_bf16_is_recognised() -> None:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from support.deepspeed_runs import (
     Broken,
     ByHand,
     Compare,
-    Convolved,
+    Mixed,
     Small,
     Watch,
     convert,
@@ -261,22 +260,27 @@ def test_gradients_are_those_of_ddp(folder: Path) -> str | None:
 
 
 @on_ranks(2)
-def test_convolutions_train_as_under_ddp(folder: Path) -> str | None:
-    """In int8; all three products of each are counted."""
+def test_all_kinds_of_layers_train_as_under_ddp(folder: Path) -> str | None:
+    """Convolutions, attention, experts in int8 and in low bits; their products are counted."""
+    counted = "int8_conv", "int8_conv_input", "int8_conv_weight", "int8_grouped_outer"
 
-    def trained(strategy: Any) -> tuple[list[float], Counter[str]]:
+    def trained(strategy: Any, **settings: Any) -> tuple[list[float], list[int]]:
         kernels.reset_calls()
-        model, _ = fit(strategy, Convolved(), plugins=[Int8MixedPrecision(swap="all")])
-        calls: Counter[str] = Counter()
-        for (op, _), count in kernels.calls().items():
-            calls[op] += count if op != "optimizer_step" else 0
-        return model.mean_losses(), +calls
+        plugin = Int8MixedPrecision(swap="all", autocast="off", **settings)
+        model, _ = fit(strategy, Mixed(partial(SGD, lr=0.1)), plugins=[plugin], max_steps=3)
+        calls = {op: n for (op, _), n in kernels.calls().items()}
+        return model.mean_losses(), [calls.get(op, 0) for op in counted]
 
-    expected, calls = trained("ddp")
-    if {calls[op] for op in ("int8_conv", "int8_conv_input", "int8_conv_weight")} != {STEPS}:
-        return f"under DDP the products are {calls}"
-    found, own = trained(DeepSpeedStrategy(2, optimizer_bits=32))
-    return off(found, expected, LIMITS["int8"]) or (None if own == calls else f"the products are {own}, not {calls}")
+    for settings, stages in (({}, (2, 3)), ({"rotation": "hadamard"}, (3,))):
+        expected, products = trained("ddp", **settings)
+        if products != [3, 3, 3, 6]:
+            return f"under DDP the products are {products}"
+        for stage in stages:  # at 3 query, key and value are no longer one tensor, so each is projected by itself
+            found, own = trained(cut(stage), **settings)
+            problem = off(found, expected, 1e-6 if stage < 3 else 2e-3)
+            if problem or own != products:
+                return f"stage {stage}, {settings}: {problem}, products {own}"
+    return None
 
 
 @on_ranks(2)
@@ -342,7 +346,7 @@ def test_learning_rates_are_logged_as_under_ddp(folder: Path) -> str | None:
 
 @on_ranks(2)
 def test_configurations_are_heeded(folder: Path) -> str | None:
-    """A scheduler of DeepSpeed's with a value for each group; clipping given twice; a second run that differs."""
+    """A scheduler of DeepSpeed's with a value for each group; clipping given twice, or anew; a run that differs."""
     rates, params = [], {"warmup_min_lr": [0.0], "warmup_max_lr": [1e-2], "warmup_num_steps": 3, "total_num_steps": 8}
     for bits in (None, 8):
         strategy = cut(2, bits, scheduler={"type": "WarmupDecayLR", "params": params})
@@ -353,6 +357,12 @@ def test_configurations_are_heeded(folder: Path) -> str | None:
     problem = raised(twice, ValueError, "gradient_clip_val=0.1", "gradient_clipping is 0.5")
     if problem:
         return problem
+    fit(cut(2), callbacks=[Watch(folder / "clipped")], gradient_clip_val=0.5)
+    for asked in (None, 0.1):  # DeepSpeed would go on with 0.5
+        _, resumed = fit(cut(2), None, folder / "clipped", gradient_clip_val=asked)
+        clipping = resumed.optimizers[0].clip_grad  # type: ignore[attr-defined]
+        if clipping != (asked or 0):
+            return f"a resumed run clips at {clipping}, not at {asked}"
     model, (_, trainer) = Small(SGD), fit(cut(2), accumulate_grad_batches=2, gradient_clip_val=1e-3)
     trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.fit_loop.max_epochs = 3, None, 2
     trainer.fit(model)

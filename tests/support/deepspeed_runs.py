@@ -23,7 +23,8 @@ from gpt_settings import Settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lowbit_lightning import kernels
+from lowbit_lightning import kernels, quantize
+from lowbit_lightning.layers import Experts
 from lowbit_lightning.strategies import DeepSpeedStrategy
 from support.quiet import quiet_trainer
 
@@ -109,15 +110,35 @@ class Small(Counted):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
 
 
-class Convolved(Small):
-    """Two convolutions, of three pixels and of one, in place of the second matrix."""
+class Routed(nn.Module):
+    """Each token goes to two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(128, 4), Experts(4, 128, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.router(x.flatten(0, 1)).softmax(-1).topk(2)
+        return x + self.experts(x.flatten(0, 1), index, weights).view(x.shape)
+
+
+class Mixed(Small):
+    """Convolutions of three pixels and of one, attention, experts, and frozen experts in low bits, in place of the
+    second matrix."""
 
     def __init__(self, optimizer: Any = AdamW) -> None:
         super().__init__(optimizer)
         self.down = nn.Sequential(  # type: ignore[assignment]
             nn.Unflatten(2, (32, 8)), nn.Flatten(0, 1), nn.Conv1d(32, 32, 3, padding=1), nn.Conv1d(32, 16, 1),
-            nn.Flatten(), nn.Unflatten(0, (-1, 8)),
+            nn.Flatten(), nn.Unflatten(0, (-1, 8)), Routed(), quantize(Routed(), "nf4", output_layer=None),
         )  # fmt: skip
+        self.attention = nn.MultiheadAttention(128, 4, batch_first=True)
+
+    def loss(self, index: int) -> Tensor:
+        x = self.inputs[self.rows(index)]
+        y = self.down(torch.relu(self.up(self.embed(x))))
+        y = y + self.attention(y, y, y, need_weights=False)[0]
+        return nn.functional.cross_entropy(self.head(self.norm(y)).flatten(0, 1).float(), ((x + 7) % 64).flatten())
 
 
 class ByHand(Small):

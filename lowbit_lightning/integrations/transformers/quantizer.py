@@ -130,17 +130,16 @@ class LowBitQuantizer(HfQuantizer):
     ) -> None:
         self.pages = ReadPages(checkpoint_files)
         if self.pre_quantized:
-            zero.check(self.adopt_saved(model))
+            self.adopt_saved(model)
             return
         config = self.quantization_config
         with ties.tied(model):
             chosen = select_weights(model, config.setting, **config.choice).chosen
         self.waiting = {_parameter(model, name): (name, own) for name, own in chosen.items()}
-        zero.check(name for name in chosen if name in self.waiting)
         ties.check(model, {name: own.format for name, (_, own) in self.waiting.items()})
 
-    def adopt_saved(self, model: PreTrainedModel) -> list[str]:
-        """Make the layers that the config names low-bit ones, without values; returns those that are experts."""
+    def adopt_saved(self, model: PreTrainedModel) -> None:
+        """Make the layers that the config names low-bit ones, without values."""
         layers, prefix = self.quantization_config.layers, getattr(model, "base_model_prefix", "")
         if layers is None:
             raise ValueError("quantization_config lacks layers: this model was not saved by lowbit_lightning")
@@ -151,7 +150,6 @@ class LowBitQuantizer(HfQuantizer):
             if own is not None:
                 vars(adopt(layer_at(model, name), own))[LOADED] = True  # codes have no initial values
         ties.share(model)
-        return [name for name, low in low_bit_layers(model) if isinstance(low, LowBitTensor)]
 
     def take(self, model: PreTrainedModel, name: str, weight: Tensor, missing: MutableSet[str] | None) -> None:
         """Quantise the weight ``name`` into its layer, and into those that are tied to it."""

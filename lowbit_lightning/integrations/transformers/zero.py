@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
-
-
-def check(experts: Iterable[str]) -> None:
-    """Raise a ValueError if DeepSpeed would compute ``experts``, names of low-bit ones, by its own linear function."""
-    names = [*experts]
-    if not names or not is_deepspeed_zero3_enabled():
-        return
-    if deepspeed_config()["zero_optimization"].get("memory_efficient_linear", True):
-        raise ValueError(
-            f"{names[:4]} are experts, which DeepSpeed's own linear function can't compute in low bits: set "
-            'memory_efficient_linear to false in the config\'s "zero_optimization", or quantise with experts=False'
-        )
 
 
 def partition(layer: nn.Module) -> None:

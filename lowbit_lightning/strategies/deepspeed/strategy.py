@@ -301,12 +301,16 @@ class DeepSpeedStrategy(_LightningsStrategy):
                 return super().load_checkpoint(checkpoint_path, *args, **kwargs)
         if self._groups is not None:
             checkpoints.check_groups(path, saved, self._groups.names, self._groups.split)
-        if saved["dp_world_size"] == self.world_size and not self.deepspeed_engine._config.load_universal_checkpoint:
-            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        self._check_converted(path, saved["dp_world_size"])
-        with self._universal(True):
+        same = saved["dp_world_size"] == self.world_size
+        universal = not same or self.deepspeed_engine._config.load_universal_checkpoint
+        if universal:
+            self._check_converted(path, saved["dp_world_size"])
+        with self._universal(universal):
             state = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        self._take_universal(path)
+        if universal:
+            self._take_universal(path)
+        # Stages 1 and 2 have taken the checkpoint's clipping, whatever this Trainer was given.
+        self.optimizers[0].clip_grad = self.deepspeed_engine.gradient_clipping()  # type: ignore[attr-defined]
         return state
 
     def _prepare_evaluation(self, path: Path, saved: int) -> None:
