@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lowbit_lightning import kernels
 from lowbit_lightning.callbacks import LowBitMonitor
 from lowbit_lightning.callbacks.quantization import PRODUCTS
-from lowbit_lightning.layers import Int8Experts, Int8Linear, Products, speed
+from lowbit_lightning.layers import Experts, Int8Linear, Products, speed
 
 # -- what is measured ------------------------------------------------------------------------------------------------
 
@@ -75,11 +75,12 @@ def test_measures_what_float64_measures(tmp_path: Path, autocast: str) -> None:
 
 
 class Routed(Model):
-    """Experts in place of the first layer, of which one gets no rows; they lie in int8 from the beginning."""
+    """Experts in place of both layers; one of them gets no rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = Int8Experts(4, FEATURES, 48)
+        del self.up, self.down
+        self.experts: Any = Experts(4, FEATURES, 48)
 
     def forward(self, x: Tensor) -> Tensor:
         index = torch.tensor([[0, 3], [3, 1]]).repeat(len(x) // 2, 1)
@@ -103,13 +104,16 @@ def test_experts_are_measured_with_their_own_rows(tmp_path: Path) -> None:
 
         y.register_hook(with_gradient)
 
-    model.experts.register_projection_hook(keep)
-    fit(model, tmp_path, monitor, max_steps=1)
+    class Keep(Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            model.experts.register_projection_hook(keep)
+
+    fit(model, tmp_path, monitor, Keep(), max_steps=1)
     for product, pairs, features in zip(PRODUCTS, operands, (1, 1, 0), strict=True):
         assert len(pairs) == 6
         sides = ([-10 * np.log10(noise_to_signal(x, features)) for x in side] for side in zip(*pairs, strict=True))
         expected = -10 * np.log10(sum(10 ** (-np.mean(side) / 10) for side in sides))
-        assert monitor.metrics[f"int8/{product}/snr/experts"].item() == pytest.approx(expected, abs=1e-3), product
+        assert monitor.metrics[f"int8/{product}/snr/experts"].item() == pytest.approx(expected, abs=5e-3), product
 
 
 class Convolved(Model):
@@ -125,7 +129,7 @@ def test_a_layer_that_becomes_plain_in_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback: bool
 ) -> None:
     """By ``swap="faster"``: its one sample counts, and the run goes on."""
-    monkeypatch.setattr(speed, "times", lambda *_: speed.Times(2.0, 1.0))
+    monkeypatch.setattr(speed, "times", lambda shape, _: speed.Times(2.0 if hasattr(shape, "kernel") else 0.5, 1.0))
     model, monitor = Convolved(), quiet(per_layer=True, minimum_snr=90.0, patience=1, fallback=fallback)
     seen: list[set[str]] = []
 
