@@ -51,7 +51,7 @@ def cases() -> Iterator[Case]:
         made, count = kernels.lowbit_quantize(weight, form, "absmax"), weight.numel()
         yield f"{form} quantize fp16", count, partial(kernels.lowbit_quantize, weight, form, "absmax")
         yield f"{form} dequantize fp16", count, partial(kernels.lowbit_dequantize, *made, form, 8192, F16)
-        yield f"{form} gemv fp16, up to 8 rows", count, partial(kernels.lowbit_matmul, row, *made, None, form)
+        yield f"{form} gemv fp16, one row", count, partial(kernels.lowbit_matmul, row, *made, None, form)
     a = torch.randint(-127, 128, (8192, 4096), dtype=torch.int8, device="cuda")
     b = torch.randint(-127, 128, (4096, 4096), dtype=torch.int8, device="cuda")
     ones = torch.ones(8192, device="cuda")

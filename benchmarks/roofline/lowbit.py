@@ -23,6 +23,8 @@ def lowbit_works() -> Iterator[Work]:
     for form in ("nf4", "int4"):
         yield from _elementwise(weight_format(form))
     for form in FORMS:
+        yield _row(weight_format(form))
+    for form in FORMS:
         yield _gemv(weight_format(form), 8)
     yield _gemv(weight_format("nf4"), 32)
     yield _product(weight_format("nf4"))
@@ -58,6 +60,23 @@ def _elementwise(f: Format) -> Iterator[Work]:
     phase = Phase("decode", 8, codes + _scale_bytes(f) + 8, 16, arithmetic=arithmetic, whole=True)
     run = partial(kernels.lowbit_embedding, torch.arange(15, -1, -1), *made, f, 512, F16)
     yield Work(f"{name} embedding fp16", (phase,), run, 2 + _bytes(f), "element")
+
+
+def _row(f: Format) -> Work:
+    """A turn along K, of which a loop has two: a lane has 16 bytes of each of four rows, of 3 bits and their high ones.
+    A warp multiplies 32 rows, as two fragments of 16 x 16, by x; and x by ones and powers of two."""
+    turn = {8: 64, 4: 128, 3: 256, 2: 256}[f.bits]
+    blocks = min(2, turn // 4 // f.block_size) or 1 if f.block_size else 0  # of a lane's part of a row
+    of_block = 4 if f.scale_kind == "float32" else 2 if f.is_affine else 1
+    products = turn // 8 + (turn // 16 if f.is_affine else 0)
+    phase = Phase(
+        *("lowbit_row", turn, 4 * (turn // 4 * f.bits // 8 + blocks * of_block)),
+        tensor=products,
+        arithmetic=4 * blocks * (2 if f.is_affine else 1),
+        unrolled=(2,),
+    )
+    run = partial(kernels.lowbit_matmul, random(1, 2048, F16), *_made(f, 32, 2048), None, f)
+    return Work(f"{f} gemv fp16, one row", (phase,), run, _bytes(f), "weight", operations=32.0 * 8 * products / turn)
 
 
 def _gemv(f: Format, rows: int) -> Work:

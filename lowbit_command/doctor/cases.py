@@ -174,7 +174,7 @@ def _lowbit() -> Iterator[Case]:
         yield Case("lowbit_quantize", form, quantize, 1e-6)
         yield Case("lowbit_dequantize", form, dequantize)
         yield Case("lowbit_embedding", form, look_up)
-    for op, rows in (("lowbit_gemv", 4), ("lowbit_matmul", 32), ("lowbit_matmul_backward", 32)):
+    for op, rows in (("lowbit_gemv", 1), ("lowbit_gemv", 4), ("lowbit_matmul", 32), ("lowbit_matmul_backward", 32)):
         for form in _FORMATS:
             for name, dtype in _DTYPES.items():
 
@@ -188,7 +188,7 @@ def _lowbit() -> Iterator[Case]:
                     x = _random(rows, COLUMNS, dtype=dtype).to(device)
                     return [kernels.lowbit_matmul(x, *weight, None, form)]
 
-                yield Case(op, f"{form} {name}", product, _PRODUCT_TOLERANCE[name])
+                yield Case(op, f"{form} {name}{', one row' * (rows == 1)}", product, _PRODUCT_TOLERANCE[name])
 
 
 def _weight(form: str, device: torch.device) -> tuple[Tensor, Tensor]:

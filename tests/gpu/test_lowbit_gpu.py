@@ -86,11 +86,14 @@ def test_products_and_gradients(form: str, dtype: torch.dtype) -> None:
             assert error(x.grad, dy.double() @ weight) < TOLERANCE[dtype], (outputs, length, rows)
 
 
-@pytest.mark.parametrize("engine", [lowbit_product.tensor_gemv, lowbit_product.plain_gemv])
+ENGINES = [(lowbit_product.tensor_row, 1), (lowbit_product.tensor_gemv, 5), (lowbit_product.plain_gemv, 5)]
+
+
+@pytest.mark.parametrize(("engine", "rows"), ENGINES)
 @pytest.mark.parametrize("form", FORMS)
-def test_equal_from_run_to_run_and_at_odd_addresses(engine: Callable[..., Tensor], form: str) -> None:
+def test_equal_from_run_to_run_and_at_odd_addresses(engine: Callable[..., Tensor], rows: int, form: str) -> None:
     packed, scales, weight = stored(form, 1000, 2048)
-    x = torch.randn(5, 2048, device="cuda", dtype=F16)
+    x = torch.randn(rows, 2048, device="cuda", dtype=F16)
     results = [engine(x, packed, scales, None, form) for _ in range(10)]
     assert all(torch.equal(results[0], other) for other in results[1:])
     room = torch.empty(packed.numel() + 1, dtype=torch.uint8, device="cuda")

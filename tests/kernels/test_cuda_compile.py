@@ -83,6 +83,9 @@ def lowbit_texts(every: bool) -> dict[str, str]:
     for form in forms:
         for dtype in (F32, BF16, F16) if every else (BF16,):
             found[f"decode {form} {dtype}"] = text_of("lowbit_decode.cu", form, ELEMENT=dtype)
+        for dtype, packets in ((F16, 1), (BF16, 0)) if every else ((F16, 1),):
+            macros = {"ELEMENT": dtype, "BIAS": F32, "PACKETS": packets}
+            found[f"gemv {form} {dtype} one row"] = text_of("lowbit_row.cu", form, **macros)
         for columns in (8, 16, 32) if every else (8,):
             dtypes = {"ELEMENT": BF16 if columns == 16 else F16, "BIAS": F32}
             stages = {"COLUMNS": columns, "PACKETS": columns != 16, "STAGES": 4 if columns == 8 else 2}
@@ -123,8 +126,8 @@ def assert_nothing_spills(rows: list[tuple[str, str, compile.Resources]]) -> Non
         *("prepare", "step", "norm_blocks", "norm_fold", "quantize", "dequantize", "write_words"),
         *("quantize_rows", "find_tops", "quantize_tiles", "scale_sums", "int8_product", "int8_conv"),
         *("rotate_rows", "rotate_columns"),
-        *("decode", "quantize_weight", "lowbit_gemv", "lowbit_gemv_plain", "lowbit_product", "sum_parts"),
-        *("flag_columns", "list_columns", "multiply_columns"),
+        *("decode", "quantize_weight", "lowbit_row", "lowbit_gemv", "lowbit_gemv_plain", "lowbit_product"),
+        *("sum_parts", "flag_columns", "list_columns", "multiply_columns"),
     }
     # A thread of a product holds up to 128 sums. With 256 threads of at most 255 registers a multiprocessor runs it.
     # A step of three states has more of them than two blocks of 256 threads could have each.

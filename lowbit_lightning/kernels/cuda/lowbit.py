@@ -38,8 +38,8 @@ def lowbit_quantize(weight: Tensor, form: str, fit: str) -> tuple[Tensor, Tensor
 
 
 def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    gemv = lowbit_product.tensor_gemv if lowbit_product.has_tensor_cores(x) else lowbit_product.plain_gemv
-    return gemv(x.view(-1, x.shape[-1]), packed, scales, bias, form).view(*x.shape[:-1], -1)
+    rows = x.view(-1, x.shape[-1])
+    return lowbit_product.few_rows(rows, packed, scales, bias, form).view(*x.shape[:-1], -1)
 
 
 def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:

@@ -1,8 +1,9 @@
-"""Products with low-bit weights on the GPU, by four engines; ``forward`` and ``backward`` choose.
+"""Products with low-bit weights on the GPU, by five engines; ``few_rows``, ``forward`` and ``backward`` choose.
 
-``tensor_gemv`` (src/lowbit_gemv.cu): up to 32 rows of 16-bit x on tensor cores, which meet values of the format's
-table; scales and offsets come last, in float32. ``plain_gemv`` (src/lowbit_gemv_plain.cu): up to 8 rows of any dtype
-without tensor cores, in float32. Both read the packed weight once.
+``tensor_row`` (src/lowbit_row.cu): one row of 16-bit x on tensor cores, which meet values of the format's table; scales
+and offsets come last, in float32. ``tensor_gemv`` (src/lowbit_gemv.cu): the same for up to 32 rows. ``plain_gemv``
+(src/lowbit_gemv_plain.cu): up to 8 rows of any dtype without tensor cores, in float32. All three read the packed weight
+once.
 
 ``fused_product`` (src/lowbit_product.cu): many rows of 16-bit x on tensor cores; weights are decoded on their way into
 shared memory. Forward and backward.
@@ -38,9 +39,18 @@ half of it: even at 1900 rows; at 600 if the kernel reaches 40 %. An A100 or an 
 _SHORT_ROWS = 32  # of x, up to which ``tensor_gemv`` serves
 _TILE_N = _TILE_K = 128
 _FILL = 256  # CUDA blocks that a GPU should have: an H100 has 132 multiprocessors
+_ROW_TILE, _ROW_WARPS, _ROW_ZEROS = 32, 8, 256  # of src/lowbit_row.cu; bytes that are zero
+_ROW_FILL = 128  # CUDA blocks that are enough for it: one has as many bytes on their way as a multiprocessor needs
 _PLAIN_ROWS = 4  # of the weight, to a CUDA block
 _STEP, _TILE_O, _PRODUCT_STAGES = 64, 128, 3
 _PANEL = 1 << 26  # elements of a panel that is decoded: 128 MB in 16 bits
+
+
+def few_rows(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """``lowbit_matmul`` of up to 8 rows."""
+    if not has_tensor_cores(x):
+        return plain_gemv(x, packed, scales, bias, form)
+    return (tensor_row if len(x) == 1 else tensor_gemv)(x, packed, scales, bias, form)
 
 
 def forward(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
@@ -62,6 +72,36 @@ def backward(dy: Tensor, packed: Tensor, scales: Tensor, form: str, row_length: 
 def has_tensor_cores(x: Tensor) -> bool:
     """Whether x's dtype has matrix instructions on its device: float16 on all, bfloat16 from sm_80 on."""
     return x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and launch.capability(x.device) >= (8, 0))
+
+
+# -- one row ---------------------------------------------------------------------------------------------------------
+
+
+def tensor_row(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """``lowbit_matmul`` of one row of float16 or bfloat16 x."""
+    k, n, f = x.shape[1], packed.shape[0], weight_format(form)
+    text = text_of(
+        *("lowbit_row.cu", form),
+        **{"ELEMENT": x.dtype, "BIAS": torch.float32 if bias is None else bias.dtype},
+        **{"PACKETS": _in_chunks(packed, f, k)},
+    )
+    turn = {8: 64, 4: 128, 3: 256, 2: 256}[f.bits]  # elements of a row that a warp takes at a time
+    turns, tiles = ceil_div(k, turn), ceil_div(n, _ROW_TILE)
+    longest = 16384 if launch.capability(x.device) >= (8, 0) else 8192  # of x in shared memory
+    parts = max(1, ceil_div(k, longest), min(_ROW_FILL // tiles, turns // _ROW_WARPS))
+    turns_of_part = ceil_div(turns, parts)
+    parts = ceil_div(turns, turns_of_part)
+    x = _padded(x)
+    out = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    work = torch.empty(parts, 1, n, dtype=torch.float32, device=x.device) if parts > 1 else None
+    factor = f.bfloat16_unit if x.dtype == torch.bfloat16 else 1.0
+    sizes = ctypes.c_int64(n), ctypes.c_int64(turns_of_part)
+    weight = packed, scales, form_argument(form, k, factor)
+    arguments = x, ctypes.c_int64(x.shape[1]), *weight, *sizes, bias, work, out
+    shared = _table_bytes(f) + turns_of_part * turn * 2 + _ROW_ZEROS
+    launch.run(Launch(text, "lowbit_row", (tiles, parts, 1), 32 * _ROW_WARPS, arguments, shared=shared))
+    _sum_parts(text, work, bias, out)
+    return out
 
 
 # -- a few rows ------------------------------------------------------------------------------------------------------

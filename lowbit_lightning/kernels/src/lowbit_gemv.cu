@@ -17,8 +17,7 @@
 //
 // Order. The sum over K has none, so lane t of a group of four takes elements 8t to 8t + 7 of each 32 (a *span*;
 // blocks are multiples of it): a unit of the weight, 16 bytes of x, in natural order, two fragments of 16 x 16.
-#include "lowbit_units.h"
-#include "tensor_core.h"
+#include "lowbit_pairs.h"
 #include "lowbit_copies.h"
 #include "lowbit_parts.h"
 
@@ -40,16 +39,9 @@ LB_FN int x_place(int r, int c) { return r * X_CHUNKS + (c ^ r % 2 * 4); }
 
 #if AFFINE  // values are codes, less a half of the largest: by arithmetic
 
-constexpr int ENTRIES = 0;
-LB_FN void fill_table(const Form&, uint32_t*) {}
-
-LB_FN constexpr bool is_half(Half) { return true; }
-LB_FN constexpr bool is_half(BFloat16) { return false; }
-LB_FN uint32_t moved(uint32_t word, int from, int to) { return from > to ? word >> (from - to) : word << (to - from); }
-
 // A pair is elements i and i + 4, whose codes are moved 16 bits apart into the mantissas of powers of two: 64, where
 // bit 4 stands for 1, or 16, where bit 3 does.
-LB_FN void decode_unit(const uint8_t* low, const uint8_t* high, const uint8_t*, uint32_t, uint32_t (&pair)[4]) {
+LB_FN void decode_unit(const uint8_t* low, const uint8_t* high, SharedPlace, uint32_t (&pair)[4]) {
     constexpr int ONE = is_half(ELEMENT{}) ? 4 : 3;
     constexpr uint32_t POWER = ONE == 4 ? 0x54005400 : 0x41804180, PLANE = (BITS == 4 ? 15 : 3) * 65537;
     constexpr uint32_t MIDDLE = POWER + ((1u << BITS) - 1) * (65537u << (ONE - 1));
@@ -71,39 +63,12 @@ LB_FN void pairs_of_x(const uint4& eight, uint32_t (&pair)[4]) {
 
 #else
 
-// The values of every pair of codes, 32 times, for each lane in a bank of its own.
-constexpr int ENTRIES = BITS == 8 ? 0 : 256;
-
-LB_FN void fill_table(const Form& form, uint32_t* table) {
-    for (int i = threadIdx.x; i < ENTRIES * 8; i += THREADS) {
-        const int entry = i / 8;
-        const float first = form.values[entry >> 4], second = form.values[entry & 15];
-        const uint32_t pair = narrow_pair(first, second, ELEMENT());
-        ((uint4*)table)[i] = make_uint4(pair, pair, pair, pair);
-    }
-}
-LB_FN uint32_t bytes_to_pair(uint32_t word, uint32_t bytes, Half) {  // 1024 + 128 + x, less what is too much
-    return subtract_pairs(__byte_perm(word ^ 0x80808080, 0x64646464, bytes), 0x64806480, Half());
-}
-LB_FN uint32_t bytes_to_pair(uint32_t word, uint32_t bytes, BFloat16) {  // 128 + 7 bits, less 128 or 256
-    const uint32_t apart = __byte_perm(word, 0, bytes);
-    return subtract_pairs((apart & 0x007f007f) | 0x43004300, (apart & 0x00800080) | 0x43004300, BFloat16());
-}
-// The four pairs of a unit, from where its bytes lie in shared memory. at: 4 * lane, this lane's word of an entry, of
-// which there are 32: an entry lies at its number times 128.
-LB_FN void decode_unit(const uint8_t* low, const uint8_t*, const uint8_t* table, uint32_t at, uint32_t (&pair)[4]) {
+LB_FN void decode_unit(const uint8_t* low, const uint8_t*, SharedPlace column, uint32_t (&pair)[4]) {
 #if BITS == 8
     const uint2 words = *(const uint2*)low;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        pair[i] = bytes_to_pair(i < 2 ? words.x : words.y, i % 2 ? 0x4342 : 0x4140, ELEMENT());
+    convert_pairs(words.x, words.y, pair);
 #else
-    const uint32_t word = *(const uint32_t*)low;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t place = (i == 0 ? word << 7 : word >> (8 * i - 7)) & 255 * 128;
-        pair[i] = *(const uint32_t*)(table + (place | at));
-    }
+    look_up_pairs(*(const uint32_t*)low, column, pair);
 #endif
 }
 LB_FN void pairs_of_x(const uint4& eight, uint32_t (&pair)[4]) {
@@ -215,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv(
         if (s < count) start_step(s);
         close_group();
     }
-    fill_table(form, (uint32_t*)memory);
+    fill_table<THREADS>(form, (uint32_t*)memory);
     const int row = warp * 16 * FRAGMENTS + g;
     const RowScales row_scales(form, scales, tile_row + row, N);
     const uint32_t one = narrow<ELEMENT>(1.0f).bits, ones[4] = {one * 65537, one * 65537, one * 65537, one * 65537};
@@ -230,6 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv(
         x_at[s] = (TILE_N * (LOW_CHUNKS + HIGH_CHUNKS) + x_place(x_row, 4 * s + t)) * CHUNK;
     }
     const int high_at = (TILE_N * LOW_CHUNKS + row) * CHUNK + t;
+    const SharedPlace column(memory + 4 * lane);
     Sums sums = {};
     int full = 0, empty = STAGES - 1;  // the stage that is multiplied next, and the one that is filled next
     for (int step = 0; step < count; ++step) {
@@ -256,8 +222,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lowbit_gemv(
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const int down = (16 * i + 8 * h) * CHUNK;
-                    decode_unit(stage + low_at[s] + down * LOW_CHUNKS, stage + high_at + s * 4 + down, memory, 4 * lane,
-                                pair[h]);
+                    decode_unit(stage + low_at[s] + down * LOW_CHUNKS, stage + high_at + s * 4 + down,
+                                column, pair[h]);
                 }
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {

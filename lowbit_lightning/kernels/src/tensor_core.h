@@ -36,6 +36,23 @@ template <int NEWEST> LB_FN void wait_for_all_but() {
 #endif
 }
 
+// A place in shared memory, in one register. Of a pointer the compiler adds up the parts again for every load.
+struct SharedPlace {
+#ifdef __CUDA_ARCH__
+    uint32_t address;
+    LB_METHOD explicit SharedPlace(const void* p) : address(shared_address(p)) { asm volatile("" : "+r"(address)); }
+    LB_METHOD uint32_t word(uint32_t bytes_on) const {
+        uint32_t result;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(result) : "r"(address + bytes_on));
+        return result;
+    }
+#else
+    const uint8_t* address;
+    LB_METHOD explicit SharedPlace(const void* p) : address((const uint8_t*)p) {}
+    LB_METHOD uint32_t word(uint32_t bytes_on) const { return *(const uint32_t*)(address + bytes_on); }
+#endif
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // N adjacent elements to global memory, 16 bytes (or 8, if that is all) in one access. The compiler takes the
 // assignment of a Packet apart here, where loads from other pointers lie between the stores of a loop.
