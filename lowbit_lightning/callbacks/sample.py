@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lowbit_lightning.callbacks.quantization import SHARES, Slot, measure
 from lowbit_lightning.kernels.groups import ends_of, spans
 from lowbit_lightning.layers import Int8ExpertsForm, Int8Layer, Int8MultiheadAttention
-from lowbit_lightning.layers.product import HIGH, ROTATED, form
+from lowbit_lightning.layers.product import HIGH, NEAREST, ROTATED, STOCHASTIC, form
 
 
 class Sample:
@@ -109,8 +109,8 @@ class Sample:
             return
         _, grad_input, grad_weight = layer.kinds
         grad_input, grad_weight = grad_input * x.requires_grad, grad_weight * weight.requires_grad
-        seed = 0 if layer.products.gradient_rounding == "stochastic" else None  # any will do; none is drawn
-        output.register_hook(partial(self._backward, index, as_rows, grad_input, grad_weight, seed))
+        seeds = 0 if layer.rounding == STOCHASTIC else None, 0 if layer.rounding != NEAREST else None  # none is drawn
+        output.register_hook(partial(self._backward, index, as_rows, grad_input, grad_weight, seeds))
 
     def _backward(
         self,
@@ -118,15 +118,15 @@ class Sample:
         as_rows: Callable[[Tensor], Tensor],
         grad_input: int,
         grad_weight: int,
-        seed: int | None,
+        seeds: tuple[int | None, int | None],
         grad: Tensor,
     ) -> None:
         if torch.compiler.is_compiling():
             return
         with torch.no_grad():
             rows = as_rows(grad.detach())
-            self._rowwise(Slot(index, 1, 0), rows, grad_input, seed)
-            self._colwise(Slot(index, 2, 0), rows, "rows", grad_weight, seed)
+            self._rowwise(Slot(index, 1, 0), rows, grad_input, seeds[0])
+            self._colwise(Slot(index, 2, 0), rows, "rows", grad_weight, seeds[1])
 
     def _rowwise(self, slot: Slot, x: Tensor, kind: int, seed: int | None = None) -> None:
         if x.numel() and kind != HIGH:

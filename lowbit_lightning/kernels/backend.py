@@ -60,8 +60,10 @@ class Int8(Protocol):
     def quantize_colwise(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
         """int8 ``[C, R]`` and scales ``[C]`` of x ``[R, C]``."""
 
-    def quantize_both(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The results of both, in this order."""
+    def quantize_both(
+        self, x: Tensor, seed: int | None, nearest_rows: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The results of both, in this order; ``nearest_rows``: rows are rounded to nearest whatever the seed."""
 
     def quantize_channels(self, x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
         """int8 ``[R, C]`` and scales ``[C]`` of x ``[R, C]``."""

@@ -14,8 +14,9 @@ def quantize_rowwise(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor
 
     Args:
         x: float32, float16 or bfloat16 ``[R, C]``.
-        seed: None rounds to nearest, ties to even. An int of 64 bits rounds at random and without bias; the same seed
-            gives the same result on every backend.
+        seed: None rounds to nearest, ties to even. An int (its low 32 bits count) dithers: each element is rounded up
+            or down without bias, as its place in the matrix says (``kernels.reference.words.dither``), with the same
+            result on every backend.
 
     Raises:
         TypeError: if x is not such a matrix, or seed not an int.
@@ -25,13 +26,18 @@ def quantize_rowwise(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor
 
 def quantize_colwise(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
     """``quantize_rowwise`` of ``x.T``: int8 ``[C, R]``, contiguous, and float32 scales ``[C]``, of a float matrix
-    ``[R, C]``. An element's random bits are those that ``quantize_rowwise(x, seed)`` gives it."""
+    ``[R, C]``. An element's dither is the one that ``quantize_rowwise(x, seed)`` gives it."""
     return _colwise(*_matrix_and_seed(x, seed))
 
 
-def quantize_both(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(*quantize_rowwise(x, seed), *quantize_colwise(x, seed))`` in one op that reads x less often."""
-    return _both(*_matrix_and_seed(x, seed))
+def quantize_both(
+    x: Tensor, seed: int | None = None, nearest_rows: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(*quantize_rowwise(x, seed), *quantize_colwise(x, seed))`` in one op that reads x less often.
+
+    ``nearest_rows``: the seed is for the columns alone, and rows are rounded to nearest.
+    """
+    return _both(*_matrix_and_seed(x, seed), nearest_rows)
 
 
 def quantize_channels(x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -90,8 +96,8 @@ _colwise = declare(
     "quantize_colwise(Tensor x, SymInt? seed) -> (Tensor, Tensor)", fake=lambda x, seed: _form(x.T, seed)
 )
 _both = declare(
-    "quantize_both(Tensor x, SymInt? seed) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda x, seed: (*_form(x, seed), *_form(x.T, seed)),
+    "quantize_both(Tensor x, SymInt? seed, bool nearest_rows=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda x, seed, _=False: (*_form(x, seed), *_form(x.T, seed)),
 )
 
 

@@ -30,7 +30,7 @@ def quantize_groups(x: Tensor, offs: Tensor, seed: int | None = None) -> tuple[T
     Args:
         x: float32, float16 or bfloat16 ``[S, C]``.
         offs: int32 or int64 ``[E]``, ascending ends, at most S.
-        seed: None rounds to nearest; an int rounds group e at random, as ``quantize_both`` with the seed ``seed + e``.
+        seed: None rounds to nearest; an int dithers group e, as ``quantize_both`` with the seed ``seed + e``.
 
     Returns:
         int8 ``[S, C]`` and float32 scales ``[S]``; the group columns, int8 ``[S, C]``, and float32 scales ``[E, C]``.

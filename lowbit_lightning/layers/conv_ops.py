@@ -14,6 +14,7 @@ from lowbit_lightning.kernels.dispatch import declare
 from lowbit_lightning.layers import conv_product
 from lowbit_lightning.layers.conv_product import high, pixels_of
 from lowbit_lightning.layers.ops import unsaved
+from lowbit_lightning.layers.product import INT8, forms, seeds_of
 from lowbit_lightning.layers.windows import Windows
 
 
@@ -39,7 +40,7 @@ def _int8_convolution(
     grad_input: bool,
     grad_weight: bool,
     save_int8: bool,
-    stochastic: bool,
+    rounding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution of x ``[N, C, *size]`` by ``weight [O, C, *kernel]``, plus ``bias [O]``, in x's dtype.
 
@@ -48,7 +49,7 @@ def _int8_convolution(
         forward, grad_input, grad_weight: which products run in int8; the last two only matter to autograd.
         save_int8: give the backward x's int8 channels instead of x: the other two results, int8 ``[pixels, C]`` and
             scales ``[C]``, or else empty.
-        stochastic: round the incoming gradient at random.
+        rounding: of the incoming gradient: ``product.NEAREST``, ``DITHERED`` or ``STOCHASTIC``.
     """
     windows = _geometry(x.shape, weight.shape, stride, padding, dilation)
     saved = x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
@@ -100,13 +101,12 @@ def _int8_convolution_backward(
     weight_last: bool,
     x_dtype: torch.dtype,
     weight_dtype: torch.dtype,
-    stochastic: bool,
+    rounding: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradients by the input and by the weight, in int8, of ``dy [N, O, *results]``.
 
     Without ``weight`` the first result is empty; without x and its channels ``xq``, ``x_scales`` (either will do) the
-    second. ``channels_last``, ``weight_last``: their memory formats. ``stochastic``: dy is rounded at random, by a seed
-    that is drawn from torch's default CPU generator.
+    second. ``channels_last``, ``weight_last``: their memory formats. ``rounding``: of dy, as for ``int8_linear``.
     """
     wants_x, wants_weight = weight is not None, x is not None or xq is not None
     dx, dw = dy.new_empty(0, dtype=x_dtype), dy.new_empty(0, dtype=weight_dtype)
@@ -115,13 +115,13 @@ def _int8_convolution_backward(
         return dx, _empty(dy, wants_weight, weight_size, weight_last, weight_dtype).zero_()
     windows, images = _geometry(x_size, weight_size, stride, padding, dilation), x_size[0]
     table = windows.table(dy.device)
-    rows, seed = pixels_of(dy), int(torch.randint(2**63 - 1, ())) if stochastic else None
+    rows, seeds = pixels_of(dy), seeds_of(rounding)
     if wants_x and wants_weight:
-        row_q, row_scales, column_q, column_scales = kernels.quantize_both(rows, seed)
+        row_q, row_scales, column_q, column_scales = forms(rows, INT8, INT8, seeds)
     elif wants_x:
-        row_q, row_scales = kernels.quantize_rowwise(rows, seed)
+        row_q, row_scales = kernels.quantize_rowwise(rows, seeds[0])
     else:
-        column_q, column_scales = kernels.quantize_colwise(rows, seed)
+        column_q, column_scales = kernels.quantize_colwise(rows, seeds[1])
     if weight is not None:
         wq, w_scales = kernels.quantize_channels(pixels_of(weight))
         taps = wq.unflatten(0, (-1, table.shape[1]))
@@ -156,7 +156,7 @@ def _int8_convolution_backward_fake(
 int8_convolution_backward = declare(
     "int8_convolution_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, SymInt[] x_size, "
     "SymInt[] weight_size, int[] stride, int[] padding, int[] dilation, bool channels_last, bool weight_last, "
-    "ScalarType x_dtype, ScalarType weight_dtype, bool stochastic) -> (Tensor, Tensor)",
+    "ScalarType x_dtype, ScalarType weight_dtype, int rounding) -> (Tensor, Tensor)",
     fake=_int8_convolution_backward_fake,
     implementation=_int8_convolution_backward,
 )
@@ -166,7 +166,7 @@ int8_convolution_backward = declare(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, *ctx.geometry, ctx.channels_last, f, i, w, save_int8, ctx.stochastic = inputs
+    x, weight, bias, *ctx.geometry, ctx.channels_last, f, i, w, save_int8, ctx.rounding = inputs
     ctx.kinds = f, i, w
     _, xq, x_scales = output
     ctx.mark_non_differentiable(xq, x_scales)
@@ -197,7 +197,7 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         int8_x, int8_weight = needs_x and grad_input, needs_weight and grad_weight
         if int8_x or int8_weight:
             operands = weight if int8_x else None, *((x, xq, x_scales) if int8_weight else (None, None, None))
-            formats = ctx.channels_last, ctx.weight_last, ctx.x_dtype, ctx.weight_dtype, ctx.stochastic
+            formats = ctx.channels_last, ctx.weight_last, ctx.x_dtype, ctx.weight_dtype, ctx.rounding
             dx, dw = int8_convolution_backward(dy, *operands, ctx.x_size, ctx.weight_size, *geometry, *formats)
         if not int8_x:
             dx = high("dx", dy, weight, ctx.x_size, geometry).to(ctx.x_dtype) if needs_x else None
@@ -210,7 +210,7 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 int8_convolution = declare(
     "int8_convolution(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
-    "bool channels_last, bool forward, bool grad_input, bool grad_weight, bool save_int8, bool stochastic) "
+    "bool channels_last, bool forward, bool grad_input, bool grad_weight, bool save_int8, int rounding) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_int8_convolution_fake,
     implementation=_int8_convolution,

@@ -15,13 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit_lightning.kernels.dispatch import is_transformed
 from lowbit_lightning.layers.ops import int8_linear
-from lowbit_lightning.layers.product import HIGH, INT8, ROTATED, product
+from lowbit_lightning.layers.product import HIGH, INT8, NEAREST, ROTATED, STOCHASTIC, product
 from lowbit_lightning.layers.seen import MatmulSeen, Terms, is_noted
 
 Product = Literal["int8", "hadamard", "high"]
 Saved = Literal["int8", "high"]
 Rotation = Literal["none", "hadamard"]
-Rounding = Literal["nearest", "stochastic"]
+Rounding = Literal["auto", "nearest", "stochastic"]
 PRODUCTS = ("forward", "grad_input", "grad_weight")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Asked once: the compiler of torch 2.7 cannot trace the question.
@@ -35,7 +35,7 @@ _KINDS = {"high": HIGH, "int8": INT8, "hadamard": ROTATED}
 _CHOICES = {
     **dict.fromkeys(("forward", "grad_input", "grad_weight"), ("int8", "hadamard", "high")),
     "save_inputs": ("int8", "high"),
-    "gradient_rounding": ("nearest", "stochastic"),
+    "gradient_rounding": ("auto", "nearest", "stochastic"),
     "rotation": ("none", "hadamard"),
 }
 
@@ -50,8 +50,9 @@ class Products:
             ``grad_weight="high"`` is what Wortsman et al. (2023) call SwitchBack.
         save_inputs: the form of the input that an int8 ``grad_weight`` keeps for the backward: "int8", a byte per
             element, or "high", the input itself. The results are the same.
-        gradient_rounding: "nearest", or "stochastic": the incoming gradient is rounded to int8 at random and without
-            bias, by seeds from torch's default CPU generator.
+        gradient_rounding: of the incoming gradient. "nearest"; "stochastic": without bias, by seeds from torch's
+            default CPU generator; "auto": "nearest" in linear layers, and in convolutions too, except that they dither
+            it for ``grad_weight`` (``layers.conv`` says why), which draws nothing.
         rotation: "none", or "hadamard", which makes each "int8" above "hadamard". Convolutions contract channels and
             taps, or pixels that overlap; only those of a single tap are rotated.
 
@@ -63,7 +64,7 @@ class Products:
     grad_input: Product = "int8"
     grad_weight: Product = "int8"
     save_inputs: Saved = "int8"
-    gradient_rounding: Rounding = "nearest"
+    gradient_rounding: Rounding = "auto"
     rotation: Rotation = "none"
 
     def __post_init__(self) -> None:
@@ -126,6 +127,11 @@ class Int8Layer(nn.Module):
         return self.products.kinds
 
     @property
+    def rounding(self) -> int:
+        """How the incoming gradient is rounded: ``product.NEAREST``, ``DITHERED`` or ``STOCHASTIC``."""
+        return STOCHASTIC if self.products.gradient_rounding == "stochastic" else NEAREST
+
+    @property
     def weights(self) -> tuple[Tensor, ...]:
         """The parameters that its products multiply by."""
         return (self.weight,)
@@ -169,7 +175,7 @@ FORMS: dict[type[nn.Module], type[Int8Layer]] = {}
 """The int8 form of each plain class."""
 
 
-def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, products: Products) -> Tensor:
+def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, products: Products, rounding: int) -> Tensor:
     """``rows @ matrix.T + bias`` of ``[M, K]`` and ``[N, K]``, as ``products`` says, in the dtype of the rows."""
     kinds = products.kinds
     if is_transformed():
@@ -177,7 +183,7 @@ def multiply(rows: Tensor, matrix: Tensor, bias: Tensor | None, products: Produc
         return y if bias is None else y + bias.to(y.dtype)
     trains = matrix.requires_grad and torch.is_grad_enabled()
     save_int8 = trains and products.grad_weight != "high" and products.save_inputs == "int8"
-    y, *_ = int8_linear(rows, matrix, bias, *kinds, save_int8, products.gradient_rounding == "stochastic")
+    y, *_ = int8_linear(rows, matrix, bias, *kinds, save_int8, rounding)
     return y
 
 
@@ -198,7 +204,8 @@ def linear(layer: Int8Layer, input: Tensor, matrix: Tensor, bias: Tensor | None,
     if is_noted():
         seen = MatmulSeen(rows.shape[0], matrix.shape[1], matrix.shape[0], Terms.of(x, matrix))
         layer.seen = (*(layer.seen or ())[:number], seen)
-    return multiply(rows, matrix, bias, layer.products).reshape(*x.shape[:-1], matrix.shape[0])
+    y = multiply(rows, matrix, bias, layer.products, layer.rounding)
+    return y.reshape(*x.shape[:-1], matrix.shape[0])
 
 
 def of_nested(forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

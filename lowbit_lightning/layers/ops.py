@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels.dispatch import declare
-from lowbit_lightning.layers.product import HIGH, ROTATED, form, form_of_weight, forms, product
+from lowbit_lightning.layers.product import HIGH, ROTATED, form, form_of_weight, forms, product, seeds_of
 
 
 def _int8_linear(
@@ -24,7 +24,7 @@ def _int8_linear(
     grad_input: int,
     grad_weight: int,
     save_int8: bool,
-    stochastic: bool,
+    rounding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x @ weight.T + bias`` of ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, in x's dtype.
 
@@ -33,7 +33,7 @@ def _int8_linear(
             two only the form of what is saved depends here.
         save_int8: give the backward x's int8 columns instead of x. An op can save only what it takes or returns, so
             they are its other two results: int8 ``[K, M]`` and scales ``[K]``, or else empty.
-        stochastic: round the incoming gradient at random.
+        rounding: of the incoming gradient: ``product.NEAREST``, ``DITHERED`` or ``STOCHASTIC``.
     """
     saved = x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
     if x.numel() == 0 or weight.numel() == 0:
@@ -60,7 +60,7 @@ def _int8_linear_fake(
     grad_input: int,
     grad_weight: int,
     save_int8: bool,
-    stochastic: bool,
+    rounding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, length = (x.shape[::-1], x.shape[1]) if save_int8 else (0, 0)
     saved = x.new_empty(shape, dtype=torch.int8), x.new_empty(length, dtype=torch.float32)
@@ -84,26 +84,25 @@ def _int8_linear_backward(
     weight_dtype: torch.dtype,
     grad_input: int,
     grad_weight: int,
-    stochastic: bool,
+    rounding: int,
 ) -> tuple[Tensor, Tensor]:
     """``dy @ weight [M, K]`` and ``dy.T @ x [N, K]`` in int8, of ``dy [M, N]``; dy's two forms come from one op.
 
     Without ``weight [N, K]`` the first result is empty; without ``x [M, K]`` and its columns ``xq [K, M]``,
     ``x_scales [K]`` (one of the two is enough) the second. ``grad_input``, ``grad_weight``: ``INT8`` or ``ROTATED``
-    (the latter as xq, where it is given). ``stochastic``: dy is rounded at random, by a seed from torch's default CPU
-    generator.
+    (the latter as xq, where it is given). ``rounding``: of dy, ``NEAREST``, ``DITHERED`` or ``STOCHASTIC``.
     """
     dx, dw = dy.new_empty(0, dtype=x_dtype), dy.new_empty(0, dtype=weight_dtype)
     other = x if xq is None else xq
     if dy.numel() == 0 or (weight is not None and weight.numel() == 0) or (other is not None and other.numel() == 0):
         return _zeros(dy, weight, x, xq, x_dtype, weight_dtype)
-    seed = int(torch.randint(2**63 - 1, ())) if stochastic else None
+    seeds = seeds_of(rounding)
     if weight is not None and other is not None:
-        rows, row_scales, columns, column_scales = forms(dy, grad_input, grad_weight, seed)
+        rows, row_scales, columns, column_scales = forms(dy, grad_input, grad_weight, seeds)
     elif weight is not None:
-        rows, row_scales = form(dy, 1, grad_input, seed)
+        rows, row_scales = form(dy, 1, grad_input, seeds[0])
     else:
-        columns, column_scales = form(dy, 0, grad_weight, seed)
+        columns, column_scales = form(dy, 0, grad_weight, seeds[1])
     if weight is not None:
         wq, w_scales = form_of_weight(weight.T, grad_input)
         dx = kernels.int8_matmul(rows, wq, row_scales, w_scales, None, x_dtype)
@@ -130,7 +129,7 @@ def _zeros(
 
 int8_linear_backward = declare(
     "int8_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? xq, Tensor? x_scales, ScalarType x_dtype, "
-    "ScalarType weight_dtype, int grad_input, int grad_weight, bool stochastic) -> (Tensor, Tensor)",
+    "ScalarType weight_dtype, int grad_input, int grad_weight, int rounding) -> (Tensor, Tensor)",
     fake=lambda dy, weight, x, xq, _, *settings: _zeros(dy, weight, x, xq, *settings[:2]),
     implementation=_int8_linear_backward,
 )
@@ -140,7 +139,7 @@ int8_linear_backward = declare(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, *ctx.kinds, save_int8, ctx.stochastic = inputs
+    x, weight, bias, *ctx.kinds, save_int8, ctx.rounding = inputs
     _, xq, x_scales = output
     ctx.mark_non_differentiable(xq, x_scales)
     ctx.set_materialize_grads(False)
@@ -168,7 +167,7 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         if int8_x or int8_weight:
             operands = weight if int8_x else None, *((x, xq, x_scales) if int8_weight else (None, None, None))
             dtypes = ctx.x_dtype, ctx.weight_dtype
-            dx, dw = int8_linear_backward(dy, *operands, *dtypes, grad_input, grad_weight, ctx.stochastic)
+            dx, dw = int8_linear_backward(dy, *operands, *dtypes, grad_input, grad_weight, ctx.rounding)
         if not int8_x:
             dx = (dy @ weight.to(dy.dtype)).to(ctx.x_dtype) if needs_x else None
         if not int8_weight:
@@ -198,7 +197,7 @@ class _Unsaved(torch.autograd.Function):
 
 int8_linear = declare(
     "int8_linear(Tensor x, Tensor weight, Tensor? bias, int forward, int grad_input, int grad_weight, "
-    "bool save_int8, bool stochastic) -> (Tensor, Tensor, Tensor)",
+    "bool save_int8, int rounding) -> (Tensor, Tensor, Tensor)",
     fake=_int8_linear_fake,
     implementation=_int8_linear,
     setup_context=_setup_context,

@@ -31,6 +31,10 @@ from lowbit_lightning import kernels
 HIGH, INT8, ROTATED = 0, 1, 2
 """How a product runs: in high precision, in int8, or in int8 with both operands rotated along what it contracts."""
 
+NEAREST, DITHERED, STOCHASTIC = 0, 1, 2
+"""How an incoming gradient is rounded: to nearest; for the gradient by the weight alone, by a fixed dither; or by one
+whose seed is drawn each time."""
+
 Kinds = tuple[int, int, int]
 """How products of the kind of the result, of a, and of b run."""
 
@@ -42,11 +46,23 @@ def form(x: Tensor, dim: int, kind: int, seed: int | None = None) -> tuple[Tenso
     return kernels.quantize_rowwise(y, seed) if dim else kernels.quantize_colwise(y, seed)
 
 
-def forms(x: Tensor, rows: int, columns: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(*form(x, 1, rows, seed), *form(x, 0, columns, seed))``, in one op where neither is rotated."""
+def seeds_of(rounding: int) -> tuple[int | None, int | None]:
+    """Of the rows and the columns of an incoming gradient, for ``form``; where rounding is ``STOCHASTIC``, one is drawn
+    from torch's default CPU generator."""
+    if rounding != STOCHASTIC:
+        return None, 0 if rounding == DITHERED else None
+    seed = int(torch.randint(2**63 - 1, ()))
+    return seed, seed
+
+
+def forms(
+    x: Tensor, rows: int, columns: int, seeds: tuple[int | None, int | None] = (None, None)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(*form(x, 1, rows, seeds[0]), *form(x, 0, columns, seeds[1]))``, in one op where neither is rotated.
+    ``seeds``: as ``seeds_of`` gives them."""
     if rows == columns == INT8:
-        return kernels.quantize_both(x, seed)
-    return *form(x, 1, rows, seed), *form(x, 0, columns, seed)
+        return kernels.quantize_both(x, seeds[1], seeds[0] is None)
+    return *form(x, 1, rows, seeds[0]), *form(x, 0, columns, seeds[1])
 
 
 def form_of_weight(matrix: Tensor, kind: int) -> tuple[Tensor, Tensor]:

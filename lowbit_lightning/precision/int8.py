@@ -59,7 +59,7 @@ class Int8Mixed:
         grad_input: Product = "int8",
         grad_weight: Product = "int8",
         save_inputs: Saved = "int8",
-        gradient_rounding: Rounding = "nearest",
+        gradient_rounding: Rounding = "auto",
         rotation: Rotation = "none",
         overrides: Overrides | None = None,
         swap: Literal["faster", "all"] = "faster",
@@ -179,7 +179,8 @@ class Int8MixedPrecision(Int8Mixed, InStep):
         forward, grad_input, grad_weight: "int8", "hadamard" (int8 after a rotation that spreads outliers) or "high"
             (the input's dtype), for each of a layer's three products.
         save_inputs: the form in which a layer's input is saved for the backward: "int8" (a byte per element) or "high".
-        gradient_rounding: "nearest" or "stochastic", for the gradients that enter int8 products.
+        gradient_rounding: of the gradients that enter int8 products: "nearest", "stochastic", or "auto", which is
+            "nearest" except that convolutions dither them for ``grad_weight`` (``layers.Products``).
         rotation: "hadamard" makes every "int8" of the three products "hadamard".
         overrides: pattern -> settings for the layers that it matches, or None to leave them in high precision.
         swap: "faster" leaves layers in high precision that are slower in int8 on this device: they are timed after the

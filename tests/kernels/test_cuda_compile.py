@@ -54,9 +54,9 @@ def texts(every: bool) -> dict[str, str]:
         text = specialised("quantize.cu", ELEMENT=dtype, MAP=MAP_NUMBERS[codebook], BLOCK=block_size)
         found[f"quantize {dtype} {codebook} block {block_size}"] = text
     for dtype, threads in ((F32, 256), (F32, 32), (BF16, 256), (F16, 32)) if every else ((F16, 32), (BF16, 256)):
-        for stochastic in (False, True):
-            text = specialised("int8.cu", ELEMENT=dtype, ROW_THREADS=threads, STOCHASTIC=stochastic)
-            found[f"int8 {dtype} threads {threads} at random {stochastic}"] = text
+        for dithered in (0, 1, 2):
+            text = specialised("int8.cu", ELEMENT=dtype, ROW_THREADS=threads, DITHERED=dithered)
+            found[f"int8 {dtype} threads {threads} dithered {dithered}"] = text
     for out, bias in ((F32, F32), (BF16, BF16), (F16, F32)) if every else ((BF16, BF16),):
         found[f"int8 product's epilogue {out} bias {bias}"] = specialised("int8_scale_sums.cu", ELEMENT=out, BIAS=bias)
         found[f"int8 convolution {out} bias {bias}"] = specialised("int8_conv.cu", ELEMENT=out, BIAS=bias, STAGES=3)

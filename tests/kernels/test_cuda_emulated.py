@@ -360,6 +360,7 @@ def quantised(x: Tensor, seed: int | None) -> list[Tensor]:
     return [
         *(*kernels.quantize_rowwise(x, seed), *kernels.quantize_colwise(x, seed)),
         *kernels.quantize_both(x, seed),
+        *kernels.quantize_both(x, seed, nearest_rows=True),
         *kernels.quantize_image(x, seed),
         *([] if seed else [kernels.hadamard(x, dim) for dim in (0, 1)]),
     ]

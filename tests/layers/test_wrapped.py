@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit_lightning import kernels
 from lowbit_lightning.layers import Int8Linear, Products
-from lowbit_lightning.layers.product import HIGH, INT8, ROTATED
+from lowbit_lightning.layers.product import DITHERED, HIGH, INT8, NEAREST, ROTATED, STOCHASTIC
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 
@@ -50,25 +50,25 @@ def test_compiled_by_inductor_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("save_int8", [True, False])
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_ops_pass_opcheck(save_int8: bool, stochastic: bool) -> None:
+@pytest.mark.parametrize("rounding", [NEAREST, DITHERED, STOCHASTIC])
+def test_ops_pass_opcheck(save_int8: bool, rounding: int) -> None:
     x, weight, bias = torch.randn(6, K, requires_grad=True), torch.randn(N, K, requires_grad=True), torch.randn(N)
     forward = torch.ops.lowbit_lightning.int8_linear.default
-    # Two runs of random rounding differ, which opcheck takes for a fault: its other checks remain.
-    checks = CHECKS[:2] if stochastic else CHECKS
+    # Two runs of stochastic rounding differ, which opcheck takes for a fault: its other checks remain.
+    checks = CHECKS[:2] if rounding == STOCHASTIC else CHECKS
     for arguments in (
         (x, weight, bias, INT8, INT8, INT8, save_int8),
         (x, weight, bias, ROTATED, ROTATED, ROTATED, save_int8),
         (x, weight, None, HIGH, INT8, INT8 if save_int8 else HIGH, save_int8),
     ):
-        torch.library.opcheck(forward, (*arguments, stochastic), test_utils=checks)
+        torch.library.opcheck(forward, (*arguments, rounding), test_utils=checks)
     dy, saved = torch.randn(6, N), kernels.quantize_colwise(x.detach())
     backward = torch.ops.lowbit_lightning.int8_linear_backward.default
     dtypes = torch.bfloat16, torch.float32
     w = weight.detach()
     for operands in ((w, None, *saved), (w, x.detach(), None, None), (None, None, *saved), (w, None, None, None)):
         for kind in INT8, ROTATED:
-            torch.library.opcheck(backward, (dy, *operands, *dtypes, kind, kind, stochastic), test_utils=CHECKS[:2])
+            torch.library.opcheck(backward, (dy, *operands, *dtypes, kind, kind, rounding), test_utils=CHECKS[:2])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -18,7 +18,7 @@ from lowbit_lightning.kernels.sources import DTYPE_NUMBERS, specialised
 MANY = 1 << 15
 """Elements below which a second thread costs more than it saves."""
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, *[_POINTER] * 5, _INT, _INT]
+_QUANTIZE: list[Any] = [_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, *[_POINTER] * 4, _INT, _INT]
 _GROUPS: list[Any] = [_POINTER, _INT, _POINTER, _LONG, _LONG, *[_POINTER] * 5, _INT, _LONG]
 
 
@@ -61,10 +61,10 @@ def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     return form
 
 
-def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_both(x: Tensor, seed: int | None, nearest_rows: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     forms = *empty_form(rows, columns), *empty_form(columns, rows)
-    quantize_into(x, seed, *forms)
+    quantize_into(x, seed, *forms, nearest_rows=nearest_rows)
     return forms
 
 
@@ -92,10 +92,13 @@ def empty_form(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return q, torch.empty(rows, dtype=torch.float32, device="cpu")
 
 
-def quantize_into(x: Tensor, seed: int | None, *forms: Tensor | None, turned: bool = True) -> None:
+def quantize_into(
+    x: Tensor, seed: int | None, *forms: Tensor | None, nearest_rows: bool = False, turned: bool = True
+) -> None:
     """Write the results of ``quantize_both``, or of ``quantize_image`` if not ``turned``, into the given tensors.
     Give None, None for a form that is not wanted."""
     word = None if seed is None else ctypes.byref(ctypes.c_int64(seed))
     pointers = [None if form is None else form.data_ptr() for form in forms]
     threads = torch.get_num_threads() if x.numel() >= MANY else 1
-    library().lb_int8_quantize(x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape, word, *pointers, turned, threads)
+    matrix = x.data_ptr(), DTYPE_NUMBERS[x.dtype], *x.shape
+    library().lb_int8_quantize(*matrix, word, nearest_rows, *pointers, turned, threads)

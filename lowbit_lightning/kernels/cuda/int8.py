@@ -15,8 +15,9 @@ _SHORT_ROW = 1024  # elements up to which one warp takes a row
 _STRIDE_ROWS = 64  # tiles that a launch's second dimension spreads over; each CUDA block then takes the next ones
 
 
-def _text(x: Tensor, row_threads: int, seed: int | None) -> str:
-    return specialised("int8.cu", ELEMENT=x.dtype, ROW_THREADS=row_threads, STOCHASTIC=seed is not None)
+def _text(x: Tensor, row_threads: int, seed: int | None, nearest_rows: bool = False) -> str:
+    dithered = 0 if seed is None else 2 if nearest_rows else 1
+    return specialised("int8.cu", ELEMENT=x.dtype, ROW_THREADS=row_threads, DITHERED=dithered)
 
 
 def quantize_rowwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
@@ -37,8 +38,8 @@ def quantize_colwise(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
     return q, scales
 
 
-def quantize_both(x: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    column_q, column_scales, row_q, row_scales = _quantize_tiles(x, seed, with_rows=True)
+def quantize_both(x: Tensor, seed: int | None, nearest_rows: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    column_q, column_scales, row_q, row_scales = _quantize_tiles(x, seed, True, nearest_rows)
     return row_q, row_scales, column_q, column_scales
 
 
@@ -67,7 +68,9 @@ def hadamard(x: Tensor, dim: int) -> Tensor:
     return out
 
 
-def _quantize_tiles(x: Tensor, seed: int | None, with_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_tiles(
+    x: Tensor, seed: int | None, with_rows: bool, nearest_rows: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The column-wise form, then the row-wise form, which is empty unless ``with_rows``."""
     rows, columns = x.shape
     row_count = rows if with_rows else 0
@@ -78,7 +81,7 @@ def _quantize_tiles(x: Tensor, seed: int | None, with_rows: bool) -> tuple[Tenso
         return column_q, column_scales, row_q, row_scales
     tops = torch.zeros(columns + row_count, dtype=torch.int32, device=x.device)  # bits of floats: they order alike
     column_tops, row_tops = tops[:columns], tops[columns:]
-    text = _text(x, 256, seed)
+    text = _text(x, 256, seed, nearest_rows)
     shape = x, ctypes.c_int64(rows), ctypes.c_int64(columns)
     row_form = (row_tops, row_q, row_scales) if with_rows else (None, None, None)
     down = min(_STRIDE_ROWS, max(1, ceil_div(rows, 64)))

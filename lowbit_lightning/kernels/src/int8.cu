@@ -1,45 +1,31 @@
 // Row-wise and column-wise int8 quantisation on the GPU. What the ops mean is said in the reference.
 //
 // Specialised by macros: ELEMENT (float, Half, BFloat16: of the matrix), ROW_THREADS (32 or 256: how many threads share
-// a row), STOCHASTIC (1: rounded at random).
+// a row), DITHERED (2: columns are dithered, 1: rows too, 0: rounded to nearest).
 #define BLOCK 256
 #include "gpu.h"
 #include "scale.h"
 #include "group.h"
-#include "philox.h"
+#include "dither.h"
 
 constexpr int ROWS = 256 / ROW_THREADS;  // of a CUDA block
 constexpr int WIDTH = 16 / sizeof(ELEMENT);  // elements of one access
 
-// The random words of N adjacent elements, from index `first` in the matrix on.
-template <int N> LB_FN void random_run(uint64_t seed, uint64_t first, uint32_t (&word)[N]) {
-#if STOCHASTIC
-    const int shift = (int)(first & 7);  // the elements may lie in two groups of eight
-    const Philox block = philox(seed, 0, 0, first >> 3);
-    const Philox next = shift + N > 8 ? philox(seed, 0, 0, (first >> 3) + 1) : block;
-    uint32_t w[8] = {block.word[0], block.word[1], block.word[2], block.word[3],
-                     next.word[0],  next.word[1],  next.word[2],  next.word[3]};
+// The words of N neighbours in a row, from `column` on.
+template <int N> LB_FN void dither_run(uint64_t seed, int64_t row, int64_t column, uint32_t (&word)[N]) {
+#if DITHERED
+    const uint32_t start = dither_start(seed, row, column);
 #pragma unroll
-    for (int k = 0; k < 6; ++k) w[k] = shift & 4 ? w[k + 2] : w[k];  // an array in registers has no index
-#pragma unroll
-    for (int k = 0; k < 5; ++k) w[k] = shift & 2 ? w[k + 1] : w[k];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) w[k] = shift & 1 ? w[k] >> 16 | w[k + 1] << 16 : w[k];
-#pragma unroll
-    for (int i = 0; i < N; ++i) word[i] = w[i / 2] >> (16 * (i & 1)) & 0xffff;
+    for (int i = 0; i < N; ++i) word[i] = (start + i * DITHER_COLUMN) >> 17;
 #endif
 }
 
-// The int8, in the low byte. To nearest, ties to even: |x * inverse| is below 127.5 by the choice of the inverse. A row
-// without scale gives zeros.
-LB_FN int32_t rounded(float x, float inverse, uint32_t word) {
+// The int8, in the low byte, ties to even: |x * inverse| is at most 127 + 2^-17 by the choice of the inverse, and what is
+// added at most 1/2 - 2^-16. A row without scale gives zeros.
+template <bool DITHERS> LB_FN int32_t rounded(float x, float inverse, uint32_t word) {
     if (inverse == 0.0f) return 0;
-#if STOCHASTIC
-    const float y = x * inverse, u = ((float)word + 0.5f) * 0x1p-16f;
-    return max(-127, min(127, __float2int_rz(y + copysignf(u, y)))) & 255;
-#else
+    if (DITHERS) return __float2int_rn(x * inverse + (((float)word + 0.5f) * 0x1p-15f - 0.5f)) & 255;
     return __float2int_rn(x * inverse) & 255;
-#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -77,15 +63,15 @@ extern "C" __global__ void __launch_bounds__(256) quantize_rows(
         int32_t r[WIDTH];
         uint32_t word[WIDTH];
         load_packet<WIDTH>(from + c, v);
-        random_run(seed, row * columns + c, word);
+        dither_run(seed, row, c, word);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) r[i] = rounded(v[i], s.inverse, word[i]);
+        for (int i = 0; i < WIDTH; ++i) r[i] = rounded<DITHERED == 1>(v[i], s.inverse, word[i]);
         store_packet<WIDTH>(to + c, r);
     }
     for (int64_t c = in_packets + lane; c < columns; c += ROW_THREADS) {
         uint32_t word[1];
-        random_run(seed, row * columns + c, word);
-        to[c] = (uint8_t)rounded(widen(from[c]), s.inverse, word[0]);
+        dither_run(seed, row, c, word);
+        to[c] = (uint8_t)rounded<DITHERED == 1>(widen(from[c]), s.inverse, word[0]);
     }
 }
 
@@ -199,15 +185,15 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize_tiles(
 #pragma unroll
         for (int i = 0; i < PATCH; ++i) {
             uint32_t word[WIDTH];
-            random_run(seed, (first + i) * columns + column, word);
+            dither_run(seed, first + i, column, word);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) four[j] |= (uint32_t)rounded(v[i][j], inverse[j], word[j]) << (8 * i);
+            for (int j = 0; j < WIDTH; ++j) four[j] |= (uint32_t)rounded<DITHERED != 0>(v[i][j], inverse[j], word[j]) << (8 * i);
             if (!row_q || first + i >= rows) continue;
             const RowScale s = row_scale(row_tops[first + i]);
             if (blockIdx.x == 0 && across == 0) row_scales[first + i] = s.scale;
             int32_t r[WIDTH];
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) r[j] = rounded(v[i][j], s.inverse, word[j]);
+            for (int j = 0; j < WIDTH; ++j) r[j] = rounded<DITHERED == 1>(v[i][j], s.inverse, word[j]);
             uint8_t* to = (uint8_t*)row_q + (first + i) * columns + column;
             if (packets) {
                 if (column < columns) store_packet<WIDTH>(to, r);

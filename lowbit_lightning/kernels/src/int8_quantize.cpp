@@ -10,7 +10,6 @@
 //   both      Each thread takes its share of the rows, looks at rows and columns, and writes the rows. Then all turn,
 //             last rows first, since those are still in a cache. The next block is fetched while one is written.
 #include "int8_vectors.h"
-#include "random_words.h"
 #include "scale.h"
 #include "pages.h"
 #include "parallel.h"
@@ -44,7 +43,7 @@ LB_FN void look(const T* x, int64_t stride, int64_t n, int64_t ahead, Tops<T> (&
     for (int k = 0; k < ROWS; ++k) top[k] = highest[k];
 }
 
-template <class T, bool RANDOM> struct Quantiser {
+template <class T, bool DITHERED> struct Quantiser {
     const T* x;
     int64_t rows, columns;
     uint64_t seed;
@@ -56,18 +55,17 @@ template <class T, bool RANDOM> struct Quantiser {
 
     static constexpr int TOGETHER = 8;  // rows
     static constexpr int64_t ROWS_IN_CACHE = 512 << 10;  // bytes
-    static constexpr int CHUNK = 512;   // elements whose random words are made together
 
     // 64 elements; EACH: of as many columns, whose inverses lie as set_scales leaves them; otherwise of one row
     template <bool EACH = false>
-    LB_FN void write_line(const T* from, const float* inverses, const uint16_t* words, uint8_t* line) {
+    LB_FN void write_line(const T* from, const float* inverses, uint32_t start, uint8_t* line) {
         for (int k = 0; k < 64; k += 4 * W) {
             IntPair values[2];
             for (int i = 0; i < 2; ++i) {
                 const int at = k + 2 * W * i;
                 Pair by = {splat<V>(*inverses), splat<V>(*inverses)};
                 if (EACH) by = {load(inverses + at, W), load(inverses + at + W, W)};
-                values[i] = rounded<T, RANDOM>(load_pair(from + at), by, words + at);
+                values[i] = rounded<T, DITHERED>(load_pair(from + at), by, start + at * DITHER_COLUMN);
                 if (EACH)
                     for (int h = 0; h < 2; ++h)
                         values[i].at[h] = values[i].at[h] & (I)(by.at[h] != 0.0f);  // no byte of a NaN gets through
@@ -84,23 +82,19 @@ template <class T, bool RANDOM> struct Quantiser {
         }
         const T* from = x + r * columns;
         alignas(64) uint8_t line[64];
-        RandomWords<1, CHUNK> random;
-        for (int64_t c = 0; c < columns; c += CHUNK) {
-            const int64_t end = std::min<int64_t>(columns, c + CHUNK);
-            if (RANDOM) random.fill(0, {seed, 0, 0}, r * columns + c, end - c);
-            int64_t i = c;
-            for (; i + 64 <= end; i += 64) {
-                if (sizeof(T) == 2)  // with wider elements the processor keeps pace alone
-                    for (int b = 0; b < 64; b += 32) fetch(from + ahead * columns + i + b);
-                write_line(from + i, &inverse, random.row[0] + (i - c), line);
-                store_line(q + i, line, stream);
-            }
-            if (i == end) continue;
-            T last[64] = {};
-            memcpy(last, from + i, (end - i) * sizeof(T));
-            write_line(last, &inverse, random.row[0] + (i - c), line);
-            memcpy(q + i, line, end - i);
+        const uint32_t start = dither_start(seed, r, 0);
+        int64_t i = 0;
+        for (; i + 64 <= columns; i += 64) {
+            if (sizeof(T) == 2)  // with wider elements the processor keeps pace alone
+                for (int b = 0; b < 64; b += 32) fetch(from + ahead * columns + i + b);
+            write_line(from + i, &inverse, start + (uint32_t)i * DITHER_COLUMN, line);
+            store_line(q + i, line, stream);
         }
+        if (i == columns) return;
+        T last[64] = {};
+        memcpy(last, from + i, (columns - i) * sizeof(T));
+        write_line(last, &inverse, start + (uint32_t)i * DITHER_COLUMN, line);
+        memcpy(q + i, line, columns - i);
     }
     template <int N> void take(int64_t r, const RowForm& form, Top<T>* tops, bool stream) const {
         Tops<T> top[N] = {};
@@ -141,26 +135,26 @@ template <class T, bool RANDOM> struct Quantiser {
     static constexpr int64_t STRIP = 1024 / sizeof(T);   // columns
     static constexpr int64_t LOOK_AHEAD = 16;            // rows
 
+    struct Place { int64_t row, column; };
     struct Block { int64_t row, column, height, width; };  // at x[row][column]
 
     // WIDE columns of `height` rows, whole tiles; put(c, r, line) gets column c of the tile at row r. The first value
-    // lies at `from` and is element `index` of x. As much is fetched at `next`, to be turned next: 64 columns with each
+    // lies at `from` and is x[at.row][at.column]. As much is fetched at `next`, to be turned next: 64 columns with each
     // line that is stored, since reading and writing at once is faster than one after the other.
     template <int64_t WIDE, class F>
     __attribute__((always_inline)) void turn(const T* from, int64_t stride, int64_t height, const T* next,
-                                             const float* inverses, int64_t index, const F& put) const {
+                                             const float* inverses, Place at, const F& put) const {
         constexpr int PARTS = TILE / 4 / W;
         IntPair words[HEIGHT / 4][WIDE / (2 * W)];  // four rows to a word
-        RandomWords<4, WIDE> random;
         for (int64_t i = 0; i + 4 <= height; i += 4) {
-            if (RANDOM)
-                for (int k = 0; k < 4; ++k) random.fill(k, {seed, 0, 0}, index + (i + k) * columns, WIDE);
+            const uint32_t start = dither_start(seed, at.row + i, at.column);
             for (int64_t j = 0; j < WIDE; j += 2 * W) {
                 const Pair inverse = {load(inverses + j, W), load(inverses + j + W, W)};
                 IntPair values[4];
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; ++k)
-                    values[k] = rounded<T, RANDOM>(load_pair(from + (i + k) * stride + j), inverse, random.row[k] + j);
+                    values[k] = rounded<T, DITHERED>(load_pair(from + (i + k) * stride + j), inverse,
+                                                     start + k * DITHER_ROW + (uint32_t)j * DITHER_COLUMN);
                 for (int h = 0; h < 2; ++h)
                     words[i / 4][j / (2 * W)].at[h] =
                         words_of(values[0].at[h], values[1].at[h], values[2].at[h], values[3].at[h]);
@@ -191,8 +185,8 @@ template <class T, bool RANDOM> struct Quantiser {
     template <int64_t WIDE> void turn_whole(Block at, Block next, const float* inverses, int8_t* q, bool stream) const {
         const int64_t index = at.row * columns + at.column;
         int8_t* to = q + at.column * rows + at.row;
-        turn<WIDE>(x + index, columns, at.height, x + next.row * columns + next.column, inverses + at.column, index,
-                   [&](int64_t c, int64_t r, const I* line) __attribute__((always_inline)) {
+        turn<WIDE>(x + index, columns, at.height, x + next.row * columns + next.column, inverses + at.column,
+                   {at.row, at.column}, [&](int64_t c, int64_t r, const I* line) __attribute__((always_inline)) {
                        store_line(to + c * rows + r, line, stream);
                    });
     }
@@ -203,7 +197,7 @@ template <class T, bool RANDOM> struct Quantiser {
         int8_t* to = q + column * rows + row;
         T whole[TILE * TILE] = {};
         for (int64_t i = 0; i < depth; ++i) memcpy(whole + i * TILE, x + index + i * columns, width * sizeof(T));
-        turn<TILE>(whole, TILE, TILE, whole, inverses + column, index,
+        turn<TILE>(whole, TILE, TILE, whole, inverses + column, {row, column},
                    [&](int64_t c, int64_t, const I* line) __attribute__((always_inline)) {
                        if (c < width) memcpy(to + c * rows, line, depth);
                    });
@@ -266,9 +260,8 @@ template <class T, bool RANDOM> struct Quantiser {
             for (int64_t c = 0; c < columns; ++c) tops[c] = std::max(tops[c], tops[p * columns + c]);
         set_scales(tops.data(), columns, scales, inverses);
     }
-    void both(const RowForm& row_form, const ColumnForm& form, float* inverses) const {
-        look_at_all(row_form, form.scales, inverses);
-
+    // The columns' form, by inverses that `look_at_all` has found
+    void turn_all(int8_t* q, const float* inverses) const {
         // Narrow matrices: several blocks' heights in one go, while every thread has some.
         const int64_t many = std::min(4096 / (columns + 1), rows / (8 * HEIGHT * threads));
         const int64_t high = HEIGHT * std::max<int64_t>(1, many), down = (rows + high - 1) / high;
@@ -276,7 +269,7 @@ template <class T, bool RANDOM> struct Quantiser {
         const int64_t width = tiles((columns + across - 1) / across) * TILE;
         parallel_for(down * across, threads, [&](int64_t task) {
             const int64_t row = (down - 1 - task / across) * high, column = task % across * width;
-            walk(row, std::min(rows, row + high), column, std::min(columns, column + width), inverses, form.q);
+            walk(row, std::min(rows, row + high), column, std::min(columns, column + width), inverses, q);
         });
     }
     // Rows as they lie, each column by its own scale; the last rows first
@@ -285,14 +278,13 @@ template <class T, bool RANDOM> struct Quantiser {
         parallel_for(tasks, threads, [&](int64_t task) {
             const int64_t first = (tasks - 1 - task) * step;
             alignas(64) uint8_t line[64];
-            RandomWords<1, CHUNK> random;
             for (int64_t r = first; r < std::min(rows, first + step); ++r)
                 for (int64_t c = 0; c < columns; c += 64) {
                     const int64_t count = std::min<int64_t>(64, columns - c), index = r * columns + c;
-                    if (RANDOM) random.fill(0, {seed, 0, 0}, index, count);
                     T last[64] = {};
                     if (count < 64) memcpy(last, x + index, count * sizeof(T));
-                    write_line<true>(count < 64 ? last : x + index, inverses + c, random.row[0], line);
+                    write_line<true>(count < 64 ? last : x + index, inverses + c, dither_start(seed, r, c),
+                                     line);
                     memcpy(q + index, line, count);
                 }
         });
@@ -300,24 +292,25 @@ template <class T, bool RANDOM> struct Quantiser {
     void columnwise(const ColumnForm& form) const {
         std::vector<float> inverses(tiles(columns) * TILE);
         const int64_t strips = (columns + STRIP - 1) / STRIP;
-        if (strips < threads) return both({nullptr, nullptr}, form, inverses.data());
+        if (strips < threads) {
+            look_at_all({nullptr, nullptr}, form.scales, inverses.data());
+            return turn_all(form.q, inverses.data());
+        }
         parallel_for(strips, threads, [&](int64_t s) { turn_strip(s * STRIP, form, inverses.data()); });
     }
 };
 
 // ---- what Python calls; dtype: 0 float32, 1 float16, 2 bfloat16; seed: null rounds to nearest
 
-template <class T, bool RANDOM> static void run(const Quantiser<T, RANDOM>& quantiser, int8_t* row_q, float* row_scales,
-                                                int8_t* column_q, float* column_scales, bool turned) {
-    if (!column_scales) return quantiser.rowwise({row_q, row_scales});
-    if (!row_scales && turned) return quantiser.columnwise({column_q, column_scales});
-    std::vector<float> inverses(quantiser.tiles(quantiser.columns) * quantiser.TILE);
-    if (!turned) {
-        quantiser.look_at_all({row_q, row_scales}, column_scales, inverses.data());
-        quantiser.write_channels(column_q, inverses.data());
-        return;
-    }
-    quantiser.both({row_q, row_scales}, {column_q, column_scales}, inverses.data());
+template <class OfRows, class OfColumns>
+static void run(const OfRows& of_rows, const OfColumns& of_columns, int8_t* row_q, float* row_scales, int8_t* column_q,
+                float* column_scales, bool turned) {
+    if (!column_scales) return of_rows.rowwise({row_q, row_scales});
+    if (!row_scales && turned) return of_columns.columnwise({column_q, column_scales});
+    std::vector<float> inverses(of_columns.tiles(of_columns.columns) * of_columns.TILE);
+    of_rows.look_at_all({row_q, row_scales}, column_scales, inverses.data());
+    if (turned) of_columns.turn_all(column_q, inverses.data());
+    else of_columns.write_channels(column_q, inverses.data());
 }
 
 static void ask_for_pages(int8_t* row_q, int8_t* column_q, int64_t elements) {
@@ -326,8 +319,9 @@ static void ask_for_pages(int8_t* row_q, int8_t* column_q, int64_t elements) {
             if (q) ask_for_huge_pages(q, elements);
 }
 
-static void quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed, int8_t* row_q,
-                     float* row_scales, int8_t* column_q, float* column_scales, int turned, int threads) {
+static void quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed, bool nearest_rows,
+                     int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales, bool turned,
+                     int threads) {
     if (rows == 0 || columns == 0) {  // of empty rows and columns
         if (row_scales) std::fill(row_scales, row_scales + rows, 0.0f);
         if (column_scales) std::fill(column_scales, column_scales + columns, 0.0f);
@@ -335,23 +329,27 @@ static void quantize(const void* x, int dtype, int64_t rows, int64_t columns, co
     }
     const auto by_dtype = [&](auto* from) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
-        const auto go = [&](const auto& quantiser) {
-            run(quantiser, row_q, row_scales, column_q, column_scales, turned);
+        const auto go = [&](const auto& of_rows, const auto& of_columns) {
+            run(of_rows, of_columns, row_q, row_scales, column_q, column_scales, turned);
         };
-        if (seed) go(Quantiser<T, true>{from, rows, columns, *seed, threads});
-        else go(Quantiser<T, false>{from, rows, columns, 0, threads});
+        const Quantiser<T, true> dithers{from, rows, columns, seed ? *seed : 0, threads};
+        const Quantiser<T, false> plain{from, rows, columns, 0, threads};
+        if (!seed) go(plain, plain);
+        else if (nearest_rows) go(plain, dithers);
+        else go(dithers, dithers);
     };
     if (dtype == 0) by_dtype((const float*)x);
     else if (dtype == 1) by_dtype((const Half*)x);
     else by_dtype((const BFloat16*)x);
 }
 
-// A form without scales is not wanted, or empty. turned: the columns' form is transposed.
+// A form without scales is not wanted, or empty. nearest_rows: the seed is for columns alone. turned: their form is
+// transposed.
 extern "C" void lb_int8_quantize(const void* x, int dtype, int64_t rows, int64_t columns, const uint64_t* seed,
-                                 int8_t* row_q, float* row_scales, int8_t* column_q, float* column_scales,
-                                 int turned, int threads) {
+                                 int nearest_rows, int8_t* row_q, float* row_scales, int8_t* column_q,
+                                 float* column_scales, int turned, int threads) {
     ask_for_pages(row_q, column_q, rows * columns);
-    quantize(x, dtype, rows, columns, seed, row_q, row_scales, column_q, column_scales, turned, threads);
+    quantize(x, dtype, rows, columns, seed, nearest_rows, row_q, row_scales, column_q, column_scales, turned, threads);
 }
 
 // The same of groups of rows, each by itself, with the seed *seed + its number. `ends`: the row after its last. Its
@@ -364,8 +362,8 @@ extern "C" void lb_int8_quantize_groups(const void* x, int dtype, const int64_t*
     for (int64_t e = 0, first = 0; e < groups; first = ends[e++]) {
         const int64_t rows = ends[e] - first, at = first * columns;
         const uint64_t own = seed ? *seed + e : 0;
-        quantize((const char*)x + at * size, dtype, rows, columns, seed ? &own : nullptr, row_q ? row_q + at : nullptr,
-                 row_scales ? row_scales + first : nullptr, column_q + at, column_scales + e * columns, 1,
-                 rows * columns < many ? 1 : threads);
+        quantize((const char*)x + at * size, dtype, rows, columns, seed ? &own : nullptr, false,
+                 row_q ? row_q + at : nullptr, row_scales ? row_scales + first : nullptr, column_q + at,
+                 column_scales + e * columns, true, rows * columns < many ? 1 : threads);
     }
 }

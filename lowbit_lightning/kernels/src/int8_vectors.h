@@ -2,6 +2,7 @@
 // transposition of a square of words.
 #pragma once
 #include "vec.h"
+#include "dither.h"
 #include <limits>
 #include <type_traits>
 
@@ -86,28 +87,20 @@ LB_FN I to_nearest(V x) {  // ties to even; |x| below 2^22, or any integer
     return to_bits(x + ROUND) - to_bits(splat<V>(ROUND));
 #endif
 }
-// Up or down with the probability of what is cut off; bits: (1 + (word + 0.5) / 2^16) as a float
-LB_FN I at_random(V x, I bits) {
-    const V u = from_bits(bits) - 1.0f;
-    const V moved = x + from_bits(to_bits(u) | (to_bits(x) & (int32_t)0x80000000));
-    return to_int(minimum(maximum(moved, splat<V>(-127.0f)), splat<V>(127.0f)));
-}
-// The int8 values of a pair, times `inverses`; any integers where that is NaN. words: random ones, of these elements.
-// To nearest there is nothing to clamp: |x * inverse| is below 127.5 by the choice of inverse.
-template <class T, bool RANDOM> LB_FN IntPair rounded(Pair x, Pair inverses, const uint16_t* words) {
+// Of W elements: 15 bits of each lane, in the middle of its 2^-15, less a half
+LB_FN V dithers(U lanes) { return from_bits((I)(lanes >> 9 & 0x7fff00 | 0x3f800080)) - 1.5f; }
+
+// The int8 values of a pair, times `inverses`; any integers where that is NaN. There is nothing to clamp: |x * inverse|
+// is at most 127 + 2^-17 by the choice of inverse, and a dither at most 1/2 - 2^-16. start: of the first element's
+template <class T, bool DITHERED> LB_FN IntPair rounded(Pair x, Pair inverses, uint32_t start) {
     const V low = x.at[0] * inverses.at[0], high = x.at[1] * inverses.at[1];
-    if (!RANDOM) return {to_nearest(low), to_nearest(high)};
-    constexpr int32_t ONE_AND_HALF_A_WORD = 0x3f800040;
-    I first, second;
-    if (ALTERNATE<T>) {
-        const I two = load_raw<I>(words, W);
-        first = two << 7 & 0x7fff80;
-        second = two >> 9 & 0x7fff80;
-    } else {
-        first = widen(load_raw<Halves>(words, W)) << 7;
-        second = widen(load_raw<Halves>(words + W, W)) << 7;
-    }
-    return {at_random(low, first | ONE_AND_HALF_A_WORD), at_random(high, second | ONE_AND_HALF_A_WORD)};
+    if (!DITHERED) return {to_nearest(low), to_nearest(high)};
+    U lanes;
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) lanes[l] = (uint32_t)place<T>(0, l) * DITHER_COLUMN;
+    lanes += start;
+    const uint32_t other = (uint32_t)place<T>(1, 0) * DITHER_COLUMN;
+    return {to_nearest(low + dithers(lanes)), to_nearest(high + dithers(lanes + other))};
 }
 
 // ---- bytes
