@@ -48,8 +48,8 @@ def assert_quantised(x: Tensor, seed: int | None) -> None:
     wanted = expected(x, seed)
     apart = [*kernels.quantize_rowwise(x, seed), *kernels.quantize_colwise(x, seed)]
     mixed = kernels.quantize_both(x, seed, nearest_rows=True)
-    for ours, theirs in zip(mixed, (*kernels.quantize_rowwise(x), *apart[2:]), strict=True):
-        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    for one, other in zip(mixed, (*kernels.quantize_rowwise(x), *apart[2:]), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
     for actual in (apart, kernels.quantize_both(x, seed)):
         for ours, theirs in zip(actual, wanted, strict=True):
             assert ours.is_contiguous()

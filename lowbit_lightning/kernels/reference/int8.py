@@ -87,7 +87,7 @@ def _rotated_blocks(x: Tensor, first: int) -> Tensor:
 
 
 def _dither(x: Tensor, seed: int | None) -> Tensor | None:
-    return None if seed is None else dither(seed, *x.shape, x.device)
+    return None if seed is None else dither(seed, x.shape[0], x.shape[1], x.device)
 
 
 def _quantize_rows(x: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
