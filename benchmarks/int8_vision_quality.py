@@ -2,9 +2,10 @@
 
     python benchmarks/int8_vision_quality.py [--models resnet,unet] [--seeds 1,2,3] [--output docs/benchmarks]
 
-Models and images are those of ``examples/vision.py``: digits on photographs, to be named, or by the UNet to be found
-pixel by pixel. Four ways to train are paired by seed: the same weights, the same batches, the same optimizer (torch's,
-states in 32 bits), so that only the arithmetic differs:
+Models, images and settings are those of ``examples/vision.py``: digits on photographs, to be named, or by the UNet to
+be found pixel by pixel. Four ways to train are paired by seed: the same weights (of the ResNet those of a first
+training in fp32), the same batches, the same optimizer (torch's, states in 32 bits), so that only the arithmetic
+differs:
 
 - **fp32**;
 - **fp32, nudged**: the same, from weights that differ in the fifth digit. Training amplifies the difference, so this
@@ -13,8 +14,7 @@ states in 32 bits), so that only the arithmetic differs:
 - **int8-mixed** with ``swap="all"``: every convolution in int8, also those that are slower, and tested in int8.
 
 What is tested is the mean of the weights over the last third of training, in every way alike. It has less noise than
-the last weights, which a batch more or less would change. For the ResNet that is not enough: docs/vision.md says how
-far two of its runs in fp32 come apart.
+the last weights, which a batch more or less would change.
 
 No image is trained on twice, so nothing is learnt by heart, and the losses of training and of held-out images can be
 compared. ``--data digits`` trains on 1,437 plain digits again and again: there the held-out loss comes from a few wrong
@@ -27,6 +27,7 @@ and a last call with all models and seeds has only the report to write.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import logging
@@ -47,7 +48,7 @@ from lowbit_lightning import Int8MixedPrecision, kernels
 sys.path.insert(0, str(ROOT / "examples"))
 
 from vision_data import Data, Images, Scenes
-from vision_training import TASKS, Task, Way, train
+from vision_training import TASKS, Task, Way, begun, train
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -67,19 +68,22 @@ HOW = (
 class Drawn:
     """Scenes, new ones in each step."""
 
-    def __init__(self, task: Task, arguments: argparse.Namespace) -> None:
-        self.task, self.count, self.held_out = task, arguments.steps * arguments.batch, arguments.held_out
+    def __init__(self, task: Task, steps: int, arguments: argparse.Namespace) -> None:
+        self.task, self.steps, self.batch, self.held_out = task, steps, arguments.batch, arguments.held_out
         self.scenes = Scenes()
 
     def data(self, seed: int) -> Data:
-        return self.scenes.data(self.task.segments, self.count, self.held_out, seed)
+        return self.scenes.data(self.task.segments, self.steps * self.batch, self.held_out, seed)
+
+    def begun(self, model: nn.Module, seed: int) -> nn.Module:
+        return begun(self.task, model, self.scenes, self.batch, seed)
 
 
 class Digits:
     """Plain digits, again and again; a batch is shifted by up to two pixels. Every fifth digit is held out."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.steps, self.batch = arguments.steps, arguments.batch
+    def __init__(self, steps: int, arguments: argparse.Namespace) -> None:
+        self.steps, self.batch = steps, arguments.batch
         scenes = Scenes()
         images = nn.functional.pad(2 * scenes.strokes[24] - 1, (4, 4, 4, 4), value=-1.0)[:, None].expand(-1, 3, -1, -1)
         held_out = torch.arange(len(images)) % 5 == 0
@@ -95,6 +99,9 @@ class Digits:
         batches = self.known.images[chosen].split(self.batch)
         shifted = [images.roll(shift, (2, 3)) for images, shift in zip(batches, shifts, strict=True)]
         return Data(Images(torch.cat(shifted), self.known.targets[chosen]), self.held_out, Scenes.classes)
+
+    def begun(self, model: nn.Module, seed: int) -> nn.Module:
+        return model
 
 
 @dataclass(frozen=True)
@@ -132,16 +139,15 @@ class Averaged(L.Callback):
         return [x for x in module.state_dict().values() if x.is_floating_point()]
 
 
-def run(task: Task, way: str, data: Data, arguments: argparse.Namespace, seed: int) -> Run:
+def run(task: Task, way: str, model: nn.Module, data: Data, batch: int, seed: int) -> Run:
     L.seed_everything(seed, verbose=False)
-    model = task.small(len(data.classes), 32)
     if way == NUDGED:
         chance = torch.Generator().manual_seed(-seed)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + 1e-5 * torch.randn(p.shape, generator=chance))
     kernels.reset_calls()
-    module = train(task, Way(WAYS[way]()), model, data, arguments.batch, Averaged(arguments.steps))
+    module = train(task, Way(WAYS[way]()), model, data, batch, Averaged(len(data.training) // batch))
     if (way == "int8-mixed") != bool(kernels.calls()):
         raise RuntimeError(f"{way}: the products that ran in int8 are {kernels.calls()}")
     return Run(module.score.quality, module.score.loss, module.train_loss, torch.stack(module.losses).tolist())
@@ -153,18 +159,23 @@ def runs_of(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Ru
     Raises:
         SystemExit: if the results there are of other settings.
     """
-    asked = {key: getattr(arguments, key) for key in ("data", "steps", "batch", "held_out")}
+    task = TASKS[name]
+    steps = arguments.steps or task.steps
+    asked = {"steps": steps, **{key: getattr(arguments, key) for key in ("data", "batch", "held_out")}}
     path = arguments.results / f"{name}-{seed}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"settings": asked, "runs": {}}
     if kept["settings"] != asked:
         raise SystemExit(f"{path} is of {kept['settings']}, not {asked}: choose another --results")
-    task, data = TASKS[name], None
+    data = start = None
     for way in WAYS:
         if way in kept["runs"]:
             continue
         if data is None:
-            data = (Digits(arguments) if arguments.data == "digits" else Drawn(task, arguments)).data(seed)
-        found = run(task, way, data, arguments, seed)
+            source = Digits(steps, arguments) if arguments.data == "digits" else Drawn(task, steps, arguments)
+            data = source.data(seed)
+            L.seed_everything(seed, verbose=False)
+            start = source.begun(task.small(len(data.classes), 32), seed)
+        found = run(task, way, copy.deepcopy(start), data, arguments.batch, seed)
         print(f"{name}, seed {seed}, {way}: {found.quality:.2f} % right, loss {found.loss:.4f}", flush=True)
         kept["runs"][way] = asdict(found)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +253,7 @@ def main() -> int:
     options.add_argument("--models", default="resnet,convnext,unet,vit")
     options.add_argument("--data", choices=("scenes", "digits"), default="scenes")
     options.add_argument("--seeds", default="1,2,3")
-    options.add_argument("--steps", type=int, default=200, help="with --data digits, 22 steps are an epoch")
+    options.add_argument("--steps", type=int, help="default: the example's; with --data digits, 22 steps are an epoch")
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--results", type=Path, default=Path("runs/int8_vision_quality"), help="of single trainings")
     options.add_argument("--held-out", type=int, default=2000, help="scenes to test on")
@@ -250,13 +261,16 @@ def main() -> int:
     of_digits = arguments.data == "digits"
     report = Report("int8 vision quality" + " digits" * of_digits, arguments)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    report.add(f"{arguments.steps} steps of {arguments.batch} images of 32 x 32, {len(seeds)} seeds. {HOW}", "")
+    report.add(f"Steps of {arguments.batch} images of 32 x 32, {len(seeds)} seeds. {HOW}", "")
     found: dict[str, dict[str, list[Run]]] = {}
     failures = []
     for name in arguments.models.split(","):
         by_seed = [runs_of(name, seed, arguments) for seed in seeds]
         runs = {way: [one[way] for one in by_seed] for way in WAYS}
-        report.add(f"## {name}" + ", mean IoU" * TASKS[name].segments, "")
+        task = TASKS[name]
+        before = f", after {task.before} in fp32" if task.before and not of_digits else ""
+        steps = f"{arguments.steps or task.steps} steps{before}"
+        report.add(f"## {name}: {steps}" + ", mean IoU" * task.segments, "")
         rows = [[way, *(c for m in MEASURES.values() for c in m.cells(own, runs["fp32"]))] for way, own in runs.items()]
         report.table(["", *(title for name in MEASURES for title in (name, "from fp32"))], rows)
         failures += verdict(name, runs)

@@ -8,9 +8,10 @@ Offline, the images are scikit-learn's handwritten digits on patches of its phot
 truth of every pixel is known (``vision_data.Scenes``). A vision transformer (``vit``), a ResNet-18 (``resnet``) and a
 ConvNeXt (``convnext``) name the digit. A UNet (``unet``) names the digit of each pixel, of two digits or none.
 
-Every seed trains three times, from the same weights on the same images:
+Every seed trains three times, from the same weights (the ResNet from those of a first training in fp32) on the same
+images:
 
-- **fp32** with torch's SGD (resnet) or AdamW (all others);
+- **fp32** with torch's AdamW;
 - **8-bit optimizer**: the same with ``lowbit_lightning.optim``;
 - **int8-mixed**, which has the 8-bit optimizer too: two lines differ from fp32. All convolutions run in int8 here;
   ``precision="int8-mixed"`` alone leaves those that are slower in int8 (``--swap faster``), in small models most.
@@ -25,6 +26,7 @@ more than one point of accuracy (mean IoU) below fp32.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 from dataclasses import asdict
@@ -37,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from vision_data import SMALLEST, Data, Folder, Scenes
 from vision_pictures import draw_classes, draw_masks
-from vision_training import IGNORED, TASKS, Result, Way, held, in_low_bits, planned, train, use
+from vision_training import IGNORED, TASKS, Result, Way, begun, held, in_low_bits, planned, train, use
 
 from lowbit_lightning import Int8MixedPrecision
 
@@ -57,15 +59,16 @@ def way_of(name: str, swap: Any) -> Way:
 
 
 def train_in(
-    args: argparse.Namespace, name: str, data: Data, seed: int, results: dict[str, Result]
+    args: argparse.Namespace, name: str, source: Scenes | Folder, data: Data, seed: int, results: dict[str, Result]
 ) -> dict[str, tuple[nn.Module, Tensor]]:
     """Train in each way; returns the models, and what they predict of the held-out images."""
     found = {}
     task = TASKS[name]
+    L.seed_everything(seed, verbose=False)
+    new = (task.full if args.full else task.small)(len(data.classes), args.size)
+    start = begun(task, new, source, args.batch, seed)
     for way in WAYS:
-        settings = way_of(way, args.swap)
-        L.seed_everything(seed, verbose=False)
-        model = (task.full if args.full else task.small)(len(data.classes), args.size)
+        settings, model = way_of(way, args.swap), copy.deepcopy(start)
         if not results[way].bytes:
             results[way].bytes = planned(task, settings, model, data.training.batches(args.batch)[0])
         module = train(task, settings, model, data, args.batch)
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace, source: Scenes | Folder) -> tuple[Results, Res
         for seed in range(1, args.seeds + 1):
             steps = args.steps or TASKS[name].steps
             data = source.data(TASKS[name].segments, steps * args.batch, args.held_out, seed)
-            found = train_in(args, name, data, seed, trained[name])
+            found = train_in(args, name, source, data, seed, trained[name])
             use_all(found["fp32"][0], data, used[name])
             if seed == 1:
                 predictions[name] = {way: predicted for way, (_, predicted) in found.items()}
