@@ -20,8 +20,8 @@ template <int N> LB_FN void dither_run(uint64_t seed, int64_t row, int64_t colum
 #endif
 }
 
-// The int8, in the low byte, ties to even: |x * inverse| is at most 127 + 2^-17 by the choice of the inverse, and what is
-// added at most 1/2 - 2^-16. A row without scale gives zeros.
+// The int8, in the low byte, ties to even: |x * inverse| is at most 127 + 2^-17 by the choice of the inverse, and what
+// is added at most 1/2 - 2^-16. A row without scale gives zeros.
 template <bool DITHERS> LB_FN int32_t rounded(float x, float inverse, uint32_t word) {
     if (inverse == 0.0f) return 0;
     if (DITHERS) return __float2int_rn(x * inverse + (((float)word + 0.5f) * 0x1p-15f - 0.5f)) & 255;
@@ -187,7 +187,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize_tiles(
             uint32_t word[WIDTH];
             dither_run(seed, first + i, column, word);
 #pragma unroll
-            for (int j = 0; j < WIDTH; ++j) four[j] |= (uint32_t)rounded<DITHERED != 0>(v[i][j], inverse[j], word[j]) << (8 * i);
+            for (int j = 0; j < WIDTH; ++j)
+                four[j] |= (uint32_t)rounded<DITHERED != 0>(v[i][j], inverse[j], word[j]) << (8 * i);
             if (!row_q || first + i >= rows) continue;
             const RowScale s = row_scale(row_tops[first + i]);
             if (blockIdx.x == 0 && across == 0) row_scales[first + i] = s.scale;
