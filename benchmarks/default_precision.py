@@ -89,6 +89,7 @@ def with_images(kind: Callable[[int], nn.Module], device: str, batch: int = 8) -
 MODELS: dict[str, Callable[[str], tuple[nn.Module, Tensor, Tensor]]] = {
     "gpt": gpt,
     "gpt-full": lambda device: gpt(device, "--full"),
+    "gpt-narrow": lambda device: gpt(device, "--width=64", "--batch=2"),
     "vit": vit,
     "encoder": encoder,
     "encoder-no-dropout": partial(encoder, dropout=0.0),

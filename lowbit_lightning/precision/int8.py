@@ -31,6 +31,7 @@ from lowbit_lightning.layers.int8 import (
 from lowbit_lightning.layers.select import Overrides, Report, check_overrides
 from lowbit_lightning.precision.autocast import Choice, choose, computes_in_bf16
 from lowbit_lightning.precision.in_step import InStep
+from lowbit_lightning.precision.peaks import weakness
 from lowbit_lightning.precision.slower import Slower
 
 NAME = "int8-mixed"
@@ -93,7 +94,7 @@ class Int8Mixed:
         self._choice: Choice | None = None
         self._resumed = False  # the choice is a checkpoint's
         self._slower = Slower()
-        self._warned = self._found_nothing = False
+        self._warned = self._found_nothing = self._said_weak = False
         self._lent: list[weakref.ref[nn.Module]] = []  # layers to turn back
 
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -112,10 +113,17 @@ class Int8Mixed:
             self._choice = choose(module, self.device_type or _device(module))
         if report is not None:
             self._say(self._slower.apply(module, report))
+            self._warn_of_weak_int8(module)
         self._module = weakref.ref(module)
         new = (m for m in module.modules() if isinstance(m, Int8Layer) and m not in before)
         self._lent += [weakref.ref(m) for m in new]
         return module
+
+    def _warn_of_weak_int8(self, module: nn.Module) -> None:
+        if (self.device_type or _device(module)) == "cuda" and not self._said_weak:
+            self._said_weak = True
+            if (weak := weakness(torch.cuda.current_device())) is not None:
+                rank_zero_warn(weak)
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """After the first step, layers that are slower in int8 go on in high precision."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lowbit_lightning.convert import swap_linears
 from lowbit_lightning.layers import Experts, Int8Conv2d, Int8Experts, Int8Linear, Int8MultiheadAttention, speed
 from lowbit_lightning.layers.shapes import ENOUGH, ConvShape, MatmulsShape, Shape, shape_of
 from lowbit_lightning.layers.speed import Times
+from lowbit_lightning.precision import peaks
 from lowbit_lightning.precision.slower import Slower
 
 CPU = torch.device("cpu")
@@ -230,3 +232,22 @@ def test_layers_that_were_built_in_int8_stay(measured: list[Any]) -> None:
     plugin.leave_slower_layers()
     assert type(model[0]) is Int8Linear
     assert len(measured) == 1
+
+
+@pytest.mark.parametrize(("capability", "weak"), [((9, 0), False), ((10, 3), True)])
+def test_a_gpu_whose_int8_is_weaker_than_fp8_is_named_once(
+    capability: tuple[int, int], weak: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    peaks.weakness.cache_clear()
+    plugin, model = Int8MixedPrecision(autocast="off", output_layer=None), nn.Sequential(nn.Linear(64, 64))
+    plugin.device_type = "cuda"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plugin.convert_module(model)
+        plugin.convert_module(model)
+    peaks.weakness.cache_clear()
+    texts = [str(w.message) for w in said]
+    assert len(texts) == weak
+    assert all("compute capability 10.3 (B300): 0.15 POP/s, but 4.5 in fp8" in text for text in texts)
