@@ -28,7 +28,7 @@ from lowbit_lightning.kernels.structs import fit_rule
 _MANY = 1 << 16  # elements of a weight below which a second thread costs more than it saves
 _PANEL = 8 << 20  # bytes of a panel
 _LARGE = 1 << 20  # elements of a large weight
-_BY_EIGHT = 24, 64  # rows of x up to which decoding for each eight of them is faster than panels: small weights, large
+_BY_EIGHT = 24, 48  # rows of x up to which decoding for each eight of them is faster than panels: small weights, large
 _memory = threading.local()
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -141,20 +141,15 @@ def _decode(out: Tensor, packed: Tensor, scales: Tensor, indices: Tensor | None,
 
 
 def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """Rows of x are multiplied eight at a time."""
     (*leading, length), outputs = x.shape, packed.shape[0]
     compiled, argument, _ = _form(form, length)
     out = torch.empty((*leading, outputs), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.float()
-    weight = argument, packed.data_ptr(), scales.data_ptr(), outputs
-    start, to, size = x.data_ptr(), out.data_ptr(), x.itemsize
-    addend, dtype = None if bias is None else bias.data_ptr(), DTYPE_NUMBERS[x.dtype]
-    rows, threads = prod(leading), _threads(outputs * length)
-    for first in range(0, rows, 8):
-        compiled.lb_lowbit_gemv(
-            *(*weight, start + first * length * size, min(8, rows - first), addend),
-            *(to + first * outputs * size, dtype, threads),
-        )
+    compiled.lb_lowbit_gemv(
+        *(argument, packed.data_ptr(), scales.data_ptr(), outputs, x.data_ptr(), prod(leading)),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr(), DTYPE_NUMBERS[x.dtype]),
+        _threads(outputs * length),
+    )
     return out
 
 

@@ -66,7 +66,7 @@ void lb_lowbit_gemm(const Form* form, const uint8_t* packed, const uint8_t* scal
         many_rows(*form, packed, scales, N, (const float*)x, stride / 2, M, bias, (BFloat16*)out, threads);
 #endif
 }
-// out[M][N] = x[M][K] @ weight.T (+ bias), all but bias of one dtype; M at most 8
+// out[M][N] = x[M][K] @ weight.T (+ bias), all but bias of one dtype; for few rows of x
 void lb_lowbit_gemv(const Form* form, const uint8_t* packed, const uint8_t* scales, int64_t N, const void* x,
                     int64_t M, const float* bias, void* out, int dtype, int threads) {
     by_dtype(dtype, out, [&](auto* to) { few_rows(*form, packed, scales, N, (decltype(to))x, M, bias, to, threads); });

@@ -41,9 +41,9 @@ LB_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- codes
 
-struct Codes {
+struct Codes {  // of a chunk
 #if BITS == 8
-    Bytes part[PHASES];
+    const uint8_t* from;  // widened from memory
 #else
     I low;
 #endif
@@ -57,32 +57,39 @@ constexpr int low_bits = BITS == 3 ? 2 : BITS;
 constexpr int shift_of(int p) { return 8 * (p * low_bits / 8) + 8 - low_bits - p * low_bits % 8; }
 constexpr int high_shift_of(int p) { return 8 * (p / 8) + 7 - p % 8; }
 
-LB_FN Codes load_codes(const Form& form, const uint8_t* row, int64_t c) {
+LB_FN Codes load_codes(const uint8_t* low, const uint8_t* high) {
     Codes codes;
+    (void)high;
 #if BITS == 8
-    for (int p = 0; p < PHASES; ++p) memcpy(&codes.part[p], row + c * CHUNK_BYTES + p * W, W);
+    codes.from = low;
 #else
-    memcpy(&codes.low, row + c * CHUNK_BYTES, sizeof(I));
+    memcpy(&codes.low, low, sizeof(I));
 #endif
 #if BITS == 3
-    memcpy(&codes.high, row + ceil_div(form.length, 4) + c * 2 * W, 2 * W);
-#else
-    (void)form;
+    memcpy(&codes.high, high, 2 * W);
 #endif
 #if LB_AVX512 && BITS < 8
     __asm__("" : "+v"(codes.low));  // once from memory: every shift would load it again
 #endif
     return codes;
 }
-// Of the row's last chunk, if that is not whole: zeros after the row's end.
-static inline Codes load_last_codes(const Form& form, const uint8_t* row, int64_t c) {
-    const int64_t left = form.length - c * CHUNK;
-    Codes codes{};
-    memcpy((void*)&codes, row + c * CHUNK_BYTES, ceil_div(left * low_bits, 8));
-#if BITS == 3
-    memcpy(&codes.high, row + ceil_div(form.length, 4) + c * 2 * W, ceil_div(left, 8));
-#endif
-    return codes;
+LB_FN const uint8_t* high_plane(const Form& form, const uint8_t* row) {
+    return BITS == 3 ? row + ceil_div(form.length, 4) : row;
+}
+
+// The codes of a row's last chunk, if that is not whole: zeros after the row's end.
+struct LastCodes {
+    alignas(64) uint8_t low[CHUNK_BYTES] = {}, high[2 * W] = {};
+    void copy(const Form& form, const uint8_t* row) {
+        const int64_t c = form.length / CHUNK, left = form.length % CHUNK;
+        memcpy(low, row + c * CHUNK_BYTES, ceil_div(left * low_bits, 8));
+        if (BITS == 3) memcpy(high, high_plane(form, row) + c * 2 * W, ceil_div(left, 8));
+    }
+};
+// Of chunk c of a row that has `whole` ones.
+LB_FN Codes load_codes(const Form& form, const uint8_t* row, int64_t c, int64_t whole, const LastCodes& last) {
+    return load_codes(c < whole ? row + c * CHUNK_BYTES : last.low,
+                      c < whole ? high_plane(form, row) + c * 2 * W : last.high);
 }
 
 // ---- values
@@ -104,7 +111,7 @@ LB_FN I index_of(const Codes& codes, int p) {
 struct Values {
     explicit Values(const Form&) {}
     LB_METHOD V of(const Codes& codes, int p) const {
-        return to_float(widen_signed(codes.part[p]));
+        return to_float(widen_signed(load_raw<Bytes>(codes.from + p * W, W)));
     }
 };
 #elif LB_NEON
@@ -158,16 +165,17 @@ static inline void decode_scales(const Form& form, const uint8_t* row, float* sc
 
 // The scales (or offsets) of a chunk's lanes, from those of its row.
 struct Spread {
-    int shift = 0;  // chunks in a block: 2^shift
-    int fine;  // blocks in a chunk, if there are several; of 8 bits a row is one block
+    int fine;   // blocks in a chunk, at least one
+    int shift;  // chunks in a block: 2^shift; of 8 bits a row is one block
     I lane;
-    explicit Spread(const Form& form) : fine(BITS < 8 && form.block < CHUNK ? (int)(CHUNK / form.block) : 0) {
+    explicit Spread(const Form& form)
+        : fine(BITS < 8 && form.block < CHUNK ? (int)(CHUNK / form.block) : 1), shift(BITS < 8 ? 0 : 62) {
         while (BITS < 8 && (int64_t)CHUNK << shift < form.block) ++shift;
-        for (int l = 0; l < W; ++l) lane[l] = fine ? l / (W / fine) : 0;
+        for (int l = 0; l < W; ++l) lane[l] = l / (W / fine);
     }
+    LB_METHOD int64_t block(int64_t c) const { return c * fine >> shift; }  // the first of a chunk
     LB_METHOD V of(const float* scales, int64_t c) const {
-        if (!fine) return splat<V>(scales[BITS == 8 ? 0 : c >> shift]);
-        const float* from = scales + c * fine;
+        const float* from = scales + block(c);
 #if LB_AVX512
         return _mm512_permutexvar_ps((__m512i)lane, _mm512_loadu_ps(from));
 #elif LB_AVX2

@@ -71,7 +71,7 @@ LB_FN void decode_whole(const Form& form, const Values& values, const Spread& sp
                         const float* scales, const float* offsets, int64_t c, T* out) {
 #if LB_AVX512 && BITS < 8
     const Neighbours neighbours;
-    const int64_t first = spread.fine ? c * spread.fine : c >> spread.shift;  // block
+    const int64_t first = spread.block(c);
 #pragma GCC unroll 16
     for (int p = 0; p < PHASES; ++p) {
         const int64_t block = first + p * spread.fine / PHASES;
@@ -83,7 +83,8 @@ LB_FN void decode_whole(const Form& form, const Values& values, const Spread& sp
 #else
     V v[PHASES];
     const V offset = form.affine ? spread.of(offsets, c) : V{};
-    decode_chunk(values, load_codes(form, packed, c), spread.of(scales, c), form.affine, offset, v);
+    const Codes codes = load_codes(packed + c * CHUNK_BYTES, high_plane(form, packed) + c * 2 * W);
+    decode_chunk(values, codes, spread.of(scales, c), form.affine, offset, v);
     alignas(64) float ordered[CHUNK];
     if (BITS < 8) to_natural_order(v, ordered);
     for (int p = 0; p < PHASES; ++p) store(out + p * W, BITS < 8 ? load(ordered + p * W, W) : v[p], W);
@@ -128,8 +129,8 @@ LB_FN __m512i neighbours(const Form& form, const uint8_t* row, int64_t k) {
 // In bfloat16 it is the table of a block that is decoded and rounded; elements are looked up in it.
 LB_FN void decode_whole(const Form& form, const Values& values, const Spread& spread, const uint8_t* packed,
                         const float* scales, const float* offsets, int64_t c, BFloat16* out) {
-    const int64_t first = spread.fine ? c * spread.fine : c >> spread.shift;  // block
-    const int tables = spread.fine ? spread.fine : 1;
+    const int64_t first = spread.block(c);
+    const int tables = spread.fine;
     for (int t = 0; t < tables; ++t) {
         V v;
         memcpy(&v, values.table.at, sizeof v);
@@ -147,13 +148,16 @@ LB_FN void decode_whole(const Form& form, const Values& values, const Spread& sp
 template <bool NATURAL, class T>
 static void decode_row(const Form& form, const Values& values, const Spread& spread, const uint8_t* packed,
                        const float* scales, const float* offsets, int64_t first_chunk, int64_t last_chunk, T* out) {
+    const int64_t whole = form.length / CHUNK;
+    LastCodes last;
+    if (whole < last_chunk) last.copy(form, packed);
     for (int64_t c = first_chunk; c < last_chunk; ++c, out += CHUNK) {
         const int64_t left = form.length - c * CHUNK;
         if (NATURAL && left >= CHUNK) {
             decode_whole(form, values, spread, packed, scales, offsets, c, out);
             continue;
         }
-        const Codes codes = left < CHUNK ? load_last_codes(form, packed, c) : load_codes(form, packed, c);
+        const Codes codes = load_codes(form, packed, c, whole, last);
         V v[PHASES];
         decode_chunk(values, codes, spread.of(scales, c), form.affine, form.affine ? spread.of(offsets, c) : V{}, v);
         if (!NATURAL) {

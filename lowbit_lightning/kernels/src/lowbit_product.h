@@ -1,149 +1,59 @@
 // y = x @ weight.T for a few rows of x: the packed weight is read once and decoded in registers.
 //
 // For each block of a row the products with the table's values are summed, and the sum is multiplied by the block's
-// scale; from five rows of x on, the values are multiplied before (FOLDED), which then costs less. The offsets of
-// affine formats meet sums of x over blocks. Sums are float32.
+// scale; the offsets of affine formats meet sums of x over blocks. From five rows of x on, scales and offsets are
+// applied to the values (FOLDED in lowbit_engines.h), which then costs less. Sums are float32.
 //
-// x is first brought into the order of a chunk's values, as floats, or as pairs of bfloat16 where x is that and the
-// processor multiplies pairs (vdpbf16ps): twice the products an instruction. The table is then rounded to bfloat16, in
-// a unit in which that changes nf4 by 0.06 % (rms) and every other format not at all; folded it is the product of value
-// and scale that is rounded, as in a weight that is dequantised to bfloat16.
+// More than eight rows of x are groups of eight. Rows of the weight are then decoded once, into the cache, for all of
+// them; 8 bits, which are decoded quickly, for each group.
 #pragma once
-#include "lowbit.h"
+#include "lowbit_engines.h"
 #include "parallel.h"
 #include <vector>
 
-// ---- engines: how values are decoded, and multiplied with x
-
-template <bool FOLDED> struct Plain {  // floats
-    typedef float Element;
-    typedef V Vector;
-    static constexpr int phases = PHASES;  // vectors of a chunk
-    static constexpr int lanes = W;        // elements of a vector
-    static constexpr bool folded = FOLDED;
-    Values values;
-    Spread spread;
-    explicit Plain(const Form& form) : values(form), spread(form) {}
-    static float factor(const Form&) { return 1; }
-
-    struct Chunk {  // of a row
-        const Plain* engine;
-        V scale;
-        LB_METHOD V of(const Codes& codes, int p) const {
-            const V value = engine->values.of(codes, p);
-            return FOLDED ? value * scale : value;
-        }
-    };
-    LB_METHOD Chunk chunk(const float* scales, int64_t c) const {
-        return {this, FOLDED ? spread.of(scales, c) : V{}};
-    }
-    static LB_METHOD V add(V sum, V a, V b) { return multiply_add(a, b, sum); }
-};
-
-#if LB_AVX512_BF16 && LB_AVX512_BW
-#define LB_PAIRS 1
-// Pairs of bfloat16; a lane of 16 bits holds half as many codes. The table has room for 32 values: folded it holds
-// those of several blocks, each multiplied by its scale, and lanes look into that of their block.
-template <bool FOLDED> struct Pairs {
-    typedef uint16_t Element;
-    typedef __m512i Vector;
-    static constexpr int phases = PHASES / 2;
-    static constexpr int lanes = 2 * W;
-    static constexpr bool folded = FOLDED;
-    static constexpr int CODE = BITS < 8 ? BITS : 5;
-    static constexpr int tables = 32 >> CODE;  // blocks of a chunk for which there is room
-    __m512i table, mask;
-    __m512i own;        // where the table of a lane's block begins
-    __m512i low, high;  // the blocks of the table's entries, first and second half
-    __m512 values16;
-    Values values;
-    Spread spread;
-    explicit Pairs(const Form& form)
-        : table(_mm512_loadu_si512(form.narrow)), mask(_mm512_set1_epi16((1 << CODE) - 1)),
-          values16(_mm512_loadu_ps(form.values)), values(form), spread(form) {
-        alignas(64) uint16_t begins[32];
-        alignas(64) int32_t blocks[32];
-        for (int l = 0; l < 32; ++l) {
-            begins[l] = l * tables / 32 << CODE;
-            blocks[l] = (l >> CODE) * spread.fine / tables;
-        }
-        own = _mm512_load_si512(begins);
-        low = _mm512_load_si512(blocks);
-        high = _mm512_load_si512(blocks + 16);
-    }
-    static float factor(const Form& form) { return BITS == 8 || FOLDED ? 1 : 1 / form.factor; }
-
-    struct Chunk {
-        const Pairs* engine;
-        __m512i table;
-        LB_METHOD __m512i of(const Codes& codes, int p) const {
-#if BITS == 8
-            return (__m512i)_mm512_cvtne2ps_pbh(engine->values.of(codes, 2 * p + 1), engine->values.of(codes, 2 * p));
-#else
-            __m512i index = _mm512_srli_epi16((__m512i)codes.low, shift_of(p));
-#if BITS == 3
-            const int by = high_shift_of(p) - 2;
-            const __m512i bytes = _mm512_cvtepu8_epi16((__m256i)codes.high);
-            const __m512i high = by < 0 ? _mm512_slli_epi16(bytes, -by) : _mm512_srli_epi16(bytes, by);
-            index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(4), high, index, 0xca);
-#endif
-            // index & mask | own
-            if (FOLDED) index = _mm512_ternarylogic_epi32(index, engine->mask, engine->own, 0xea);
-            return _mm512_permutexvar_epi16(index, table);
-#endif
-        }
-    };
-    LB_METHOD Chunk chunk(const float* scales, int64_t c) const {
-        if (!FOLDED) return {this, table};
-        const __m512 from = spread.fine ? _mm512_loadu_ps(scales + c * spread.fine)
-                                        : _mm512_set1_ps(scales[c >> spread.shift]);
-        return {this, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(values16, _mm512_permutexvar_ps(high, from)),
-                                                    _mm512_mul_ps(values16, _mm512_permutexvar_ps(low, from)))};
-    }
-    static LB_METHOD V add(V sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-};
-#else
-#define LB_PAIRS 0
-#endif
-
 // ---- x in the order of chunks
-
-// A chunk from the natural order into [phase][lane]
-template <int phases, int lanes, class Element> LB_FN void in_order(const Element* from, Element* to) {
-    if (BITS == 8) {
-        memcpy(to, from, CHUNK * sizeof *to);
-        return;
-    }
-    for (int p = 0; p < phases; ++p)
-        for (int l = 0; l < lanes; ++l) to[p * lanes + l] = from[l * phases + p];
-}
 
 template <class E> struct Prepared {
     typedef typename E::Vector Vector;
-    int64_t rows, chunks;
-    std::vector<Slot> x;      // [chunk][phase][row]: read in order; zeros after the end, and in rows that were added
-    std::vector<float> sums;  // [row][block], of affine formats
-    Prepared(const Form& form, int64_t rows) : rows(rows), chunks(ceil_div(form.length, CHUNK)) {
-        x.resize(rows * chunks * E::phases);
-        if (form.affine) sums.resize(rows * (form.blocks + PADDING));
-    }
-    const Vector* of(int64_t c) const { return (const Vector*)&x[c * E::phases * rows]; }
+    typedef typename E::Element Element;
+    int64_t groups, rows, chunks;  // rows: of a group
+    std::vector<Slot> x;      // [group][chunk][phase][row]; zeros after the end, and in rows that were added
+    std::vector<float> sums;  // [group][row][block], of affine formats
 
+    void prepare(const Form& form, int64_t count, int64_t of_group) {
+        groups = ceil_div(count, of_group), rows = of_group, chunks = ceil_div(form.length, CHUNK);
+        grow(x, groups * size());
+        if (has_sums(form)) grow(sums, groups * rows * (form.blocks + PADDING));
+    }
+    template <class T> static void grow(std::vector<T>& memory, size_t size) {
+        if (memory.size() < size) memory.resize(size);
+    }
+    static bool has_sums(const Form& form) { return form.affine && !E::folded; }
+    int64_t size() const { return rows * chunks * E::phases; }
+    const Vector* of(int64_t group, int64_t c) const {
+        return (const Vector*)&x[group * size() + c * E::phases * rows];
+    }
+    const float* sums_of_row(const Form& form, int64_t m) const { return &sums[m * (form.blocks + PADDING)]; }
+
+    // Row m; zeros without `from`.
     template <class T> void fill(const Form& form, const T* from, int64_t m) {
-        for (int64_t c = 0; c < chunks; ++c) {
-            alignas(64) typename E::Element part[CHUNK] = {}, ordered[CHUNK];
-            const int64_t left = least(CHUNK, form.length - c * CHUNK);
-            copy(from + c * CHUNK, left, part);
-            in_order<E::phases, E::lanes>(part, ordered);
-            for (int p = 0; p < E::phases; ++p)
-                memcpy(&x[(c * E::phases + p) * rows + m], ordered + p * E::lanes, sizeof(Slot));
+        Slot* to = &x[m / rows * size() + m % rows];
+        for (int64_t c = 0; c < chunks; ++c, to += E::phases * rows) {
+            alignas(64) Element part[CHUNK], ordered[CHUNK];
+            const int64_t count = from ? least(CHUNK, form.length - c * CHUNK) : 0;
+            if (count < CHUNK) memset(part, 0, sizeof part);
+            copy(from + c * CHUNK, count, part);
+            E::in_order(part, ordered);
+            for (int p = 0; p < E::phases; ++p) memcpy(&to[p * rows], ordered + p * E::lanes, sizeof(Slot));
         }
-        if (!form.affine) return;
-        for (int64_t b = 0; b < form.blocks; ++b) {
+        if (!has_sums(form)) return;
+        float* sum_to = &sums[m * (form.blocks + PADDING)];
+        memset(sum_to, 0, (form.blocks + PADDING) * sizeof *sum_to);
+        for (int64_t b = 0; b < form.blocks && from; ++b) {
             const int64_t first = b * form.block, last = least(form.length, first + form.block);
             V sum{};
             for (int64_t k = first; k < last; k += W) sum = sum + load(from + k, (int)least(W, last - k));
-            sums[m * (form.blocks + PADDING) + b] = sum_of(sum);
+            sum_to[b] = sum_of(sum);
         }
     }
     template <class T> static void copy(const T* from, int64_t count, float* to) {
@@ -156,128 +66,226 @@ template <class E> struct Prepared {
 
 // ---- the product
 
+#if LB_AVX512
+// Lane i: the sum of the lanes of x[i]. Two vectors become one of sums of halves, of quarters and so on.
+LB_FN V sums_of_square(const V* x) {
+    constexpr int LOW = 0x44, HIGH = 0xee, EVEN = 0x88, ODD = 0xdd;
+    V halves[8], quarters[4], pairs[2];
+    for (int i = 0; i < 8; ++i)
+        halves[i] = _mm512_shuffle_f32x4(x[i], x[i + 8], LOW) + _mm512_shuffle_f32x4(x[i], x[i + 8], HIGH);
+    for (int i = 0; i < 4; ++i)
+        quarters[i] = _mm512_shuffle_f32x4(halves[i], halves[i + 4], EVEN) +
+                      _mm512_shuffle_f32x4(halves[i], halves[i + 4], ODD);
+    for (int i = 0; i < 2; ++i)
+        pairs[i] = _mm512_shuffle_ps(quarters[i], quarters[i + 2], LOW) +
+                   _mm512_shuffle_ps(quarters[i], quarters[i + 2], HIGH);
+    const V sums = _mm512_shuffle_ps(pairs[0], pairs[1], EVEN) + _mm512_shuffle_ps(pairs[0], pairs[1], ODD);
+    const __m512i place = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return _mm512_permutexvar_ps(place, sums);
+}
+#endif
+// out[i]: the sum of the lanes of x[i]
+template <int N> LB_FN void sums_of(const V* x, float* out) {
+    int i = 0;
+#if LB_AVX512
+    for (; i + W <= N; i += W) store(out + i, sums_of_square(x + i), W);
+#endif
+    for (; i < N; ++i) out[i] = sum_of(x[i]);
+}
+
 constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are needed, into the L2 cache
 
-// R rows of the weight with M rows of x: out[r * M + m]. scales, offsets: of the R rows, `stride` floats apart.
-template <int R, int M, class E>
-static void product(const Form& form, const E& engine, const uint8_t* packed, const float* scales,
-                    const float* offsets, int64_t stride, const Prepared<E>& x, float* out) {
-    constexpr bool BY_BLOCK = BITS < 8 && !E::folded;  // sums are scaled; of 8 bits the row is a block
-    V total[R][M] = {};
-    const int64_t whole = form.length / CHUNK, ahead = R == 1 ? AHEAD : R * form.packed_stride;
-    Codes last[R];  // before the loop: a call in it would drive the sums out of registers
-    if (whole < x.chunks)
-        for (int r = 0; r < R; ++r) last[r] = load_last_codes(form, packed + r * form.packed_stride, whole);
-    for (int64_t c = 0; c < x.chunks; ++c) {
-        Codes codes[R];
-        typename E::Chunk chunks[R];
+// R rows of the weight: codes `pitch` bytes apart, scales and offsets `stride` floats apart.
+struct Rows {
+    const Form& form;
+    const uint8_t* packed;
+    int64_t pitch;
+    const float *scales, *offsets;
+    int64_t stride;
+};
+
+// Calls body(c, codes, chunks) for every chunk. Codes and tables are prepared a chunk ahead: a table takes many steps
+// that wait for each other, and the processor does not look far enough ahead to fill that time with products.
+template <int R, class E, class F>
+LB_FN void for_chunks(const Rows& rows, const E& engine, int64_t count, const F& body) {
+    const Form& form = rows.form;
+    const int64_t whole = form.length / CHUNK, ahead = R == 1 ? AHEAD : R * rows.pitch;
+    LastCodes last[R];
+    if (whole < count)
+        for (int r = 0; r < R; ++r) last[r].copy(form, rows.packed + r * rows.pitch);
+    Codes codes[R], next_codes[R];
+    typename E::Chunk chunks[R], next[R];
+    const auto prepare = [&](int64_t c) LB_LAMBDA {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const uint8_t* row = packed + r * form.packed_stride;
-            codes[r] = c < whole ? load_codes(form, row, c) : last[r];
-            chunks[r] = engine.chunk(scales + r * stride, c);
+            next_codes[r] = load_codes(form, rows.packed + r * rows.pitch, c, whole, last[r]);
+            next[r] = engine.chunk(rows.scales + r * rows.stride, rows.offsets + r * rows.stride, c);
+        }
+    };
+    prepare(0);
+    for (int64_t c = 0; c < count; ++c) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            codes[r] = next_codes[r];
+            chunks[r] = next[r];
+            const uint8_t* row = rows.packed + r * rows.pitch;
             fetch(row + ahead + c * CHUNK_BYTES);
             if (BITS == 3) fetch(row + ahead + ceil_div(form.length, 4) + c * 2 * W);
         }
+        prepare(c + 1);
+        body(c, codes, chunks);
+    }
+}
+
+// R vectors of the weight with M of x
+template <int R, int M, class E>
+LB_FN void add_products(V (&sums)[R][M], const typename E::Vector (&weights)[R], const typename E::Vector* x) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r][m] = E::add(sums[r][m], weights[r], x[m]);
+}
+
+// total -> out[r * M + m], with a group of M rows of x
+template <int R, int M, class E>
+LB_FN void finish(const Rows& rows, const V (&total)[R][M], const Prepared<E>& x, int64_t group, float* out) {
+    const Form& form = rows.form;
+    V parts[R * M];  // a copy: what has an address does not stay in registers
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) parts[r * M + m] = total[r][m];
+    for (int i = 0; i < R * M && x.has_sums(form); ++i) {
+        const float *offsets = rows.offsets + i / M * rows.stride, *sums = x.sums_of_row(form, group * M + i % M);
+        for (int64_t b = 0; b < form.blocks; b += W)
+            parts[i] = multiply_add(load(offsets + b, W), load(sums + b, W), parts[i]);
+    }
+    sums_of<R * M>(parts, out);
+    for (int i = 0; i < R * M && BITS == 8; ++i) out[i] *= rows.scales[i / M * rows.stride];
+}
+
+// R rows of the weight with a group of M rows of x
+template <int R, int M, class E>
+static void product(const Rows& rows, const E& engine, const Prepared<E>& x, int64_t group, float* out) {
+    constexpr bool BY_BLOCK = BITS < 8 && !E::folded;  // sums are scaled; of 8 bits the row is a block
+    V total[R][M] = {};
+    for_chunks<R>(rows, engine, x.chunks, [&](int64_t c, const Codes (&codes)[R], const auto& chunks) LB_LAMBDA {
         V sums[R][M];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) sums[r][m] = BY_BLOCK ? V{} : total[r][m];
-        const typename E::Vector* from = x.of(c);
+        const typename E::Vector* from = x.of(group, c);
 #pragma GCC unroll 16
         for (int p = 0; p < E::phases; ++p) {
             typename E::Vector weights[R];
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) weights[r] = chunks[r].of(codes[r], p);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) sums[r][m] = E::add(sums[r][m], weights[r], from[p * M + m]);
+            add_products<R, M, E>(sums, weights, from + p * M);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const V scale = BY_BLOCK ? engine.spread.of(scales + r * stride, c) : V{};
+            const V scale = BY_BLOCK ? engine.spread.of(rows.scales + r * rows.stride, c) : V{};
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
                 total[r][m] = BY_BLOCK ? multiply_add(sums[r][m], scale, total[r][m]) : sums[r][m];
         }
-    }
-    float added[R][M];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) added[r][m] = sum_of(total[r][m]);  // unrolled: all sums stay in registers
-    for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) {
-            float y = added[r][m] * E::factor(form);
-            if (BITS == 8) y *= scales[r * stride];
-            if (form.affine) {
-                V shift{};
-                for (int64_t b = 0; b < form.blocks; b += W)
-                    shift = multiply_add(load(offsets + r * stride + b, W),
-                                         load(&x.sums[m * (form.blocks + PADDING) + b], W), shift);
-                y += sum_of(shift);
-            }
-            out[r * M + m] = y;
-        }
+    });
+    finish<R, M, E>(rows, total, x, group, out);
 }
 
-// Rows n to n + count - 1 of the weight, R at a time, with M rows of x
-template <int R, int M, class E, class T>
+// The same for every group of x; the rows are decoded once, into `decoded`: [chunk][phase][r].
+template <int R, int M, class E>
+static void products(const Rows& rows, const E& engine, const Prepared<E>& x, Slot* decoded, float* out,
+                     int64_t pitch) {
+    typedef typename E::Vector Vector;
+    for_chunks<R>(rows, engine, x.chunks, [&](int64_t c, const Codes (&codes)[R], const auto& chunks) LB_LAMBDA {
+        Vector* to = (Vector*)decoded + c * E::phases * R;
+#pragma GCC unroll 16
+        for (int p = 0; p < E::phases; ++p)
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) to[p * R + r] = chunks[r].of(codes[r], p);
+    });
+    for (int64_t g = 0; g < x.groups; ++g) {
+        V total[R][M] = {};
+        const Vector *from = x.of(g, 0), *weights_from = (const Vector*)decoded;
+        for (int64_t step = 0; step < x.chunks * E::phases; ++step, from += M, weights_from += R) {
+            Vector weights[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) weights[r] = weights_from[r];
+            add_products<R, M, E>(total, weights, from);
+        }
+        finish<R, M, E>(rows, total, x, g, out + g * pitch);
+    }
+}
+
+// Rows n to n + count - 1 of the weight, R at a time, with the groups of M rows of x, which may be several
+template <int R, int M, bool SEVERAL, class E, class T>
 static void task(const Form& form, const uint8_t* packed, const uint8_t* scales, int64_t n, int64_t count,
                  const Prepared<E>& x, int64_t rows, const float* bias, T* out, int64_t N) {
     const E engine(form);
     const int64_t stride = form.blocks + PADDING;
-    std::vector<float> decoded(2 * R * stride), y(count * M);
+    const float unit = E::unit(form);
+    const int64_t tall = count + R - 1;
+    std::vector<float> decoded(2 * R * stride), y(x.groups * tall * M);  // y: [group][row of the weight][row of x]
+    std::vector<Slot> weights(SEVERAL ? x.chunks * E::phases * R : 0);
     for (int64_t i = 0; i < count; i += R) {
         float* offsets = decoded.data() + R * stride;
-        const auto decode = [&](int r) {
+        const int64_t height = least(R, count - i);
+        for (int64_t r = 0; r < height; ++r) {
             const uint8_t* row = scales + (n + i + r) * form.scales_stride;
             for (int64_t at = 0; at < form.scales_stride; at += 64) fetch(row + R * form.scales_stride + at);
             decode_scales(form, row, decoded.data() + r * stride, offsets + r * stride);
+            for (int64_t b = 0; b < form.blocks && unit != 1; ++b) decoded[r * stride + b] *= unit;
+        }
+        const auto multiply = [&](int64_t r, int64_t pitch, int64_t apart) {
+            const Rows these{form,    packed + (n + i + r) * form.packed_stride, pitch, decoded.data() + r * stride,
+                             offsets + r * stride, apart};
+            float* to = &y[(i + r) * M];
+            if (SEVERAL) products<R, M>(these, engine, x, weights.data(), to, tall * M);
+            else
+                for (int64_t g = 0; g < x.groups; ++g) product<R, M>(these, engine, x, g, to + g * tall * M);
         };
-        const uint8_t* from = packed + (n + i) * form.packed_stride;
-        if (i + R <= count) {
-            for (int r = 0; r < R; ++r) decode(r);
-            product<R, M>(form, engine, from, decoded.data(), offsets, stride, x, &y[i * M]);
-            continue;
-        }
-        for (int r = 0; i + r < count; ++r) {
-            decode(r);
-            product<1, M>(form, engine, from + r * form.packed_stride, decoded.data() + r * stride,
-                          offsets + r * stride, stride, x, &y[(i + r) * M]);
-        }
+        if (height == R) multiply(0, form.packed_stride, stride);
+        else
+            for (int64_t r = 0; r < height; ++r) multiply(r, 0, 0);  // the same row R times
     }
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t i = 0; i < count; i += W) {
             const int width = (int)least(W, count - i);
             V v{};
-            for (int l = 0; l < width; ++l) v[l] = y[(i + l) * M + m];
+            for (int l = 0; l < width; ++l) v[l] = y[(m / M * tall + i + l) * M + m % M];
             if (bias) v = v + load(bias + n + i, width);
             store(out + m * N + n + i, v, width);
         }
 }
 
-template <int R, int M, class E, class T>
+template <int R, int M, bool SEVERAL, class E, class T>
 static void few_rows_of(const Form& form, const uint8_t* packed, const uint8_t* scales, int64_t N, const T* x,
                         int64_t rows, const float* bias, T* out, int threads) {
-    Prepared<E> prepared(form, M);
-    for (int64_t m = 0; m < rows; ++m) prepared.fill(form, x + m * form.length, m);
-    const int64_t count = least(256, ceil_div(ceil_div(N, 8 * threads), 32) * 32);  // whole lines of the result
+    thread_local Prepared<E> memory;
+    Prepared<E>& prepared = memory;  // of this thread: others would take their own for the name
+    prepared.prepare(form, rows, M);
+    parallel_for(prepared.groups * M, rows > M ? threads : 1, [&](int64_t m) {
+        prepared.fill(form, m < rows ? x + m * form.length : nullptr, m);
+    });
+    constexpr int64_t LINE = R == 3 ? 96 : 32;  // whole lines of the result
+    const int64_t count = least(128 / LINE * LINE, ceil_div(ceil_div(N, 8 * threads), LINE) * LINE);
     parallel_for(ceil_div(N, count), threads, [&](int64_t t) {
-        task<R, M>(form, packed, scales, t * count, least(count, N - t * count), prepared, rows, bias, out, N);
+        task<R, M, SEVERAL>(form, packed, scales, t * count, least(count, N - t * count), prepared, rows, bias, out, N);
     });
 }
 
 template <class T> struct Engine {
     template <bool FOLDED> using of = Plain<FOLDED>;
-    static bool folds(const Form&) { return BITS < 8; }
+    static constexpr int ROWS = 2;  // of the weight, with eight of x
+    static constexpr bool FOLDS = true;  // whatever the form
 };
 #if LB_PAIRS
 template <> struct Engine<BFloat16> {
     template <bool FOLDED> using of = Pairs<FOLDED>;
-    static bool folds(const Form& form) { return BITS < 8 && form.block * Pairs<true>::tables >= CHUNK; }
+    static constexpr int ROWS = BITS == 8 ? 3 : 2;  // with three, tables would not stay in registers
+    static constexpr bool FOLDS = BITS == 8;
 };
 #endif
 
@@ -286,10 +294,18 @@ static void few_rows(const Form& form, const uint8_t* packed, const uint8_t* sca
                      int64_t rows, const float* bias, T* out, int threads) {
     typedef typename Engine<T>::template of<false> Sums;
     typedef typename Engine<T>::template of<BITS < 8> Folded;
-    const bool folds = Engine<T>::folds(form) || BITS == 8;
-    const auto run = rows == 1   ? few_rows_of<1, 1, Sums, T>
-                     : rows == 2 ? few_rows_of<2, 2, Sums, T>
-                     : rows <= 4 ? few_rows_of<2, 4, Sums, T>
-                                 : (folds ? few_rows_of<2, 8, Folded, T> : few_rows_of<2, 8, Sums, T>);
-    run(form, packed, scales, N, x, rows, bias, out, threads);
+    constexpr int R = Engine<T>::ROWS, MANY_R = LB_AVX512 ? 3 : R;
+    const auto some = [&](int64_t first, int64_t count) {
+        auto run = few_rows_of<1, 1, false, Sums, T>;
+        if (count > 1) run = few_rows_of<2, 2, false, Sums, T>;
+        if (count > 2) run = few_rows_of<2, 4, false, Sums, T>;
+        if (count > 4) run = few_rows_of<R, 8, false, Folded, T>;
+        if (count > 8) run = few_rows_of<MANY_R, 8, (BITS < 8), Folded, T>;
+        if constexpr (!Engine<T>::FOLDS)
+            if (count > 4 && form.block * Folded::tables < CHUNK) run = few_rows_of<R, 8, false, Sums, T>;
+        run(form, packed, scales, N, x + first * form.length, count, bias, out + first * N, threads);
+    };
+    const int64_t eights = rows % 8 > 4 ? rows : rows / 8 * 8;
+    if (eights) some(0, eights);
+    if (eights < rows) some(eights, rows - eights);
 }

@@ -220,7 +220,15 @@ LB_FN I widen(Bytes x) {
     return __builtin_convertvector(x, I);
 #endif
 }
-LB_FN I widen_signed(Bytes x) { return (widen(x) ^ 0x80) - 0x80; }
+LB_FN I widen_signed(Bytes x) {
+#if LB_AVX512
+    return (I)_mm512_cvtepi8_epi32((__m128i)x);
+#elif LB_AVX2
+    return (I)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)x));
+#else
+    return (widen(x) ^ 0x80) - 0x80;
+#endif
+}
 LB_FN I logical_shift(I x, int by) { return (x >> by) & (int32_t)(0xffffffffu >> by); }
 LB_FN I widen(Halves x) {
 #if LB_AVX512
