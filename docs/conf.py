@@ -51,7 +51,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:(class|obj)", r"Tensor|torch\.utils\.hooks\.RemovableHandle"),
     ("py:(class|obj)", r"lowbit_lightning\.(convert|layers)\.\w+\.(Module|Setting|Selection)"),
-    ("py:class", r"lowbit_lightning\.layers\.\w+\.(LowBitWeight|Int8Matrix|_Built)"),
+    ("py:class", r"lowbit_lightning\.layers\.\w+\.(LowBitWeight|Int8Matrix|Projections|_Built)"),
     ("py:class", r"lowbit_lightning\.(kernels\.rules\.rule\.Rule|optim\.settings\.Settings)"),
     ("py:class", r"lowbit_lightning\.precision\.(int8\.Int8Mixed|in_step\.InStep)"),
     ("py:class", r"lowbit_lightning\.strategies\.deepspeed\.strategy\._LightningsStrategy"),
