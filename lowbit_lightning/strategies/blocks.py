@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,28 @@ def shard(
     if reshard_root and torch.__version__ < "2.8":  # there FSDP2 keeps a root gathered (pytorch/pytorch#154704)
         module.register_forward_hook(lambda root, *_: root.reshard())
     average_gradients(module, mesh)
+    _keep_dtypes(module)
+
+
+def _keep_dtypes(module: nn.Module) -> None:
+    """Let gradients of parameters that are frozen in the first forward have the dtypes of others when they train later.
+
+    FSDP2 notes in the first forward in which dtype a part's gradients are reduced and kept, but only if a parameter of
+    the part needs a gradient then. A part that is unfrozen later, or had no turn (``toggle_optimizer``), would reduce
+    its gradients in the dtype that they were gathered in, and could not assign them.
+    """
+    for part in (child for child in module.modules() if isinstance(child, FSDPModule)):
+        state: Any = part._get_fsdp_state()  # FSDP2 has no public way to the groups of parameters
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            if group is not None:
+                group._init_mp_dtypes = partial(_note_dtypes, group)
+
+
+def _note_dtypes(group: Any) -> None:
+    type(group)._init_mp_dtypes(group)
+    dtypes = {(p.orig_dtype, p.reduce_dtype) for p in group.fsdp_params if p.orig_dtype.is_floating_point}
+    if group._orig_dtype is None and len(dtypes) == 1:
+        ((group._orig_dtype, group._reduce_dtype),) = dtypes
 
 
 def average_gradients(module: nn.Module, mesh: DeviceMesh) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,35 @@ class Calling(Net):
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         self.losses.append(loss.detach())
         return loss
+
+
+class Thawing(Net):
+    """A block is frozen in the first forward, and trains from the second step on."""
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        self.layers[0].requires_grad_(index > 0)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.dtypes = {p.grad.dtype for p in self.parameters() if p.grad is not None}
+
+
+@on_ranks(2, slow=EACH)
+def test_what_is_frozen_at_first_may_train_later(folder: Path) -> str | None:
+    """Under a gather in bfloat16, with gradients that are reduced and kept in float32; also where optimizers take
+    turns."""
+    strategy = partial(ShardedStrategy, gather_dtype=torch.bfloat16)
+    thawing = Thawing(steps=3)
+    before = weights(thawing)
+    with Traffic() as traffic:
+        fit(model=thawing, strategy=strategy())
+    with Traffic() as expected:
+        fit(model=Net(steps=3), strategy=strategy())
+    share = traffic.bytes["reduce_scatter_base"] / expected.bytes["reduce_scatter_base"]
+    still = [n for n, w in weights(thawing).items() if n.startswith("layers.0") and torch.equal(w, before[n])]
+    if still or thawing.dtypes != {torch.float32} or not 0.8 < share < 1:
+        return f"{still} stood still; {thawing.dtypes}; {share} of the bytes"
+    fit(model=Manual(True), precision="bf16-mixed")
+    return None
 
 
 @on_ranks(ALONE, 2, slow=(ALONE, *EACH))
