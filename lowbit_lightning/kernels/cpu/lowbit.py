@@ -1,6 +1,6 @@
 """Low-bit weights on CPU: src/lowbit.cpp, src/lowbit_quantize.cpp, compiled for the bits of a code.
 
-A product of few rows of x reads the packed weight once for eight of them and decodes it in registers
+A product of few rows of x reads the packed weight once, and decodes it in registers or for eight rows of x at a time
 (src/lowbit_product.h). One of many rows decodes a panel of the weight at a time. With AVX-512 that is done in each
 thread, which multiplies the panel by vectors (src/lowbit_gemm.h). Elsewhere, and for bfloat16 where the processor has
 tiles (AMX), a panel is some rows of the weight, which stay in the caches for torch's own product (oneDNN, MKL). A panel
@@ -27,8 +27,6 @@ from lowbit_lightning.kernels.structs import fit_rule
 
 _MANY = 1 << 16  # elements of a weight below which a second thread costs more than it saves
 _PANEL = 8 << 20  # bytes of a panel
-_LARGE = 1 << 20  # elements of a large weight
-_BY_EIGHT = 24, 48  # rows of x up to which decoding for each eight of them is faster than panels: small weights, large
 _memory = threading.local()
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -154,12 +152,17 @@ def lowbit_gemv(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 def lowbit_matmul(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    (rows, length), outputs = x.shape, packed.shape[0]
-    if rows <= _BY_EIGHT[outputs * length >= _LARGE]:
-        return lowbit_gemv(x, packed, scales, bias, form)
+    rows, length = x.shape
     dtype = _dtype(x.dtype, form, length)
+    if _by_eight(rows, length, dtype):
+        return lowbit_gemv(x, packed, scales, bias, form)
     multiply = _by_vectors if _form(form, length)[0].lb_lowbit_multiplies(DTYPE_NUMBERS[dtype]) else _by_panels
     return multiply(x.to(dtype), packed, scales, bias, form).to(x.dtype)
+
+
+def _by_eight(rows: int, length: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel of few rows, eight of x at a time, is faster than panels (measured on Zen 4)."""
+    return rows <= max(8, min(128 // dtype.itemsize, length // 64))
 
 
 def _by_vectors(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:

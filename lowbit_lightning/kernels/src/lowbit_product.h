@@ -42,7 +42,7 @@ template <class E> struct Prepared {
             alignas(64) Element part[CHUNK], ordered[CHUNK];
             const int64_t count = from ? least(CHUNK, form.length - c * CHUNK) : 0;
             if (count < CHUNK) memset(part, 0, sizeof part);
-            copy(from + c * CHUNK, count, part);
+            if (count) copy(from + c * CHUNK, count, part);
             E::in_order(part, ordered);
             for (int p = 0; p < E::phases; ++p) memcpy(&to[p * rows], ordered + p * E::lanes, sizeof(Slot));
         }
