@@ -115,7 +115,10 @@ class LowBitMonitor(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._layers = {n: m for n, m in pl_module.named_modules() if isinstance(m, Int8Layer)}
         if not self._layers:
-            rank_zero_warn("LowBitMonitor finds no int8 layer in the model (is precision='int8-mixed' set?)")
+            rank_zero_warn(
+                "LowBitMonitor finds no int8 layer in the model: precision='int8-mixed' is not set, or leaves every "
+                "layer in high precision (its report says why)"
+            )
         self._history, self._unseen_reported = [], False
         self._next = -(-trainer.global_step // self.every_n_steps) * self.every_n_steps
         if self.picture:  # now, for it asks the other ranks, and at the end one may have failed
@@ -174,7 +177,8 @@ class LowBitMonitor(Callback):
         error = QuantizationError(len(self._layers)).to(trainer.strategy.root_device)
         error.update(*sample.result())  # on every rank, also where nothing was seen: ranks compute together
         measured = {name: values.cpu() for name, values in error.compute().items()}
-        self._history.append((self._sampled_step, measured["snr"].numpy()))
+        if not measured["snr"].isnan().all():
+            self._history.append((self._sampled_step, measured["snr"].numpy()))
         self._report_unseen(measured["operands"])
         self._guard(measured["snr"])
         return self._named(measured)

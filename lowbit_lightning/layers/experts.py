@@ -12,9 +12,9 @@ parameter works unchanged:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from lowbit_lightning import kernels
 from lowbit_lightning.layers.lowbit import LowBitWeight, Weights
 
+T = TypeVar("T")
 LINEAR = torch._C._nn.linear
 """``torch.nn.functional.linear``, in whose place DeepSpeed's stage 3 puts a function that takes nothing but tensors."""
 
@@ -135,11 +136,31 @@ class LowBitTensor(LowBitWeight, ActsAsTensor):
         super().__init__()
         self.keep(weight, weights)
 
+    def _read(self, read: Callable[[], T]) -> T:
+        """What ``read`` makes of the codes. Where accelerate offloads them, it would fetch them before this module's
+        forward, which nobody calls."""
+        hook = self.__dict__.get("_hf_hook")
+        if hook is None:
+            return read()
+        hook.pre_forward(self)
+        try:
+            return read()
+        finally:
+            hook.post_forward(self, None)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, decoded to ``dtype``; None: to the dtype that it had."""
+        return self._read(lambda: LowBitWeight.dequantize(self, dtype))
+
     def multiply_groups(self, x: Tensor, offs: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
         """``x[rows of e] @ weight[e].T (+ bias[e])`` for each expert e, in packed form; of ``weight[e]`` itself if
         ``transposed``. ``offs``: the ends of the experts' rows in x (``kernels.lowbit_grouped_matmul``)."""
-        operands = x, self.weight, self.scales, offs, bias
-        return kernels.lowbit_grouped_matmul(*operands, self.format, self.row_length, transposed)
+
+        def multiply() -> Tensor:
+            operands = x, self.weight, self.scales, offs, bias
+            return kernels.lowbit_grouped_matmul(*operands, self.format, self.row_length, transposed)
+
+        return self._read(multiply)
 
     def transpose(self, dim0: int, dim1: int) -> Tensor | TransposedExperts:
         """The experts transposed, undecoded; decoded for other dimensions."""
@@ -180,11 +201,11 @@ class LowBitTensor(LowBitWeight, ActsAsTensor):
         return len(self.weight)
 
     def __getitem__(self, index: Any) -> LowBitMatrix | Tensor:
-        packed = self.weight[index]
+        packed, scales = self._read(lambda: (self.weight[index], self.scales[index]))
         if packed.ndim != self.weight.ndim - 1 or packed.shape[-1] != self.weight.shape[-1]:
             return self.dequantize()[index]
         _pass_matrices_on()
-        return LowBitMatrix(packed, self.scales[index], self.weights, self.row_length, self.dtype)
+        return LowBitMatrix(packed, scales, self.weights, self.row_length, self.dtype)
 
     def __iter__(self) -> Iterator[LowBitMatrix | Tensor]:
         return (self[i] for i in range(len(self)))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_lightning.kernels.dispatch import is_transformed
+from lowbit_lightning.layers.experts import LowBitTensor
 from lowbit_lightning.layers.grouped_ops import grouped_linear
 from lowbit_lightning.layers.int8 import FORMS, Int8Layer, Products, Projections, fewest_rows, in_compute_dtype
 from lowbit_lightning.layers.seen import ExpertsSeen, Terms, is_noted
@@ -42,7 +43,10 @@ class Experts(nn.Module):
         device, dtype: of the parameters ``gate_up_proj [E, 2 I, D]`` and ``down_proj [E, D, I]``.
 
     ``forward(hidden_states [tokens, D], top_k_index [tokens, k], top_k_weights [tokens, k])`` gives ``[tokens, D]``:
-    the sum of the results of each token's experts by their weights. An index of E or more is of no expert.
+    the sum of the results of each token's experts by their weights. An index below 0, or of E or more, is of no expert.
+
+    Raises:
+        ValueError: in ``forward``, for shapes that do not fit each other.
     """
 
     has_gate, has_bias, is_transposed, has_post_expert_norm = True, False, False, False
@@ -76,7 +80,10 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         def project(name: str, x: Tensor, offs: Tensor) -> Tensor:
-            return linear_by_groups(x, getattr(self, name), offs)
+            weight = getattr(self, name)
+            if isinstance(weight, LowBitTensor):
+                return weight.multiply_groups(x, offs)
+            return linear_by_groups(x, weight, offs)
 
         return run_experts(self, project, hidden_states, top_k_index, top_k_weights)
 
@@ -101,8 +108,13 @@ def run_experts(
 ) -> Tensor:
     """The forward of ``Experts``, with ``project(name, rows, offs)`` for the products of the rows of all experts,
     sorted, with the parameter of that name."""
+    sizes = len(top_k_index), top_k_weights.numel()
+    if hidden_states.ndim != 2 or sizes != (len(hidden_states), top_k_index.numel()):
+        shapes = f"{tuple(hidden_states.shape)}, {tuple(top_k_index.shape)} and {tuple(top_k_weights.shape)}"
+        raise ValueError(f"hidden_states [tokens, D], top_k_index and top_k_weights [tokens, k] do not fit: {shapes}")
     top_k = top_k_index.shape[-1]
-    expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
+    ids = top_k_index.reshape(-1)
+    expert_ids, order = torch.where(ids < 0, experts.num_experts, ids).sort(stable=True)
     numbers = torch.arange(experts.num_experts, dtype=expert_ids.dtype, device=expert_ids.device)
     offs = torch.searchsorted(expert_ids, numbers, right=True).cpu()  # once for all products
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -113,7 +125,7 @@ def run_experts(
     if experts.has_post_expert_norm:
         y = experts.post_expert_norm(y)
     y = _sorted(y, back, order).unflatten(0, (-1, top_k))
-    return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+    return (y * top_k_weights.reshape(-1, top_k, 1)).sum(1).to(hidden_states.dtype)
 
 
 def _sorted(x: Tensor, order: Tensor, back: Tensor, times: int = 1) -> Tensor:

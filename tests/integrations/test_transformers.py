@@ -183,10 +183,12 @@ def test_offload_to_the_cpu(folder: Folder) -> None:
     assert torch.equal(logits(model), logits(whole))
 
 
-def test_experts_are_not_offloaded(folder: Folder, tmp_path: Path) -> None:
-    load(folder("mixtral")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"offloads .*experts.gate_up_proj.*experts=False"):
-        load(tmp_path, None, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
+def test_experts_are_offloaded_too(folder: Folder, tmp_path: Path) -> None:
+    model = load(folder("mixtral"))
+    model.save_pretrained(tmp_path)
+    away = load(tmp_path, None, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "offload")
+    assert next(low for _, low in low_bit_layers(away) if isinstance(low, LowBitTensor)).weight.is_meta
+    assert torch.equal(logits(away), logits(model))
 
 
 # -- dequantize, and models in memory --------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,22 @@ def test_numbers_are_those_of_the_decoded_weights(kind: Any, weights: str) -> No
 
 def quantised() -> Any:
     return convert.quantize(nn.Sequential(Experts()))[0]
+
+
+def test_accelerate_offloads_them(tmp_path: Path) -> None:
+    """Nobody calls the module that holds a weight, so its codes are fetched where they are read."""
+    accelerate = pytest.importorskip("accelerate")
+    to_disk = partial(accelerate.disk_offload, offload_dir=tmp_path)
+    for kind, offload in ((Experts, accelerate.cpu_offload), (Whole, to_disk)):
+        low = convert.quantize(nn.Sequential(kind()))[0]
+        expected = low(X, CHOSEN)
+        offload(low, execution_device=torch.device("cpu"))
+        assert low.gate_up_proj.weight.is_meta
+        x = X.clone().requires_grad_()
+        found = low(x, CHOSEN)
+        found.sum().backward()
+        assert torch.equal(found, expected)
+        assert low.gate_up_proj.weight.is_meta
 
 
 def test_one_expert_is_multiplied_as_it_is_kept() -> None:

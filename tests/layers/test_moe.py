@@ -98,6 +98,19 @@ def test_plain_experts_are_a_loop_over_tokens() -> None:
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_negative_index_is_of_no_expert_and_shapes_must_fit() -> None:
+    """In high precision and in int8 alike."""
+    for experts in (Experts(3, HIDDEN, INNER), Int8Experts(3, HIDDEN, INNER)):
+        x, weights = torch.randn(2, HIDDEN), torch.ones(2, 2)
+        index = torch.tensor([[0, -1], [-1, 5]])
+        found = experts(x, index, weights)
+        torch.testing.assert_close(found[:1], experts(x[:1], index[:1, :1], weights[:1, :1]))
+        assert not found[1].any()
+        for wrong in ((x, index[:1], weights), (x, index, weights[:, :1]), (x[None], index, weights)):
+            with pytest.raises(ValueError, match=r"hidden_states \[tokens, D\], .* do not fit"):
+                experts(*wrong)
+
+
 def test_training_is_near_high_precision_and_counts_as_predicted() -> None:
     torch.manual_seed(0)
     model, x = Moe(), torch.randn(TOKENS, HIDDEN)
@@ -229,6 +242,16 @@ def test_other_transforms_and_second_derivatives() -> None:
     (first,) = torch.autograd.grad(saved(x).square().sum(), saved.experts.down_proj, create_graph=True)
     with pytest.raises(RuntimeError, match="save_inputs='high'"):
         first.square().sum().backward()
+
+
+def test_experts_in_low_bits_are_multiplied_in_one_op_and_planned() -> None:
+    model, x = Moe(), torch.randn(TOKENS, HIDDEN)
+    convert.quantize(model, "nf4", include="experts*")
+    low: Any = copy.deepcopy(model)
+    convert.dequantize(low)
+    torch.testing.assert_close(model(x), low(x), rtol=1e-4, atol=1e-4)
+    plan = memory.plan(model, precision="32-true", batch=torch.empty(TOKENS, HIDDEN), step=lambda m, x: m(x).sum())
+    assert plan.activations
 
 
 def test_flops_and_a_plan() -> None:

@@ -179,13 +179,7 @@ class LowBitQuantizer(HfQuantizer):
                 if not getattr(low, part).is_meta and not hasattr(getattr(low, part), LOADED):
                     raise ValueError(f"the checkpoint lacks {name}.{part}, which its config says is in low bits")
             low.check_format(name)
-        experts = {name: low for name, low in low_bit_layers(model) if isinstance(low, LowBitTensor)}
-        if away := [name for name, low in experts.items() if low.weight.is_meta]:
-            raise ValueError(
-                f"device_map offloads {away[:4]}, but experts in low bits can't be offloaded: leave them on a device, "
-                "or quantise with LowBitConfig(..., experts=False)"
-            )
-        if experts:
+        if any(isinstance(low, LowBitTensor) for _, low in low_bit_layers(model)):
             self.experts_before = model.config._experts_implementation
             model.set_experts_implementation("eager")  # one expert at a time, in packed form
         self.describe(model)
