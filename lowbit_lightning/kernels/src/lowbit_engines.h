@@ -3,8 +3,8 @@
 //
 // Values are floats, or pairs of bfloat16 where x is that and the processor multiplies pairs (vdpbf16ps): twice the
 // products an instruction. The table is then rounded to bfloat16, in a unit in which that changes nf4 by 0.06 % (rms)
-// and every other format not at all. FOLDED: scales and offsets are applied to values before these meet x; what is
-// rounded is then the result, as in a weight that is dequantised to bfloat16.
+// and every other format not at all. FOLDED: scales, and offsets of pairs, are applied to values before these meet x;
+// what is rounded is then the result, as in a weight that is dequantised to bfloat16.
 #pragma once
 #include "lowbit.h"
 
@@ -13,7 +13,7 @@ template <bool FOLDED> struct Plain {  // floats
     typedef V Vector;
     static constexpr int phases = PHASES;  // vectors of a chunk
     static constexpr int lanes = W;        // elements of a vector
-    static constexpr bool folded = FOLDED;
+    static constexpr bool folded = FOLDED, has_offsets = false;
     Values values;
     Spread spread;
     explicit Plain(const Form& form) : values(form), spread(form) {}
@@ -21,14 +21,14 @@ template <bool FOLDED> struct Plain {  // floats
 
     struct Chunk {  // of a row
         const Plain* engine;
-        V scale, offset;
+        V scale;
         LB_METHOD V of(const Codes& codes, int p) const {
             const V value = engine->values.of(codes, p);
-            return FOLDED ? multiply_add(value, scale, offset) : value;
+            return FOLDED ? value * scale : value;
         }
     };
-    LB_METHOD Chunk chunk(const float* scales, const float* offsets, int64_t c) const {
-        return {this, FOLDED ? spread.of(scales, c) : V{}, FOLDED ? spread.of(offsets, c) : V{}};
+    LB_METHOD Chunk chunk(const float* scales, const float*, int64_t c) const {
+        return {this, FOLDED ? spread.of(scales, c) : V{}};
     }
     static LB_METHOD V add(V sum, V a, V b) { return multiply_add(a, b, sum); }
 
@@ -82,7 +82,7 @@ template <bool FOLDED> struct Pairs {
     typedef __m512i Vector;
     static constexpr int phases = PHASES / 2;
     static constexpr int lanes = 2 * W;
-    static constexpr bool folded = FOLDED;
+    static constexpr bool folded = FOLDED, has_offsets = FOLDED;
     static constexpr int CODE = BITS < 8 ? BITS : 5;
     static constexpr int tables = 32 >> CODE;  // blocks of a chunk for which there is room
     __m512i table, mask;

@@ -1,8 +1,8 @@
 // y = x @ weight.T for a few rows of x: the packed weight is read once and decoded in registers.
 //
 // For each block of a row the products with the table's values are summed, and the sum is multiplied by the block's
-// scale; the offsets of affine formats meet sums of x over blocks. From five rows of x on, scales and offsets are
-// applied to the values (FOLDED in lowbit_engines.h), which then costs less. Sums are float32.
+// scale; the offsets of affine formats meet sums of x over blocks. From five rows of x on, scales are applied to the
+// values (FOLDED in lowbit_engines.h), which then costs less. Sums are float32.
 //
 // More than eight rows of x are groups of eight. Rows of the weight are then decoded once, into the cache, for all of
 // them; 8 bits, which are decoded quickly, for each group.
@@ -28,7 +28,7 @@ template <class E> struct Prepared {
     template <class T> static void grow(std::vector<T>& memory, size_t size) {
         if (memory.size() < size) memory.resize(size);
     }
-    static bool has_sums(const Form& form) { return form.affine && !E::folded; }
+    static bool has_sums(const Form& form) { return form.affine && !E::has_offsets; }
     int64_t size() const { return rows * chunks * E::phases; }
     const Vector* of(int64_t group, int64_t c) const {
         return (const Vector*)&x[group * size() + c * E::phases * rows];
