@@ -173,7 +173,8 @@ class LowBit(Protocol):
 
 
 class Step(Protocol):
-    """``step.py``: the optimizer step. All gradients have one dtype."""
+    """``step.py``: the optimizer step. All gradients have one dtype. A parameter and its gradient are both contiguous;
+    on the CPU (``cpu`` and ``reference``) both may be channels_last, of four or five dimensions."""
 
     def optimizer_step(
         self, arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None

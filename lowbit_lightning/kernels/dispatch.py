@@ -121,7 +121,7 @@ def contiguous(*arguments: Any) -> list[Any]:
 
 def run(op: str, device: torch.device, *arguments: Any) -> Any:
     """Run the function ``op`` of the backend for ``device``, and count the call. All tensors must be contiguous."""
-    name = _forced[-1] if _forced else backend_of(device.type)
+    name = serving(device)
     try:
         result = function(name, op)(*arguments)
     except Unavailable as error:  # it is raised before the op has changed anything
@@ -131,6 +131,11 @@ def run(op: str, device: torch.device, *arguments: Any) -> Any:
         result = function(name, op)(*arguments)
     _calls[op, name] += 1
     return result
+
+
+def serving(device: torch.device) -> str:
+    """The backend that runs ops on a device now."""
+    return _forced[-1] if _forced else backend_of(device.type)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import rules
 from lowbit_lightning.kernels.arguments import SCALARS, StepArguments, StepScalars, as_int64
-from lowbit_lightning.kernels.dispatch import declare, run
+from lowbit_lightning.kernels.dispatch import declare, run, serving
 
 
 def optimizer_step(
@@ -61,8 +61,8 @@ def _through_dispatcher(arguments: StepArguments) -> bool:
 
 
 def _step(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars, norms: Tensor | None) -> None:
-    near = _contiguous(arguments)
-    run("optimizer_step", arguments.device, near, _all_contiguous(grads), scalars, norms)
+    near, near_grads = _near(arguments, grads)
+    run("optimizer_step", arguments.device, near, near_grads, scalars, norms)
     for original, p in zip(arguments.params, near.params, strict=True) if near is not arguments else ():
         if p is not original:
             original.copy_(p)
@@ -70,27 +70,38 @@ def _step(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalar
 
 
 def _norms(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepScalars) -> Tensor:
-    return run("optimizer_norms", arguments.device, _contiguous(arguments), _all_contiguous(grads), scalars)
+    return run("optimizer_norms", arguments.device, *_near(arguments, grads), scalars)
 
 
-def _contiguous(arguments: StepArguments) -> StepArguments:
-    """The arguments, with copies of parameters that are not contiguous (for example channels_last)."""
-    params = _all_contiguous(arguments.params)
-    if params is arguments.params:
-        return arguments
+def _near(arguments: StepArguments, grads: Sequence[Tensor]) -> tuple[StepArguments, Sequence[Tensor]]:
+    """The arguments with parameters and gradients that backends take; others are copied. All take contiguous ones; on
+    the CPU a parameter and its gradient may both be channels_last."""
+    if all(map(Tensor.is_contiguous, arguments.params)):
+        taken = grads if all(map(Tensor.is_contiguous, grads)) else [g.contiguous() for g in grads]
+        return arguments, taken
+    formats = [torch.contiguous_format] * len(grads)
+    if serving(arguments.device) != "cuda":
+        formats = [_format(p) for p in arguments.params]
+    params = [p.contiguous(memory_format=f) for p, f in zip(arguments.params, formats, strict=True)]
+    near = [g.contiguous(memory_format=f) for g, f in zip(grads, formats, strict=True)]
+    if all(p is original for p, original in zip(params, arguments.params, strict=True)):
+        return arguments, near
     _warn_of_copies()
-    return replace(arguments, params=list(params))
+    return replace(arguments, params=params), near
 
 
-def _all_contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return tensors if all(map(Tensor.is_contiguous, tensors)) else [x.contiguous() for x in tensors]
+def _format(p: Tensor) -> torch.memory_format:
+    """That of the parameter if it is contiguous in one, or the default one."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(p.ndim)
+    is_last = last is not None and not p.is_contiguous() and p.is_contiguous(memory_format=last)
+    return last if is_last and last is not None else torch.contiguous_format
 
 
 @cache
 def _warn_of_copies() -> None:
     warnings.warn(
-        "some parameters of an optimizer are not contiguous (channels_last, for example): every step copies them, "
-        "there and back; model.to(memory_format=torch.contiguous_format) before training avoids it",
+        "some parameters of an optimizer are not contiguous (or channels_last on a GPU): every step copies them, there "
+        "and back; model.to(memory_format=torch.contiguous_format) before training avoids it",
         stacklevel=2,
     )
 

@@ -105,9 +105,9 @@ def test_every_subset_of_the_macros_gives_pieces_that_fit() -> None:
 
 
 def everything(bits: tuple[int, ...]) -> list[str]:
-    """The CPU texts that need no specialisation, and those for weights of so many bits; with them every header that
+    """The CPU texts that need no specialisation, a header of the optimizer step, and those for weights of so many bits; with them every header that
     looks at the pieces."""
-    names = ("int8.cpp", "int8_quantize.cpp", "quantize.cpp", "lowbit_quantize.cpp")
+    names = ("int8.cpp", "int8_quantize.cpp", "random_words.h", "quantize.cpp", "lowbit_quantize.cpp")
     texts = [source_text(*names, generated={"dynamic_tables.h": formats.cpp_tables()})]
     texts += [source_text("lowbit.cpp", prelude=f"#define BITS {n}") for n in bits]
     looking = {path.name for path in SOURCES.glob("*.h") if re.search(r"#e?l?if !?LB_", path.read_text())}

@@ -47,6 +47,43 @@ def test_any_memory_layout_gives_the_same(bits: int) -> None:
     assert [float(a.state[p]["step"]) for p in plain] == [4] * 5
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "settings"),
+    [
+        (optim.AdamW, torch.float32, {}),
+        (optim.LAMB, torch.float32, {}),  # two phases
+        (optim.SGD, torch.bfloat16, {"momentum": 0.9, "stochastic_rounding": True}),
+        (optim.AdamW, torch.bfloat16, {"bits": 32}),
+    ],
+    ids=["AdamW", "LAMB", "SGD at random", "AdamW in 32 bits"],
+)
+def test_channels_last_gives_the_same_without_copies(
+    kind: Any, dtype: torch.dtype, settings: dict[str, Any], backend: str
+) -> None:
+    """States are those of contiguous parameters, to the bit. Warnings, as of copies, are errors here."""
+    shapes = (8, 16, 3, 3), (5, 70, 3, 5), (4, 24, 2, 3, 3), (16, 64, 1, 1), (64, 64)
+    plain = parameters(*shapes, dtype=dtype)
+    formats = [torch.channels_last_3d if len(shape) == 5 else torch.channels_last for shape in shapes[:4]]
+    last = [Parameter(p.detach().clone(memory_format=f)) for p, f in zip(plain, formats, strict=False)]
+    last.append(Parameter(plain[4].detach().clone()))
+    assert sum(p.is_contiguous() for p in last) == 2
+    a, b = (kind(params, lr=0.1, min_size=64, **settings) for params in (plain, last))
+    kernels.step._warn_of_copies.cache_clear()
+    with kernels.use_backend(backend):
+        for i in range(3):
+            step(a, plain, i)
+            for n, (p, q) in enumerate(zip(plain, last, strict=True)):
+                assert p.grad is not None
+                q.grad = p.grad.clone() if i == n else torch.empty_like(q).copy_(p.grad)
+            b.step()
+    for p, q in zip(plain, last, strict=True):
+        assert torch.equal(p, q)
+        for name, x in a.state[p].items():
+            assert torch.equal(x, b.state[q][name])
+            assert b.state[q][name].is_contiguous()
+
+
 def test_parameters_that_every_step_has_to_copy_are_warned_of_once() -> None:
     kernels.step._warn_of_copies.cache_clear()
     p = Parameter(torch.randn(64, 64).T)

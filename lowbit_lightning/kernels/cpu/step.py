@@ -7,8 +7,10 @@ decisions. The cache keeps the results, so a machine compiles each combination o
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ class _Call(StepSettings):
         ("count", ctypes.c_int64),
         ("hyper", ctypes.POINTER(ctypes.c_double)),
         ("square_sums", ctypes.c_void_p),
+        ("taps", ctypes.c_void_p),
         ("threads", ctypes.c_int32),
     ]
 
@@ -59,8 +62,16 @@ def _run(
     *more: int,
 ) -> None:
     rows, hyper, threads = parameter_rows(arguments, grads), hyper_values(scalars), torch.get_num_threads()
-    address, _ = rows.buffer_info()
-    call = _Call(*settings_values(scalars), address, len(arguments.params), hyper, square_sums, threads)
+    (address, _), taps = rows.buffer_info(), _taps(arguments.params)
+    shared = hyper, square_sums, None if taps is None else taps.buffer_info()[0], threads
+    call = _Call(*settings_values(scalars), address, len(arguments.params), *shared)
     getattr(library(StepVariant.of(arguments, grads[0].dtype)), function)(
         ctypes.byref(call), *map(ctypes.c_void_p, more)
     )
+
+
+def _taps(params: Sequence[Tensor]) -> array | None:
+    """``Call.taps``."""
+    if all(map(Tensor.is_contiguous, params)):
+        return None
+    return array("q", [1 if p.is_contiguous() else prod(p.shape[2:]) for p in params])

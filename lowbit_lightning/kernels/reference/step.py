@@ -109,8 +109,8 @@ def _operands(arguments: StepArguments, grads: Sequence[Tensor], scalars: StepSc
     for value in (scalars.unscale, scalars.clip):
         if value is not None:
             factor = factor * value.reshape(())
-    g = grads[i].float() * (-factor if scalars.maximize else factor)
-    p = arguments.params[i]
+    g = grads[i].contiguous().float() * (-factor if scalars.maximize else factor)
+    p = arguments.params[i].contiguous()
     operands = {"p": join_master(p, arguments.remainders[i]) if arguments.remainders else p.float(), "g": g}
     for s, state in enumerate(rules.get(arguments.rule).states):
         stored, scale = arguments.states[s][i], torch.ones((), dtype=torch.float32, device=arguments.device)

@@ -27,9 +27,11 @@ struct Call : StepSettings {
     int64_t count;
     const double* hyper;
     const double* square_sums;  // [count][RULE_NORMS], or null
+    const int64_t* taps;        // [count], of kernels that are channels_last in memory, or 1; null where all are 1
     int32_t threads;
 
     int64_t blocks(int64_t i) const { return parameters[i + 1].first_block - parameters[i].first_block; }
+    int64_t taps_of(int64_t i) const { return taps ? taps[i] : 1; }
     Scalars scalars(int64_t i, double step) const {
         return scalars_of(*this, hyper, step, square_sums ? square_sums + i * RULE_NORMS : nullptr);
     }
@@ -258,14 +260,51 @@ LB_FN Scales update_block(const Shared& shared, const Parameter& q, const Block&
     return scales;
 }
 
-static void update_run(const Shared& of_all, const Run& run) {
+// Blocks of parameters and gradients [rows][channels][taps] that lie in memory as [rows][taps][channels]. They are
+// copied into the order of their states, and parameters back.
+struct Gathered {
+    alignas(64) PARAM p[BLOCK];
+    alignas(64) GRAD g[BLOCK];
+};
+
+// Calls body(i, at) for the elements of a block: i within the block, and where it lies in memory.
+template <class F> LB_FN void for_places(const Parameter& q, const Block& block, int64_t taps, const F& body) {
+    const int64_t column = block.start % q.row_length, row = block.start - column, channels = q.row_length / taps;
+    const int64_t first = column / taps, passed = column % taps;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t c = first + (tap < passed), start = c * taps + tap - column, at = row + tap * channels + c;
+        for (int64_t k = 0; start + k * taps < block.n; ++k) body(start + k * taps, at + k);
+    }
+}
+
+// The parameter, with p and g in `near` as far as the block goes.
+static Parameter gathered(const Parameter& q, const Block& block, int64_t taps, Gathered& near) {
+    const PARAM* p = (const PARAM*)q.p;
+    const GRAD* g = (const GRAD*)q.g;
+    for_places(q, block, taps, [&](int64_t i, int64_t at) { near.p[i] = p[at], near.g[i] = g[at]; });
+    Parameter there = q;
+    there.p = near.p - block.start, there.g = near.g - block.start;
+    return there;
+}
+
+static __attribute__((noinline)) Scales
+update_gathered(const Shared& shared, const Parameter& q, const Block& block, int64_t taps, Pending& pending) {
+    Gathered near;
+    const Scales scales = update_block(shared, gathered(q, block, taps, near), block, pending);
+    PARAM* p = (PARAM*)q.p;
+    for_places(q, block, taps, [&](int64_t i, int64_t at) { p[at] = near.p[i]; });
+    return scales;
+}
+
+static void update_run(const Shared& of_all, const Run& run, int64_t taps) {
     const Shared shared = of_all;  // copies that stay in registers: no store can change them
     const Parameter q = run.q;
     Pending pending[RUN_BLOCKS];
     Scales scales[RUN_BLOCKS];
     for (int k = 0; k < run.count; ++k) {
         const Block block = run.block[k];
-        scales[k] = update_block(shared, q, block, pending[k]);
+        scales[k] = taps == 1 ? update_block(shared, q, block, pending[k])
+                              : update_gathered(shared, q, block, taps, pending[k]);
     }
     encode_states(q, run, pending, scales);
 }
@@ -279,7 +318,9 @@ extern "C" void optimizer_step(const Call* call) {
         scalars[i] = call->scalars(i, step);
     }
     const float factor = factor_of(*call);
-    for_runs(*call, [&](const Run& run) { update_run({scalars[run.parameter], factor, call->seed}, run); });
+    for_runs(*call, [&](const Run& run) {
+        update_run({scalars[run.parameter], factor, call->seed}, run, call->taps_of(run.parameter));
+    });
 }
 
 #if RULE_NORMS
@@ -306,9 +347,11 @@ extern "C" void optimizer_norms(const Call* call, double* out) {
     }
     const float factor = factor_of(*call);
     for_runs(*call, [&](const Run& run) {
-        const Parameter q = run.q;
+        const int64_t taps = call->taps_of(run.parameter);
+        Gathered near;
         for (int k = 0; k < run.count; ++k) {
             const Block& block = run.block[k];
+            const Parameter q = taps == 1 ? run.q : gathered(run.q, block, taps, near);
             const Scales scales = scales_of(q, block);
             alignas(64) float squares[RULE_NORMS][BLOCK] = {};
             for (int i = 0; i < block.n; i += W) {
