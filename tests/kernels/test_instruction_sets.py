@@ -105,8 +105,8 @@ def test_every_subset_of_the_macros_gives_pieces_that_fit() -> None:
 
 
 def everything(bits: tuple[int, ...]) -> list[str]:
-    """The CPU texts that need no specialisation, a header of the optimizer step, and those for weights of so many bits; with them every header that
-    looks at the pieces."""
+    """The CPU texts that need no specialisation, a header of the optimizer step, and the texts for weights of so many
+    bits; with them every header that looks at the pieces."""
     names = ("int8.cpp", "int8_quantize.cpp", "random_words.h", "quantize.cpp", "lowbit_quantize.cpp")
     texts = [source_text(*names, generated={"dynamic_tables.h": formats.cpp_tables()})]
     texts += [source_text("lowbit.cpp", prelude=f"#define BITS {n}") for n in bits]
