@@ -47,6 +47,10 @@ class BERT(L.LightningModule):
         logits: Tensor = self.head(self.encode(tokens))
         return logits.float()
 
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output layer, for those who ask which one it is (``layers.outputs``): it may be as wide as others."""
+        return self.head
+
     def training_step(self, windows: Tensor, index: int) -> Tensor:
         loss = self._filled(windows[:, :-1], index)[0]
         self.log("train_loss", loss, prog_bar=True)

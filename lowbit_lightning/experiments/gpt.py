@@ -43,6 +43,10 @@ class GPT(L.LightningModule):
         logits: Tensor = self.head(self.norm(x))
         return logits.float()
 
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output layer, for those who ask which one it is (``layers.outputs``): it may be as wide as others."""
+        return self.head
+
     def empty_past(self, window: int) -> list[Past]:
         """What the blocks remember while the model writes: a position sees ``window`` others before it."""
         return [Past(window) for _ in self.blocks]

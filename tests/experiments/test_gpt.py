@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from lowbit_lightning.experiments import GPT
+from lowbit_lightning.convert import swap_linears
+from lowbit_lightning.experiments import BERT, GPT
 from lowbit_lightning.experiments.transformer import Past
 
 
@@ -22,6 +25,12 @@ def model() -> GPT:
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("kind", [GPT, BERT])
+def test_the_output_layer_is_known_at_the_default_width(kind: Any) -> None:
+    """Of the packaged configs; it is as wide as it has outputs, and any warning is an error."""
+    assert "not head: output layer" in str(swap_linears(kind(width=256, layers=1)))
 
 
 @pytest.mark.parametrize("lengths", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=str)

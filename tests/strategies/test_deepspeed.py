@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from itertools import pairwise
@@ -19,12 +20,26 @@ from torch import Tensor, nn
 from lowbit_lightning import Int8MixedPrecision, kernels, optim
 from lowbit_lightning.optim import partitions
 from lowbit_lightning.strategies import DeepSpeedStrategy
+from lowbit_lightning.strategies.deepspeed import checkpoints
 from lowbit_lightning.strategies.deepspeed.groups import SplitGroups
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the deepspeed extra is for Linux"),
     pytest.mark.usefixtures("deepspeed_imported"),
 ]
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("newer", [0, 1])
+def test_of_a_checkpoint_that_was_saved_over_one_of_another_stage_the_newer_counts(tmp_path: Path, newer: int) -> None:
+    (tmp_path / checkpoints.FOLDER).mkdir()
+    for i, name in enumerate(("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")):
+        file = tmp_path / checkpoints.FOLDER / name
+        torch.save({"number": i}, file)
+        os.utime(file, (1000 + (i == newer),) * 2)
+    assert checkpoints.read(tmp_path) == {"number": newer}
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------

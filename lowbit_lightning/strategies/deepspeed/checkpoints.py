@@ -25,9 +25,11 @@ Groups = Sequence[Sequence[str]]
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What rank 0 saved beside the optimizers' states; None if there is no such file. Weights stay on the disk."""
-    files = sorted((path / FOLDER).glob("*mp_rank_00_model_states.pt"))
-    return torch.load(files[0], mmap=True, map_location="cpu", weights_only=False) if files else None
+    """What rank 0 saved beside the optimizers' states; None if there is no such file. Weights stay on the disk.
+
+    Stage 3 has another file than stages 1 and 2. Where one checkpoint was saved over the other, the newer counts."""
+    files = sorted((path / FOLDER).glob("*mp_rank_00_model_states.pt"), key=lambda file: file.stat().st_mtime_ns)
+    return torch.load(files[-1], mmap=True, map_location="cpu", weights_only=False) if files else None
 
 
 def read_groups(path: Path) -> list[dict[str, Any]]:
