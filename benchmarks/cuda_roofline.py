@@ -29,7 +29,7 @@ from lowbit_lightning.kernels import compile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from emulator.backend import emulated
-from roofline import sass
+from roofline import product, sass
 from roofline.describe import Phase, Work
 from roofline.devices import DEVICES, Device, Limits, limits, occupancy
 from roofline.memory import Traffic, traffic
@@ -53,7 +53,13 @@ kernel cannot be faster than its limit; how near it comes, only a GPU shows. Wha
 - of the limit: of the bandwidth of a copy (nine tenths of the nominal one), for a product of the tensor units.
 
 {table}
-"""
+
+## A whole int8 product on Hopper
+
+What waves of tiles, steps along K, and what comes before and after them take. It is computed without the limit of L2
+and with it; `benchmarks/roofline/product.py` says what is taken into account, and what cannot be seen.
+
+{product}"""
 
 
 @cache
@@ -165,7 +171,7 @@ def held_figures(name: str) -> dict[str, float]:
 def watch(work: Work) -> Traffic:
     """What the emulator sees of the kernels of ``work``."""
     records: list[Any] = []
-    with emulated(check=True, records=records) as launches:
+    with emulated(check=True, records=records, capability=work.capability()) as launches:
         work.run()
     wanted = {phase.kernel for phase in work.phases}
     return traffic(found for launch, found in zip(launches, records, strict=True) if launch.kernel in wanted)
@@ -207,13 +213,14 @@ def row(counted: Count, seen: Traffic, device: Device) -> dict[str, Any]:
 def bounds(counted: Count, device: Device, conflicts: float = 1.0) -> Limits:
     """The limits of a kernel on a device."""
     work = counted.work
+    slower = device.mma_share if work.full_rate else 1.0  # than what limits() takes into account
     return limits(
         device,
         traffic=work.traffic,
         slots=counted.slots,
         alu=counted.alu,
-        turns=counted.turns * conflicts,
-        operations=work.operations,
+        turns=counted.turns * conflicts + work.read / 4,
+        operations=work.operations * slower,
     )
 
 
@@ -290,8 +297,10 @@ def main(arguments: list[str]) -> int:
             print("\n".join(lines), flush=True)
             rows += new
     print("\n" + table(rows))
+    whole = product.report() if any(name.startswith("int8 product") for name in names) else ""
+    print("\n" + whole)
     if args.output:
-        args.output.write_text(REPORT.format(nvrtc=compile.nvrtc_version(), table=table(rows)))
+        args.output.write_text(REPORT.format(nvrtc=compile.nvrtc_version(), table=table(rows), product=whole))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0

@@ -53,7 +53,6 @@ ALONE = {
     "cuda_roofline.py": "reads compiled CUDA kernels",
     "gpu_parts.py": "runs the others on a GPU",
     "gpu_predicted.py": "needs a GPU",
-    "int8_product_predicted.py": "reads compiled CUDA kernels",
     "int8_vision_quality.py": "trains for long: make quality",
 }
 

@@ -38,8 +38,9 @@ class Work:
 
     ``run``: the op on a small input, which the emulator watches. ``traffic``: bytes to and from memory for an element;
     ``unit``: what an element is. ``operations``: of the tensor units for an element, as many as int8 operations take as
-    long. ``large``: the op on an input for which it chooses the kernel that is meant, if it chooses another for a small
-    one; it is not computed. ``architectures`` that have the kernel; empty: all.
+    long; ``full_rate``: by ``wgmma``, which reaches the published rate; ``read``: bytes of shared memory for an element
+    that the tensor units read themselves. ``large``: the op on an input for which it chooses the kernel that is meant,
+    if it chooses another for a small one; it is not computed. ``architectures`` that have the kernel; empty: all.
     """
 
     name: str
@@ -48,11 +49,18 @@ class Work:
     traffic: float
     unit: str
     operations: float = 0.0
+    full_rate: bool = False
+    read: float = 0.0
     large: Callable[[], object] | None = None
     architectures: tuple[str, ...] = ()
 
     def runs_on(self, architecture: str) -> bool:
         return not self.architectures or architecture in self.architectures
+
+    def capability(self, architecture: str = "sm_80") -> tuple[int, int]:
+        """Of an architecture, or of the first that has the kernel."""
+        number = int((self.architectures or (architecture,))[0].removeprefix("sm_"))
+        return number // 10, number % 10
 
     def launch(self, architecture: str) -> launch.Launch:
         """What the backend starts on such a GPU: the text, its threads and its shared memory.
@@ -61,8 +69,7 @@ class Work:
             LookupError: if it does not start the kernel that is described.
         """
         found: list[launch.Launch] = []
-        number = int(architecture.removeprefix("sm_"))
-        with emulated(capability=(number // 10, number % 10)), patch.object(launch, "run", found.append):
+        with emulated(capability=self.capability(architecture)), patch.object(launch, "run", found.append):
             (self.large or self.run)()
         wanted = [one for one in found if one.kernel == self.phases[0].kernel]
         if not wanted:

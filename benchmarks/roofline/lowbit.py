@@ -40,25 +40,27 @@ def _made(f: Format, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _scale_bytes(f: Format) -> int:
-    """That a lane loads to scale the elements of one block."""
-    return 4 if f.scale_kind == "float32" else 4 if f.is_affine else 2
+    """That a lane loads to scale the elements of one block, beside the row's exponents."""
+    return 4 if f.scale_kind == "float32" else 1 + f.is_affine
 
 
 def _elementwise(f: Format) -> Iterator[Work]:
     codes = f.bits  # bytes of a unit: eight elements
-    name, made, weight = str(f), _made(f, 16, 512), random(16, 512, F16)
+    name, weight = str(f), random(16, 512, F16)
     # Two readings of a row: the first finds the scale (and offset) of each block, the second writes codes.
     fit = Phase("quantize_weight", 8, 16, 8)
     write = Phase("quantize_weight", 8, 16 + (8 if f.is_affine else 4), codes, arithmetic=16 if f.is_affine else 8)
     run: Callable[[], object] = partial(kernels.lowbit_quantize, weight, f, "absmax")
     yield Work(f"{name} quantize fp16", (fit, write), run, 2 + _bytes(f), "element")
 
-    arithmetic = 16 if f.is_affine else 8
-    phase = Phase("decode", 8, codes + _scale_bytes(f), 16, arithmetic=arithmetic, whole=True)
-    run = partial(kernels.lowbit_dequantize, *made, f, 512, F16)
+    # A lane has four units. An affine format's code is a difference, times its scale, plus its offset.
+    arithmetic, made = 4 * (24 if f.is_affine else 8), _made(f, 16, 1024)
+    loads = 4 * (codes + _scale_bytes(f)) + (0 if f.scale_kind == "float32" else 1 + f.is_affine)  # exponents once
+    phase = Phase("decode", 32, loads, 64, arithmetic=arithmetic, whole=True)
+    run = partial(kernels.lowbit_dequantize, *made, f, 1024, F16)
     yield Work(f"{name} dequantize fp16", (phase,), run, 2 + _bytes(f), "element")
-    phase = Phase("decode", 8, codes + _scale_bytes(f) + 8, 16, arithmetic=arithmetic, whole=True)
-    run = partial(kernels.lowbit_embedding, torch.arange(15, -1, -1), *made, f, 512, F16)
+    phase = Phase("decode", 32, loads + 8, 64, arithmetic=arithmetic, whole=True)
+    run = partial(kernels.lowbit_embedding, torch.arange(15, -1, -1), *made, f, 1024, F16)
     yield Work(f"{name} embedding fp16", (phase,), run, 2 + _bytes(f), "element")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lowbit_lightning import kernels, optim
 from lowbit_lightning.kernels import rules
+from lowbit_lightning.kernels.cuda import int8_wgmma
 from lowbit_lightning.kernels.cuda.int8_product import fused_product
 from roofline.describe import BF16, F32, NAMES, Phase, Work, random
 from roofline.lowbit import lowbit_works
@@ -114,8 +115,30 @@ def _products() -> Iterator[Work]:
         large = partial(fused_product, tall, wide, ones, ones[: 4 * tile_n], None, BF16)
         name = f"int8 product, tiles of 128 x {tile_n}"
         yield Work(name, (phase,), multiply, 0.0, "multiplication", operations=2.0, large=large)
+    for tile in int8_wgmma.TILES:
+        yield _wgmma(*tile)
+    yield _convolution()
 
-    channels, features, pixels = 256, 128, 64
+
+def _wgmma(tile_m: int, tile_n: int) -> Work:
+    """A step of 128 along K: each group of four warps multiplies 64 rows of A by all columns of the tile, by four
+    instructions, which read both from shared memory. 256 threads copy."""
+    groups = tile_m // 64
+    phase = Phase(
+        *("int8_product_wgmma", tile_n * 64, (tile_m + tile_n) * 128 // min(128 * groups, 256)), tensor=4, ahead=2
+    )
+    a = torch.randint(-127, 128, (tile_m, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    b, ones = a[:1].repeat(tile_n, 1), torch.ones(tile_n)
+    run = partial(int8_wgmma.wgmma_product, a, b, ones[:tile_m], ones, None, BF16, tile=(tile_m, tile_n))
+    return Work(
+        *(f"int8 product by wgmma, tiles of {tile_m} x {tile_n}", (phase,), run, 0.0, "multiplication"),
+        **{"operations": 2.0, "full_rate": True, "read": groups * (64 + tile_n) / (tile_m * tile_n)},
+        architectures=("sm_90",),
+    )
+
+
+def _convolution() -> Work:
+    ones, channels, features, pixels = torch.ones(128), 256, 128, 64
     x, w = (
         torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
         for shape in ((pixels, channels), (features, 9, channels))
@@ -126,4 +149,4 @@ def _products() -> Iterator[Work]:
     # sums are scaled and added.
     step = Phase("int8_conv", 4 / 3 * 64 * 32 * 64 / 32, 4 * (16 + 16), tensor=32, ahead=2)
     last = Phase("int8_conv", 4 * 64 * 32 * 64 / 32, 4 * (16 + 16), tensor=32, arithmetic=128, ahead=2)
-    yield Work("int8 convolution", (step, last), convolve, 0.0, "multiplication", operations=2.0)
+    return Work("int8 convolution", (step, last), convolve, 0.0, "multiplication", operations=2.0)

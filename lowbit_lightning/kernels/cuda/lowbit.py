@@ -17,6 +17,7 @@ from lowbit_lightning.kernels.formats import weight_format
 from lowbit_lightning.kernels.sources import specialised
 from lowbit_lightning.kernels.structs import fit_rule
 
+_DECODED = 128  # units of 8 elements that a warp decodes, as in src/lowbit_decode.cu
 _MOST_BLOCKS = 1 << 16  # CUDA blocks of a quantiser, each of which takes further rows
 
 
@@ -70,7 +71,7 @@ def _decode(
         rows = ctypes.c_int64(prod(packed.shape[:-1]))
         which = indices, ctypes.c_int32(index_bytes), ctypes.c_int64(count)
         arguments = packed, scales, rows, *which, form_argument(form, length), out
-        grid = ceil_div(count * ceil_div(length, 8), 256), 1, 1
+        grid = ceil_div(count * ceil_div(length, 8 * _DECODED), 8), 1, 1  # eight warps to a CUDA block
         launch.run(Launch(text_of("lowbit_decode.cu", form, ELEMENT=dtype), "decode", grid, 256, arguments))
     return out
 

@@ -6,20 +6,6 @@
 LB_FN constexpr bool is_half(Half) { return true; }
 LB_FN constexpr bool is_half(BFloat16) { return false; }
 
-// Bits that are moved from one place to another; constants decide which instruction that is.
-LB_FN uint32_t moved(uint32_t word, int from, int to) { return from > to ? word >> (from - to) : word << (to - from); }
-
-// (bits & mask) | others, as one instruction: left to itself the compiler regroups longer chains into more.
-LB_FN uint32_t insert_bits(uint32_t bits, uint32_t mask, uint32_t others) {
-#ifdef __CUDA_ARCH__
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(bits), "r"(mask), "r"(others));
-    return result;
-#else
-    return (bits & mask) | others;
-#endif
-}
-
 // Formats with a table: the values of every pair of codes, 32 times, for each lane in a bank of its own.
 constexpr int ENTRIES = BITS == 8 || AFFINE ? 0 : 256;
 

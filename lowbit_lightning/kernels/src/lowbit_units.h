@@ -22,31 +22,50 @@ LB_FN int64_t low_width(const Form& form) { return ceil_div(form.length * (BITS 
 
 // ---- codes
 
+// Bits that are moved from one place to another; constants decide which instruction that is.
+LB_FN uint32_t moved(uint32_t word, int from, int to) { return from > to ? word >> (from - to) : word << (to - from); }
+
+// (bits & mask) | others, as one instruction: left to itself the compiler regroups longer chains into more.
+LB_FN uint32_t insert_bits(uint32_t bits, uint32_t mask, uint32_t others) {
+#ifdef __CUDA_ARCH__
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(bits), "r"(mask), "r"(others));
+    return result;
+#else
+    return (bits & mask) | others;
+#endif
+}
+
 struct Unit { uint32_t low[UNIT_BYTES > 4 ? 2 : 1], high; };
 
 // Whether every whole unit can be loaded in one access.
 LB_FN bool has_packets(const Form& form, const uint8_t* packed) {
     return (((uint64_t)packed | (uint64_t)form.packed_stride) & (UNIT_BYTES - 1)) == 0;
 }
-// Unit u of a row; zeros after the row's end.
-template <class T> LB_FN Unit load_unit(const Form& form, const uint8_t* row, T u, bool packets) {
+// Unit u of a row, all of which exists.
+template <class T> LB_FN Unit load_whole_unit(const Form& form, const uint8_t* row, T u) {
     Unit unit = {};
     const uint8_t* from = row + u * UNIT_BYTES;
-    if (packets && (u + 1) * UNIT <= form.length) {
 #if BITS < 4
-        unit.low[0] = *(const uint16_t*)from;
+    unit.low[0] = *(const uint16_t*)from;
 #else
-        Packet<UNIT_BYTES> packet;
-        copy((const Packet<UNIT_BYTES>*)from, &packet);
+    Packet<UNIT_BYTES> packet;
+    copy((const Packet<UNIT_BYTES>*)from, &packet);
 #pragma unroll
-        for (int i = 0; i < UNIT_BYTES / 4; ++i) unit.low[i] = packet.word[i];
+    for (int i = 0; i < UNIT_BYTES / 4; ++i) unit.low[i] = packet.word[i];
 #endif
-    } else {
-        const int64_t left = low_width(form) - u * UNIT_BYTES;
+    if (BITS == 3) unit.high = row[low_width(form) + u];
+    return unit;
+}
+// Unit u of a row; zeros after the row's end.
+template <class T> LB_FN Unit load_unit(const Form& form, const uint8_t* row, T u, bool packets) {
+    if (packets && (u + 1) * UNIT <= form.length) return load_whole_unit(form, row, u);
+    Unit unit = {};
+    const uint8_t* from = row + u * UNIT_BYTES;
+    const int64_t left = low_width(form) - u * UNIT_BYTES;
 #pragma unroll
-        for (int i = 0; i < UNIT_BYTES; ++i)
-            if (i < left) unit.low[i / 4] |= (uint32_t)from[i] << (8 * (i % 4));
-    }
+    for (int i = 0; i < UNIT_BYTES; ++i)
+        if (i < left) unit.low[i / 4] |= (uint32_t)from[i] << (8 * (i % 4));
     if (BITS == 3) unit.high = row[low_width(form) + u];
     return unit;
 }
@@ -56,6 +75,18 @@ LB_FN constexpr int shift_of(int i) {
 }
 
 // ---- values and scales
+
+// The value of an affine format's code: the code, less a half of the largest. Where it stands in its word, it is the
+// mantissa of a power of two; the bit that is worth a half has to be in it too. from, high: where the code begins, and
+// where the third of 3 bits is, in a plane of its own.
+LB_FN float level(const Unit& unit, int from, int high) {
+    const int to = from == 0 ? 1 : from > 19 ? from - 16 : from;
+    const float power = (float)(1 << (23 - to)), middle = ((1 << BITS) - 1) * 0.5f;
+    uint32_t bits = from > 19 ? unit.low[0] >> 16 : moved(unit.low[0], from, to);
+    bits = insert_bits(bits, (BITS == 4 ? 15u : 3u) << to, (uint32_t)to_bits(power));
+    if (BITS == 3) bits = insert_bits(moved(unit.high, high, to + 2), 4u << to, bits);
+    return from_bits((int32_t)bits) - (power + middle);
+}
 
 // The table, in shared memory: its 16 values lie in banks of their own, so lanes never wait for each other.
 struct Values {
@@ -68,12 +99,9 @@ struct Values {
     }
     LB_METHOD float of(const Unit& unit, int i) const {  // the i-th
         if (BITS == 8) return (float)(int8_t)(unit.low[i / 4] >> shift_of(i));
+        if (AFFINE) return level(unit, shift_of(i), 7 - i);
         // The code times four, which is its value's place in bytes.
-        const int shift = shift_of(i) - 2, high_shift = 7 - i - 4;
-        uint32_t place = shift < 0 ? unit.low[0] << -shift : unit.low[0] >> shift;
-        place &= BITS == 4 ? 60 : 12;
-        if (BITS == 3) place |= (high_shift < 0 ? unit.high << -high_shift : unit.high >> high_shift) & 16;
-        return *(const float*)((const uint8_t*)table + place);
+        return *(const float*)((const uint8_t*)table + (moved(unit.low[0], shift_of(i), 2) & 60));
     }
 };
 

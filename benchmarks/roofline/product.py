@@ -1,7 +1,5 @@
 """How long a whole int8 product should take on Hopper, with each of our kernels: computed, **not measured on a GPU**.
 
-    python benchmarks/int8_product_predicted.py [--shape 8192x4096x4096] [--output FILE]
-
 A product is cut into tiles, and the GPU computes as many tiles at a time as it has multiprocessors: a wave. A wave
 takes the latency of its first copies, its steps along K, and what comes after them. A step takes the longest of
 
@@ -18,34 +16,29 @@ wave share L2.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
-from roofline import sass
-from roofline.devices import DEVICES, LANES, SCHEDULERS, Device
 
 from lowbit_lightning.kernels import compile
 from lowbit_lightning.kernels.cuda import int8_wgmma
 from lowbit_lightning.kernels.sources import specialised
+from roofline import sass
+from roofline.devices import DEVICES, LANES, SCHEDULERS, Device
+
+SHAPE = 8192, 4096, 4096  # M, N, K
 
 L2_BYTES, SHARED_BYTES = 28, 128  # a clock and multiprocessor
 BF16_RATE = 0.75 * 989e12  # multiplications and sums a second by cuBLAS: three quarters of the published rate
 RIVALS = {"fp8, scales of blocks": 1.40, "fp8, current scaling": 1.58, "fp8, delayed scaling": 1.69}  # times bf16
 
-REPORT = """# Predicted: the int8 product on Hopper
-
-**Nothing here was measured on a GPU.** `python benchmarks/int8_product_predicted.py --output FILE` makes this page; the
-script says what the model takes into account, and what it cannot see.
-
-{table}
-
-- slots: instructions that a warp issues in a step along K, counted in the machine code of NVRTC {nvrtc}.
+NOTES = """
+- slots: instructions that a warp issues in a step along K.
 - bytes of L2: that the operands of a step need for each clock and multiprocessor, at the full rate of the tensor units.
+  28 are what an H100 was measured to give. Neither the order of tiles nor the depth of a step changes them; larger
+  tiles do, and the registers of a multiprocessor hold no more than the sums of 192 x 256. Clusters of multiprocessors
+  that share operands (TMA's multicast) would need fewer; our kernels have none.
 - over bf16: quantising both operands from bfloat16 included, beside cuBLAS's bfloat16 product at three quarters of the
   published rate (an assumption). Published figures of fp8 on an H200, quantising included: {rivals}.
 """
@@ -149,41 +142,24 @@ def utilisation(engine: Engine, device: Device, shape: tuple[int, int, int], wit
     return 2 * m * n * k / device.int8 / seconds(engine, device, shape, with_l2)
 
 
-def table(shape: tuple[int, int, int]) -> str:
-    """Markdown: every engine on every Hopper GPU."""
+def report() -> str:
+    """Markdown: every engine on every Hopper GPU, and what the columns mean."""
     heads = "kernel, device, slots, bytes of L2, us, of the tensor units, us with L2, of the tensor units, over bf16"
-    lines = [f"{shape[0]} x {shape[1]} x {shape[2]} (M x N x K), to bfloat16:", ""]
+    m, n, k = SHAPE
+    lines = [f"{m} x {n} x {k} (M x N x K), to bfloat16:", ""]
     lines += [f"| {heads.replace(', ', ' | ')} |", "| --- | --- |" + " ---: |" * 7]
-    m, n, k = shape
     for device in (device for device in DEVICES if device.architecture == "sm_90"):
         quantising = 3 * (m * k + n * k) / device.copy
         for engine in engines():
-            free, bound = (seconds(engine, device, shape, with_l2) for with_l2 in (False, True))
+            free, bound = (seconds(engine, device, SHAPE, with_l2) for with_l2 in (False, True))
             full = engine.copied / (step_of(engine, device).tensor * engine.share * device.clock)
             bf16 = 2 * m * n * k / BF16_RATE
             cells = (
                 *(engine.name, device.name, slots(engine)[0], f"{full:.0f}"),
-                *(f"{1e6 * free:.0f}", f"{utilisation(engine, device, shape, False):.0%}"),
-                *(f"{1e6 * bound:.0f}", f"{utilisation(engine, device, shape, True):.0%}"),
+                *(f"{1e6 * free:.0f}", f"{utilisation(engine, device, SHAPE, False):.0%}"),
+                *(f"{1e6 * bound:.0f}", f"{utilisation(engine, device, SHAPE, True):.0%}"),
                 f"{bf16 / (bound + quantising):.2f} to {bf16 / (free + quantising):.2f}",
             )
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8192x4096x4096", help="M x N x K")
-    parser.add_argument("--output", type=Path, help="write a page there, as Markdown")
-    args = parser.parse_args(arguments)
-    m, n, k = (int(size) for size in args.shape.split("x"))
-    found = table((m, n, k))
-    print(found)
-    if args.output:
-        rivals = ", ".join(f"{name} {times:.2f}" for name, times in RIVALS.items())
-        args.output.write_text(REPORT.format(table=found, nvrtc=compile.nvrtc_version(), rivals=rivals))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    rivals = ", ".join(f"{name} {times:.2f}" for name, times in RIVALS.items())
+    return "\n".join([*lines, NOTES.format(rivals=rivals)])

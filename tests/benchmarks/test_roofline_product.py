@@ -10,7 +10,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import int8_product_predicted as predicted
+import cuda_roofline  # noqa: F401 - so that the emulator is found
+from roofline import product as predicted
 from roofline.devices import DEVICES
 
 H200 = next(device for device in DEVICES if device.name == "H200")
