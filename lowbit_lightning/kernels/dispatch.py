@@ -167,6 +167,17 @@ def reset_calls() -> None:
 
 
 @contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs inside the block does not count in ``calls``."""
+    before = _calls.copy()
+    try:
+        yield
+    finally:
+        _calls.clear()
+        _calls.update(before)
+
+
+@contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the block on the backend ``name`` ("reference", "cpu" or "cuda"), for any device."""
     load(name)

@@ -13,7 +13,7 @@ import torch
 from support.int8_models import counted
 from torch import Tensor, nn
 
-from lowbit_lightning import Int8MixedPrecision
+from lowbit_lightning import Int8MixedPrecision, kernels
 from lowbit_lightning.convert import swap_linears
 from lowbit_lightning.layers import Experts, Int8Conv2d, Int8Experts, Int8Linear, Int8MultiheadAttention, speed
 from lowbit_lightning.layers.shapes import ENOUGH, ConvShape, MatmulsShape, Shape, shape_of
@@ -127,12 +127,13 @@ def of_experts(dtype: torch.dtype) -> Shape:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_measurement(name: str) -> None:
-    """It runs both ways, and changes no generator and no number of threads."""
+    """It runs both ways, and changes no generator, no number of threads and no count of calls."""
     shape = LAYERS[name]()
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    state, threads, calls = torch.get_rng_state(), torch.get_num_threads(), kernels.calls()
     times = speed.measure(shape, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
+    assert kernels.calls() == calls
     assert min(times) > 0
 
 
