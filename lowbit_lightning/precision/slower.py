@@ -114,7 +114,7 @@ def _warning(named: Mapping[str, Int8Layer], layers: Mapping[str, str], share: f
     return (
         f"int8 products are not faster on this {device} device for {len(layers)} of {len(named)} layers at the sizes "
         f"that this run sees; these go on in high precision, and {100 * share:.0f} % of the multiplications run in "
-        "int8. Larger batches may be faster in int8. Otherwise precision='bf16-mixed' or '32-true' is as fast. "
-        "Int8MixedPrecision(swap='all') keeps all layers in int8, which saves memory for activations. The report "
+        "int8. Larger batches may be faster in int8. Otherwise precision='32-true' or 'bf16-mixed' is at least as "
+        "fast. Int8MixedPrecision(swap='all') keeps all layers in int8, which saves memory for activations. The report "
         "(trainer.precision_plugin.report) has the times of each layer"
     )
