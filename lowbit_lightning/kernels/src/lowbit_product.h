@@ -276,15 +276,16 @@ static void few_rows_of(const Form& form, const uint8_t* packed, const uint8_t* 
     });
 }
 
+// Rows of the weight that share a load of x, with eight of x: three, if sums, tables and scales stay in registers.
+constexpr int TOGETHER = LB_AVX512 && BITS == 8 ? 3 : 2, DECODED_TOGETHER = LB_AVX512 ? 3 : 2;
+
 template <class T> struct Engine {
     template <bool FOLDED> using of = Plain<FOLDED>;
-    static constexpr int ROWS = 2;  // of the weight, with eight of x
     static constexpr bool FOLDS = true;  // whatever the form
 };
 #if LB_PAIRS
 template <> struct Engine<BFloat16> {
     template <bool FOLDED> using of = Pairs<FOLDED>;
-    static constexpr int ROWS = BITS == 8 ? 3 : 2;  // with three, tables would not stay in registers
     static constexpr bool FOLDS = BITS == 8;
 };
 #endif
@@ -294,15 +295,14 @@ static void few_rows(const Form& form, const uint8_t* packed, const uint8_t* sca
                      int64_t rows, const float* bias, T* out, int threads) {
     typedef typename Engine<T>::template of<false> Sums;
     typedef typename Engine<T>::template of<BITS < 8> Folded;
-    constexpr int R = Engine<T>::ROWS, MANY_R = LB_AVX512 ? 3 : R;
     const auto some = [&](int64_t first, int64_t count) {
         auto run = few_rows_of<1, 1, false, Sums, T>;
         if (count > 1) run = few_rows_of<2, 2, false, Sums, T>;
         if (count > 2) run = few_rows_of<2, 4, false, Sums, T>;
-        if (count > 4) run = few_rows_of<R, 8, false, Folded, T>;
-        if (count > 8) run = few_rows_of<MANY_R, 8, (BITS < 8), Folded, T>;
+        if (count > 4) run = few_rows_of<TOGETHER, 8, false, Folded, T>;
+        if (count > 8) run = few_rows_of<DECODED_TOGETHER, 8, (BITS < 8), Folded, T>;
         if constexpr (!Engine<T>::FOLDS)
-            if (count > 4 && form.block * Folded::tables < CHUNK) run = few_rows_of<R, 8, false, Sums, T>;
+            if (count > 4 && form.block * Folded::tables < CHUNK) run = few_rows_of<TOGETHER, 8, false, Sums, T>;
         run(form, packed, scales, N, x + first * form.length, count, bias, out + first * N, threads);
     };
     const int64_t eights = rows % 8 > 4 ? rows : rows / 8 * 8;
