@@ -166,15 +166,13 @@ def runs_of(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Ru
     kept = json.loads(path.read_text()) if path.exists() else {"settings": asked, "runs": {}}
     if kept["settings"] != asked:
         raise SystemExit(f"{path} is of {kept['settings']}, not {asked}: choose another --results")
-    data = start = None
-    for way in WAYS:
-        if way in kept["runs"]:
-            continue
-        if data is None:
-            source = Digits(steps, arguments) if arguments.data == "digits" else Drawn(task, steps, arguments)
-            data = source.data(seed)
-            L.seed_everything(seed, verbose=False)
-            start = source.begun(task.small(len(data.classes), 32), seed)
+    missing = [way for way in WAYS if way not in kept["runs"]]
+    if missing:
+        source = Digits(steps, arguments) if arguments.data == "digits" else Drawn(task, steps, arguments)
+        data = source.data(seed)
+        L.seed_everything(seed, verbose=False)
+        start = source.begun(task.small(len(data.classes), 32), seed)
+    for way in missing:
         found = run(task, way, copy.deepcopy(start), data, arguments.batch, seed)
         print(f"{name}, seed {seed}, {way}: {found.quality:.2f} % right, loss {found.loss:.4f}", flush=True)
         kept["runs"][way] = asdict(found)
