@@ -83,8 +83,12 @@ def _grouped(
     return y if out_dtype is None else y.to(out_dtype)
 
 
-def _pass_matrices_on() -> None:
-    """Put a function in front of the one that DeepSpeed has put in place of ``torch.nn.functional.linear``."""
+def pass_matrices_on() -> None:
+    """Put a function in front of the one that DeepSpeed has put in place of ``torch.nn.functional.linear``. Idempotent;
+    without DeepSpeed's stage 3 nothing is done.
+
+    It has to be there before a forward that says ``linear(x, experts[i])`` begins: Python looks the function up first.
+    """
     replaced = nn.functional.linear
     if replaced is LINEAR or hasattr(replaced, "passes_on"):
         return
@@ -204,7 +208,7 @@ class LowBitTensor(LowBitWeight, ActsAsTensor):
         packed, scales = self._read(lambda: (self.weight[index], self.scales[index]))
         if packed.ndim != self.weight.ndim - 1 or packed.shape[-1] != self.weight.shape[-1]:
             return self.dequantize()[index]
-        _pass_matrices_on()
+        pass_matrices_on()
         return LowBitMatrix(packed, scales, self.weights, self.row_length, self.dtype)
 
     def __iter__(self) -> Iterator[LowBitMatrix | Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 
+from lowbit_lightning.layers.experts import pass_matrices_on
+
 
 def partition(layer: nn.Module) -> None:
     """Leave each rank its part of the layer's parameters. All ranks have to call it for the same layers in the same
@@ -13,3 +15,4 @@ def partition(layer: nn.Module) -> None:
         import deepspeed
 
         deepspeed.zero.Init(module=layer, config_dict_or_path=deepspeed_config())
+        pass_matrices_on()

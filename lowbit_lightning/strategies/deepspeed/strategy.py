@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_lightning import optim
+from lowbit_lightning.layers.experts import pass_matrices_on
 from lowbit_lightning.optim.options import check_paging
 from lowbit_lightning.strategies.atomic import naming_a_full_disk
 from lowbit_lightning.strategies.deepspeed import checkpoints
@@ -181,6 +182,7 @@ class DeepSpeedStrategy(_LightningsStrategy):
                 "one of them"
             )
         super().setup(trainer)
+        pass_matrices_on()
 
     def _auto_select_batch_size(self) -> int:
         """For DeepSpeed's throughput log alone; Lightning fails on loaders whose data set makes the batches."""
