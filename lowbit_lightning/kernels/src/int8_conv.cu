@@ -34,19 +34,41 @@ LB_FN Row row_of(int64_t m, int64_t M, int64_t all, int64_t taps, int64_t rows_o
     return {(m - image * M) * taps, image * rows_of_image};
 }
 
-LB_FN void start_step(const int8_t* a, const int8_t* b, const Table& table, int64_t first_column, int64_t N, int64_t K,
-                      int64_t taps, int64_t t, int64_t k, int8_t* stage) {
-    const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
-    const int64_t column = k + chunk * CHUNK;
+// Copies of a step, in their order: steps of a tap, then the next tap. What a thread reads only moves on within a tap;
+// the table is asked when one begins.
+struct Copies {
+    const int8_t *of_a[COPIES], *of_b[COPIES];  // the chunks that are copied next
+    bool has_a[COPIES], has_b[COPIES];
+    int64_t tap, k;
+    LB_METHOD Copies(const int8_t* b, int64_t first_column, int64_t N, int64_t K, int64_t taps) : tap(0), k(0) {
 #pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-        const int r = row + i * STEP;
-        const int64_t from = table.row(r, t), n = first_column + r;
-        start_copy(stage + OfA::place(r, chunk), a + (from < 0 ? 0 : from) * K + column, from >= 0 && column < K);
-        start_copy(stage + TILE * TILE_K + OfB::place(r, chunk), b + ((n < N ? n : 0) * taps + t) * K + column,
-                   n < N && column < K);
+        for (int i = 0; i < COPIES; ++i) {
+            const int64_t n = first_column + threadIdx.x / CHUNKS + i * STEP;
+            has_b[i] = n < N;
+            of_b[i] = b + (has_b[i] ? n : 0) * taps * K + threadIdx.x % CHUNKS * CHUNK;
+        }
     }
-}
+    LB_METHOD void start(const int8_t* a, const Table& table, int64_t K, int8_t* stage) {
+        const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
+        if (k == 0)
+#pragma unroll
+            for (int i = 0; i < COPIES; ++i) {
+                const int64_t from = table.row(row + i * STEP, tap);
+                has_a[i] = from >= 0;
+                of_a[i] = a + (has_a[i] ? from : 0) * K + chunk * CHUNK;
+            }
+        const bool exists = k + chunk * CHUNK < K;
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+            start_copy(stage + OfA::place(row + i * STEP, chunk), of_a[i], has_a[i] && exists);
+            start_copy(stage + TILE * TILE_K + OfB::place(row + i * STEP, chunk), of_b[i], has_b[i] && exists);
+            of_a[i] += TILE_K;
+            of_b[i] += k + TILE_K < K ? TILE_K : K - k;
+        }
+        k += TILE_K;
+        if (k >= K) k = 0, ++tap;
+    }
+};
 
 // totals += the sums of tap t, times the scales of its rows; the sums are zero afterwards
 LB_FN void add_tap(int32_t (&sums)[4][4][4], const Table& table, int first, int64_t t, const float* a_scales,
@@ -112,12 +134,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_conv(
     __syncthreads();
 
     const int64_t steps_of_tap = (K + TILE_K - 1) / TILE_K, steps = steps_of_tap * taps;
-    int64_t next_tap = 0, next_k = 0;  // of the step that is copied next
-    const auto start_next = [&](int stage) {
-        start_step(a, b, table, tile_column, N, K, taps, next_tap, next_k, ring + stage * STAGE_BYTES);
-        next_k += TILE_K;
-        if (next_k >= K) next_k = 0, ++next_tap;
-    };
+    Copies copies(b, tile_column, N, K, taps);
+    const auto start_next = [&](int stage) { copies.start(a, table, K, ring + stage * STAGE_BYTES); };
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
         if (s < steps) start_next(s);
