@@ -146,7 +146,7 @@ def _convolution() -> Work:
     table = (torch.arange(pixels).unsqueeze(1) + torch.arange(9) - 4).clamp(-1, pixels - 1).int()
     convolve = partial(kernels.int8_conv, x, w, ones[:pixels], ones[:features], table, 1, None, BF16)
     # A step of 64 along the channels: each warp multiplies 64 x 32 x 64. After the channels of a tap, here 256, its 64
-    # sums are scaled and added. Once for a tap a thread asks the table for two rows that it copies, and for eight to add.
+    # sums are scaled and added. Once for a tap a thread asks the table for two rows, and for their scales.
     step = Phase("int8_conv", 4 / 3 * 64 * 32 * 64 / 32, 4 * 16, tensor=32, ahead=2)
-    last = Phase("int8_conv", 4 * 64 * 32 * 64 / 32, 4 * 16 + 8 * (4 + 4) + 2 * 4, tensor=32, arithmetic=128, ahead=2)
+    last = Phase("int8_conv", 4 * 64 * 32 * 64 / 32, 4 * 16 + 2 * (4 + 4), tensor=32, arithmetic=128, ahead=2)
     return Work("int8 convolution", (step, last), convolve, 0.0, "multiplication", operations=2.0)

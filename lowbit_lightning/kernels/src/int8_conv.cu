@@ -13,6 +13,7 @@
 
 constexpr int TILE = 128, THREADS = 256;
 constexpr int STAGE_BYTES = 2 * TILE * TILE_K, STEP = THREADS / CHUNKS, COPIES = TILE / STEP;
+constexpr int TAPS = 4;  // whose scales are kept: one is added, and STAGES - 1 may be on their way
 
 // What a row of the tile reads: in shared memory, since divisions by the size of an image take long.
 struct alignas(16) Row { int64_t entry, image; };  // of the table, its first; of A, its image's first row
@@ -48,7 +49,9 @@ struct Copies {
             of_b[i] = b + (has_b[i] ? n : 0) * taps * K + threadIdx.x % CHUNKS * CHUNK;
         }
     }
-    LB_METHOD void start(const int8_t* a, const Table& table, int64_t K, int8_t* stage) {
+    // scales: of the rows of the tile that a tap reads, of TAPS taps.
+    LB_METHOD void start(const int8_t* a, const Table& table, int64_t K, const float* a_scales, float* scales,
+                         int8_t* stage) {
         const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
         if (k == 0)
 #pragma unroll
@@ -56,6 +59,7 @@ struct Copies {
                 const int64_t from = table.row(row + i * STEP, tap);
                 has_a[i] = from >= 0;
                 of_a[i] = a + (has_a[i] ? from : 0) * K + chunk * CHUNK;
+                if (chunk == 0) scales[(int)tap % TAPS * TILE + row + i * STEP] = has_a[i] ? a_scales[from] : 0.0f;
             }
         const bool exists = k + chunk * CHUNK < K;
 #pragma unroll
@@ -70,13 +74,11 @@ struct Copies {
     }
 };
 
-// totals += the sums of tap t, times the scales of its rows; the sums are zero afterwards
-LB_FN void add_tap(int32_t (&sums)[4][4][4], const Table& table, int first, int64_t t, const float* a_scales,
-                   float (&totals)[4][4][4]) {
+// totals += the sums of a tap, times the scales of its rows; the sums are zero afterwards
+LB_FN void add_tap(int32_t (&sums)[4][4][4], const float* scales, float (&totals)[4][4][4]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const int64_t from = table.row(first + i * 8 + (int)threadIdx.x % 32 / 4, t);
-        const float scale = from < 0 ? 0.0f : a_scales[from];
+        const float scale = scales[i * 8 + (int)threadIdx.x % 32 / 4];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             int32_t& sum = sums[i / 2][j / 2][i % 2 * 2 + j % 2];
@@ -124,6 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_conv(
     extern __shared__ __align__(128) int8_t ring[];
     const int64_t all = M * images;
     Row* rows = (Row*)(ring + STAGES * STAGE_BYTES);
+    __shared__ float scales[TAPS * TILE];
     const Table table{at, rows};
     const uint32_t tiles_n = (uint32_t)((N + TILE - 1) / TILE);  // those that run together share A's rows
     const int64_t tile_row = (int64_t)TILE * (blockIdx.x / tiles_n);
@@ -135,7 +138,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_conv(
 
     const int64_t steps_of_tap = (K + TILE_K - 1) / TILE_K, steps = steps_of_tap * taps;
     Copies copies(b, tile_column, N, K, taps);
-    const auto start_next = [&](int stage) { copies.start(a, table, K, ring + stage * STAGE_BYTES); };
+    const auto start_next = [&](int stage) {
+        copies.start(a, table, K, a_scales, scales, ring + stage * STAGE_BYTES);
+    };
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
         if (s < steps) start_next(s);
@@ -155,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) int8_conv(
         full = full + 1 == STAGES ? 0 : full + 1;
         empty = empty + 1 == STAGES ? 0 : empty + 1;
         if (--left == 0) {
-            add_tap(sums, table, row, tap, a_scales, totals);
+            add_tap(sums, scales + (int)tap % TAPS * TILE + row, totals);
             ++tap, left = steps_of_tap;
         }
     }
