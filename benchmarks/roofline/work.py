@@ -132,7 +132,9 @@ def _wgmma(tile_m: int, tile_n: int) -> Work:
     run = partial(int8_wgmma.wgmma_product, a, b, ones[:tile_m], ones, None, BF16, tile=(tile_m, tile_n))
     return Work(
         *(f"int8 product by wgmma, tiles of {tile_m} x {tile_n}", (phase,), run, 0.0, "multiplication"),
-        **{"operations": 2.0, "full_rate": True, "read": groups * (64 + tile_n) / (tile_m * tile_n)},
+        operations=2.0,
+        full_rate=True,
+        read=groups * (64 + tile_n) / (tile_m * tile_n),
         architectures=("sm_90",),
     )
 

@@ -13,7 +13,7 @@ are taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import itemgetter
 
@@ -30,7 +30,7 @@ from lowbit_lightning.layers.product import HIGH, NEAREST, ROTATED, STOCHASTIC, 
 class Sample:
     """Hooks on the layers, and what they have measured, for the time of one optimizer step."""
 
-    def __init__(self, layers: dict[str, Int8Layer]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self._measured: list[tuple[Slot, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         for i, layer in enumerate(layers.values()):

@@ -134,7 +134,7 @@ def test_sizes_may_be_symbols(op: str, arguments: Callable[[], tuple]) -> None:
 
 
 def symbolic(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.ndim)
+    context: StatelessSymbolicContext = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.ndim)
     return mode.from_tensor(x, symbolic_context=context)
 
 

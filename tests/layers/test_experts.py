@@ -73,7 +73,7 @@ def test_accelerate_offloads_them(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     to_disk = partial(accelerate.disk_offload, offload_dir=tmp_path)
     for kind, offload in ((Experts, accelerate.cpu_offload), (Whole, to_disk)):
-        low = convert.quantize(nn.Sequential(kind()))[0]
+        low: Any = convert.quantize(nn.Sequential(kind()))[0]
         expected = low(X, CHOSEN)
         offload(low, execution_device=torch.device("cpu"))
         assert low.gate_up_proj.weight.is_meta
