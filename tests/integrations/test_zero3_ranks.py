@@ -71,7 +71,7 @@ def load(path: Path, weights: str | None = "nf4", **options: Any) -> Any:
     from lowbit_lightning.integrations.transformers import LowBitConfig
 
     config = {} if weights is None else {"quantization_config": LowBitConfig(weights, **options)}
-    return AutoModelForCausalLM.from_pretrained(path, **config)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **config)
 
 
 def losses(model: Any, folder: Path, args: Any) -> list[float]:
@@ -117,8 +117,7 @@ def test_weights_are_cut_while_they_are_loaded_and_adapters_train(folder: Path) 
     expected = json.loads((folder / "losses.json").read_text())
     for name in found:
         apart = max(abs(a - b) for a, b in zip(found[name], expected[name], strict=True))
-        limit = 1e-2 if name == "mixtral" else 2e-3  # in bfloat16 an expert's few rows are rounded otherwise than many
-        if apart > limit:
+        if apart > 1e-4:
             return f"{name}: losses are off by {apart}: {found[name]}, not {expected[name]}"
     return None
 
